@@ -1,0 +1,1 @@
+"""Bundle -> tokens. Needs numpy and one backend; never imports torch, transformers or kivy."""
