@@ -1,0 +1,1 @@
+"""What a model is: config, architectures, weight readers, tokenizer files, the catalog."""

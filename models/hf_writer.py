@@ -1,0 +1,60 @@
+"""A checkpoint written back as a Hugging Face folder, for tools that read nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pocketslm.errors import CheckpointError
+from pocketslm.models.checkpoint import Checkpoint
+from pocketslm.models.config import ModelConfig
+from pocketslm.models.reference import load_reference
+
+_CLASS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+
+def save_hf(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write config.json, model.safetensors (fp32, dequantized) and the tokenizer's files.
+
+    Raises CheckpointError where the checkpoint cannot be read, OSError where it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model = load_reference(checkpoint, context=8)
+    state = {name: value.detach().contiguous() for name, value in model.named_parameters()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    files = checkpoint.tokenizer_files()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    generation = json.loads(files.get("generation_config.json", b"{}"))
+    config = hf_config(checkpoint.config) | {
+        key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def hf_config(c: ModelConfig) -> dict[str, Any]:
+    """``config.json`` as transformers reads it."""
+    if c.rope_divisors is not None:
+        raise CheckpointError("a GGUF's stretched RoPE has no Hugging Face form to write back")
+    return {
+        "architectures": [_CLASS[c.architecture]],
+        "model_type": c.architecture,
+        "torch_dtype": "float32",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_position_embeddings,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "attention_bias": c.attention_bias,
+        "mlp_bias": c.mlp_bias,
+        "hidden_act": c.hidden_act,
+    }
