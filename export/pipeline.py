@@ -1,0 +1,204 @@
+"""Checkpoint -> bundle: read, quantize, lower, write aside, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pocketslm import __version__
+from pocketslm.errors import ExportError
+from pocketslm.export.recipe import Recipe
+from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, read_weight
+from pocketslm.models.config import ModelConfig
+from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
+
+Progress = Callable[[str, float], None]
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    out: Path,
+    recipe: Recipe | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda step, fraction: None,
+) -> Manifest:
+    """Write the bundle ``out`` and return its manifest.
+
+    The bundle appears whole or not at all: it is written beside ``out`` and renamed. ``progress``
+    is called with the step's name and the fraction of it that is done. Raises ExportError where
+    ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
+    """
+    recipe = (recipe or Recipe()).resolved(checkpoint.config.max_position_embeddings)
+    assert recipe.context is not None
+    with _replacing(out, overwrite) as folder:
+        for name, content in checkpoint.tokenizer_files().items():
+            (folder / name).write_bytes(content)
+        stored = _StoredWeights(checkpoint, recipe)
+        _lower_onnx(checkpoint.config, recipe, stored, folder, progress)
+        (folder / GENAI_CONFIG).write_text(
+            json.dumps(genai_config(checkpoint.config, recipe.context, folder), indent=4) + "\n"
+        )
+        progress("hash", 0.0)
+        manifest = Manifest(
+            name=checkpoint.name,
+            architecture=checkpoint.config.to_dict(),
+            source={
+                "name": checkpoint.name,
+                "format": checkpoint.format,
+                "licence": checkpoint.licence,
+                "sha256": checkpoint_sha256(checkpoint),
+            },
+            recipe=recipe.to_dict(),
+            graphs=[Graph("onnx", "model.onnx", recipe.context, recipe.dtype)],
+            files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
+            weights=dict(stored.bytes_by_scheme),
+            notes=[*checkpoint.notes, *stored.notes],
+            pocketslm=__version__,
+        )
+        (folder / MANIFEST).write_text(manifest.to_json())
+        progress("hash", 1.0)
+    return manifest
+
+
+def update_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace a bundle's manifest in one step."""
+    aside = folder / f".{MANIFEST}.{os.getpid()}"
+    aside.write_text(manifest.to_json())
+    aside.replace(folder / MANIFEST)
+
+
+class _StoredWeights:
+    """Reads weights as the recipe stores them, and keeps count of what came of them."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self.checkpoint, self.recipe = checkpoint, recipe
+        self.bytes_by_scheme: Counter[str] = Counter()
+        self.notes: list[str] = []
+        self._seen: set[str] = set()
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Weight:
+        source = read_weight(self.checkpoint, name, shape)
+        weight = self.recipe.apply(name, source)
+        if name not in self._seen:
+            self._seen.add(name)
+            scheme = weight.scheme if isinstance(weight, QuantTensor) else self.recipe.dtype
+            self.bytes_by_scheme[scheme] += weight.nbytes
+            self._note(source, weight)
+        return weight
+
+    def _note(self, source: Weight, weight: Weight) -> None:
+        """Say where something was lost, once for each way of losing it."""
+        if not isinstance(weight, QuantTensor) or weight is source:
+            return
+        was = source.scheme if isinstance(source, QuantTensor) else "float"
+        note = f"{was} weights were rounded to {weight.scheme}"
+        if weight.group_size != self.recipe.group_size:
+            note += f" (rows do not divide into groups of {self.recipe.group_size})"
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def _lower_onnx(
+    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+) -> None:
+    from pocketslm.export.lower import onnx
+    from pocketslm.export.lower.trace import trace
+
+    assert recipe.context is not None
+    progress("trace", 0.0)
+    traced = trace(config, recipe.context)
+    progress("trace", 1.0)
+    onnx.lower(
+        traced,
+        config,
+        weights,
+        folder,
+        dtype=recipe.dtype,
+        progress=lambda done, total: progress("lower to onnx", done / total),
+    )
+
+
+def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, Any]:
+    """onnxruntime-genai's description of the graph; sampling defaults from generation_config."""
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.exists() else {}
+    eos = generation.get("eos_token_id", 0)
+    pad = generation.get("pad_token_id")
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    return {
+        "model": {
+            "bos_token_id": generation.get("bos_token_id", first_eos),
+            "eos_token_id": eos,
+            "pad_token_id": first_eos if pad is None else pad,
+            "context_length": context,
+            "type": "llama",
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": "model.onnx",
+                "head_size": config.head_dim,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": config.num_key_value_heads,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": bool(generation.get("do_sample", False)),
+            "temperature": generation.get("temperature", 1.0),
+            "top_k": generation.get("top_k", 50),
+            "top_p": generation.get("top_p", 1.0),
+            "max_length": context,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": generation.get("repetition_penalty", 1.0),
+        },
+    }
+
+
+@contextmanager
+def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside ``out`` that takes its place when the block ends well."""
+    if out.exists() and not (overwrite and (out / MANIFEST).exists()):
+        hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
+        raise ExportError(f"{out} exists already; {hint}")
+    folder = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        yield folder
+        folder.chmod(0o755)
+        if out.exists():
+            old = folder.with_name(folder.name + ".old")
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
+    except OSError as error:
+        raise ExportError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        if folder is not None and folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)

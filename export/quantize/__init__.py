@@ -1,0 +1,1 @@
+"""Weights to few bits: one method a file."""

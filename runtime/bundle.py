@@ -1,0 +1,199 @@
+"""The bundle: the one contract between export and everything else, read and checked.
+
+A bundle is a folder with ``pocketslm.json`` (this schema), graphs and tokenizer files under the
+ecosystem's own names. A folder that onnxruntime-genai's builder made opens through the same door.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pocketslm.errors import BundleError
+
+MANIFEST = "pocketslm.json"
+SCHEMA = 1
+GENAI_CONFIG = "genai_config.json"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One runnable form of the model: which backend reads which file of the bundle."""
+
+    backend: str
+    file: str
+    context: int
+    kv_cache: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``pocketslm.json``.
+
+    architecture: the model's dimensions; source: name, format, licence, sha256; recipe: enough to
+    rebuild; weights: bytes by storage scheme; quality: as ``pocketslm eval`` measured it, or None.
+    """
+
+    name: str
+    architecture: dict[str, Any]
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    graphs: list[Graph]
+    files: dict[str, FileEntry]
+    weights: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+    quality: dict[str, Any] | None = None
+    pocketslm: str = ""
+    schema: int = SCHEMA
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"size_bytes": self.size_bytes}, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle; ``manifest`` is None for a foreign folder."""
+
+    path: Path
+    graphs: tuple[Graph, ...]
+    head_dim: int
+    manifest: Manifest | None = None
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name if self.manifest else self.path.resolve().name
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that every graph of the bundle takes, in tokens."""
+        return min(graph.context for graph in self.graphs)
+
+    def graph(self, backend: str = "auto") -> Graph:
+        """The graph for a backend, by default the first; BundleError where there is none."""
+        for graph in self.graphs:
+            if backend in ("auto", graph.backend):
+                return graph
+        have = ", ".join(graph.backend for graph in self.graphs)
+        raise BundleError(
+            f"{self.path} has no graph for backend {backend!r}, it has: {have}; "
+            f"export one with --target {backend}"
+        )
+
+
+def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+    """Open and check a bundle folder, or a folder made by onnxruntime-genai's builder.
+
+    ``verify`` also compares every file with its SHA-256 (about 0.1 s for 100 MB). Raises
+    BundleError for what is missing, altered, unknown or outside the folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        hint = "export it first with `pocketslm export`" if path.suffix == ".gguf" else "no folder"
+        raise BundleError(f"{path} is not a bundle folder ({hint})")
+    if (path / MANIFEST).exists():
+        manifest = read_manifest(path)
+        _check_files(path, manifest, verify)
+        head_dim = manifest.architecture.get("head_dim")
+        if not isinstance(head_dim, int):
+            raise BundleError(f"{path / MANIFEST}: architecture has no head_dim")
+        return Bundle(path, tuple(manifest.graphs), head_dim, manifest)
+    if (path / GENAI_CONFIG).exists():
+        graph, head_dim = _genai_graph(path)
+        return Bundle(path, (graph,), head_dim)
+    raise BundleError(f"{path} has neither {MANIFEST} nor {GENAI_CONFIG}; it is not a bundle")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse ``pocketslm.json`` strictly; BundleError for anything unexpected."""
+    where = folder / MANIFEST
+    data = _read_object(where)
+    if data.get("schema") != SCHEMA:
+        raise BundleError(
+            f"{where} has schema {data.get('schema')!r}, this pocketslm reads {SCHEMA}; "
+            "export again or use the version that wrote it"
+        )
+    data.pop("size_bytes", None)
+    try:
+        graphs = [Graph(**graph) for graph in data.pop("graphs")]
+        files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
+        manifest = Manifest(graphs=graphs, files=files, **data)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise BundleError(f"{where} does not follow the schema: {error}") from None
+    for name in [*manifest.files, *(graph.file for graph in manifest.graphs)]:
+        _check_name(where, name)
+    for graph in manifest.graphs:
+        if graph.file not in manifest.files:
+            raise BundleError(f"{where}: graph file {graph.file!r} is not among its files")
+        if not isinstance(graph.context, int) or graph.context < 1:
+            raise BundleError(f"{where}: context {graph.context!r}, expected a positive integer")
+    if not manifest.graphs:
+        raise BundleError(f"{where} lists no graphs")
+    return manifest
+
+
+def file_entry(path: Path) -> FileEntry:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return FileEntry(digest.hexdigest(), path.stat().st_size)
+
+
+def _check_name(where: Path, name: Any) -> None:
+    """Only plain relative names: nothing of a manifest may point outside its folder."""
+    pure = PurePosixPath(name) if isinstance(name, str) else None
+    if pure is None or pure.is_absolute() or "\\" in name or set(pure.parts) & {"..", ""} or not name:
+        raise BundleError(f"{where}: {name!r} points outside the bundle or is not a file name")
+
+
+def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
+    root = folder.resolve()
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file() or not path.resolve().is_relative_to(root):
+            raise BundleError(f"{path} is missing from the bundle; export or copy it again")
+        if path.stat().st_size != entry.bytes:
+            raise BundleError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; "
+                "it was cut short or altered: export or copy it again"
+            )
+        if verify and file_entry(path).sha256 != entry.sha256:
+            raise BundleError(f"{path} does not match its SHA-256; export or copy it again")
+
+
+def _genai_graph(folder: Path) -> tuple[Graph, int]:
+    """The decoder of a folder made for onnxruntime-genai, and its head size."""
+    where = folder / GENAI_CONFIG
+    try:
+        model = _read_object(where)["model"]
+        file, context = model["decoder"]["filename"], int(model["context_length"])
+        head_dim = int(model["decoder"]["head_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{where} is not a decoder's genai_config.json: {error}") from None
+    _check_name(where, file)
+    if not (folder / file).is_file():
+        raise BundleError(f"{folder / file} is missing")
+    return Graph("onnx", file, context, "as the graph says"), head_dim
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} is not a JSON object")
+    return data
