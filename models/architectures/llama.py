@@ -46,9 +46,7 @@ class Attention(nn.Module):
         self, x: Tensor, past: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        out, k, v = ops.attention(
-            q, k, v, *past, cos, sin, self.heads, self.kv_heads, self.scale
-        )
+        out, k, v = ops.attention(q, k, v, *past, cos, sin, self.heads, self.kv_heads, self.scale)
         return self.o_proj(out), (k, v)
 
 
