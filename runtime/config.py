@@ -15,8 +15,10 @@ class GenerationConfig:
     """Names, meanings and defaults as in transformers, but greedy unless told otherwise.
 
     max_new_tokens: None generates until a stop or the end of the context. do_sample: False takes
-    the most probable token and ignores temperature, top_k, top_p and min_p. stop_strings: text
-    that ends generation and is not returned. seed: None draws differently each time.
+    the most probable token and ignores temperature, top_k, top_p and min_p. penalize_prompt:
+    whether repetition_penalty counts the prompt's tokens as seen, as it does in transformers.
+    stop_strings: text that ends generation and is not returned. seed: None draws differently each
+    time. ignore_eos: go on after an end-of-sequence token, as benchmarks do.
     """
 
     max_new_tokens: int | None = None
@@ -26,6 +28,7 @@ class GenerationConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    penalize_prompt: bool = True
     seed: int | None = None
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False

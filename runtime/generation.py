@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.runtime.backends import Logits, Session
 from pocketslm.runtime.config import GenerationConfig
@@ -57,7 +58,7 @@ class Engine:
         self, ids: list[int], config: GenerationConfig, eos: Collection[int], limit: int
     ) -> Iterator[Step]:
         start = time.perf_counter_ns()
-        processors, sample = processors_for(config), sampler_for(config)
+        processors, sample = processors_for(config, len(ids)), sampler_for(config)
         logits = self.prefill(ids)
         for count in range(1, limit + 1):
             processed = logits.copy() if processors else logits

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from pocketslm.runtime.config import GenerationConfig
 
 Array = npt.NDArray[np.float32]
@@ -17,14 +18,14 @@ Processor = Callable[[Sequence[int], Array], Array]
 Sampler = Callable[[Array], int]
 
 
-def repetition_penalty(penalty: float) -> Processor:
-    """Divide positive and multiply negative logits of tokens seen before.
+def repetition_penalty(penalty: float, start: int = 0) -> Processor:
+    """Divide positive and multiply negative logits of tokens seen from position ``start`` on.
 
-    CTRL, https://arxiv.org/abs/1909.05858; as in transformers the prompt counts as seen.
+    CTRL, https://arxiv.org/abs/1909.05858.
     """
 
     def process(ids: Sequence[int], logits: Array) -> Array:
-        seen = np.unique(np.asarray(ids, np.int64))
+        seen = np.unique(np.asarray(ids[start:], np.int64))
         values = logits[seen]
         logits[seen] = np.where(values < 0, values * penalty, values / penalty)
         return logits
@@ -91,11 +92,12 @@ def multinomial(seed: int | None) -> Sampler:
     return sample
 
 
-def processors_for(config: GenerationConfig) -> list[Processor]:
+def processors_for(config: GenerationConfig, prompt_length: int) -> list[Processor]:
     """The processors that a config asks for, in transformers' order."""
     chain = []
     if config.repetition_penalty != 1.0:
-        chain.append(repetition_penalty(config.repetition_penalty))
+        start = 0 if config.penalize_prompt else prompt_length
+        chain.append(repetition_penalty(config.repetition_penalty, start))
     if config.do_sample:
         if config.temperature != 1.0:
             chain.append(temperature(config.temperature))

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 import support
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from pocketslm.models import architectures
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.hf_writer import hf_config
@@ -127,6 +128,7 @@ def write_gguf(path: Path, config: ModelConfig = TINY, kind: str = "Q4_1", seed:
     """A GGUF of the same random model as llama.cpp would write it: Q and K rows as pairs."""
     import gguf
     from gguf.quants import quantize
+
     from pocketslm.models.checkpoint import gguf_name
 
     quantized = gguf.GGMLQuantizationType[kind]

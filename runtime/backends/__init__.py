@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from pocketslm.errors import BackendError
 from pocketslm.runtime.bundle import Bundle
 

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+
 from pocketslm.errors import BackendError, ContextOverflowError, UsageError
 from pocketslm.runtime.backends import Logits
 from pocketslm.runtime.bundle import Bundle, Graph

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import support
 import torch
+from safetensors.torch import load_file, save_file
+
+import support
 from pocketslm.errors import CheckpointError, UnknownArchitectureError
 from pocketslm.models.checkpoint import gguf_name, open_checkpoint, read_weight
 from pocketslm.models.config import ModelConfig, config_from_hf
@@ -17,7 +19,6 @@ from pocketslm.models.gguf_reader import GGUFFile
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor
-from safetensors.torch import load_file, save_file
 
 # Two fp32 implementations of one model differ by rounding alone.
 MAX_LOGIT_ERROR = 1e-3
@@ -89,8 +90,9 @@ PROMPTS = (
 @pytest.mark.real
 def test_real_model_equals_transformers(smollm2_gguf: Path, tmp_path: Path) -> None:
     """SmolLM2-135M: logits, and 64 greedy tokens on 8 prompts."""
-    from pocketslm.runtime.tokenizer import load_tokenizer
     from transformers import AutoModelForCausalLM
+
+    from pocketslm.runtime.tokenizer import load_tokenizer
 
     checkpoint = open_checkpoint(smollm2_gguf)
     save_hf(checkpoint, tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+
 from pocketslm.errors import TokenizerError
 from pocketslm.models.gguf_reader import GGUFFile
 from pocketslm.models.tokenizer_files import (
