@@ -187,11 +187,13 @@ def _bench(arguments: argparse.Namespace) -> None:
             repetitions=arguments.repetitions,
             threads=arguments.threads,
             backend=arguments.backend,
+            context=arguments.context,
+            timeout_s=arguments.timeout,
             peers=arguments.peer,
             source=resolve(arguments.source, _say) if arguments.source else None,
             progress=progress,
         )
-    print(format_rows(rows, arguments.output))
+    print(format_rows(rows, arguments.output), end="")
 
 
 def _doc_summarize(arguments: argparse.Namespace) -> None:
@@ -476,6 +478,8 @@ def _parser() -> argparse.ArgumentParser:
         help="also run ort-genai, llama.cpp or executorch, and print the ratio",
     )
     sub.add_argument("--source", help="the checkpoint from which peers make their artefact")
+    sub.add_argument("--context", type=int, help="a KV cache larger than the tests need")
+    sub.add_argument("--timeout", type=float, default=600.0, help="seconds a repetition may take")
     _add_backend(sub)
     return parser
 

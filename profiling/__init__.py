@@ -1,0 +1,1 @@
+"""Bundle x machine -> measurements: benchmarks, peers beside them, tables."""

@@ -119,6 +119,17 @@ def test_from_checkpoint_to_measured_bundle(
     assert capsys.readouterr().err.count("TTFT") == 2
 
 
+def test_bench_prints_llama_bench_s_rows(tiny_bundle: Path, capsys: Captured) -> None:
+    assert main(["bench", str(tiny_bundle), "-p", "16", "-n", "4", "-r", "2", "-t", "1"]) == 0
+    table = capsys.readouterr().out
+    assert "pp16" in table
+    assert "tg4 @ d16" in table
+    options = ["-p", "0", "-n", "4", "-d", "0", "-r", "1", "-t", "1", "-o", "jsonl"]
+    assert main(["bench", str(tiny_bundle), *options]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["n_gen"] == 4
+
+
 def test_sampling_options_sample(tiny_bundle: Path, capsys: Captured) -> None:
     def tokens(*options: str) -> list[int]:
         assert main(["run", str(tiny_bundle), "Hi", "-n", "12", "--json", *options]) == 0

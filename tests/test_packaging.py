@@ -58,7 +58,8 @@ from pocketslm.runtime.model import Model
 from pocketslm.runtime.assistant import sample_document
 assert sample_document().exists()
 from pocketslm.runtime.config import GenerationConfig
-print(len(list(Model.load({str(tiny_bundle)!r}).generate("Hi", GenerationConfig(max_new_tokens=5)))))
+config = GenerationConfig(max_new_tokens=5)
+print(len(list(Model.load({str(tiny_bundle)!r}).generate("Hi", config))))
 """
     done = subprocess.run(
         [python, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path

@@ -1,0 +1,147 @@
+"""What the benchmark asks of a runtime, and ours behind it.
+
+A peer is prepared in the parent process (``available``, ``prepare``); every runtime is measured in
+a worker process (``import_library``, ``open``), where one loop times them alike.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pocketslm import __version__
+from pocketslm.profiling.machine import installed_version
+from pocketslm.runtime.backends import BACKENDS, open_session
+from pocketslm.runtime.bundle import open_bundle
+
+
+@dataclass(frozen=True)
+class Job:
+    """One test for one worker. The counts mean what they mean in a Measurement.
+
+    ids: the tokens that go first: the prompt, or what is in the cache before decoding (a single
+    token with ``n_depth`` 0). context: tokens that the KV cache must hold.
+    """
+
+    runtime: str
+    artefact: str
+    backend: str
+    threads: int
+    context: int
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    ids: list[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Engine(Protocol):
+    """A loaded model with the cache of one sequence; ``backend`` says what computes."""
+
+    backend: str
+
+    def reset(self) -> None:
+        """Forget every token."""
+        ...
+
+    def prefill(self, ids: list[int]) -> int:
+        """Run the first tokens of a sequence, as one call; the most probable next token."""
+        ...
+
+    def step(self) -> int:
+        """Run the token that was returned last; the most probable next one."""
+        ...
+
+
+class Runtime(Protocol):
+    """name: as in ``Measurement.runtime``."""
+
+    name: str
+
+    def version(self) -> str:
+        """Of the installed library."""
+        ...
+
+    def import_library(self, job: Job) -> None:
+        """Import what ``open`` needs, so that load times leave it out."""
+        ...
+
+    def open(self, job: Job) -> Engine:
+        """Load the artefact; raises BackendError, BundleError."""
+        ...
+
+
+class Peer(Runtime, Protocol):
+    """Another runtime; artefact: what it runs, in words."""
+
+    artefact: str
+
+    def available(self) -> str | None:
+        """Why it cannot run here and what to do about it, or None when it can."""
+        ...
+
+    def prepare(self, source: Path, cache: Path) -> Path:
+        """Make the artefact of a checkpoint, under ``cache`` if it has to be written.
+
+        Raises UsageError where this runtime cannot be given that checkpoint, BackendError where
+        its own converter fails.
+        """
+        ...
+
+
+class PocketSlm:
+    """This package's runtime."""
+
+    name = "pocketslm"
+
+    def version(self) -> str:
+        return __version__
+
+    def import_library(self, job: Job) -> None:
+        graph = open_bundle(job.artefact, verify=False).graph(job.backend)
+        if graph.backend in BACKENDS:
+            with suppress(ImportError):  # open_session says it better
+                import_module(BACKENDS[graph.backend][0])
+
+    def open(self, job: Job) -> Engine:
+        return _SessionEngine(job)
+
+
+class _SessionEngine:
+    def __init__(self, job: Job) -> None:
+        bundle = open_bundle(job.artefact, verify=False)
+        self._session = open_session(bundle, job.backend, job.threads, job.context)
+        self.backend = self._session.backend
+        self._next = np.zeros(1, np.int64)
+
+    def reset(self) -> None:
+        self._session.truncate(0)
+
+    def prefill(self, ids: list[int]) -> int:
+        return self._run(np.array(ids, np.int64))
+
+    def step(self) -> int:
+        return self._run(self._next)
+
+    def _run(self, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> int:
+        self._next[0] = self._session.forward(tokens)[0].argmax()
+        return int(self._next[0])
+
+
+def missing_library(module: str, distribution: str) -> str | None:
+    """Why a library cannot be used, without importing it."""
+    if find_spec(module) is not None:
+        return None
+    return f"{distribution} is not installed; install it with `pip install {distribution}`"
+
+
+def library_version(distribution: str) -> str:
+    return installed_version(distribution) or "unknown"

@@ -1,0 +1,45 @@
+"""What this process holds in memory, as the system counts it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. peak_rss: the most that was ever resident; rss_anon, rss_file: resident now, as own
+    pages and as pages of mapped files, None where the system does not tell them apart.
+    """
+
+    peak_rss_bytes: int
+    rss_anon_bytes: int | None = None
+    rss_file_bytes: int | None = None
+
+
+def memory() -> Memory:
+    """Of this process: from /proc on Linux, from getrusage elsewhere."""
+    if _STATUS.exists():
+        return parse_status(_STATUS.read_text(encoding="utf-8"))
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, the BSDs KiB.
+    return Memory(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def parse_status(text: str) -> Memory:
+    """Read ``/proc/<pid>/status``, whose "kB" are KiB.
+
+    VmHWM starts anew with each program, whereas getrusage's maximum survives exec: a small child
+    of a large parent would report the parent.
+    """
+    kib = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            kib[name] = int(value.removesuffix(" kB")) * 1024
+    return Memory(kib["VmHWM"], kib.get("RssAnon"), kib.get("RssFile"))

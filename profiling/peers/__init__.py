@@ -1,0 +1,34 @@
+"""Runtimes to measure beside ours, each driven through its own Python interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketslm.errors import UsageError
+from pocketslm.profiling.engine import Peer, PocketSlm, Runtime
+from pocketslm.profiling.peers.executorch import ExecuTorch
+from pocketslm.profiling.peers.llama_cpp import LlamaCpp
+from pocketslm.profiling.peers.ort_genai import OrtGenai
+
+_ALL: tuple[Peer, ...] = (OrtGenai(), LlamaCpp(), ExecuTorch())
+PEERS = {peer.name: peer for peer in _ALL}
+
+
+def runtime_named(name: str) -> Runtime:
+    """Ours or a peer; UsageError for an unknown name."""
+    if name == PocketSlm.name:
+        return PocketSlm()
+    if name not in PEERS:
+        raise UsageError(f"peer {name!r} is unknown, expected one of: {', '.join(PEERS)}")
+    return PEERS[name]
+
+
+def parse_peer(text: str) -> tuple[Peer, Path | None]:
+    """``NAME`` or ``NAME=ARTEFACT``; UsageError for anything else."""
+    name, has_path, path = text.partition("=")
+    if name not in PEERS or (has_path and not path):
+        raise UsageError(
+            f"peer {text!r} is not understood, expected NAME or NAME=ARTEFACT with one of: "
+            + ", ".join(f"{peer.name} ({peer.artefact})" for peer in _ALL)
+        )
+    return PEERS[name], Path(path) if path else None

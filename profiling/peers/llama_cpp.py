@@ -1,0 +1,91 @@
+"""llama.cpp through llama-cpp-python's C interface: what llama-bench calls, plus the argmax."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+
+from pocketslm.errors import BackendError, UsageError
+from pocketslm.profiling.engine import Engine, Job, library_version, missing_library
+
+_DISTRIBUTION = "llama-cpp-python"
+
+
+class LlamaCpp:
+    """llama.cpp on a GGUF file as it is."""
+
+    name = "llama.cpp"
+    artefact = "a .gguf file"
+
+    def version(self) -> str:
+        return library_version(_DISTRIBUTION)
+
+    def available(self) -> str | None:
+        return missing_library("llama_cpp", _DISTRIBUTION)
+
+    def prepare(self, source: Path, cache: Path) -> Path:
+        files = sorted(source.glob("*.gguf")) if source.is_dir() else [source]
+        if len(files) != 1 or files[0].suffix != ".gguf":
+            raise UsageError(
+                f"{source} is not a .gguf file, which is what llama.cpp runs; convert it with "
+                f"llama.cpp's convert_hf_to_gguf.py and give it as --peer {self.name}=FILE.gguf"
+            )
+        return files[0]
+
+    def import_library(self, job: Job) -> None:
+        import llama_cpp
+
+        llama_cpp.llama_backend_init()
+
+    def open(self, job: Job) -> Engine:
+        return _Engine(job)
+
+
+class _Engine:
+    backend = "ggml"
+
+    def __init__(self, job: Job) -> None:
+        import llama_cpp
+
+        self._lib = llama_cpp
+        self._model = llama_cpp.llama_model_load_from_file(
+            job.artefact.encode(), llama_cpp.llama_model_default_params()
+        )
+        if not self._model:
+            raise BackendError(
+                f"llama.cpp cannot load {job.artefact}; is it a GGUF file of an architecture that "
+                f"{_DISTRIBUTION} {llama_cpp.__version__} knows?"
+            )
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = job.context
+        options.n_batch = job.context
+        options.n_threads = options.n_threads_batch = job.threads
+        self._context = llama_cpp.llama_init_from_model(self._model, options)
+        if not self._context:
+            raise BackendError(
+                f"llama.cpp cannot make a context of {job.context} tokens for {job.artefact}; "
+                "ask for fewer tokens"
+            )
+        vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocab)
+        self._next = (llama_cpp.llama_token * 1)()
+
+    def reset(self) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+    def prefill(self, ids: list[int]) -> int:
+        return self._run((self._lib.llama_token * len(ids))(*ids))
+
+    def step(self) -> int:
+        return self._run(self._next)
+
+    def _run(self, tokens: ctypes.Array[ctypes.c_int32]) -> int:
+        batch = self._lib.llama_batch_get_one(tokens, len(tokens))
+        if status := self._lib.llama_decode(self._context, batch):
+            raise BackendError(f"llama.cpp's llama_decode failed with status {status}")
+        logits = self._lib.llama_get_logits_ith(self._context, -1)
+        best = int(np.ctypeslib.as_array(logits, (self._vocab_size,)).argmax())
+        self._next[0] = best
+        return best

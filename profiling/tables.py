@@ -1,0 +1,152 @@
+"""Measurements as text: Markdown in llama-bench's manner, JSON, JSON lines, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pocketslm.errors import UsageError
+from pocketslm.profiling.records import OURS, Measurement
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times a peer's tokens/s ours are, on one test.
+
+    peer: its artefact and runtime; median: of our median tokens/s and the peer's; low, high: the
+    extremes of the ratios of repetitions that were taken right after each other.
+    """
+
+    test: str
+    threads: int
+    peer: str
+    median: float
+    low: float
+    high: float
+
+
+def format_rows(rows: Sequence[Measurement], style: str = "md") -> str:
+    """All rows as text that ends in a newline; styles: md, json, jsonl, csv.
+
+    md shows mean ± sample standard deviation as llama-bench does, and below it our ratios to the
+    peers' medians where peers were measured; the others carry every field and sample.
+    """
+    if style not in FORMATS:
+        raise UsageError(
+            f"output format {style!r} is unknown, expected one of: {', '.join(FORMATS)}"
+        )
+    return FORMATS[style](rows)
+
+
+def ratios(rows: Sequence[Measurement]) -> list[Ratio]:
+    """Ours to each peer's, for the tests of one run that both did."""
+    ours = {_test_key(row): row for row in rows if row.runtime == OURS}
+    return [
+        _ratio(ours[_test_key(row)], row)
+        for row in rows
+        if row.runtime != OURS and _test_key(row) in ours
+    ]
+
+
+def _test_key(row: Measurement) -> tuple[str, str, int]:
+    return row.run, row.test, row.threads
+
+
+def _ratio(ours: Measurement, peer: Measurement) -> Ratio:
+    each = [a / b for a, b in zip(ours.tokens_per_second, peer.tokens_per_second, strict=True)]
+    peer_name = f"{peer.artefact} on {_engine(peer)}"
+    median = statistics.median(ours.tokens_per_second) / statistics.median(peer.tokens_per_second)
+    return Ratio(ours.test, ours.threads, peer_name, median, min(each), max(each))
+
+
+def _md(rows: Sequence[Measurement]) -> str:
+    table = _md_table(
+        ["model", "size", "backend", "threads", "test", "t/s", "peak RSS", "load"],
+        ["l", "r", "l", "r", "r", "r", "r", "r"],
+        [_md_row(row) for row in rows],
+    )
+    compared = ratios(rows)
+    if not compared:
+        return table
+    return f"{table}\n" + _md_table(
+        ["ours against", "threads", "test", "ratio", "min .. max of rounds"],
+        ["l", "r", "r", "r", "r"],
+        [
+            [r.peer, str(r.threads), r.test, f"{r.median:.2f}", f"{r.low:.2f} .. {r.high:.2f}"]
+            for r in compared
+        ],
+    )
+
+
+def _md_row(row: Measurement) -> list[str]:
+    summary = row.summary()
+    return [
+        row.artefact,
+        f"{row.size_bytes / 1e6:.1f} MB",
+        _engine(row),
+        str(row.threads),
+        row.test,
+        f"{summary['avg_ts']:.2f} ± {summary['stddev_ts']:.2f}",
+        f"{row.peak_rss_bytes / 1e6:.0f} MB",
+        f"{row.load_ns / 1e6:.0f} ms",
+    ]
+
+
+def _engine(row: Measurement) -> str:
+    return f"{row.runtime} {row.runtime_version} ({row.backend})"
+
+
+def _md_table(head: list[str], sides: list[str], rows: list[list[str]]) -> str:
+    """Cells padded to equal width, so that the table also reads well as plain text."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    lines = [
+        [
+            cell.rjust(width) if side == "r" else cell.ljust(width)
+            for cell, side, width in zip(line, sides, widths, strict=True)
+        ]
+        for line in lines
+    ]
+    rule = [
+        "-" * (width - 1) + (":" if side == "r" else "-")
+        for side, width in zip(sides, widths, strict=True)
+    ]
+    lines.insert(1, rule)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _json(rows: Sequence[Measurement]) -> str:
+    return json.dumps([row.to_dict() for row in rows], indent=2) + "\n"
+
+
+def _jsonl(rows: Sequence[Measurement]) -> str:
+    return "".join(row.to_json() + "\n" for row in rows)
+
+
+def _csv(rows: Sequence[Measurement]) -> str:
+    """One column a field; ``machine`` and ``summary`` spread out, lists and maps as JSON."""
+    if not rows:
+        return ""
+    flat = [_flat(row) for row in rows]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def _flat(row: Measurement) -> dict[str, Any]:
+    data = row.to_dict()
+    machine, summary = data.pop("machine"), data.pop("summary")
+    return {
+        name: json.dumps(value) if isinstance(value, dict | list | tuple) else value
+        for name, value in (data | machine | summary).items()
+    }
+
+
+FORMATS = {"md": _md, "json": _json, "jsonl": _jsonl, "csv": _csv}

@@ -1,0 +1,116 @@
+"""Rows survive JSON, refuse what is not theirs, and summarise as llama-bench does."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocketslm.errors import UsageError
+from pocketslm.profiling.records import Measurement, percentile
+
+
+def test_json_round_trip(make_row: Any) -> None:
+    for row in (
+        make_row(),
+        make_row(quality=None, rss_anon_bytes=None, rss_file_bytes=None),
+        make_row(n_prompt=0, n_gen=2, n_depth=9, step_ns=(3, 4, 5, 6), samples_ns=(7, 11)),
+    ):
+        text = row.to_json()
+        assert "\n" not in text
+        assert Measurement.from_json(text) == row
+
+
+def test_json_carries_samples_and_summary(make_row: Any) -> None:
+    data = json.loads(make_row().to_json())
+    assert data["schema"] == 1
+    assert data["test"] == "pp512"
+    assert data["samples_ns"] == [512_000_000, 1_024_000_000]
+    assert data["machine"]["cpu"] == "Some CPU"
+    assert data["summary"]["avg_ts"] == pytest.approx(750)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 2}, "schema 2"),
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": True}, "threads is True"),
+        ({"threads": 2.0}, "threads is 2.0"),
+        ({"n_prompt": -1}, "n_prompt is -1"),
+        ({"load_ns": "1"}, "load_ns is '1'"),
+        ({"peak_rss_bytes": None}, "peak_rss_bytes is None"),
+        ({"backend": None}, "backend is None"),
+        ({"samples_ns": []}, "samples_ns is empty"),
+        ({"samples_ns": [0]}, "samples_ns is 0"),
+        ({"samples_ns": [float("nan")]}, "samples_ns is nan"),
+        ({"samples_ns": 5}, "does not follow the schema"),
+        ({"n_gen": 1}, "just one of them"),
+        ({"n_prompt": 0}, "just one of them"),
+        ({"step_ns": [1]}, "step_ns has 1 values"),
+        ({"speed": 9}, "unknown fields ['speed']"),
+        ({"machine": {"cpu": "x"}}, "does not follow the schema"),
+        ({"machine": None}, "does not follow the schema"),
+    ],
+)
+def test_strict_about_fields(make_row: Any, changes: dict[str, Any], message: str) -> None:
+    data = json.loads(make_row().to_json()) | changes
+    with pytest.raises(UsageError) as caught:
+        Measurement.from_dict(data)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["run", "machine", "samples_ns", "peak_rss_bytes"])
+def test_missing_field(make_row: Any, name: str) -> None:
+    data = json.loads(make_row().to_json())
+    del data[name]
+    with pytest.raises(UsageError, match=name):
+        Measurement.from_dict(data)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"x"'])
+def test_not_json_objects(text: str) -> None:
+    with pytest.raises(UsageError, match="not a measurement"):
+        Measurement.from_json(text)
+
+
+def test_names_of_tests(make_row: Any) -> None:
+    steps = tuple(range(1, 9))
+    generated = {"n_prompt": 0, "n_gen": 4, "step_ns": steps}
+    assert make_row().test == "pp512"
+    assert make_row(**generated).test == "tg4"
+    assert make_row(**generated, n_depth=512).test == "tg4 @ d512"
+
+
+def test_summary(make_row: Any) -> None:
+    row = make_row(samples_ns=(512_000_000, 1_024_000_000, 256_000_000))
+    assert row.tokens_per_second == pytest.approx((1000, 500, 2000))
+    summary = row.summary()
+    assert summary["avg_ts"] == pytest.approx(3500 / 3)
+    assert summary["median_ts"] == pytest.approx(1000)
+    assert summary["stddev_ts"] == pytest.approx(statistics.stdev([1000, 500, 2000]))
+    assert summary["avg_ns"] == pytest.approx(1_792_000_000 / 3)
+    assert summary["p50_ns"] == 512_000_000
+
+
+def test_generation_percentiles_are_of_steps(make_row: Any) -> None:
+    row = make_row(n_prompt=0, n_gen=2, samples_ns=(30, 70), step_ns=(10, 20, 30, 40))
+    assert row.tokens_per_second == pytest.approx((2e9 / 30, 2e9 / 70))
+    assert row.summary()["p50_ns"] == 25
+
+
+def test_one_repetition_has_no_spread(make_row: Any) -> None:
+    assert make_row(samples_ns=(5,)).summary()["stddev_ts"] == 0
+
+
+@given(
+    st.lists(st.integers(1, 10**12), min_size=1, max_size=50),
+    st.sampled_from([0, 1, 50, 90, 99, 100]),
+)
+def test_percentile_is_numpys(values: list[int], percent: int) -> None:
+    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent), rel=1e-12)
