@@ -36,7 +36,7 @@ def main() -> int:
     if sys.argv[1:] not in (["demo"], ["test"]):
         print(__doc__.strip())
         return 2
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - the reason is what an older one must be told
         print(f"pocketslm needs Python 3.11 or later, this is {sys.version.split()[0]}")
         return 2
     start = time.monotonic()
