@@ -254,9 +254,8 @@ def lower(
 ) -> NativeReport:
     """Write ``path``; ``weights(name, shape)`` gives the tensor of a Hugging Face name.
 
-    ``tokenizer`` is the text of a tokenizer.json and ``chat`` the strings around each message
-    (``{"system": [before, after], "user": ..., "assistant": ..., "prompt": ..., "eos": [ids]}``);
-    with both, ``pocketslm-run`` needs no other file.
+    ``tokenizer`` and ``chat`` are what :mod:`pocketslm.export.lower.native_tokenizer` makes; with
+    both, ``pocketslm-run`` needs no other file.
     """
     _check(config)
     path = Path(path)

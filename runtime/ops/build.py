@@ -25,7 +25,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 
 COMMON = ("api", "cpu", "kv_cache", "model_file", "probes", "session", "thread_pool")
-RUNNER = ("main", "json", "protocol", "sampler", "tokenizer", "unicode")
+RUNNER = ("engine", "json", "main", "protocol", "sampler", "tokenizer", "unicode")
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
     # Rounding is part of the contract: every path adds and multiplies in the same order.
