@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
 from pocketslm.errors import CheckpointError
 from pocketslm.models import architectures
 from pocketslm.models.config import ModelConfig, config_from_gguf, config_from_hf
@@ -173,7 +174,7 @@ class GGUFCheckpoint:
         name = meta.get("general.architecture")
         if not isinstance(name, str):
             raise CheckpointError(f"{path}: GGUF metadata has no general.architecture")
-        self.name = str(meta.get("general.name", path.stem))
+        self.name = path.stem
         self.licence = meta.get("general.license")
         architecture = architectures.canonical(name)
         divisors = None

@@ -110,9 +110,9 @@ def config_from_hf(data: Mapping[str, Any], architecture: str) -> ModelConfig:
         rope_theta=theta,
         rope_divisors=_rope_divisors(rope, rope_frequencies(theta, head_dim)),
         tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
-        # Qwen2 has Q, K and V biases without saying so in its config.
-        attention_bias=bool(data.get("attention_bias", data.get("model_type") == "qwen2")),
-        output_bias=bool(data.get("attention_bias", False)),
+        # Qwen2 has biases on Q, K and V alone, and no field that says so.
+        attention_bias=architecture == "qwen2" or bool(data.get("attention_bias", False)),
+        output_bias=architecture != "qwen2" and bool(data.get("attention_bias", False)),
         mlp_bias=bool(data.get("mlp_bias", False)),
         hidden_act=data.get("hidden_act", "silu"),
     )
@@ -156,7 +156,7 @@ def config_from_gguf(
 ) -> ModelConfig:
     """Read the ``<arch>.*`` keys of GGUF metadata.
 
-    ``names`` are the file's tensor names, ``rope_divisors`` its ``rope_freqs.weight`` if it has one.
+    ``names``: the file's tensor names; ``rope_divisors``: its ``rope_freqs.weight``, if any.
     """
     arch = meta["general.architecture"]
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
+
 from pocketslm.errors import CheckpointError
 from pocketslm.models.tensors import Array, QuantTensor, Weight, pack_codes
 

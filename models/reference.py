@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from pocketslm.models import architectures
 from pocketslm.models.checkpoint import Checkpoint, read_weight
+from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import QuantTensor
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its name; a tied head is not listed again."""
+    with torch.device("meta"):
+        model = architectures.load(config.architecture).Model(config, context=1)
+    return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
 def load_reference(checkpoint: Checkpoint, context: int | None = None) -> Any:

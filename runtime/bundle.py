@@ -155,7 +155,13 @@ def file_entry(path: Path) -> FileEntry:
 def _check_name(where: Path, name: Any) -> None:
     """Only plain relative names: nothing of a manifest may point outside its folder."""
     pure = PurePosixPath(name) if isinstance(name, str) else None
-    if pure is None or pure.is_absolute() or "\\" in name or set(pure.parts) & {"..", ""} or not name:
+    if (
+        pure is None
+        or pure.is_absolute()
+        or "\\" in name
+        or set(pure.parts) & {"..", ""}
+        or not name
+    ):
         raise BundleError(f"{where}: {name!r} points outside the bundle or is not a file name")
 
 

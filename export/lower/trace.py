@@ -19,8 +19,9 @@ class Traced:
     """An FX graph of ``pocketslm`` operators.
 
     ``parameters`` maps placeholder names to parameter names and shapes (a tied head has the
-    embedding's name), ``buffers`` to constant arrays; ``past`` lists the cache placeholders as (key, value) per layer. The output node's
-    arguments are the logits, then key and value per layer.
+    embedding's name), ``buffers`` to constant arrays; ``past`` lists the cache placeholders as
+    (key, value) per layer. The output node's arguments are the logits, then key and value per
+    layer.
     """
 
     graph: Any

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from pocketslm.models import ops
 from pocketslm.models.config import ModelConfig, rope_frequencies
 from pocketslm.models.tensors import QuantTensor, Weight
-from torch import Tensor, nn
 
 Cache = list[tuple[Tensor, Tensor]]
 
@@ -46,9 +47,7 @@ class Attention(nn.Module):
         self, x: Tensor, past: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        out, k, v = ops.attention(
-            q, k, v, *past, cos, sin, self.heads, self.kv_heads, self.scale
-        )
+        out, k, v = ops.attention(q, k, v, *past, cos, sin, self.heads, self.kv_heads, self.scale)
         return self.o_proj(out), (k, v)
 
 
@@ -112,7 +111,7 @@ class Model(nn.Module):
     def forward(
         self, input_ids: Tensor, past: Cache, logits_to_keep: int | None = None
     ) -> tuple[Tensor, Cache]:
-        """Logits [B, logits_to_keep or S, V] of input_ids [B, S] after ``past``, and the new cache."""
+        """Logits [B, logits_to_keep or S, V] of input_ids [B, S] after ``past``; the new cache."""
         x = ops.embedding(input_ids, self.model.embed_tokens.weight)
         present = []
         for layer, layer_past in zip(self.model.layers, past, strict=True):
@@ -124,7 +123,7 @@ class Model(nn.Module):
 
 
 def rope_tables(c: ModelConfig, context: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [context, head_dim / 2] as fp32; angles in fp64 so that far positions are exact."""
+    """cos and sin [context, head_dim / 2] as fp32, from fp64 angles: far positions stay exact."""
     frequencies = torch.tensor(rope_frequencies(c.rope_theta, c.head_dim), dtype=torch.float64)
     if c.rope_divisors is not None:
         frequencies = frequencies / torch.tensor(c.rope_divisors, dtype=torch.float64)

@@ -51,7 +51,9 @@ def open_session(
     bundle has no such graph, BackendError where the backend is unknown or not installed.
     """
     if backend != "auto" and backend not in BACKENDS:
-        raise BackendError(f"backend {backend!r} is unknown, expected one of: {', '.join(BACKENDS)}")
+        raise BackendError(
+            f"backend {backend!r} is unknown, expected one of: {', '.join(BACKENDS)}"
+        )
     graph = bundle.graph(backend)
     if graph.backend not in BACKENDS:
         raise BackendError(f"{bundle.path} needs backend {graph.backend!r}, unknown here")

@@ -1,0 +1,162 @@
+"""Quality of a bundle against the checkpoint it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pocketslm.errors import UsageError
+from pocketslm.export.pipeline import update_manifest
+from pocketslm.models.catalog import catalog, fetch
+from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, open_checkpoint
+from pocketslm.models.reference import load_reference
+from pocketslm.runtime.backends import Session, open_session
+from pocketslm.runtime.bundle import Manifest, open_bundle
+from pocketslm.runtime.tokenizer import load_tokenizer
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What ``pocketslm eval`` measured.
+
+    Windows of ``window`` tokens stand beside each other (no overlap), each from an empty cache;
+    ``tokens`` positions in all. perplexity and source_perplexity are over all positions but each
+    window's first, which has nothing before it. kl: mean over all positions of
+    KL(source || bundle) in nats; top1: share of positions where both put the same token first.
+    """
+
+    perplexity: float
+    source_perplexity: float
+    kl: float
+    top1: float
+    tokens: int
+    window: int
+    backend: str
+    corpus: str
+    corpus_sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_bundle(
+    folder: Path,
+    *,
+    source: Path | None,
+    text: Path,
+    window: int = 512,
+    windows: int = 16,
+    backend: str = "auto",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Quality:
+    """Measure a bundle against its source and write the result into its manifest.
+
+    ``source``: the checkpoint; None looks for its SHA-256 in the catalog. The text is tokenized
+    from its start, as far as the windows reach. Raises UsageError where source or text do not fit,
+    and what opening them raises.
+    """
+    bundle = open_bundle(folder)
+    if bundle.manifest is None:
+        raise UsageError(f"{folder} was not made by pocketslm: there is no source to compare with")
+    checkpoint = open_checkpoint(source or _source_in_catalog(bundle.manifest))
+    if checkpoint_sha256(checkpoint) != bundle.manifest.source["sha256"]:
+        raise UsageError(f"{checkpoint.path} is not what {folder} was made from (SHA-256 differs)")
+    try:
+        # Eight characters a token are more than enough; the rest need not be tokenized.
+        content = text.read_text(encoding="utf-8")[: 8 * window * windows]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from None
+    ids = load_tokenizer(folder).encode(content)
+    session = open_session(bundle, backend, threads, context=min(window, bundle.context))
+    quality = evaluate(checkpoint, session, windows_of(ids, window, windows), text, progress)
+    update_manifest(folder, replace(bundle.manifest, quality=quality.to_dict()))
+    return quality
+
+
+def _source_in_catalog(manifest: Manifest) -> Path:
+    for entry in catalog().values():
+        if entry.sha256 == manifest.source["sha256"]:
+            return fetch(entry.name)
+    raise UsageError("the catalog does not have the bundle's source; give it with --source")
+
+
+def windows_of(ids: Sequence[int], window: int, count: int) -> list[Ids]:
+    """The first ``count`` windows of ``window`` ids; UsageError where there is not even one."""
+    if window < 2:
+        raise UsageError(f"window {window}, expected at least 2 tokens")
+    whole = min(count, len(ids) // window)
+    if whole < 1:
+        raise UsageError(f"the text has {len(ids)} tokens, expected at least one window: {window}")
+    array = np.asarray(ids[: whole * window], np.int64)
+    return list(array.reshape(whole, window))
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    session: Session,
+    windows: Sequence[Ids],
+    text: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Quality:
+    """Run the source in fp32 and the bundle over the same windows of ``text``'s tokens.
+
+    ``progress`` is called with windows done and in total. Raises UsageError where the vocabularies
+    differ, ContextOverflowError where a window is longer than the graph's context.
+    """
+    if session.vocab_size != checkpoint.config.vocab_size:
+        raise UsageError(
+            f"the bundle has a vocabulary of {session.vocab_size}, the source "
+            f"{checkpoint.config.vocab_size}: was the bundle made from {checkpoint.path}?"
+        )
+    window = len(windows[0])
+    reference = load_reference(checkpoint, context=window)
+    sums = np.zeros(4)  # negative log-likelihood of source and bundle, KL, agreements
+    for done, ids in enumerate(windows, 1):
+        with torch.no_grad():
+            logits, _ = reference(torch.from_numpy(ids)[None], reference.empty_cache())
+        session.truncate(0)
+        sums += compare(logits[0], torch.from_numpy(session.forward(ids, all_logits=True)), ids)
+        progress(done, len(windows))
+    positions = window * len(windows)
+    source_nll, nll, kl, agreements = sums
+    predicted = positions - len(windows)
+    return Quality(
+        perplexity=float(np.exp(nll / predicted)),
+        source_perplexity=float(np.exp(source_nll / predicted)),
+        kl=float(kl / positions),
+        top1=float(agreements / positions),
+        tokens=positions,
+        window=window,
+        backend=session.backend,
+        corpus=text.name,
+        corpus_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
+    )
+
+
+def compare(source: torch.Tensor, bundle: torch.Tensor, ids: Ids) -> npt.NDArray[np.float64]:
+    """Sums over one window of logits [S, V]: both log-likelihoods (negative), KL, agreements.
+
+    Log-softmax in fp64: a KL of 1e-3 nats is a small difference of large sums.
+    """
+    p = torch.log_softmax(source.double(), -1)
+    q = torch.log_softmax(bundle.double(), -1)
+    following = torch.from_numpy(ids[1:])[:, None]
+    return np.array(
+        [
+            -p[:-1].gather(1, following).sum(),
+            -q[:-1].gather(1, following).sum(),
+            (p.exp() * (p - q)).sum(),
+            (source.argmax(-1) == bundle.argmax(-1)).sum(),
+        ],
+        np.float64,
+    )

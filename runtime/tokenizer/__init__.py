@@ -1,0 +1,349 @@
+"""Text to token ids and back, from the tokenizer files that Hugging Face writes.
+
+`load_tokenizer(folder)` gives a `Tokenizer`. It encodes with the `tokenizers` wheel where that is
+installed, and otherwise with the pure Python reader in `bpe`, which gives the same ids.
+Decoding, streaming and chat templates are one code for both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, get_args
+
+from pocketslm.errors import TokenizerError
+from pocketslm.runtime.tokenizer import decoders, fields, normalizers, postprocessors, wheel
+from pocketslm.runtime.tokenizer.bpe import PythonEncoder
+from pocketslm.runtime.tokenizer.chat import ChatTemplate, Fragment, Message
+from pocketslm.runtime.tokenizer.stream import StreamDecoder
+from pocketslm.runtime.tokenizer.unicode_classes import WHITE_SPACE, characters
+from pocketslm.runtime.tokenizer.vocabulary import Vocabulary
+
+__all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer", "load_tokenizer_files"]
+
+Implementation = Literal["auto", "tokenizers", "python"]
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+MAX_FILE_BYTES = 256 << 20
+_SPACES = characters(WHITE_SPACE)
+_TOKEN_VARIABLE = re.compile(r"(?:[a-z]+_)?[a-z]+_token")
+
+
+class Encoder(Protocol):
+    """Text to ids; the two implementations differ only here."""
+
+    name: str
+
+    def encode(self, text: str, *, parse_special: bool, at_start: bool = True) -> list[int]:
+        """The ids of `text`; `at_start` says that nothing stands before it."""
+
+
+class Tokenizer:
+    """The tokenizer of one model; made by `load_tokenizer`.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        vocabulary: Vocabulary,
+        decoder: decoders.Decoder,
+        affixes: postprocessors.Affixes,
+        variables: Mapping[str, str],
+        chat_template: str | None,
+        eos_token_ids: frozenset[int],
+        bos_token_id: int | None,
+    ) -> None:
+        self._encoder = encoder
+        self._vocabulary = vocabulary
+        self._decoder = decoder
+        self._affixes = affixes
+        self._bytes: dict[tuple[int, bool], bytes] = {}
+        self._stripping = {t.id: t for t in vocabulary.added if t.lstrip or t.rstrip}
+        self._chat = chat_template and ChatTemplate(
+            chat_template,
+            {token.content: token.id for token in vocabulary.added if token.special},
+            variables,
+        )
+        self.eos_token_ids = eos_token_ids
+        self.bos_token_id = bos_token_id
+
+    @property
+    def name(self) -> str:
+        """The implementation in use: `tokenizers` or `python`."""
+        return self._encoder.name
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self._vocabulary.size
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens, which decoding skips by default."""
+        return self._vocabulary.special_ids
+
+    @property
+    def leading_strip(self) -> tuple[str, int]:
+        """A character, and how often it is taken off the start of a decoded text."""
+        return self._decoder.strip, self._decoder.strip_count
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token with exactly this text in the vocabulary; None if there is none."""
+        return self._vocabulary.id_of(text)
+
+    def encode(
+        self, text: str, *, parse_special: bool = False, add_special_tokens: bool = False
+    ) -> list[int]:
+        """The ids of `text`.
+
+        With `parse_special=False` the text of a special token, such as `<|im_end|>`, is ordinary
+        text; use True only for prompts that you wrote. `add_special_tokens` adds what the
+        tokenizer's post-processor adds, commonly the beginning-of-sequence token.
+        Raises `TokenizerError` for text with lone surrogates, which has no UTF-8 form.
+        """
+        ids = self._encode(text, parse_special=parse_special, at_start=True)
+        if add_special_tokens:
+            return [*self._affixes.before, *ids, *self._affixes.after]
+        return ids
+
+    def _encode(self, text: str, *, parse_special: bool, at_start: bool) -> list[int]:
+        if not isinstance(text, str):
+            raise TokenizerError(
+                f"cannot encode {type(text).__name__}; expected str; decode the bytes first"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"cannot encode text with the lone surrogate {error.object[error.start]!r}; "
+                "expected Unicode text; decode its source with errors='replace'"
+            ) from None
+        return self._encoder.encode(text, parse_special=parse_special, at_start=at_start)
+
+    def token_bytes(self, token_id: int, *, first: bool = False) -> bytes:
+        """The exact bytes that a token stands for inside a text, or with `first` at its start.
+
+        Empty for an id that the vocabulary leaves unused. Raises `TokenizerError` for a
+        negative id.
+        """
+        key = (token_id, first)
+        known = self._bytes.get(key)
+        if known is None:
+            if token_id < 0:
+                raise TokenizerError(
+                    f"token id {token_id} is negative; expected 0 to {self.vocab_size - 1}; "
+                    "check where the ids come from"
+                )
+            text = self._vocabulary.texts.get(token_id)
+            if text is None:
+                return b""
+            known = (self._decoder.first if first else self._decoder.inner)(text)
+            self._bytes[key] = known
+        return known
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`, with U+FFFD for bytes that are not UTF-8.
+
+        Where byte-fallback tokens do not form UTF-8, Hugging Face's decoder replaces the whole
+        run of them, one U+FFFD per byte; this one keeps the characters that are whole.
+        """
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        kept = [id_ for id_ in ids if id_ not in skipped]
+        if not kept:
+            return ""
+        data = [self.token_bytes(kept[0], first=True), *map(self.token_bytes, kept[1:])]
+        text = b"".join(data).decode("utf-8", "replace")
+        strip, count = self.leading_strip
+        lead = len(text) - len(text.lstrip(strip))
+        return text[min(lead, count) :]
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The ids of the prompt that the model's chat template makes of `messages`.
+
+        Special tokens that the template writes are special; special-token text inside messages,
+        tools and documents stays ordinary text (see `chat` for how). `tools` are JSON schemas;
+        `variables` are further names for the template, such as `enable_thinking`.
+        Raises `TokenizerError` where there is no template or it rejects the messages.
+        """
+        if not self._chat:
+            raise TokenizerError(
+                "the tokenizer has no chat template; expected chat_template.jinja or "
+                "'chat_template' in tokenizer_config.json; use an instruction-tuned checkpoint"
+            )
+        fragments = self._chat.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            variables=variables,
+        )
+        return self._encode_fragments(fragments)
+
+    def _encode_fragments(self, fragments: Sequence[Fragment]) -> list[int]:
+        ids: list[int] = []
+        for at, part in enumerate(fragments):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            before = self._stripping.get(cast("int", fragments[at - 1])) if at else None
+            after = (
+                self._stripping.get(cast("int", fragments[at + 1])) if fragments[at + 1 :] else None
+            )
+            text = part.lstrip(_SPACES) if before and before.rstrip else part
+            text = text.rstrip(_SPACES) if after and after.lstrip else text
+            ids += self._encode(text, parse_special=False, at_start=at == 0)
+        return ids
+
+
+def load_tokenizer(folder: str | Path, implementation: Implementation = "auto") -> Tokenizer:
+    """The tokenizer in `folder`, from `tokenizer.json` and, where present, `tokenizer_config.json`,
+    `chat_template.jinja` and `generation_config.json`.
+
+    `implementation` is `tokenizers` (the wheel), `python` (no wheel needed) or `auto`, the wheel
+    where it is installed. Both give the same ids.
+    Raises `TokenizerError` for missing or malformed files and unsupported components.
+    """
+    found: dict[str, bytes] = {}
+    for name in FILES:
+        path = Path(folder) / name
+        try:
+            if path.is_file():
+                if path.stat().st_size > MAX_FILE_BYTES:
+                    raise TokenizerError(
+                        f"{path} is larger than {MAX_FILE_BYTES} bytes; expected a tokenizer "
+                        "file; fetch or export it again"
+                    )
+                found[name] = path.read_bytes()
+        except OSError as error:
+            raise TokenizerError(
+                f"{path} cannot be read ({error.strerror}); expected a readable file; "
+                "check its permissions"
+            ) from None
+    if "tokenizer.json" not in found:
+        raise TokenizerError(
+            f"{Path(folder) / 'tokenizer.json'} does not exist; expected the tokenizer file that "
+            "Hugging Face writes; fetch or export the model again"
+        )
+    return load_tokenizer_files(found, implementation)
+
+
+def load_tokenizer_files(
+    files: Mapping[str, bytes | str], implementation: Implementation = "auto"
+) -> Tokenizer:
+    """Like `load_tokenizer`, from the contents of the files by name."""
+    if implementation not in get_args(Implementation):
+        raise TokenizerError(
+            f"tokenizer implementation {implementation!r} is unknown; expected one of "
+            f"{', '.join(get_args(Implementation))}; use 'auto'"
+        )
+    text = {name: _text(files[name], name) for name in FILES if name in files}
+    if "tokenizer.json" not in text:
+        raise TokenizerError(
+            "tokenizer.json is missing; expected the tokenizer file that Hugging Face writes; "
+            "fetch or export the model again"
+        )
+    document, config, generation = (
+        fields.parse_object(text[name], name) if name in text else {}
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    )
+    normalizer = normalizers.build(document.get("normalizer"))
+    vocabulary = Vocabulary(document, normalizer)
+    variables = _token_variables(config)
+    bos = variables.get("bos_token")
+    bos_id = vocabulary.id_of(bos) if bos else None
+    eos = variables.get("eos_token")
+    eos_id = vocabulary.id_of(eos) if eos else None
+    eos_ids = _ids(generation, "eos_token_id") | ({eos_id} if eos_id is not None else set())
+    encoder: Encoder
+    if _use_wheel(implementation):
+        encoder = wheel.WheelEncoder(text["tokenizer.json"], document, vocabulary)
+    else:
+        encoder = PythonEncoder(document, vocabulary, normalizer)
+    return Tokenizer(
+        encoder,
+        vocabulary,
+        decoders.build(document.get("decoder")),
+        postprocessors.build(document.get("post_processor")),
+        variables,
+        text.get("chat_template.jinja") or _template_in(config),
+        frozenset(eos_ids),
+        min(_ids(generation, "bos_token_id"), default=None) if bos_id is None else bos_id,
+    )
+
+
+def _use_wheel(implementation: Implementation) -> bool:
+    if implementation == "python":
+        return False
+    installed = wheel.is_installed()
+    if implementation == "tokenizers" and not installed:
+        raise TokenizerError(
+            "the tokenizers wheel is not installed; expected it for implementation='tokenizers'; "
+            "run 'pip install tokenizers' or use implementation='python'"
+        )
+    return installed
+
+
+def _text(content: bytes | str, name: str) -> str:
+    if isinstance(content, str):
+        return content
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(
+            f"{name} is not UTF-8 (byte {error.start}); expected text; "
+            "fetch or export the file again"
+        ) from None
+
+
+def _token_variables(config: Mapping[str, object]) -> dict[str, str]:
+    """`bos_token` and its like in tokenizer_config.json; each a string or an added token."""
+    found = {}
+    for key, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if _TOKEN_VARIABLE.fullmatch(key) and isinstance(content, str):
+            found[key] = content
+    return found
+
+
+def _template_in(config: Mapping[str, object]) -> str | None:
+    """The `chat_template` of tokenizer_config.json: one, or the `default` of several."""
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {
+            entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)
+        }
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(
+            f"tokenizer_config.json: chat_template is {type(value).__name__}; expected a string "
+            "or a list with one named 'default'; fetch or export the file again"
+        )
+    return value
+
+
+def _ids(generation: Mapping[str, object], key: str) -> set[int]:
+    """An id or a list of ids in generation_config.json."""
+    value = generation.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id_) is int and id_ >= 0 for id_ in ids):
+        raise TokenizerError(
+            f"generation_config.json: {key} is {str(value)[:80]!r}; expected an id or a list of "
+            "ids; fetch or export the file again"
+        )
+    return set(cast("list[int]", ids))

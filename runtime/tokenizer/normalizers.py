@@ -1,0 +1,78 @@
+"""The normalizers of `tokenizer.json`: what is done to a text before it is split.
+
+Normalization forms and case follow Python's own Unicode version. The `tokenizers` wheel has tables
+of its own, so the two can differ on characters that Unicode gained in the last years.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, cast
+
+from pocketslm.runtime.tokenizer import fields
+from pocketslm.runtime.tokenizer import unicode_classes as uc
+from pocketslm.runtime.tokenizer.patterns import Pattern
+
+Normalizer = Callable[[str], str]
+
+_WHITE_SPACE = uc.characters(uc.WHITE_SPACE)
+_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+KNOWN = (*_FORMS, "Lowercase", "Prepend", "Replace", "Sequence", "Strip")
+
+
+def build(node: object) -> Normalizer | None:
+    """The normalizer that `tokenizer.json`'s `normalizer` describes; None for null."""
+    steps = [_step(part) for part in fields.components(node, "normalizer", "normalizers")]
+    if not steps:
+        return None
+
+    def normalize(text: str) -> str:
+        for step in steps:
+            text = step(text)
+        return text
+
+    return normalize
+
+
+def pattern(node: dict[str, object], where: str) -> Pattern:
+    """The `pattern` field of a component: `{"String": ...}` or `{"Regex": ...}`."""
+    value = fields.field(node, "pattern", dict, where)
+    if set(value) == {"String"}:
+        return Pattern(fields.field(value, "String", str, f"{where}.pattern"), literal=True)
+    if set(value) == {"Regex"}:
+        return Pattern(fields.field(value, "Regex", str, f"{where}.pattern"))
+    raise fields.unsupported(f"{where}.pattern", sorted(map(str, value)), ("String", "Regex"))
+
+
+def _step(node: dict[str, object]) -> Normalizer:
+    kind = node["type"]
+    if kind in _FORMS:
+        form = cast("Literal['NFC', 'NFD', 'NFKC', 'NFKD']", kind)
+        return partial(unicodedata.normalize, form)
+    if kind == "Lowercase":
+        return _lowercase
+    if kind == "Prepend":
+        prefix = fields.field(node, "prepend", str, "normalizer")
+        return lambda text: prefix + text if text else text
+    if kind == "Replace":
+        found = pattern(node, "normalizer")
+        content = fields.field(node, "content", str, "normalizer")
+        return lambda text: found.replace(text, content)
+    if kind == "Strip":
+        left = fields.field(node, "strip_left", bool, "normalizer")
+        right = fields.field(node, "strip_right", bool, "normalizer")
+        return partial(_strip, left=left, right=right)
+    raise fields.unsupported("normalizer type", kind, KNOWN)
+
+
+def _lowercase(text: str) -> str:
+    """Character by character as Rust's `char::to_lowercase`: no final-sigma rule."""
+    return "".join(map(str.lower, text))
+
+
+def _strip(text: str, *, left: bool, right: bool) -> str:
+    if left:
+        text = text.lstrip(_WHITE_SPACE)
+    return text.rstrip(_WHITE_SPACE) if right else text

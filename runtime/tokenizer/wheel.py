@@ -1,0 +1,112 @@
+"""The encoder of the `tokenizers` wheel behind the same interface as the pure Python one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+from pocketslm.errors import TokenizerError
+from pocketslm.runtime.tokenizer import fields
+from pocketslm.runtime.tokenizer.vocabulary import Vocabulary
+
+
+def is_installed() -> bool:
+    """Whether the `tokenizers` wheel can be imported here."""
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class WheelEncoder:
+    """Text to ids with Hugging Face's `tokenizers`.
+
+    Special tokens in ordinary text are kept from matching by a second tokenizer over the same
+    model with `encode_special_tokens` set. A third, made on first use, serves texts that
+    continue another one; it differs only for `Metaspace` with `prepend_scheme: first`.
+    """
+
+    name = "tokenizers"
+
+    def __init__(self, text: str, document: Mapping[str, object], vocabulary: Vocabulary) -> None:
+        """`text` is the whole of `tokenizer.json`, `document` what it parses to."""
+        self._document = document
+        self._added = {token.id: token.content for token in vocabulary.added}
+        self._special = _load(text)
+        self._special.no_truncation()
+        self._special.no_padding()
+        self._ordinary = self._sibling(document.get("pre_tokenizer"))
+
+    def _sibling(self, pre_tokenizer: object) -> Any:
+        """A tokenizer on the same model (shared, not copied) that takes special text as text."""
+        shell = _load(
+            json.dumps(
+                {
+                    "version": "1.0",
+                    "added_tokens": [],
+                    "normalizer": self._document.get("normalizer"),
+                    "pre_tokenizer": pre_tokenizer,
+                    "model": {"type": "BPE", "vocab": {}, "merges": []},
+                }
+            )
+        )
+        shell.model = self._special.model
+        added = self._special.get_added_tokens_decoder()
+        shell.add_tokens([added[id_] for id_ in self._added if id_ in added])
+        for known in (added, shell.get_added_tokens_decoder()):
+            if {id_: token.content for id_, token in known.items()} != self._added:
+                raise TokenizerError(
+                    "tokenizer.json: the tokenizers wheel numbers the added tokens differently "
+                    "from the file; expected the same ids; use implementation='python'"
+                )
+        shell.encode_special_tokens = True
+        return shell
+
+    @cached_property
+    def _continuing(self) -> Any:
+        parts = fields.components(
+            self._document.get("pre_tokenizer"), "pre_tokenizer", "pretokenizers"
+        )
+        if not any(part.get("prepend_scheme") == "first" for part in parts):
+            return self._ordinary
+        changed = [
+            {**part, "prepend_scheme": "never", "add_prefix_space": False}
+            if part.get("prepend_scheme") == "first"
+            else part
+            for part in parts
+        ]
+        return self._sibling({"type": "Sequence", "pretokenizers": changed})
+
+    def encode(self, text: str, *, parse_special: bool, at_start: bool = True) -> list[int]:
+        """The ids of `text`; `at_start` says that nothing stands before it."""
+        if parse_special:
+            if not at_start:
+                raise AssertionError("text with special tokens is always encoded whole")
+            encoder = self._special
+        else:
+            encoder = self._ordinary if at_start else self._continuing
+        ids: list[int] = _guarded(lambda: encoder.encode(text, add_special_tokens=False).ids)
+        return ids
+
+
+def _load(text: str) -> Any:
+    from tokenizers import Tokenizer
+
+    return _guarded(lambda: Tokenizer.from_str(text))
+
+
+def _guarded(call: Callable[[], Any]) -> Any:
+    """`call()`; the wheel's exceptions, panics included, become `TokenizerError`."""
+    try:
+        return call()
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            reason = " ".join(str(error).split())
+            raise TokenizerError(
+                f"tokenizer.json was refused by the tokenizers wheel: {reason}; expected a file "
+                "as Hugging Face writes it; fetch or export the file again"
+            ) from None
+        raise

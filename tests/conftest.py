@@ -1,0 +1,62 @@
+"""Fixtures: real weights and text from the catalog, and a tiny model exported for real."""
+
+from __future__ import annotations
+
+import bz2
+import re
+from pathlib import Path
+
+import pytest
+
+import support
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.recipe import Recipe
+from pocketslm.models.catalog import fetch
+from pocketslm.models.checkpoint import open_checkpoint
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as shipped: Q4_1 with a Q8_0 embedding."""
+    return fetch("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def lee_text() -> Path:
+    return fetch("lee")
+
+
+@pytest.fixture(scope="session")
+def lee_lines(lee_text: Path) -> list[str]:
+    """10,000 lines of real text: the news articles, then Wikipedia with its markup."""
+    lines = lee_text.read_text(encoding="utf-8").splitlines()
+    dump = bz2.decompress(fetch("wiki").read_bytes()).decode("utf-8")
+    lines += [line for line in dump.splitlines() if re.search(r"\w", line)]
+    assert len(lines) >= 10_000
+    return lines[:10_000]
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model with its blocks carried exactly."""
+    out = tmp_path_factory.mktemp("real") / "smollm2"
+    export_bundle(open_checkpoint(smollm2_gguf), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return support.write_hf(tmp_path_factory.mktemp("tiny") / "hf")
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return support.write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with float weights: as exact as the backend is."""
+    out = tmp_path_factory.mktemp("tiny") / "bundle"
+    export_bundle(open_checkpoint(tiny_hf), out, Recipe(weights="float", head="float"))
+    return out

@@ -1,0 +1,270 @@
+"""Readers and the PyTorch model, held against transformers, numpy and damaged files."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import support
+from pocketslm.errors import CheckpointError, UnknownArchitectureError
+from pocketslm.models.checkpoint import gguf_name, open_checkpoint, read_weight
+from pocketslm.models.config import ModelConfig, config_from_hf
+from pocketslm.models.gguf_reader import GGUFFile
+from pocketslm.models.hf_writer import save_hf
+from pocketslm.models.reference import load_reference
+from pocketslm.models.tensors import QuantTensor
+
+# Two fp32 implementations of one model differ by rounding alone.
+MAX_LOGIT_ERROR = 1e-3
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# One row an architecture or variant: config changes, extra config.json fields.
+ARCHITECTURES = {
+    "llama": ({}, {}),
+    "llama untied": ({"tie_word_embeddings": False}, {}),
+    "llama with biases": ({"attention_bias": True, "output_bias": True, "mlp_bias": True}, {}),
+    "llama 3 rope": ({}, {"rope_scaling": LLAMA3_ROPE}),
+    "llama linear rope": ({}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "qwen2": ({"architecture": "qwen2", "attention_bias": True}, {}),
+}
+
+
+def max_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest absolute difference; NaN if there is one, which no bound accepts."""
+    return float((ours - theirs).abs().max())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    changes, extra = ARCHITECTURES[name]
+    config = ModelConfig(**{**support.TINY.__dict__, **changes})
+    folder = support.write_hf(tmp_path, config, **extra)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = load_reference(open_checkpoint(folder))
+    ids = torch.randint(0, config.vocab_size, (1, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    whole, _ = ours(ids, ours.empty_cache())
+    assert max_error(whole, expected) <= MAX_LOGIT_ERROR
+    # The same in two pieces, through the cache, and the last position alone.
+    _, cache = ours(ids[:, :77], ours.empty_cache())
+    last, _ = ours(ids[:, 77:], cache, 1)
+    assert max_error(last[:, -1], expected[:, -1]) <= MAX_LOGIT_ERROR
+
+
+def test_the_logit_comparison_can_fail(tiny_hf: Path) -> None:
+    model = load_reference(open_checkpoint(tiny_hf))
+    ids = torch.arange(50)[None]
+    good, _ = model(ids, model.empty_cache())
+    model.cos[9] += 0.01
+    wrong, _ = model(ids, model.empty_cache())
+    assert not max_error(wrong, good) <= MAX_LOGIT_ERROR
+    assert not max_error(wrong * float("nan"), good) <= MAX_LOGIT_ERROR
+
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Explain photosynthesis to a child.",
+    "Write a short poem about rain.",
+    "List three uses of a paper clip.",
+    "Translate 'good morning' into Spanish.",
+    "Why is the sky blue?",
+    "Give me a recipe for pancakes.",
+    "What should I pack for a hike?",
+)
+
+
+@pytest.mark.real
+def test_real_model_equals_transformers(smollm2_gguf: Path, tmp_path: Path) -> None:
+    """SmolLM2-135M: logits, and 64 greedy tokens on 8 prompts."""
+    from transformers import AutoModelForCausalLM
+
+    from pocketslm.runtime.tokenizer import load_tokenizer
+
+    checkpoint = open_checkpoint(smollm2_gguf)
+    save_hf(checkpoint, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours = load_reference(checkpoint, 256)
+    tokenizer = load_tokenizer(tmp_path)
+    worst = 0.0
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.apply_chat_template([{"role": "user", "content": prompt}])])
+        with torch.no_grad():
+            generated = theirs.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False
+            )
+            expected = theirs(generated).logits
+        logits, cache = ours(ids, ours.empty_cache())
+        tokens = []
+        while len(tokens) < 64 and (not tokens or tokens[-1] not in tokenizer.eos_token_ids):
+            tokens.append(int(logits[0, -1].argmax()))
+            logits, cache = ours(torch.tensor([[tokens[-1]]]), cache)
+        assert tokens == generated[0, ids.shape[1] :].tolist()
+        worst = max(worst, max_error(ours(generated, ours.empty_cache())[0], expected))
+    print(f"\nmax abs logit difference to transformers over {len(PROMPTS)} prompts: {worst:.2e}")
+    assert worst <= MAX_LOGIT_ERROR
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
+def test_gguf_blocks_are_kept(kind: str, tmp_path: Path) -> None:
+    """Every value of every tensor equals the gguf library's own dequantization, bit for bit."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    path = support.write_gguf(tmp_path / "x.gguf", kind=kind)
+    ours, theirs = GGUFFile(path), GGUFReader(path)
+    for tensor in theirs.tensors:
+        weight = ours.read(tensor.name)
+        if kind.startswith("Q") and len(tensor.shape) == 2:
+            assert isinstance(weight, QuantTensor)
+            weight = weight.dequantize()
+        expected = dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape)
+        np.testing.assert_array_equal(weight, expected.astype(np.float32), err_msg=tensor.name)
+        assert ours.is_kept(tensor.name)
+
+
+def test_gguf_equals_the_folder_it_was_made_from(tiny_hf: Path, tmp_path: Path) -> None:
+    """Names, Q and K row order, tied head, configuration: an F32 GGUF is the same model."""
+    gguf = load_reference(open_checkpoint(support.write_gguf(tmp_path / "x.gguf", kind="F32")))
+    folder = load_reference(open_checkpoint(tiny_hf))
+    ids = torch.arange(60)[None]
+    a, b = (model(ids, model.empty_cache())[0] for model in (gguf, folder))
+    assert max_error(a, b) <= MAX_LOGIT_ERROR
+
+
+def test_k_quants_are_dequantized_and_said_so(tmp_path: Path) -> None:
+    import gguf
+
+    path = tmp_path / "k.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    kind = gguf.GGMLQuantizationType.Q4_K
+    raw = np.random.default_rng(0).integers(0, 60, (4, 144), dtype=np.uint8)
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(path)
+    assert not file.is_kept("blk.0.ffn_up.weight")
+    weight = file.read("blk.0.ffn_up.weight")
+    np.testing.assert_array_equal(weight, gguf.quants.dequantize(raw, kind))
+
+
+def test_sharded_safetensors(tiny_hf: Path, tmp_path: Path) -> None:
+    state = load_file(tiny_hf / "model.safetensors")
+    names = sorted(state)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: state[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_bytes((tiny_hf / "config.json").read_bytes())
+    checkpoint = open_checkpoint(tmp_path)
+    for name in names:
+        np.testing.assert_array_equal(checkpoint.weight(name), state[name].numpy())
+    index["weight_map"][names[0]] = "../a.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 20, 40, 500, 5000, -1])
+def test_truncated_gguf(cut: int, tiny_gguf: Path, tmp_path: Path) -> None:
+    data = tiny_gguf.read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(data[:cut])
+    with pytest.raises(CheckpointError):
+        open_checkpoint(path)
+
+
+def test_mutated_gguf_headers_never_crash(tiny_gguf: Path, tmp_path: Path) -> None:
+    """Random bytes in the header: an error or a readable file, never anything else."""
+    data = bytearray(tiny_gguf.read_bytes())
+    rng = np.random.default_rng(0)
+    path = tmp_path / "mutated.gguf"
+    failures = 0
+    for _ in range(400):
+        changed = bytearray(data)
+        for at in rng.integers(0, 6000, 4):
+            changed[at] = rng.integers(0, 256)
+        path.write_bytes(changed)
+        try:
+            file = GGUFFile(path)
+            for name in file.tensors:
+                file.read(name)
+        except CheckpointError:
+            failures += 1
+    assert 0 < failures < 400
+
+
+def test_gguf_counts_that_lie(tmp_path: Path) -> None:
+    """A claimed 2^60 strings must not be allocated or looped over."""
+    key = b"a.b"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    for item in (0, 8):  # uint8 and string arrays
+        path = tmp_path / f"{item}.gguf"
+        path.write_bytes(head + struct.pack("<IIQ", 9, item, 2**60))
+        with pytest.raises(CheckpointError, match="truncated or its header lies"):
+            GGUFFile(path)
+
+
+def test_truncated_safetensors(tiny_hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_hf / "config.json").read_bytes())
+    data = (tiny_hf / "model.safetensors").read_bytes()
+    lying = struct.pack("<Q", 2**62) + data[8:]
+    for bad in (b"", data[:100], data[:-7], lying):
+        (tmp_path / "model.safetensors").write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            open_checkpoint(tmp_path)
+
+
+def test_unknown_architecture_lists_the_known_ones(tiny_hf: Path, tmp_path: Path) -> None:
+    data = json.loads((tiny_hf / "config.json").read_text()) | {"model_type": "mamba"}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(UnknownArchitectureError, match=r"'mamba'.*llama.*qwen2"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_weight_of_the_wrong_shape(tiny_hf: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \(64,\)"):
+        read_weight(open_checkpoint(tiny_hf), "model.norm.weight", (65,))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_attention_heads": 3}, "3 attention heads"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"hidden_act": "gelu"}, "'gelu' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+    ],
+)
+def test_configs_that_make_no_sense(change: dict[str, object], message: str, tiny_hf: Path) -> None:
+    data = json.loads((tiny_hf / "config.json").read_text()) | change
+    with pytest.raises(CheckpointError, match=message):
+        config_from_hf(data, "llama")
+
+
+def test_config_round_trip() -> None:
+    config = ModelConfig(**{**support.TINY.__dict__, "rope_divisors": (2.0,) * 8})
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_gguf_names() -> None:
+    assert gguf_name("model.embed_tokens.weight") == "token_embd.weight"
+    assert gguf_name("model.layers.3.self_attn.q_proj.bias") == "blk.3.attn_q.bias"
