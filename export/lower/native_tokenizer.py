@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 VERSION = 1
+NO_TOKEN = 2**32 - 1  # a byte that no text of the training data had; it encodes to nothing
 Messages = list[dict[str, str]]
 
 
@@ -21,6 +22,10 @@ def _byte_alphabet() -> dict[str, int]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     return {chr(byte) if byte in plain else chr(next(spare)): byte for byte in range(256)}
+
+
+def _second(item: tuple[str, int]) -> int:
+    return item[1]
 
 
 def _parts(node: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
@@ -44,7 +49,8 @@ def _unsupported(tokenizer: Mapping[str, Any]) -> str | None:
         return "the pre-tokenizer is not GPT-2's"
     if not words[0].get("use_regex", True):
         return "the pre-tokenizer is not GPT-2's"
-    if any(t.get(flag) for t in tokenizer["added_tokens"] for flag in ("lstrip", "rstrip", "single_word")):
+    flags = ("lstrip", "rstrip", "single_word")
+    if any(token.get(flag) for token in tokenizer["added_tokens"] for flag in flags):
         return "an added token strips its surroundings"
     return None
 
@@ -70,8 +76,6 @@ def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
             pieces[index] = bytes(alphabet[c] for c in piece)
     for index, content in added.items():
         pieces[index] = content.encode()
-    if not all(c in vocabulary for c in alphabet):
-        return None, "the vocabulary lacks single bytes"
     merges: list[int] = []
     for merge in tokenizer["model"]["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
@@ -79,7 +83,7 @@ def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
     offsets = [0]
     for packed in pieces:
         offsets.append(offsets[-1] + len(packed))
-    by_byte = [vocabulary[c] for c, _ in sorted(alphabet.items(), key=lambda item: item[1])]
+    by_byte = [vocabulary.get(c, NO_TOKEN) for c, _ in sorted(alphabet.items(), key=_second)]
     words = [*offsets, *merges, *added, *by_byte]
     digits = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")[0]["type"] == "Digits"
     header = (VERSION, count, len(merges) // 3, len(added), int(digits), offsets[-1])

@@ -16,6 +16,7 @@ struct SectionHeader {
   uint32_t version, tokens, merges, specials, split_digits, text_bytes;
 };
 constexpr uint32_t kVersion = 1;
+constexpr uint32_t kNoToken = UINT32_MAX;  // of a byte that encodes to nothing
 
 uint64_t pair_key(int32_t left, int32_t right) {
   return uint64_t{static_cast<uint32_t>(left)} << 32 | static_cast<uint32_t>(right);
@@ -64,7 +65,8 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
     if (offsets_[i] > header.text_bytes || (i && offsets_[i] < offsets_[i - 1]))
       return "the tokenizer section has wrong offsets";
   for (const uint32_t* id = merges; id != byte_tokens + 256; ++id)
-    if (*id >= header.tokens) return "the tokenizer section names an unknown token";
+    if (*id >= header.tokens && !(id >= byte_tokens && *id == kNoToken))
+      return "the tokenizer section names an unknown token";
   count_ = header.tokens;
   split_digits_ = header.split_digits != 0;
   merges_.reserve(header.merges);
@@ -152,11 +154,14 @@ void Tokenizer::merge_word(std::string_view word, std::vector<int32_t>& out) con
       return rank != other.rank ? rank > other.rank : at > other.at;
     }
   };
-  const auto size = static_cast<int32_t>(word.size());
   std::vector<Symbol> symbols;
-  for (int32_t i = 0; i < size; ++i)
-    symbols.push_back({byte_tokens_[static_cast<unsigned char>(word[static_cast<size_t>(i)])],
-                       i - 1, i + 1 < size ? i + 1 : -1});
+  for (char c : word)
+    if (const int32_t token = byte_tokens_[static_cast<unsigned char>(c)]; token >= 0) {
+      const auto at = static_cast<int32_t>(symbols.size());
+      symbols.push_back({token, at - 1, at + 1});
+    }
+  const auto size = static_cast<int32_t>(symbols.size());
+  if (size) symbols.back().next = -1;
   std::priority_queue<Candidate> queue;
   const auto propose = [&](int32_t left) {
     if (left < 0 || symbols[left].next < 0) return;
