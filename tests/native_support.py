@@ -57,6 +57,22 @@ def quantize(values: np.ndarray, bits: int, kind: str) -> QuantTensor:
     )
 
 
+def mixed_kinds(name: str, values: np.ndarray) -> Weight:
+    """Every kind of weight in one model."""
+    kinds = {
+        "q_proj": (4, "sym"),
+        "k_proj": (8, "zp"),
+        "v_proj": (8, "min"),
+        "o_proj": (4, "zp"),
+        "gate_proj": (4, "min"),
+        "up_proj": (8, "sym"),
+    }
+    for part, (bits, kind) in kinds.items():
+        if part in name:
+            return quantize(values, bits, kind)
+    return values.astype(np.float16) if "down" in name else values
+
+
 def tiny_weights(
     config: ModelConfig, scheme: Callable[[str, np.ndarray], Weight]
 ) -> Callable[[str, tuple[int, ...]], Weight]:

@@ -151,12 +151,17 @@ def compile_and_link(
     return output
 
 
+def sanitizer_flags(names: str) -> list[str]:
+    """For ``-fsanitize=names``; a finding ends the program with a report."""
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-g1", "-O1"]
+
+
 def build_library(directory: Path, sanitize: str | None = None) -> Path:
     """Build the shared library into ``directory``; its name carries the hash of the sources."""
     toolchain = find_toolchain()
     suffix = "" if sanitize is None else "-" + sanitize.replace(",", "-")
     output = directory / f"libpocketslm-{source_hash()}{suffix}.so"
-    flags = [] if sanitize is None else [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"]
+    flags = [] if sanitize is None else sanitizer_flags(sanitize)
     return compile_and_link(output, toolchain, COMMON, flags, ["-shared"])
 
 
@@ -168,7 +173,7 @@ def build_runner(output: Path, target: str | None = None, sanitize: str | None =
     if toolchain.machine == "aarch64":
         link += ["-Wl,-z,max-page-size=16384"]  # phones with 16 KB pages
     if sanitize is not None:
-        flags, link = [f"-fsanitize={sanitize}", "-g"], []
+        flags, link = sanitizer_flags(sanitize), []
     return compile_and_link(output, toolchain, names, flags, link)
 
 

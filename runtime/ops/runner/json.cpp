@@ -188,32 +188,22 @@ void append_utf8(std::string& out, uint32_t code) {
 }
 
 uint32_t next_utf8(std::string_view text, size_t& at) {
-  const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
-  const unsigned lead = byte(at);
-  const size_t length = lead < 0x80 ? 1 : lead >= 0xc2 && lead < 0xe0 ? 2 : lead >= 0xe0 && lead < 0xf0 ? 3
-                        : lead >= 0xf0 && lead < 0xf5 ? 4 : 0;
-  if (length == 1) {
+  const auto lead = static_cast<unsigned char>(text[at++]);
+  if (lead < 0x80) return lead;
+  if (lead < 0xc2 || lead > 0xf4) return kReplacement;
+  const int more = lead >= 0xf0 ? 3 : lead >= 0xe0 ? 2 : 1;
+  // The second byte is narrower after some leads: no overlong forms, surrogates or past 0x10ffff.
+  unsigned char low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+  unsigned char high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+  uint32_t code = lead & (0x3fu >> more);
+  for (int i = 0; i < more; ++i) {
+    if (at >= text.size()) return kReplacement;
+    const auto byte = static_cast<unsigned char>(text[at]);
+    if (byte < low || byte > high) return kReplacement;
+    code = code << 6 | (byte & 63);
+    low = 0x80, high = 0xbf;
     ++at;
-    return lead;
   }
-  uint32_t code = lead & (0x7fu >> length);
-  if (length == 0 || text.size() - at < length) {
-    ++at;
-    return kReplacement;
-  }
-  for (size_t i = 1; i < length; ++i) {
-    if ((byte(at + i) & 0xc0) != 0x80) {
-      ++at;
-      return kReplacement;
-    }
-    code = code << 6 | (byte(at + i) & 63);
-  }
-  const bool overlong = (length == 3 && code < 0x800) || (length == 4 && code < 0x10000);
-  if (overlong || code > 0x10ffff || (code >= 0xd800 && code < 0xe000)) {
-    ++at;
-    return kReplacement;
-  }
-  at += length;
   return code;
 }
 

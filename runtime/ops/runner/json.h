@@ -31,7 +31,8 @@ std::string quote(std::string_view text);
 // Appends a code point as UTF-8.
 void append_utf8(std::string& out, uint32_t code);
 
-// Decodes one code point at `at` and moves past it; an invalid byte alone gives U+FFFD.
+// Decodes one code point at `at` and moves past it; the longest beginning of a sequence that goes
+// wrong gives one U+FFFD.
 uint32_t next_utf8(std::string_view text, size_t& at);
 
 // Bytes at the end of `text` that begin a UTF-8 sequence which is not complete yet.

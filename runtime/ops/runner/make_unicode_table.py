@@ -1,4 +1,4 @@
-"""Write unicode_table.inl: ranges of letters, numbers and white space, from Python's Unicode data."""
+"""Write unicode_table.inl: ranges of letters, numbers and white space."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def main() -> None:
             lines.append(line.rstrip())
             line = ""
         line += cell + " "
-    Path(__file__).with_name("unicode_table.inl").write_text("\n".join([*lines, line.rstrip()]) + "\n")
+    Path(__file__).with_name("unicode_table.inl").write_text(
+        "\n".join([*lines, line.rstrip()]) + "\n"
+    )
 
 
 if __name__ == "__main__":

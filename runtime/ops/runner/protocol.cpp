@@ -1,5 +1,6 @@
 #include "protocol.h"
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdarg>
 #include <deque>
@@ -17,55 +18,52 @@ constexpr size_t kMaxLine = 64 << 20;
 // Lines arrive on a thread of their own, so that a cancel is seen while tokens are made.
 class LineReader {
  public:
-  explicit LineReader(FILE* in) : thread_([this, in] { read(in); }) {}
-  ~LineReader() { thread_.detach(); }  // it may wait for input that never comes
+  explicit LineReader(FILE* in) {
+    std::thread([this, in] { read(in); }).detach();  // it may wait for input that never comes
+  }
 
-  // Null at the end of input.
+  // The next line that is not a cancel; nothing at the end of input.
   std::optional<std::string> next() {
-    std::unique_lock<std::mutex> lock(state().mutex);
-    state().changed.wait(lock, [] { return !state().lines.empty() || state().ended; });
-    if (state().lines.empty()) return std::nullopt;
-    std::string line = std::move(state().lines.front());
-    state().lines.pop_front();
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return !lines_.empty() || ended_; });
+    if (lines_.empty()) return std::nullopt;
+    current_ = lines_.front().number;
+    std::string line = std::move(lines_.front().text);
+    lines_.pop_front();
+    while (!cancels_.empty() && cancels_.front().number < current_) cancels_.pop_front();
     return line;
   }
 
-  // Removes waiting cancel requests for this generation; true where there was one.
+  // Whether a cancel of this id (or of any) came after the current line.
   bool cancelled(const std::string& id) {
-    std::lock_guard<std::mutex> lock(state().mutex);
-    bool found = false;
-    auto& lines = state().lines;
-    for (auto line = lines.begin(); line != lines.end();) {
-      const auto request = line->size() < 4096 ? parse_json(*line) : std::nullopt;
-      const Json* op = request ? request->find("op") : nullptr;
-      const Json* target = request ? request->find("id") : nullptr;
-      const bool ours = op && op->string == "cancel" && (!target || target->string == id);
-      found |= ours;
-      line = ours ? lines.erase(line) : line + 1;
-    }
-    return found;
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::any_of(cancels_.begin(), cancels_.end(), [&](const Line& cancel) {
+      return cancel.text.empty() || cancel.text == id;
+    });
   }
 
  private:
-  struct State {
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::deque<std::string> lines;
-    bool ended = false;
+  struct Line {
+    uint64_t number;
+    std::string text;
   };
-  // Outlives the detached thread.
-  static State& state() {
-    static State* shared = new State;
-    return *shared;
+
+  void push(std::string&& line) {
+    const auto request =
+        line.find("cancel") != std::string::npos ? parse_json(line) : std::nullopt;
+    const Json* op = request ? request->find("op") : nullptr;
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++count_;
+    if (op && op->string == "cancel") {
+      const Json* id = request->find("id");
+      cancels_.push_back({count_, id ? id->string : ""});
+      return;
+    }
+    lines_.push_back({count_, std::move(line)});
+    changed_.notify_one();
   }
 
-  static void push(std::string&& line) {
-    std::lock_guard<std::mutex> lock(state().mutex);
-    state().lines.push_back(std::move(line));
-    state().changed.notify_one();
-  }
-
-  static void read(FILE* in) {
+  void read(FILE* in) {
     std::string line;
     for (int c; (c = std::getc(in)) != EOF;) {
       if (c != '\n') {
@@ -76,12 +74,16 @@ class LineReader {
       line.clear();
     }
     if (!line.empty()) push(std::move(line));
-    std::lock_guard<std::mutex> lock(state().mutex);
-    state().ended = true;
-    state().changed.notify_one();
+    std::lock_guard<std::mutex> lock(mutex_);
+    ended_ = true;
+    changed_.notify_one();
   }
 
-  std::thread thread_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Line> lines_, cancels_;  // numbered in the order of reading
+  uint64_t count_ = 0, current_ = 0;
+  bool ended_ = false;
 };
 
 // A request whose fields are read with their types and ranges; the first fault is kept.
@@ -140,7 +142,7 @@ std::string numbers(const std::vector<int64_t>& values) {
 
 class Server {
  public:
-  Server(FILE* in, FILE* out) : reader_(in), out_(out) {}
+  Server(LineReader& reader, FILE* out) : reader_(reader), out_(out) {}
 
   int run() {
     while (auto line = reader_.next()) {
@@ -176,7 +178,6 @@ class Server {
 
   std::string handle(const std::string& op, Request& request, const std::string& id) {
     if (op == "load") return load(request);
-    if (op == "cancel") return "";  // nothing runs any more
     if (op == "stats") return stats();
     if (!engine_.loaded()) return "no model is loaded; send {\"op\":\"load\",\"path\":...} first";
     if (op == "generate") return generate(request, id);
@@ -321,13 +322,17 @@ class Server {
     return "";
   }
 
-  LineReader reader_;
+  LineReader& reader_;
   Engine engine_;
   FILE* out_;
 };
 
 }  // namespace
 
-int serve(FILE* in, FILE* out) { return Server(in, out).run(); }
+int serve(FILE* in, FILE* out) {
+  // Never destroyed: its thread may wait for input until the process ends.
+  LineReader* reader = new LineReader(in);
+  return Server(*reader, out).run();
+}
 
 }  // namespace pocketslm

@@ -1,4 +1,4 @@
-// JSON lines: one request a line on one side, events on the other. See README.md here.
+// JSON lines: one request a line on one side, events on the other.
 #pragma once
 
 #include <cstdio>

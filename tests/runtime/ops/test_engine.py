@@ -11,6 +11,7 @@ from pocketslm.errors import BackendError, ContextOverflowError, UsageError
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
 from native_support import (
+    mixed_kinds,
     quantize,
     reference_logits,
     tiny_config,
@@ -27,22 +28,6 @@ TOKENS = np.random.default_rng(1).integers(0, 100, 600)
 
 def q4_min(name: str, values: np.ndarray) -> Weight:
     return quantize(values, 8, "sym") if "embed" in name else quantize(values, 4, "min")
-
-
-def mixed(name: str, values: np.ndarray) -> Weight:
-    """Every kind of weight in one model."""
-    kinds = {
-        "q_proj": (4, "sym"),
-        "k_proj": (8, "zp"),
-        "v_proj": (8, "min"),
-        "o_proj": (4, "zp"),
-        "gate_proj": (4, "min"),
-        "up_proj": (8, "sym"),
-    }
-    for part, (bits, kind) in kinds.items():
-        if part in name:
-            return quantize(values, bits, kind)
-    return values.astype(np.float16) if "down" in name else values
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -85,7 +70,7 @@ def test_float_weights_match_reference(isa: str, changes: dict, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("isa", isa_names())
-@pytest.mark.parametrize("scheme", [q4_min, mixed])
+@pytest.mark.parametrize("scheme", [q4_min, mixed_kinds])
 @pytest.mark.parametrize("kv_type", ["fp16", "int8"])
 def test_quantized_weights_match_reference(
     isa: str, scheme: object, kv_type: str, tmp_path: Path

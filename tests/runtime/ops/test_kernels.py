@@ -212,7 +212,7 @@ extern "C" void broken_matmul(const uint8_t* blocks, size_t cols, const int8_t* 
     subprocess.run(command, check=True, capture_output=True)
     rng = np.random.default_rng(SEED)
     weight = make_weight("q4 min", 16, 32, rng)
-    kind, data = pack_matrix(weight)[:2]
+    data = pack_matrix(weight)[1]
     codes = rng.integers(-127, 128, 32, dtype=np.int8)
     backing = np.empty(data.size + 64, np.uint8)
     start = -backing.ctypes.data % 64

@@ -43,7 +43,7 @@ def test_missing_and_irregular_files(tmp_path: Path) -> None:
 def test_every_truncation_is_an_error(tmp_path: Path, content: bytes) -> None:
     lengths = {*range(0, 2048, 13), len(content) - 1, len(content) // 2}
     for length in sorted(lengths):
-        with pytest.raises(BundleError, match="invalid model.slm"):
+        with pytest.raises(BundleError, match=r"invalid model\.slm"):
             open_bytes(tmp_path / "m.slm", content[:length])
 
 
