@@ -19,13 +19,19 @@ if TYPE_CHECKING:
     from pocketslm.runtime.model import Model, Record
 
 USER_ERROR, INTERRUPTED = 2, 130
+Command = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0, 2 for a user's error, 130 for Ctrl-C)."""
+    """Run a command line; returns the exit status (0, 2 for a user's error, 130 for Ctrl-C)."""
     arguments = _parser().parse_args(argv)
+    return guarded(arguments.run, arguments)
+
+
+def guarded(run: Command, arguments: argparse.Namespace) -> int:
+    """Run a command; a user's error becomes one line and a status, never a traceback."""
     try:
-        arguments.run(arguments)
+        run(arguments)
     except PocketSlmError as error:
         print(f"pocketslm: error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -76,7 +82,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         _print_columns([(name, _shown(value)) for name, value in facts.items()])
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def export(arguments: argparse.Namespace) -> None:
     from pocketslm.export.pipeline import export_bundle
     from pocketslm.export.recipe import Recipe
     from pocketslm.models.catalog import resolve
@@ -354,12 +360,12 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(
         name: str,
-        run: Callable[[argparse.Namespace], None],
+        run: Command,
         summary: str,
         example: str,
         parent: Any = commands,
     ) -> argparse.ArgumentParser:
-        sub = parent.add_parser(
+        sub: argparse.ArgumentParser = parent.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
@@ -390,15 +396,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command(
         "export",
-        _export,
+        export,
         "make a bundle of a checkpoint",
         "pocketslm export smollm2-135m-instruct out/smollm2",
     )
     sub.add_argument("model", help="a Hugging Face folder, .gguf file or catalog name")
-    sub.add_argument("out", type=Path, help="the bundle folder to write")
-    add_recipe_options(sub)
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
-    _add_json(sub)
+    add_export_options(sub)
 
     sub = command(
         "eval",
@@ -477,8 +480,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """The options that make a Recipe; optimum's command takes the same."""
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """What export takes beside the model; optimum's command takes the same."""
+    parser.add_argument("out", type=Path, help="the bundle folder to write")
     schemes = ("keep", "int4", "int8", "float")
     parser.add_argument(
         "--weights",
@@ -497,6 +501,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="activations")
     parser.add_argument("--context", type=int, help="longest sequence (default: up to 4096)")
     parser.add_argument("--target", default="onnx", help="what to lower to (default: onnx)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    _add_json(parser)
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:

@@ -45,8 +45,8 @@ class Recipe:
             raise ExportError(f"group size {self.group_size}, expected one of {GROUP_SIZES}")
         if self.dtype not in get_args(DType):
             raise ExportError(f"dtype {self.dtype!r}, expected one of {get_args(DType)}")
-        if unknown := set(self.targets) - set(TARGETS) or not self.targets:
-            raise ExportError(f"targets {unknown or '()'}, expected some of {TARGETS}")
+        if not self.targets or not set(self.targets) <= set(TARGETS):
+            raise ExportError(f"targets {self.targets}, expected some of {TARGETS}")
         if self.context is not None and self.context < 2:
             raise ExportError(f"context {self.context}, expected at least 2 tokens")
 

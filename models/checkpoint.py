@@ -97,7 +97,8 @@ class HFCheckpoint:
     format = "safetensors"
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name, self.notes = path, path.resolve().name, []
+        self.path, self.name = path, path.resolve().name
+        self.notes: list[str] = []
         data = read_json(path / "config.json")
         model_type = data.get("model_type")
         if not isinstance(model_type, str):

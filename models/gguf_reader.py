@@ -122,7 +122,7 @@ class GGUFFile:
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
             raise CheckpointError(f"{path}: alignment {alignment!r}, expected a multiple of 8")
         start = -(-cursor.at // alignment) * alignment
-        self.tensors = {name: self._locate(name, *head, start) for name, *head in heads}
+        self.tensors = {head[0]: self._locate(*head, start) for head in heads}
         if len(self.tensors) != tensor_count:
             raise CheckpointError(f"{path} names a tensor twice; file corrupt?")
 
@@ -170,7 +170,8 @@ class GGUFFile:
             _, block_bytes = GGML_QUANT_SIZES[info.kind]
             return unpack(raw.reshape(info.shape[0], -1, block_bytes))
         try:
-            return dequantize(raw, info.kind).astype(np.float32).reshape(info.shape)
+            values: Array = dequantize(raw, info.kind)
+            return values.astype(np.float32, copy=False).reshape(info.shape)
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} is {info.kind.name}, which cannot be read; "
@@ -190,7 +191,8 @@ def _nibbles(packed: Array) -> Array:
 
 
 def _half(raw: Array) -> Array:
-    return np.ascontiguousarray(raw).view(np.float16)[..., 0]
+    halves: Array = np.ascontiguousarray(raw).view(np.float16)
+    return halves[..., 0]
 
 
 def _q4_0(blocks: Array) -> QuantTensor:

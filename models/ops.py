@@ -7,6 +7,9 @@ and differentiates through it, and ``torch.export`` keeps it whole, so that a lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,16 +17,19 @@ from torch import Tensor
 _library = torch.library.Library("pocketslm", "DEF")
 
 
-def _define(schema: str):  # type: ignore[no-untyped-def]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _define(schema: str) -> Callable[[Function], Function]:
     """Register the decorated function under ``schema`` and return the operator itself."""
 
-    def register(reference):  # type: ignore[no-untyped-def]
+    def register(reference: Function) -> Function:
         name = schema.split("(")[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, reference, "CompositeImplicitAutograd")
         operator = getattr(torch.ops.pocketslm, name).default
         operator.__doc__ = reference.__doc__
-        return operator
+        return cast(Function, operator)
 
     return register
 

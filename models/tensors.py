@@ -94,7 +94,8 @@ def pack_codes(codes: Array, bits: int) -> Array:
     """uint8 codes [N, K], one per byte, to the packed form of :class:`QuantTensor`."""
     if bits == 8:
         return codes
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+    packed: Array = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return packed
 
 
 Weight = Array | QuantTensor
@@ -104,11 +105,14 @@ def concat_rows(parts: list[QuantTensor]) -> QuantTensor:
     """Stack matrices of one scheme along N, exactly."""
     assert len({(p.scheme, p.scales.dtype) for p in parts}) == 1
 
-    def stack(name: str) -> Array | None:
+    def stack(name: str) -> Any:
         arrays = [getattr(p, name) for p in parts]
         return None if arrays[0] is None else np.concatenate(arrays)
 
     return replace(
         parts[0],
-        **{name: stack(name) for name in ("codes", "scales", "zero_points", "minimums")},
+        codes=stack("codes"),
+        scales=stack("scales"),
+        zero_points=stack("zero_points"),
+        minimums=stack("minimums"),
     )

@@ -88,7 +88,8 @@ class Engine:
         keep = min(shared, len(ids) - 1)  # the last token must run, for its logits
         self.session.truncate(keep)
         del self.cached[keep:]
-        return self._forward(ids[keep:])[0]
+        logits: Logits = self._forward(ids[keep:])[0]
+        return logits
 
     def _forward(self, ids: Sequence[int]) -> Logits:
         logits = self.session.forward(np.asarray(ids, np.int64))

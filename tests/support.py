@@ -106,7 +106,7 @@ def random_state(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
             return 1 + 0.1 * noise
-        return noise * (0.5 if name.endswith("bias") else 2 * shape[-1] ** -0.5)
+        return noise * (0.5 if name.endswith("bias") else shape[-1] ** -0.5)
 
     return {name: draw(name, tuple(p.shape)) for name, p in model.named_parameters()}
 

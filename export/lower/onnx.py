@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 import torch
-import torch.fx as fx
 
 from pocketslm.export.lower.trace import Traced
 from pocketslm.models import ops
@@ -32,6 +31,8 @@ _ALIGNMENT = 4096  # of tensors in the data file: one page, so that each maps al
 _EXTERNAL_FROM = 1024  # bytes; smaller tensors stay inside the graph file
 _INT64_MAX = np.iinfo(np.int64).max
 
+# torch.fx.Node; its arguments are typed so widely that each use would need a cast.
+Node = Any
 WeightReader = Callable[[str, tuple[int, ...]], Weight]
 
 
@@ -106,14 +107,14 @@ class _Lowering:
         self.float_type = ir.DataType.from_numpy(np.dtype(self.float))
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self.values: dict[fx.Node, Any] = {}
+        self.values: dict[Node, Any] = {}
         self.group_sums: dict[tuple[ir.Value, int], ir.Value] = {}
         self.stored: dict[str, ir.TensorProtocol] = {}
         self.names: dict[str, int] = {}
 
     def run(self, progress: Callable[[int, int], None]) -> ir.Model:
         inputs = self._inputs()
-        emitters: dict[Any, Callable[[fx.Node], Any]] = {
+        emitters: dict[Any, Callable[[Node], Any]] = {
             ops.embedding: self._embedding,
             ops.linear: self._linear,
             ops.rms_norm: self._rms_norm,
@@ -166,7 +167,7 @@ class _Lowering:
         self.total_length = self._op("Cast", [scalar], to=ir.DataType.INT32)
         return [ids, mask, *caches, self.keep]
 
-    def _outputs(self, output: fx.Node) -> list[ir.Value]:
+    def _outputs(self, output: Node) -> list[ir.Value]:
         c = self.config
         logits, *present = (self.values[node] for node in output.args[0])
         if self.float is not np.float32:
@@ -181,7 +182,7 @@ class _Lowering:
 
     # One method per operator of pocketslm.models.ops.
 
-    def _embedding(self, node: fx.Node) -> ir.Value:
+    def _embedding(self, node: Node) -> ir.Value:
         ids, weight_node = node.args
         name, weight = self._parameter(weight_node)
         ids = self.values[ids]
@@ -203,13 +204,13 @@ class _Lowering:
         shifted = self._op("Add", [grouped, self._op("Unsqueeze", [offsets, axes])])
         return self._reshape(shifted, [0, 0, weight.shape[1]])
 
-    def _linear(self, node: fx.Node) -> ir.Value | None:
+    def _linear(self, node: Node) -> ir.Value | None:
         users = list(node.users)
         if len(users) == 1 and users[0].target in (ops.attention, ops.swiglu):
             return None  # emitted by its user, which may stack it with its siblings
         return self._project([node])
 
-    def _rms_norm(self, node: fx.Node) -> ir.Value:
+    def _rms_norm(self, node: Node) -> ir.Value:
         x, weight, eps = node.args
         if node in self.values:  # the residual sum before it has emitted both
             value: ir.Value = self.values[node]
@@ -222,7 +223,7 @@ class _Lowering:
             stash_type=1,
         )
 
-    def _add(self, node: fx.Node) -> ir.Value:
+    def _add(self, node: Node) -> ir.Value:
         a, b = (self.values[arg] for arg in node.args)
         norms = [user for user in node.users if user.target is ops.rms_norm]
         if len(norms) != 1:
@@ -238,15 +239,17 @@ class _Lowering:
         self.values[norms[0]] = normalized
         return total
 
-    def _swiglu(self, node: fx.Node) -> ir.Value:
+    def _swiglu(self, node: Node) -> ir.Value:
         gate_up = self._stacked(node.args)
+        gate: ir.Value | None
+        up: ir.Value | None
         if gate_up is not None:
             gate, up = self._ops("Split", [gate_up], outputs=(0, 1), axis=-1, num_outputs=2)
         else:
             gate, up = (self._late(arg) for arg in node.args)
         return self._op("Mul", [self._op("QuickGelu", [gate], domain=CONTRIB, alpha=1.0), up])
 
-    def _attention(self, node: fx.Node) -> list[ir.Value]:
+    def _attention(self, node: Node) -> list[ir.Value]:
         q, k, v, past_k, past_v, cos, sin, heads, kv_heads, scale = node.args
         packed = self._stacked((q, k, v))
         qkv = [packed, None, None] if packed is not None else [self._late(n) for n in (q, k, v)]
@@ -269,13 +272,13 @@ class _Lowering:
             do_rotary=1,
         )
 
-    def _last_tokens(self, node: fx.Node) -> ir.Value:
+    def _last_tokens(self, node: Node) -> ir.Value:
         ends = self._constant("to_the_end", np.array([_INT64_MAX], np.int64))
         axes = self._constant("mask_axes", np.array([1], np.int64))
         starts = self._op("Neg", [self.keep])
         return self._op("Slice", [self.values[node.args[0]], starts, ends, axes])
 
-    def _getitem(self, node: fx.Node) -> ir.Value:
+    def _getitem(self, node: Node) -> ir.Value:
         source, index = node.args
         value: ir.Value = self.values[source][index]
         return value
@@ -288,11 +291,11 @@ class _Lowering:
             return None
         return self._project(nodes) if len({n.args[0] for n in nodes}) == 1 else None
 
-    def _late(self, node: fx.Node) -> ir.Value | None:
+    def _late(self, node: Node) -> ir.Value | None:
         """The value of a node, emitted now if it is a linear that waited for its user."""
         return self._project([node]) if self.values[node] is None else self.values[node]
 
-    def _project(self, nodes: Sequence[fx.Node]) -> ir.Value | None:
+    def _project(self, nodes: Sequence[Node]) -> ir.Value | None:
         """``x @ weight.T + bias`` for the stacked parameters; None if they cannot be stacked."""
         linear = _stack([self._linear_parameters(node) for node in nodes])
         if linear is None:
@@ -303,7 +306,7 @@ class _Lowering:
             out = self._op("Add", [out, self._constant(f"{linear.name}.bias", linear.bias)])
         return out
 
-    def _linear_parameters(self, node: fx.Node) -> _Linear:
+    def _linear_parameters(self, node: Node) -> _Linear:
         _, weight_node, bias_node = node.args
         name, weight = self._parameter(weight_node)
         bias = None if bias_node is None else self._parameter(bias_node)[1]
@@ -344,16 +347,16 @@ class _Lowering:
 
     # Constants.
 
-    def _parameter(self, node: fx.Node) -> tuple[str, Weight]:
+    def _parameter(self, node: Node) -> tuple[str, Weight]:
         name, shape = self.traced.parameters[node.name]
         return name, self.weights(name, shape)
 
-    def _norm_weight(self, node: fx.Node) -> ir.Value:
+    def _norm_weight(self, node: Node) -> ir.Value:
         name, weight = self._parameter(node)
         assert not isinstance(weight, QuantTensor)
         return self._constant(name, weight.astype(self.float))
 
-    def _table(self, node: fx.Node) -> ir.Value:
+    def _table(self, node: Node) -> ir.Value:
         return self._constant(f"{node.name}_cache", self.traced.buffers[node.name], self.float)
 
     def _codes(self, name: str, weight: QuantTensor, *, flat: bool) -> ir.Value:
@@ -459,14 +462,16 @@ def _stack(parts: list[_Linear]) -> _Linear | None:
         return None
     if len({(weight.scheme, weight.scales.dtype) for weight in quantized}) > 1:
         return None
-    weight = concat_rows(quantized) if quantized else np.concatenate(weights)  # type: ignore[arg-type]
-    bias = None if biases[0] is None else np.concatenate(biases)  # type: ignore[arg-type]
+    arrays = [weight for weight in weights if not isinstance(weight, QuantTensor)]
+    weight: Weight = concat_rows(quantized) if quantized else np.concatenate(arrays)
+    given = [bias for bias in biases if bias is not None]
+    bias = np.concatenate(given) if given else None
     return _Linear("+".join(part.name for part in parts), weight, bias)
 
 
-def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+def _value(name: str, dtype: ir.DataType, shape: list[Any]) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
 
-def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: list[Any]) -> None:
     value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)

@@ -12,6 +12,15 @@ from pocketslm.models.tensors import QuantTensor, Weight
 Cache = list[tuple[Tensor, Tensor]]
 
 
+class Embedding(nn.Module):
+    def __init__(self, count: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
 class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -81,7 +90,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -112,7 +121,7 @@ class Model(nn.Module):
         self, input_ids: Tensor, past: Cache, logits_to_keep: int | None = None
     ) -> tuple[Tensor, Cache]:
         """Logits [B, logits_to_keep or S, V] of input_ids [B, S] after ``past``; the new cache."""
-        x = ops.embedding(input_ids, self.model.embed_tokens.weight)
+        x = self.model.embed_tokens(input_ids)
         present = []
         for layer, layer_past in zip(self.model.layers, past, strict=True):
             x, layer_present = layer(x, layer_past, self.cos, self.sin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from pocketslm.runtime.bundle import Bundle, Graph
 # Longer prompts run in pieces of this many tokens, which bounds the memory of activations; on x86
 # and for a 135M model it costs no speed (717 tok/s against 688 in pieces of 512).
 PREFILL_CHUNK = 128
-_FLOATS = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_FLOATS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 _ERRORS_ONLY = 3  # onnxruntime log severity
 
 
@@ -135,8 +136,8 @@ class OnnxSession:
         self._session.run_with_iobinding(self._io)
         self.length = total
         logits = self._logits if rows == 1 else self._io.get_outputs()[0].numpy()
-        kept = logits[0] if all_logits else logits[0, -1:]
-        return kept.astype(np.float32, copy=False)
+        kept: Logits = (logits[0] if all_logits else logits[0, -1:]).astype(np.float32, copy=False)
+        return kept
 
     def _bind_int64(
         self,

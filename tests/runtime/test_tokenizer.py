@@ -13,6 +13,8 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, trainers
+
 from pocketslm.errors import TokenizerError
 from pocketslm.models.gguf_reader import GGUFFile
 from pocketslm.models.tokenizer_files import _PRE, tokenizer_files_from_gguf
@@ -22,7 +24,6 @@ from pocketslm.runtime.tokenizer import (
     load_tokenizer,
     load_tokenizer_files,
 )
-from tokenizers import models, pre_tokenizers, trainers
 
 IMPLEMENTATIONS = ("tokenizers", "python")
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]

@@ -1,0 +1,108 @@
+"""Fetching: what is cached, and that nothing unverified gets in."""
+
+from __future__ import annotations
+
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pocketslm.errors import FetchError
+from pocketslm.models import architectures, catalog
+
+LEE = catalog.entry("lee")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("POCKETSLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_every_entry_is_complete() -> None:
+    for entry in catalog.catalog().values():
+        kind = entry.source.split(":")[0]
+        assert kind in ("pypi", "hf")
+        assert (kind == "pypi") == (entry.file is not None and len(entry.sha256 or "") == 64)
+
+
+def test_known_architectures_are_marked_by_what_loads() -> None:
+    """Gemma 3 is listed for its dimensions; the others can be exported."""
+    for entry in catalog.catalog().values():
+        if entry.architecture and entry.architecture != "gemma3_text":
+            architectures.canonical(entry.architecture)
+
+
+@pytest.mark.real
+def test_a_fetched_file_is_kept_and_repaired(cache: Path) -> None:
+    first = catalog.fetch("lee")
+    assert first == cache / "lee" / "lee_background.cor"
+    stamp = first.stat().st_mtime_ns
+    assert catalog.fetch("lee").stat().st_mtime_ns == stamp
+    first.write_text("altered")
+    assert catalog.fetch("lee").stat().st_size > 100_000
+    assert [path.name for path in (cache / "lee").iterdir()] == ["lee_background.cor"]
+
+
+def test_a_wrong_hash_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(requirement: str, folder: Path) -> Path:
+        assert requirement == "gensim==4.4.0"
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            archive.writestr(LEE.file or "", "something else")
+        return folder / "x.whl"
+
+    monkeypatch.setattr(catalog, "_pip_download", download)
+    with pytest.raises(FetchError, match="has SHA-256"):
+        catalog.fetch("lee")
+    assert list((cache / "lee").iterdir()) == []
+
+
+def test_a_wheel_without_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(requirement: str, folder: Path) -> Path:
+        zipfile.ZipFile(folder / "x.whl", "w").close()
+        return folder / "x.whl"
+
+    monkeypatch.setattr(catalog, "_pip_download", download)
+    with pytest.raises(FetchError, match="no usable"):
+        catalog.fetch("lee")
+
+
+def test_a_failed_download_says_why(cache: Path) -> None:
+    with pytest.raises(FetchError, match="pip could not download pocketslm-no-such-thing"):
+        catalog._pip_download("pocketslm-no-such-thing==9", cache)
+
+
+def test_hub_failures_are_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise RuntimeError("gated\nrepository")
+
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(FetchError, match="gated repository"):
+        catalog.fetch("smollm2-360m-instruct")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FetchError, match="pip install huggingface_hub"):
+        catalog.fetch("smollm2-360m-instruct")
+
+
+def test_hub_files_are_checked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's cache names a large file by its SHA-256; a file that differs is refused."""
+    snapshot, blobs = cache / "snapshot", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    blob = blobs / ("0" * 64)
+    blob.write_bytes(b"altered")
+    (snapshot / "model.safetensors").symlink_to(blob)
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda *_, **__: str(snapshot)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(FetchError, match="does not match the hub's SHA-256"):
+        catalog.fetch("smollm2-360m-instruct")
+    good = blobs / catalog._sha256(blob)
+    blob.rename(good)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(good)
+    assert catalog.fetch("smollm2-360m-instruct") == snapshot

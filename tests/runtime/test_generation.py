@@ -1,0 +1,287 @@
+"""Sampling against transformers, the generation loop, streamed text and stop strings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pocketslm.errors import ContextOverflowError, UsageError
+from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.reference import load_reference
+from pocketslm.runtime import sampling
+from pocketslm.runtime.config import GenerationConfig, generation_defaults
+from pocketslm.runtime.generation import Step
+from pocketslm.runtime.model import Model, _with_text
+from pocketslm.runtime.tokenizer import StreamDecoder
+
+RNG = np.random.default_rng(0)
+PROMPT = [10, 20, 30, 20, 40]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> Model:
+    return Model.load(tiny_bundle, threads=2)
+
+
+# Processors do what transformers' do.
+
+
+def through_transformers(
+    config: GenerationConfig, ids: Sequence[int], logits: np.ndarray[Any, Any]
+) -> Any:
+    from transformers.generation import logits_process as hf
+
+    chain = []
+    if config.repetition_penalty != 1:
+        chain.append(hf.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.temperature != 1:
+        chain.append(hf.TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        chain.append(hf.TopKLogitsWarper(config.top_k))
+    if config.top_p < 1:
+        chain.append(hf.TopPLogitsWarper(config.top_p))
+    if config.min_p:
+        chain.append(hf.MinPLogitsWarper(config.min_p))
+    scores = torch.from_numpy(logits.copy())[None]
+    for process in chain:
+        scores = process(torch.tensor([list(ids)]), scores)
+    return scores[0].numpy()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GenerationConfig(do_sample=True, temperature=0.3, top_k=0),
+        GenerationConfig(do_sample=True, top_k=7),
+        GenerationConfig(do_sample=True, top_k=1000),
+        GenerationConfig(do_sample=True, top_k=0, top_p=0.4),
+        GenerationConfig(do_sample=True, top_k=0, top_p=0.001),
+        GenerationConfig(do_sample=True, top_k=0, min_p=0.2),
+        GenerationConfig(do_sample=True, top_k=0, repetition_penalty=1.7),
+        GenerationConfig(
+            do_sample=True,
+            temperature=0.7,
+            top_k=40,
+            top_p=0.8,
+            min_p=0.05,
+            repetition_penalty=1.2,
+        ),
+    ],
+)
+def test_processors_equal_transformers(config: GenerationConfig) -> None:
+    for _ in range(50):
+        logits = (RNG.standard_normal(300) * 3).astype(np.float32)
+        ids = RNG.integers(0, 300, 20).tolist()
+        ours = logits.copy()
+        for process in sampling.processors_for(config, len(ids)):
+            ours = process(ids, ours)
+        theirs = through_transformers(config, ids, logits)
+        assert (np.isfinite(ours) == np.isfinite(theirs)).all()
+        assert np.isfinite(ours).any()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_repetition_penalty_may_spare_the_prompt() -> None:
+    config = GenerationConfig(repetition_penalty=2.0, penalize_prompt=False)
+    (process,) = sampling.processors_for(config, prompt_length=2)
+    assert process([0, 1, 2], np.ones(4, np.float32)).tolist() == [1, 1, 0.5, 1]
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.2, 0.3, 1e-30], np.float32))
+    logits[3] = -np.inf
+    sample = sampling.multinomial(seed=1)
+    counts = np.bincount([sample(logits) for _ in range(20_000)], minlength=4) / 20_000
+    # Five standard deviations of a share of 0.5 among 20,000 draws.
+    assert np.abs(counts - [0.5, 0.2, 0.3, 0]).max() < 5 * (0.25 / 20_000) ** 0.5
+    assert counts[3] == 0
+
+
+def test_a_seed_draws_the_same_and_another_does_not(model: Model) -> None:
+    def text(seed: int) -> list[int]:
+        config = GenerationConfig(
+            max_new_tokens=20, do_sample=True, top_k=0, seed=seed, ignore_eos=True
+        )
+        return [record.token for record in model.generate(PROMPT, config)]
+
+    assert text(3) == text(3)
+    assert text(3) != text(4)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"max_new_tokens": 0},
+        {"stop_strings": ("",)},
+    ],
+)
+def test_options_that_make_no_sense(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        GenerationConfig(**bad)
+
+
+def test_no_option_is_silently_dropped() -> None:
+    with pytest.raises(UsageError, match="temprature"):
+        GenerationConfig().but(temprature=0.5)
+
+
+def test_defaults_come_from_the_model(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 0.2, "top_p": 0.9, "eos_token_id": 2}'
+    )
+    defaults = generation_defaults(tmp_path)
+    assert (defaults.do_sample, defaults.temperature, defaults.top_p) == (True, 0.2, 0.9)
+    (tmp_path / "generation_config.json").write_text('{"top_p": "much"}')
+    with pytest.raises(UsageError, match="cannot be read"):
+        generation_defaults(tmp_path)
+
+
+# The loop.
+
+
+def test_greedy_equals_the_pytorch_model(model: Model, tiny_hf: Path) -> None:
+    reference = load_reference(open_checkpoint(tiny_hf))
+    ids, expected, logprobs = list(PROMPT), [], []
+    with torch.no_grad():
+        for _ in range(30):
+            logits, _ = reference(torch.tensor([ids]), reference.empty_cache())
+            ids.append(int(logits[0, -1].argmax()))
+            expected.append(ids[-1])
+            logprobs.append(float(torch.log_softmax(logits[0, -1], -1)[ids[-1]]))
+    config = GenerationConfig(max_new_tokens=30, ignore_eos=True)
+    steps = list(model.engine.generate(PROMPT, config, ()))
+    assert [step.token for step in steps] == expected
+    assert [step.logprob for step in steps] == pytest.approx(logprobs, abs=1e-3)
+    assert [step.finish for step in steps] == [None] * 29 + ["length"]
+    times = [step.time_ns for step in steps]
+    assert times == sorted(times)
+
+
+def test_the_end_of_sequence_ends(model: Model) -> None:
+    config = GenerationConfig(max_new_tokens=30)
+    free = [s.token for s in model.engine.generate(PROMPT, config.but(ignore_eos=True), ())]
+    steps = list(model.engine.generate(PROMPT, config, {free[4]}))
+    assert [step.token for step in steps] == free[: free.index(free[4]) + 1]
+    assert steps[-1].finish == "eos"
+
+
+def test_a_shared_prefix_is_not_prefilled_again(tiny_bundle: Path) -> None:
+    engine = Model.load(tiny_bundle, threads=1).engine
+    runs: list[int] = []
+    forward = engine.session.forward
+
+    def counting(tokens: Any, **options: bool) -> Any:
+        runs.append(len(tokens))
+        return forward(tokens, **options)
+
+    engine.session.forward = counting  # type: ignore[method-assign]
+    config = GenerationConfig(max_new_tokens=3, ignore_eos=True)
+    document = list(range(50))
+    first = list(engine.generate([*document, 7], config, ()))
+    assert runs == [51, 1, 1]
+    runs.clear()
+    again = list(engine.generate([*document, 9, 9], config, ()))
+    assert runs == [2, 1, 1]
+    runs.clear()
+    repeated = list(engine.generate([*document, 7], config, ()))
+    assert runs == [1, 1, 1]
+    assert [s.token for s in repeated] == [s.token for s in first]
+    fresh = Model.load(tiny_bundle, threads=1).engine
+    expected = list(fresh.generate([*document, 9, 9], config, ()))
+    assert [s.token for s in again] == [s.token for s in expected]
+
+
+def test_an_abandoned_generation_leaves_a_usable_engine(model: Model) -> None:
+    config = GenerationConfig(max_new_tokens=10, ignore_eos=True)
+    expected = [s.token for s in model.engine.generate(PROMPT, config, ())]
+    stopped = model.engine.generate(PROMPT, config, ())
+    next(stopped)
+    next(stopped)
+    stopped.close()
+    assert [s.token for s in model.engine.generate(PROMPT, config, ())] == expected
+
+
+def test_the_context_is_never_overrun(model: Model) -> None:
+    config = GenerationConfig(ignore_eos=True)
+    steps = list(model.engine.generate([1] * 250, config, ()))
+    assert len(steps) == 6
+    assert steps[-1].finish == "context"
+    for prompt, limit in (([1] * 256, None), ([1] * 250, 7)):
+        with pytest.raises(ContextOverflowError, match="do not fit the context of 256"):
+            model.engine.generate(prompt, config.but(max_new_tokens=limit), ())
+    with pytest.raises(UsageError, match="empty"):
+        model.engine.generate([], config, ())
+    with pytest.raises(UsageError, match="token ids"):
+        list(model.engine.generate([264], config, ()))
+
+
+# Text.
+
+
+class Bytes:
+    """A tokenizer whose ids are bytes."""
+
+    special_ids: frozenset[int] = frozenset()
+    leading_strip = ("", 0)
+
+    def token_bytes(self, token_id: int, *, first: bool = False) -> bytes:
+        return bytes([token_id])
+
+
+def texts(
+    data: bytes, stops: tuple[str, ...] = (), finish: Any = "length"
+) -> list[tuple[str, Any]]:
+    steps = (
+        Step(byte, 0.0, at, finish if at == len(data) - 1 else None) for at, byte in enumerate(data)
+    )
+    return [(r.text, r.finish) for r in _with_text(steps, StreamDecoder(Bytes()), stops)]
+
+
+def test_no_character_is_split() -> None:
+    pieces = texts("aé€😀".encode())
+    assert [text for text, _ in pieces] == ["a", "", "é", "", "", "€", "", "", "", "😀"]
+    assert texts("😀".encode()[:2])[-1] == ("�", "length")
+
+
+def test_stop_strings_are_held_back_and_cut() -> None:
+    pieces = texts(b"one stop two", (" stop",))
+    assert "".join(text for text, _ in pieces) == "one"
+    assert pieces[-1][1] == "stop"
+    # What only looked like a stop comes out as soon as that is clear.
+    assert "".join(text for text, _ in texts(b"one sto two", (" stop",))) == "one sto two"
+    assert "".join(text for text, _ in texts(b"one sto", (" stop",))) == "one sto"
+    assert texts(b"aab", ("ab", "b"))[-1] == ("", "stop")
+    assert "".join(text for text, _ in texts(b"aab", ("ab", "b"))) == "a"
+
+
+def test_a_chat_is_the_template_s_prompt(model: Model) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    config = GenerationConfig(max_new_tokens=5, ignore_eos=True)
+    ids = model.tokenizer.apply_chat_template(messages)
+    assert ids[0] == 256
+    chat = [record.token for record in model.chat(messages, config)]
+    assert chat == [record.token for record in model.generate(ids, config)]
+
+
+def test_the_runtime_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, pocketslm.runtime, pocketslm.runtime.model, pocketslm.runtime.assistant;"
+        "heavy = {'torch', 'transformers', 'kivy', 'onnx', 'onnxruntime', 'jinja2', 'tokenizers'};"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,176 @@
+"""The command line as a person types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pocketslm.cli import main
+
+COMMANDS = (
+    "fetch",
+    "inspect",
+    "export",
+    "eval",
+    "run",
+    "chat",
+    "doc summarize",
+    "doc ask",
+    "bench",
+)
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--help"])
+    assert end.value.code == 0
+    assert f"example: pocketslm {command} " in capsys.readouterr().out
+
+
+def test_help_and_version_are_quick_and_light() -> None:
+    code = (
+        "import sys\nfrom pocketslm.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'onnxruntime'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+USER_ERRORS = {
+    "no such checkpoint": (["inspect", "nowhere/model"], "does not exist"),
+    "no such bundle": (["run", "nowhere", "hi"], "nowhere is not a bundle folder"),
+    "unknown name": (["fetch", "gpt-9"], "'gpt-9' is not in the catalog, expected one of"),
+    "no name": (["fetch"], "--list"),
+    "bad target": (["export", "HF", "OUT", "--target", "tflite"], "tflite"),
+    "bad context": (["export", "HF", "OUT", "--context", "1"], "context 1"),
+    "bad sampling": (["run", "BUNDLE", "hi", "--top-p", "7"], "top_p is 7.0"),
+    "bad backend": (["run", "BUNDLE", "hi", "--backend", "tpu"], "'tpu' is unknown"),
+    "prompt too long": (["run", "BUNDLE", "x" * 300], "do not fit the context of 256"),
+    "no document": (["doc", "summarize", "BUNDLE", "--document", "nowhere.txt"], "nowhere.txt"),
+    "long document": (["doc", "summarize", "BUNDLE"], "take a shorter document"),
+    "not a text": (["eval", "BUNDLE", "--source", "HF", "--text", "BUNDLE"], "cannot read"),
+    "wrong source": (["eval", "BUNDLE", "--source", "GGUF", "--text", "TEXT"], "SHA-256 differs"),
+    "short text": (["eval", "BUNDLE", "--source", "HF", "--text", "TEXT"], "at least one window"),
+}
+
+
+@pytest.mark.parametrize("name", USER_ERRORS)
+def test_user_errors_are_one_line(
+    name: str,
+    tiny_bundle: Path,
+    tiny_hf: Path,
+    tiny_gguf: Path,
+    tmp_path: Path,
+    capsys: Captured,
+) -> None:
+    (tmp_path / "text").write_text("short")
+    places = {
+        "BUNDLE": tiny_bundle,
+        "HF": tiny_hf,
+        "GGUF": tiny_gguf,
+        "OUT": tmp_path / "out",
+        "TEXT": tmp_path / "text",
+    }
+    arguments, message = USER_ERRORS[name]
+    status = main([str(places.get(argument, argument)) for argument in arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("pocketslm: error: ")]
+    assert status == 2
+    assert errors == lines[-1:]
+    assert message in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_checkpoint_to_measured_bundle(
+    tiny_gguf: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    bundle = str(tmp_path / "bundle")
+    assert main(["inspect", str(tiny_gguf), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "gguf checkpoint"
+    assert main(["export", str(tiny_gguf), bundle, "--context", "256", "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert exported["weights"].keys() == {"int4 g32 min", "fp32"}
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike. " * 20)
+    evaluate = ["eval", bundle, "--source", str(tiny_gguf), "--text", str(text)]
+    assert main([*evaluate, "--window", "64", "--windows", "2"]) == 0
+    assert "mean KL" in capsys.readouterr().out
+    assert main(["inspect", bundle, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["quality"]["tokens"] == 128
+    assert main(["run", bundle, "Hello", "-n", "8", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert 1 <= len(answer["tokens"]) <= 8
+    assert len(answer["logprobs"]) == len(answer["tokens"])
+    assert answer["ttft_ms"] > 0
+    document = tmp_path / "document.txt"
+    document.write_text("A short note.")
+    ask = ["doc", "ask", bundle, "What?", "Why?", "--document", str(document), "-n", "4"]
+    assert main(ask) == 0
+    assert capsys.readouterr().err.count("TTFT") == 2
+
+
+def test_sampling_options_sample(tiny_bundle: Path, capsys: Captured) -> None:
+    def tokens(*options: str) -> list[int]:
+        assert main(["run", str(tiny_bundle), "Hi", "-n", "12", "--json", *options]) == 0
+        found: list[int] = json.loads(capsys.readouterr().out)["tokens"]
+        return found
+
+    greedy = tokens()
+    assert tokens("--temperature", "0") == greedy
+    assert tokens("--seed", "1", "--temperature", "3") == tokens(
+        "--seed", "1", "--temperature", "3"
+    )
+    assert tokens("--seed", "1", "--temperature", "3") != greedy
+    assert tokens("--top-k", "1") == greedy
+
+
+def test_chat_reads_a_pipe(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nagain\n"))
+    assert main(["chat", str(tiny_bundle), "-n", "5"]) == 0
+    assert capsys.readouterr().err.count("TTFT") == 2
+
+
+def test_ctrl_c_stops_cleanly_and_keeps_the_text(tiny_bundle: Path) -> None:
+    """A real process, a real signal, in the middle of a stream that would be long."""
+    command = [sys.executable, "-m", "pocketslm", "run", str(tiny_bundle), "Hi", "--raw"]
+    command += ["--temperature", "5", "--seed", "0", "-n", "250"]
+    # Reading nothing until the signal keeps the process inside its stream: the pipe is tiny.
+    read, write = os.pipe()
+    import fcntl
+
+    fcntl.fcntl(write, 1031, 4096)  # F_SETPIPE_SZ
+    process = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    first = os.read(read, 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    rest = b""
+    while chunk := os.read(read, 4096):
+        rest += chunk
+    _, errors = process.communicate(timeout=60)
+    os.close(read)
+    assert first
+    assert "Traceback" not in errors
+    assert "finish:" in errors or "interrupted" in errors
+    assert process.returncode in (0, 130)
+
+
+def test_a_closed_pipe_is_no_error(tiny_bundle: Path) -> None:
+    command = f"{sys.executable} -m pocketslm inspect {tiny_bundle} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("kind")
+    assert done.stderr == ""
