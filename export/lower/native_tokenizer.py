@@ -132,8 +132,10 @@ def chat_parts(
 def _join(messages: Messages, parts: Mapping[str, str]) -> str:
     text, previous = "", "start"
     for message in messages:
-        text += parts[f"{previous}_to_{message['role']}"] if previous != "start" else (
-            parts[f"start_{message['role']}"]
+        text += (
+            parts[f"{previous}_to_{message['role']}"]
+            if previous != "start"
+            else (parts[f"start_{message['role']}"])
         )
         text += message["content"]
         previous = message["role"]

@@ -31,7 +31,7 @@ struct ReadAhead {
   size_t left;           // lines of `span` not yet asked for
   uint64_t asked, used;  // lines so far, since the first step
 };
-constexpr uint64_t kMaxLeadLines = 2048;  // 256 KB; a power of two
+constexpr uint64_t kMaxLeadLines = 2048;  // 128 KB; a power of two
 
 static inline void ask_lines(ReadAhead& ahead, size_t lines) {
   ahead.asked += lines;

@@ -70,11 +70,17 @@ float to_i8(const float* x, size_t n, int8_t* out) {
 // acc[r][w] (+)= sum over i of a[r][i] * b[w][i][0..15]: both products of attention are this shape,
 // with b the keys (16 positions wide) or the values (16 of head_dim wide). R * W accumulators must
 // both fit the registers and be enough to hide the latency of an FMA.
+// With `ahead`, the panels' memory at that distance is asked for too.
 template <size_t R, size_t W, typename T>
 inline void rows_times_panels(const float* a, size_t a_stride, const T* b, size_t b_stride,
-                              size_t panel_stride, size_t length, V16 (&acc)[R][W]) {
+                              size_t panel_stride, size_t length, size_t ahead,
+                              V16 (&acc)[R][W]) {
   for (size_t i = 0; i < length; ++i) {
     V16 columns[W];
+    if (ahead) {
+      for (size_t w = 0; w < W; ++w)
+        __builtin_prefetch(b + w * panel_stride + i * b_stride + ahead, 0, 2);
+    }
     for (size_t w = 0; w < W; ++w) columns[w] = load_kv(b + w * panel_stride + i * b_stride);
     for (size_t r = 0; r < R; ++r) {
       const V16 factor = set1(a[r * a_stride + i]);
@@ -96,7 +102,8 @@ inline void key_scores(const AttentionJob& job, size_t row, size_t position, flo
     for (V16& x : line) x = zero();
   rows_times_panels<R, W>(job.queries + row * job.head_dim, job.head_dim,
                           static_cast<const T*>(job.keys) + position * job.head_dim,
-                          kPositionBlock, kPositionBlock * job.head_dim, job.head_dim, acc);
+                          kPositionBlock, kPositionBlock * job.head_dim, job.head_dim,
+                          kSpan * job.head_dim, acc);
   for (size_t r = 0; r < R; ++r)
     for (size_t w = 0; w < W; ++w) {
       const size_t p = w * kPositionBlock;
@@ -126,7 +133,7 @@ inline void add_values(const AttentionJob& job, size_t row, size_t first, size_t
       acc[r][w] = mul(load(out + r * job.head_dim + w * 16), set1(decay[r]));
   rows_times_panels<R, W>(weights, kSpan,
                           static_cast<const T*>(job.values) + first * job.head_dim + d,
-                          job.head_dim, 16, count, acc);
+                          job.head_dim, 16, count, kSpan * job.head_dim, acc);
   for (size_t r = 0; r < R; ++r)
     for (size_t w = 0; w < W; ++w) store(out + r * job.head_dim + w * 16, acc[r][w]);
 }
@@ -221,7 +228,7 @@ void matmul_float_rows(const T* block, size_t cols, const ActivationTile& tile, 
   V16 acc[R][1];
   for (auto& line : acc) line[0] = zero();
   rows_times_panels<R, 1>(tile.values + row * tile.stride, tile.stride, block, kBlockRows, 0, cols,
-                          acc);
+                          0, acc);
   for (size_t r = 0; r < R; ++r) store(out + (row + r) * out_stride, acc[r][0]);
 }
 

@@ -11,6 +11,7 @@ namespace pocketslm {
 namespace {
 
 constexpr size_t kMaxSpans = 64;
+constexpr size_t kChunkBytes = 16384;
 
 // Lines that a thread asks for between two looks at whether it still has to wait.
 constexpr size_t kIdleLines = 4;
@@ -229,9 +230,11 @@ void Session::prepare_rotation(size_t count) {
     }
 }
 
-// Small enough that a late thread can be helped, large enough that memory is read in long runs.
-size_t Session::chunk(size_t total) const {
-  return std::clamp<size_t>(total / (pool_.size() * 6), 1, kScratchBlocks);
+// Units that a thread takes at a time. Decoding, about a microsecond of reading, so that threads
+// reach the barrier together; for a batch more, since each unit is much work.
+size_t Session::chunk(size_t total, size_t unit_bytes) const {
+  if (count_ > 1) return std::clamp<size_t>(total / (pool_.size() * 6), 2, kScratchBlocks);
+  return std::clamp<size_t>(kChunkBytes / unit_bytes, 1, kScratchBlocks);
 }
 
 // RMSNorm and quantization of one row of x, by each thread for itself.
@@ -288,7 +291,7 @@ void Session::project_blocks(unsigned m, const Matrix& w, const Panel& panel, si
 
 template <typename Sink>
 void Session::project(unsigned m, const Matrix& w, const Panel& panel, Sink&& sink) {
-  share(m, w.blocks(), chunk(w.blocks()), [&](size_t begin, size_t end) {
+  share(m, w.blocks(), chunk(w.blocks(), w.block_bytes), [&](size_t begin, size_t end) {
     project_blocks(m, w, panel, begin, end, sink);
   });
 }
@@ -316,7 +319,7 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
                         {layer.key, layer.key_bias, k_.data()},
                         {layer.value, layer.value_bias, v_.data()}};
   const size_t total = layer.query.blocks() + layer.key.blocks() + layer.value.blocks();
-  share(m, total, chunk(total), [&](size_t begin, size_t end) {
+  share(m, total, chunk(total, layer.query.block_bytes), [&](size_t begin, size_t end) {
     size_t first = 0;
     for (const Part& part : parts) {
       const size_t last = first + part.w.blocks();
@@ -344,7 +347,7 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
   const Panel& mlp_input = normalized(m, layer.mlp_norm);
   const bool want_floats = !is_quantized(layer.down.kind);
   const size_t units = model_.config.intermediate_size / kGroup;
-  share(m, units, chunk(units), [&](size_t begin, size_t end) {
+  share(m, units, chunk(units, 2 * (layer.gate.block_bytes + layer.up.block_bytes)), [&](size_t begin, size_t end) {
     Member& member = members_[m];
     float* gate = member.outputs.data();
     float* up = gate + kMaxTile * kGroup;

@@ -71,7 +71,7 @@ class Session {
   template <typename F>
   void share(unsigned m, size_t total, size_t chunk, F&& f);
   void barrier(unsigned m);
-  size_t chunk(size_t total) const;
+  size_t chunk(size_t total, size_t unit_bytes) const;
   void plan_reading(unsigned m);
   void start_phase(unsigned m, size_t phase);
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import native_support
 import pytest
+
 import support
 from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer

@@ -6,10 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pocketslm.errors import BackendError, ContextOverflowError, UsageError
-from pocketslm.models.tensors import QuantTensor, Weight
-from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
 from native_support import (
     mixed_kinds,
     quantize,
@@ -17,6 +13,10 @@ from native_support import (
     tiny_config,
     write_tiny,
 )
+
+from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
 
 # Root-mean-square error over the spread of the logits. Float weights leave the fp16 cache as the
 # largest error; quantized ones add int8 activations, an int8 cache about as much again.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from native_support import quantize, tiny_config, write_tiny
 
 from pocketslm.errors import BundleError
 from pocketslm.runtime.backends.native import NativeModel
-from native_support import quantize, tiny_config, write_tiny
 
 SEED = 99
 MUTATIONS = 100_000  # with up to three changes each, spread over header and section table

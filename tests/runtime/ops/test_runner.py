@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import support
 from native_runner import Runner, running
-from pocketslm.runtime.backends.native import NativeModel, isa_names
 from tokenizers import Tokenizer
+
+import support
+from pocketslm.runtime.backends.native import NativeModel, isa_names
 
 SEED = 5
 PROTOCOL_LINES = 100_000
@@ -213,7 +214,9 @@ def test_mutated_lines_never_crash(runner_path: Path, chat_model: Path) -> None:
 def test_command_line(runner_path: Path, chat_model: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(runner_path), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
 
     done = run(str(chat_model), "--chat", "the inner", "-n", "3", "-t", "2")
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from native_runner import running
+
 from pocketslm.runtime.backends.native import isa_names
 from pocketslm.runtime.ops import build
 
