@@ -1,0 +1,318 @@
+"""The native operators as a backend: numpy and ctypes over the C border of ``runtime/ops``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketslm.errors import (
+    BackendError,
+    BundleError,
+    ContextOverflowError,
+    PocketSlmError,
+    UsageError,
+)
+from pocketslm.runtime.bundle import Bundle, Graph
+from pocketslm.runtime.ops import build
+
+ABI_VERSION = 1
+KV_TYPES = {"fp16": 0, "int8": 1}
+LOGITS_LAST, LOGITS_ALL = 1, 2
+
+_ERRORS: dict[int, type[PocketSlmError]] = {
+    1: UsageError,
+    2: BundleError,
+    3: BundleError,
+    4: ContextOverflowError,
+    5: BackendError,
+    6: BackendError,
+}
+
+_u32, _u64, _size = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t
+
+
+class _Error(ctypes.Structure):
+    _fields_ = (("text", ctypes.c_char_p), ("capacity", _size))
+
+
+class _ModelInfo(ctypes.Structure):
+    _fields_ = (
+        *((name, _u32) for name in ("hidden_size", "layers", "heads", "kv_heads", "head_dim")),
+        *((name, _u32) for name in ("intermediate_size", "vocab_size", "max_context")),
+        *((name, _u64) for name in ("file_bytes", "bytes_per_token")),
+        *((name, _u64) for name in ("macs_per_token", "head_macs")),
+    )
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (
+        *((name, _u32) for name in ("context", "threads", "kv_type", "pin")),
+        ("isa", ctypes.c_char_p),
+    )
+
+
+class _SessionInfo(ctypes.Structure):
+    _fields_ = (
+        *((name, _u32) for name in ("context", "threads", "kv_type")),
+        ("kv_bytes", _u64),
+        ("isa", ctypes.c_char_p),
+    )
+
+
+def open_session(
+    bundle: Bundle, graph: Graph, threads: int | None, context: int | None
+) -> NativeSession:
+    """A session over the bundle's ``model.slm``; see :mod:`pocketslm.runtime.backends`."""
+    if graph.kv_cache not in KV_TYPES:
+        known = ", ".join(KV_TYPES)
+        raise BackendError(f"KV cache type {graph.kv_cache!r} is not supported; known: {known}")
+    model = NativeModel(bundle.path / graph.file)
+    limit = min(graph.context, model.info.max_context)
+    return NativeSession(
+        model, context=min(context or limit, limit), threads=threads, kv_type=graph.kv_cache
+    )
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The shared library, compiled now if need be, with its signatures declared."""
+    override = os.environ.get("POCKETSLM_LIBRARY")
+    try:
+        path = Path(override) if override else build.library()
+        library = ctypes.CDLL(str(path))
+    except (build.BuildError, OSError) as error:
+        raise BackendError(f"the native operators could not be built or loaded: {error}") from error
+    pointer, p = ctypes.c_void_p, ctypes.POINTER
+    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "abi_version": (_u32, ()),
+        "isa_names": (p(ctypes.c_char_p), ()),
+        "model_open": (ctypes.c_int, (ctypes.c_char_p, p(pointer), _Error)),
+        "model_close": (None, (pointer,)),
+        "model_describe": (ctypes.c_int, (pointer, p(_ModelInfo))),
+        "model_blob": (pointer, (pointer, _u32, p(_size))),
+        "session_open": (ctypes.c_int, (pointer, p(_Options), p(pointer), _Error)),
+        "session_close": (None, (pointer,)),
+        "session_describe": (ctypes.c_int, (pointer, p(_SessionInfo))),
+        "forward": (ctypes.c_int, (pointer, pointer, _size, ctypes.c_int, pointer, _size, _Error)),
+        "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), _Error)),
+        "length": (_size, (pointer,)),
+        "truncate": (ctypes.c_int, (pointer, _size)),
+        "kv_bytes": (_size, (pointer, _size)),
+        "kv_save": (ctypes.c_int, (pointer, _size, pointer, _size)),
+        "kv_restore": (ctypes.c_int, (pointer, _size, pointer, _size)),
+        "matmul": (
+            ctypes.c_int,
+            (ctypes.c_char_p, _u32, pointer, _size, _size, _size, pointer, _size, pointer, _Error),
+        ),
+        "packed_bytes": (_size, (_u32, _size, _size)),
+        "measure_bandwidth": (ctypes.c_double, (_u32, _size)),
+        "measure_int8_peak": (ctypes.c_double, (ctypes.c_char_p, _u32)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, f"pslm_{name}")
+        function.restype, function.argtypes = result, arguments
+    if library.pslm_abi_version() != ABI_VERSION:
+        raise BackendError(f"{path} has another ABI version; rebuild it")
+    return library
+
+
+def isa_names() -> list[str]:
+    """Kernel paths that this CPU can run, best first."""
+    names = load_library().pslm_isa_names()
+    found: list[str] = []
+    while names[len(found)]:
+        found.append(names[len(found)].decode())
+    return found
+
+
+def _encode(isa: str | None) -> bytes | None:
+    return None if isa is None else isa.encode()
+
+
+class _ErrorText:
+    """A buffer for one error line, and the exception for a failed status."""
+
+    def __init__(self) -> None:
+        self._buffer = ctypes.create_string_buffer(512)
+        self.argument = _Error(ctypes.cast(self._buffer, ctypes.c_char_p), len(self._buffer))
+
+    def check(self, status: int, what: str = "") -> None:
+        if status != 0:
+            text = self._buffer.value.decode(errors="replace") or f"status {status}"
+            raise _ERRORS.get(status, BackendError)(f"{what}: {text}" if what else text)
+
+
+@dataclass(frozen=True)
+class NativeModelInfo:
+    """What a model.slm says about itself."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_context: int
+    file_bytes: int
+    bytes_per_token: int
+    macs_per_token: int
+    head_macs: int
+
+
+class NativeModel:
+    """A mapped and checked model.slm, shared by its sessions."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._library = load_library()
+        self._handle = ctypes.c_void_p()
+        error = _ErrorText()
+        status = self._library.pslm_model_open(
+            os.fsencode(path), ctypes.byref(self._handle), error.argument
+        )
+        error.check(status, str(path))
+        info = _ModelInfo()
+        self._library.pslm_model_describe(self._handle, ctypes.byref(info))
+        self.info = NativeModelInfo(
+            **{f.name: getattr(info, f.name) for f in fields(NativeModelInfo)}
+        )
+
+    def session(
+        self,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        kv_type: str = "fp16",
+        isa: str | None = None,
+        pin: bool = False,
+    ) -> NativeSession:
+        return NativeSession(
+            self, context=context, threads=threads, kv_type=kv_type, isa=isa, pin=pin
+        )
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.pslm_model_close(self._handle)
+
+
+class NativeSession:
+    """A context over a model: tokens go in, logits come out, keys and values stay."""
+
+    def __init__(
+        self,
+        model: NativeModel,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        kv_type: str = "fp16",
+        isa: str | None = None,
+        pin: bool = False,
+    ) -> None:
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"KV type {kv_type!r}; known: {', '.join(KV_TYPES)}")
+        for name, value in (("context", context), ("threads", threads)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
+        self.model = model  # keeps the mapping alive
+        self._library = load_library()
+        self._handle = ctypes.c_void_p()
+        options = _Options(context or 0, threads or 0, KV_TYPES[kv_type], int(pin), _encode(isa))
+        error = _ErrorText()
+        status = self._library.pslm_session_open(
+            model._handle, ctypes.byref(options), ctypes.byref(self._handle), error.argument
+        )
+        if status == 6:
+            asked = isa or os.environ.get("POCKETSLM_ISA", "auto")
+            raise BackendError(f"kernel path {asked!r}; this CPU has: {', '.join(isa_names())}")
+        error.check(status)
+        info = _SessionInfo()
+        self._library.pslm_session_describe(self._handle, ctypes.byref(info))
+        self.vocab_size = model.info.vocab_size
+        self.context: int = info.context
+        self.threads: int = info.threads
+        self.isa: str = info.isa.decode()
+        self.kv_type: str = kv_type
+        self.backend = f"native {self.isa}"
+        self._next = ctypes.c_int32()
+        self._error = _ErrorText()
+
+    @property
+    def length(self) -> int:
+        """Positions filled so far."""
+        return int(self._library.pslm_length(self._handle))
+
+    def forward(
+        self, tokens: npt.NDArray[np.integer[Any]], *, all_logits: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """See :class:`pocketslm.runtime.backends.Session`."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or ids.size == 0:
+            raise UsageError(f"forward needs at least one token, as a vector, not {ids.shape}")
+        if ids.size > self.context - self.length:  # before a large buffer is made for it
+            raise ContextOverflowError(
+                f"{self.length} + {ids.size} tokens do not fit the context of {self.context}; "
+                "shorten the prompt or open the session with a larger context"
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise UsageError(f"token ids {low} to {high} are not within 0 to {self.vocab_size - 1}")
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        out = np.empty((ids.size if all_logits else 1, self.vocab_size), np.float32)
+        status = self._library.pslm_forward(
+            self._handle,
+            ids.ctypes.data,
+            ids.size,
+            LOGITS_ALL if all_logits else LOGITS_LAST,
+            out.ctypes.data,
+            out.size,
+            self._error.argument,
+        )
+        self._error.check(status)
+        return out
+
+    def step_greedy(self, token: int) -> int:
+        """Append one token; the most probable next one. No logits are copied."""
+        status = self._library.pslm_step_greedy(
+            self._handle, token, ctypes.byref(self._next), self._error.argument
+        )
+        self._error.check(status)
+        return self._next.value
+
+    def truncate(self, length: int) -> None:
+        """See :class:`pocketslm.runtime.backends.Session`."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
+        self._library.pslm_truncate(self._handle, length)
+
+    def save(self, length: int | None = None) -> bytes:
+        """Keys and values of the first positions, for a prefix cache."""
+        count = self.length if length is None else length
+        if not 0 <= count <= self.length:
+            raise UsageError(f"cannot save {count} positions; {self.length} are filled")
+        buffer = ctypes.create_string_buffer(
+            max(1, self._library.pslm_kv_bytes(self._handle, count))
+        )
+        size = self._library.pslm_kv_bytes(self._handle, count)
+        self._error.check(self._library.pslm_kv_save(self._handle, count, buffer, len(buffer)))
+        return buffer.raw[:size]
+
+    def restore(self, length: int, saved: bytes) -> None:
+        """Replace the context by ``length`` positions that :meth:`save` gave."""
+        status = self._library.pslm_kv_restore(self._handle, length, saved, len(saved))
+        if status != 0:
+            raise UsageError(f"the saved state does not hold {length} positions of this model")
+
+    def close(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.pslm_session_close(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    def __del__(self) -> None:
+        self.close()

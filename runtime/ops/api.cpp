@@ -1,0 +1,207 @@
+// The C border: arguments are checked before anything is touched, exceptions end here.
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <system_error>
+
+#include "cpu.h"
+#include "model_file.h"
+#include "pocketslm.h"
+#include "session.h"
+
+using namespace pocketslm;
+
+struct pslm_model {
+  ModelFile file;
+};
+struct pslm_session {
+  Session engine;
+};
+
+namespace {
+
+constexpr uint32_t kMaxThreads = 64;
+
+pslm_status report(pslm_error error, pslm_status status, const std::string& text) {
+  if (error.text && error.capacity) std::snprintf(error.text, error.capacity, "%s", text.c_str());
+  return status;
+}
+
+// Runs f, which returns a status, and turns what it may throw into one.
+template <typename F>
+pslm_status guarded(pslm_error error, F&& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return report(error, PSLM_ERROR_MEMORY, "out of memory");
+  } catch (const std::system_error& failure) {
+    return report(error, PSLM_ERROR_MEMORY, std::string("cannot start threads: ") + failure.what());
+  }
+}
+
+pslm_status check_tokens(const Session& session, const int32_t* tokens, size_t count,
+                         pslm_error error) {
+  const uint32_t vocabulary = session.model().config.vocab_size;
+  for (size_t i = 0; i < count; ++i)
+    if (static_cast<uint32_t>(tokens[i]) >= vocabulary)
+      return report(error, PSLM_ERROR_ARGUMENT,
+                    "token " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
+                        std::to_string(vocabulary));
+  if (count > session.context() - session.length())
+    return report(error, PSLM_ERROR_CONTEXT,
+                  std::to_string(count) + " more tokens after " +
+                      std::to_string(session.length()) + " do not fit the context of " +
+                      std::to_string(session.context()));
+  return PSLM_OK;
+}
+
+uint32_t default_threads() {
+  const size_t cpus = cpus_by_speed().size();
+  return cpus == 0 ? 1 : cpus < 8 ? static_cast<uint32_t>(cpus) : 8;
+}
+
+}  // namespace
+
+uint32_t pslm_abi_version(void) { return PSLM_ABI_VERSION; }
+const char* const* pslm_isa_names(void) { return available_isa_names(); }
+
+pslm_status pslm_model_open(const char* path, pslm_model** model, pslm_error error) {
+  if (!path || !model) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  *model = nullptr;
+  return guarded(error, [&] {
+    auto opened = std::make_unique<pslm_model>();
+    if (const Failure failure = opened->file.open(path))
+      return report(error, failure.status, failure.text);
+    *model = opened.release();
+    return PSLM_OK;
+  });
+}
+
+void pslm_model_close(pslm_model* model) { delete model; }
+
+pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info) {
+  if (!model || !info) return PSLM_ERROR_ARGUMENT;
+  const ModelFile& file = model->file;
+  const FileHeader& c = file.config;
+  *info = {};
+  info->hidden_size = c.hidden_size, info->layers = c.layers, info->heads = c.heads;
+  info->kv_heads = c.kv_heads, info->head_dim = c.head_dim;
+  info->intermediate_size = c.intermediate_size, info->vocab_size = c.vocab_size;
+  info->max_context = c.max_context, info->file_bytes = c.file_bytes;
+  const Matrix& head = file.head.data ? file.head : file.embedding;
+  info->bytes_per_token = head.bytes();
+  info->head_macs = uint64_t{head.rows} * head.cols;
+  for (const Layer& layer : file.layers)
+    for (const Matrix* w : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate,
+                            &layer.up, &layer.down}) {
+      info->bytes_per_token += w->bytes();
+      info->macs_per_token += uint64_t{w->rows} * w->cols;
+    }
+  return PSLM_OK;
+}
+
+const void* pslm_model_blob(const pslm_model* model, uint32_t role, size_t* bytes) {
+  if (!model || !bytes) return nullptr;
+  const Blob blob = role == static_cast<uint32_t>(Role::tokenizer) ? model->file.tokenizer
+                    : role == static_cast<uint32_t>(Role::chat)    ? model->file.chat
+                                                                   : Blob{};
+  *bytes = blob.bytes;
+  return blob.data;
+}
+
+pslm_status pslm_session_open(const pslm_model* model, const pslm_options* options,
+                              pslm_session** session, pslm_error error) {
+  if (!model || !options || !session) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  *session = nullptr;
+  const uint32_t maximum = model->file.config.max_context;
+  const uint32_t context = options->context ? options->context : maximum;
+  const uint32_t threads = options->threads ? options->threads : default_threads();
+  if (context > maximum)
+    return report(error, PSLM_ERROR_ARGUMENT,
+                  "context of " + std::to_string(context) + " is above the model's " +
+                      std::to_string(maximum));
+  if (threads > kMaxThreads)
+    return report(error, PSLM_ERROR_ARGUMENT,
+                  std::to_string(threads) + " threads, at most " + std::to_string(kMaxThreads));
+  if (options->kv_type != PSLM_KV_F16 && options->kv_type != PSLM_KV_I8)
+    return report(error, PSLM_ERROR_ARGUMENT, "unknown KV type");
+  const Kernels* kernels = select_kernels(options->isa);
+  if (!kernels)
+    return report(error, PSLM_ERROR_ISA, "kernel path is unknown or not supported by this CPU");
+  return guarded(error, [&] {
+    *session = new pslm_session{Session(model->file, *kernels, context,
+                                        static_cast<pslm_kv_type>(options->kv_type), threads,
+                                        options->pin != 0)};
+    return PSLM_OK;
+  });
+}
+
+void pslm_session_close(pslm_session* session) { delete session; }
+
+pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info) {
+  if (!session || !info) return PSLM_ERROR_ARGUMENT;
+  const Session& engine = session->engine;
+  *info = {};
+  info->context = static_cast<uint32_t>(engine.context());
+  info->threads = engine.threads();
+  info->kv_type = engine.cache().type();
+  info->kv_bytes = engine.cache().bytes();
+  info->isa = engine.kernels().name;
+  return PSLM_OK;
+}
+
+pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t count,
+                         pslm_logits which, float* logits, size_t capacity, pslm_error error) {
+  if (!session || (count && !tokens)) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no tokens");
+  if (which < PSLM_LOGITS_NONE || which > PSLM_LOGITS_ALL)
+    return report(error, PSLM_ERROR_ARGUMENT, "unknown choice of logits");
+  Session& engine = session->engine;
+  if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
+  const size_t rows = which == PSLM_LOGITS_ALL ? count : which == PSLM_LOGITS_LAST ? 1 : 0;
+  if (rows && (!logits || capacity / engine.model().config.vocab_size < rows))
+    return report(error, PSLM_ERROR_ARGUMENT, "the logits buffer is too small");
+  engine.forward(tokens, count, which, logits);
+  return PSLM_OK;
+}
+
+pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
+                             pslm_error error) {
+  if (!session || !next) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (const pslm_status status = check_tokens(session->engine, &token, 1, error)) return status;
+  *next = session->engine.step_greedy(token);
+  return PSLM_OK;
+}
+
+size_t pslm_length(const pslm_session* session) { return session ? session->engine.length() : 0; }
+
+pslm_status pslm_truncate(pslm_session* session, size_t length) {
+  if (!session || length > session->engine.length()) return PSLM_ERROR_ARGUMENT;
+  session->engine.set_length(length);
+  return PSLM_OK;
+}
+
+size_t pslm_kv_bytes(const pslm_session* session, size_t count) {
+  if (!session || count > session->engine.context()) return 0;
+  return session->engine.cache().saved_bytes(count);
+}
+
+pslm_status pslm_kv_save(const pslm_session* session, size_t count, void* buffer,
+                         size_t capacity) {
+  if (!session || !buffer || count > session->engine.length() ||
+      capacity < session->engine.cache().saved_bytes(count))
+    return PSLM_ERROR_ARGUMENT;
+  session->engine.cache().save(count, static_cast<uint8_t*>(buffer));
+  return PSLM_OK;
+}
+
+pslm_status pslm_kv_restore(pslm_session* session, size_t count, const void* buffer,
+                            size_t bytes) {
+  if (!session || !buffer || count > session->engine.context() ||
+      bytes != session->engine.cache().saved_bytes(count))
+    return PSLM_ERROR_ARGUMENT;
+  session->engine.cache().restore(count, static_cast<const uint8_t*>(buffer));
+  session->engine.set_length(count);
+  return PSLM_OK;
+}

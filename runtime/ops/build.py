@@ -1,0 +1,217 @@
+"""Compile the native operators with whatever C++17 compiler there is, and nothing else.
+
+``python -m pocketslm.runtime.ops.build`` builds the shared library; ``--runner`` builds the static
+program ``pocketslm-run``, with ``--target aarch64-linux`` for phones and boards. The build of the
+package calls :func:`build_library`; the backend calls :func:`library`, which compiles on first use
+where no library for these sources lies in the package or the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+
+COMMON = ("api", "cpu", "kv_cache", "model_file", "probes", "session", "thread_pool")
+RUNNER = ("engine", "json", "main", "protocol", "sampler", "tokenizer", "unicode")
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
+    # Rounding is part of the contract: every path adds and multiplies in the same order.
+    *("-ffp-contract=off", "-fno-math-errno"),
+)
+
+# One instruction set per file; everything else is compiled for the baseline of the architecture.
+KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        "kernels_scalar": (),
+        "kernels_avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "kernels_avx512_vnni": (
+            *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw"),
+            *("-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+        ),
+    },
+    "aarch64": {
+        "kernels_scalar": (),
+        "kernels_neon_dotprod": ("-march=armv8.2-a+fp16+dotprod",),
+        "kernels_neon_i8mm": ("-march=armv8.2-a+fp16+dotprod+i8mm",),
+    },
+}
+MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+
+
+class BuildError(RuntimeError):
+    """The compiler is missing or failed; the text holds its output."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """How to call a compiler for one architecture."""
+
+    command: tuple[str, ...]
+    machine: str
+    is_zig: bool = False
+
+    def kernel_flags(self, name: str) -> tuple[str, ...]:
+        flags = KERNELS[self.machine][name]
+        if not (self.is_zig and self.machine == "aarch64"):
+            return flags
+        # zig names CPU features in its own way.
+        return tuple(
+            f.replace("-march=armv8.2-a", "-mcpu=generic+v8_2a").replace("+fp16", "+fullfp16")
+            for f in flags
+        )
+
+
+def host_machine() -> str:
+    machine = MACHINES.get(platform.machine().lower())
+    if machine is None:
+        raise BuildError(f"no native kernels for {platform.machine()}; covered: x86_64, aarch64")
+    return machine
+
+
+def find_toolchain(target: str | None = None) -> Toolchain:
+    """A compiler for ``target`` (``x86_64-linux``, ``aarch64-linux``; None: this machine)."""
+    machine = host_machine() if target is None else target.partition("-")[0]
+    if machine not in KERNELS:
+        raise BuildError(f"unknown target {target}; known: x86_64-linux, aarch64-linux")
+    native = machine == MACHINES.get(platform.machine().lower())
+    names = [f"{machine}-linux-gnu-g++"]
+    if native:
+        names = [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++", *names]
+    zig = importlib.util.find_spec("ziglang") is not None
+    if zig and not native:
+        # Preferred for other machines: its musl makes small programs that run on old kernels.
+        command = (sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-musl")
+        return Toolchain(command, machine, is_zig=True)
+    for name in names:
+        if path := shutil.which(name):
+            return Toolchain((path,), machine)
+    if zig:
+        return Toolchain((sys.executable, "-m", "ziglang", "c++"), machine, is_zig=True)
+    raise BuildError(f"no C++ compiler found (tried {', '.join(names)}); `pip install ziglang`")
+
+
+def run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)}\n{done.stderr.strip()}")
+
+
+def source_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.rglob("*")):
+        if path.suffix in (".cpp", ".h", ".inl", ".py") and path.name != "__init__.py":
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_and_link(
+    output: Path,
+    toolchain: Toolchain,
+    names: Sequence[str],
+    flags: Sequence[str],
+    link_flags: Sequence[str],
+) -> Path:
+    """Compile ``names`` and the kernels side by side, link them, and move the result into place."""
+    warnings: tuple[str, ...] = (
+        "-Wno-maybe-uninitialized",
+    )  # GCC 12 warns inside its own intrinsics headers
+    if toolchain.is_zig or "clang" in Path(toolchain.command[0]).name:
+        warnings = ()
+    units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
+    units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+
+        def compile_unit(unit: tuple[str, tuple[str, ...]]) -> str:
+            name, extra = unit
+            target = Path(scratch) / f"{Path(name).name}.o"
+            source = SOURCES / f"{name}.cpp"
+            base = [*toolchain.command, *FLAGS, *warnings, *flags, *extra]
+            run([*base, "-I", str(SOURCES), "-c", str(source), "-o", str(target)])
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_unit, units))
+        linked = Path(scratch) / output.name
+        run([*toolchain.command, *flags, *objects, *link_flags, "-pthread", "-o", str(linked)])
+        linked.replace(output)
+    return output
+
+
+def sanitizer_flags(names: str) -> list[str]:
+    """For ``-fsanitize=names``; a finding ends the program with a report."""
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-g1", "-O1"]
+
+
+def build_library(directory: Path, sanitize: str | None = None) -> Path:
+    """Build the shared library into ``directory``; its name carries the hash of the sources."""
+    toolchain = find_toolchain()
+    suffix = "" if sanitize is None else "-" + sanitize.replace(",", "-")
+    output = directory / f"libpocketslm-{source_hash()}{suffix}.so"
+    flags = [] if sanitize is None else sanitizer_flags(sanitize)
+    return compile_and_link(output, toolchain, COMMON, flags, ["-shared"])
+
+
+def build_runner(output: Path, target: str | None = None, sanitize: str | None = None) -> Path:
+    """Build ``pocketslm-run``, static unless a sanitizer is asked for."""
+    toolchain = find_toolchain(target)
+    names = [*COMMON, *(f"runner/{name}" for name in RUNNER)]
+    flags, link = [], ["-static", "-s"]
+    if toolchain.machine == "aarch64":
+        link += ["-Wl,-z,max-page-size=16384"]  # phones with 16 KB pages
+    if sanitize is not None:
+        flags, link = sanitizer_flags(sanitize), []
+    return compile_and_link(output, toolchain, names, flags, link)
+
+
+def cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pocketslm" / "native"
+
+
+def library() -> Path:
+    """The library for these sources: from the package, from the cache, or compiled now."""
+    name = f"libpocketslm-{source_hash()}.so"
+    for directory in (SOURCES / "lib", cache_directory()):
+        if (directory / name).is_file():
+            return directory / name
+    return build_library(cache_directory())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="file (runner) or directory (library)")
+    parser.add_argument("--runner", action="store_true", help="build the static pocketslm-run")
+    parser.add_argument("--target", help="x86_64-linux or aarch64-linux; default: this machine")
+    parser.add_argument("--sanitize", help="address,undefined or thread")
+    args = parser.parse_args()
+    if args.target and not args.runner:
+        parser.error("--target needs --runner")
+    try:
+        if args.runner:
+            path = args.output or Path("pocketslm-run")
+            built = build_runner(path, args.target, args.sanitize)
+        else:
+            built = build_library(args.output or cache_directory(), args.sanitize)
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(built)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+// The kernels of one instruction set: raw pointers and sizes, no state, no allocation.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "weight_layout.h"
+
+namespace pocketslm {
+
+// Activations are processed in tiles of 16, 8, 4, 2 or 1 tokens.
+constexpr size_t kMaxTile = 16;
+static constexpr size_t tile_size(size_t tokens_left) {
+  for (size_t size = kMaxTile; size > 1; size /= 2)
+    if (tokens_left >= size) return size;
+  return 1;
+}
+
+// What a thread will read in this step and the next, in order, as runs of 64-byte lines. Decoding is
+// bound by memory, so memory must never idle: lines are asked for ahead of their use, into the
+// core's own second-level cache, by the kernels as they consume lines and by threads that wait at a
+// barrier. The lead this builds up lets the kernels run faster than memory for a while.
+struct ReadSpan {
+  const uint8_t* data;
+  size_t lines;
+};
+struct ReadAhead {
+  const ReadSpan *begin, *end;  // a ring
+  const ReadSpan* span;         // the one being asked for, from `line` on
+  const uint8_t* line;
+  size_t left;           // lines of `span` not yet asked for
+  uint64_t asked, used;  // lines so far, since the first step
+};
+constexpr uint64_t kMaxLeadLines = 2048;  // 128 KB; a power of two
+
+static inline void ask_lines(ReadAhead& ahead, size_t lines) {
+  ahead.asked += lines;
+  while (lines) {
+    if (!ahead.left) {
+      if (++ahead.span == ahead.end) ahead.span = ahead.begin;
+      ahead.line = ahead.span->data;
+      ahead.left = ahead.span->lines;
+    }
+    const size_t run = lines < ahead.left ? lines : ahead.left;
+    const uint8_t* line = ahead.line;
+    for (size_t i = 0; i < run; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
+    ahead.line += 64 * run;
+    ahead.left -= run;
+    lines -= run;
+  }
+}
+
+// A kernel is about to read `lines`: ask for twice as many with no lead, for none with a full one.
+static inline void use_lines(ReadAhead& ahead, size_t lines) {
+  const uint64_t lead = ahead.asked > ahead.used ? ahead.asked - ahead.used : 0;
+  ahead.used += lines;
+  if (lead < kMaxLeadLines) ask_lines(ahead, lines * (kMaxLeadLines - lead) * 2 / kMaxLeadLines);
+}
+
+// One tile of activations, both as floats and quantized to int8 in groups of 32 columns.
+struct ActivationTile {
+  size_t tokens = 0;
+  const float* values = nullptr;  // [tokens][stride]
+  size_t stride = 0;
+  const int8_t* codes = nullptr;         // [group][tokens][32]
+  const float* scales = nullptr;         // [group][tokens]
+  const float* sums = nullptr;           // [group][tokens], scale * sum of the codes
+  const int32_t* corrections = nullptr;  // [group][tokens], -8 * sum of the codes
+  ReadAhead* ahead = nullptr;            // where reading the weights should also ask for more
+};
+
+// Where one token's quantized groups go in a tile; strides are those of ActivationTile.
+struct QuantizedRow {
+  size_t tokens;
+  int8_t* codes;
+  float* scales;
+  float* sums;
+  int32_t* corrections;
+};
+
+// Query rows of one KV head against cached positions [begin, end).
+constexpr size_t kMaxQueryRows = 12;
+constexpr size_t kPositionBlock = 16;  // keys are stored [block][head_dim][16 positions]
+struct AttentionJob {
+  size_t rows, head_dim, begin, end;  // begin is a multiple of 16
+  const float* queries;               // [rows][head_dim], scaled
+  const uint32_t* limits;             // [rows]: the row sees positions below its limit
+  const void* keys;                   // fp16 or int8 [block][head_dim][16]
+  const void* values;                 // fp16 or int8 [position][head_dim]
+  const float* key_scales;            // int8 only: [position]
+  const float* value_scales;
+  // Unnormalized result and the online softmax state, all written.
+  float* out;      // [rows][head_dim]
+  float* maximum;  // [rows]
+  float* weight;   // [rows], sum of exp(score - maximum)
+};
+
+using MatmulFunction = void (*)(const uint8_t* blocks, size_t count, size_t cols,
+                                const ActivationTile& tile, float* out, size_t out_stride);
+
+struct Kernels {
+  const char* name;
+  // out[t * out_stride + b * 16 + r] for `count` consecutive blocks.
+  MatmulFunction matmul[kWeightKinds];
+  void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* out);
+  void (*quantize)(const float* x, size_t groups, const QuantizedRow& row);
+  void (*silu_mul)(const float* gate, const float* up, size_t n, float* out);  // n % 16 == 0
+  void (*attend_f16)(const AttentionJob& job);
+  void (*attend_i8)(const AttentionJob& job);
+  void (*to_f16)(const float* x, size_t n, uint16_t* out);  // n % 16 == 0
+  // Symmetric int8 with one scale, which is returned.
+  float (*to_i8)(const float* x, size_t n, int8_t* out);  // n % 16 == 0
+  // Fills registers with the path's int8 dot product; returns multiply-accumulates done.
+  uint64_t (*int8_probe)(size_t iterations);
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512VnniKernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonDotprodKernels;
+extern const Kernels kNeonI8mmKernels;
+#endif
+
+}  // namespace pocketslm

@@ -1,0 +1,222 @@
+// AVX2 with FMA and F16C: vpmaddubsw on codes times activations, two halves of eight rows.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace pocketslm {
+namespace {
+
+struct V16 {
+  __m256 a, b;
+};
+inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, V16 x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline V16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V16 zero() { return set1(0.0f); }
+inline V16 add(V16 x, V16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline V16 sub(V16 x, V16 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline V16 mul(V16 x, V16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline V16 div(V16 x, V16 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline V16 max(V16 x, V16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline V16 min(V16 x, V16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline V16 abs(V16 x) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+}
+inline V16 fma(V16 x, V16 y, V16 z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+inline V16 round_even(V16 x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+}
+inline __m256 power_of_two(__m256 n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+inline V16 power_of_two(V16 n) { return {power_of_two(n.a), power_of_two(n.b)}; }
+inline float reduce_add(V16 x) {
+  const __m256 h = _mm256_add_ps(x.a, x.b);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline float reduce_max(V16 x) {
+  const __m256 h = _mm256_max_ps(x.a, x.b);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+inline __m256 load_half8(const void* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline V16 load_kv(const uint16_t* p) { return {load_half8(p), load_half8(p + 8)}; }
+inline __m256 load_bytes8(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+inline V16 load_kv(const int8_t* p) { return {load_bytes8(p), load_bytes8(p + 8)}; }
+inline V16 load_kv(const float* p) { return load(p); }
+inline void store_f16(uint16_t* p, V16 x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, mode));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.b, mode));
+}
+inline int32_t store_i8(int8_t* p, V16 x) {
+  const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
+  // Packing works within 128-bit lanes; the permutation puts the quarters back in order.
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  const __m256i h = _mm256_add_epi32(a, b);
+  __m128i q = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+constexpr size_t kMaxRegisterRows = 6;
+
+#include "kernels_vector.inl"
+
+inline __m256i load_line(const uint8_t* p) {
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+// The code vectors of one group for eight rows, unsigned.
+template <WeightKind K>
+inline void load_codes(const uint8_t* p, __m256i (&w)[8]) {
+  if constexpr (code_bits(K) == 8) {
+    for (int j = 0; j < 8; ++j) w[j] = load_line(p + 64 * j);
+  } else {
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int j = 0; j < 4; ++j) {
+      const __m256i packed = load_line(p + 64 * j);
+      w[2 * j] = _mm256_and_si256(packed, low);
+      w[2 * j + 1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+    }
+  }
+}
+
+inline __m256i broadcast4(const int8_t* p) {
+  int32_t quad;
+  __builtin_memcpy(&quad, p, 4);
+  return _mm256_set1_epi32(quad);
+}
+
+// Eight rows times 32 columns of one token.
+template <WeightKind K>
+inline __m256i group_dot(const __m256i (&w)[8], const int8_t* x) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if constexpr (code_bits(K) == 4) {
+    // Eight sums of two products of at most 15 * 127 stay within 16 bits.
+    __m256i sum = _mm256_maddubs_epi16(w[0], broadcast4(x));
+    for (int j = 1; j < 8; ++j)
+      sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[j], broadcast4(x + 4 * j)));
+    return _mm256_madd_epi16(sum, ones);
+  } else {
+    // An unsigned code times int8 overflows 16 bits in pairs. With the low seven bits and the top
+    // bit apart, w = low + 128 * top, both products fit.
+    const __m256i low_mask = _mm256_set1_epi8(0x7f);
+    __m256i low_sum = _mm256_setzero_si256(), top_sum = _mm256_setzero_si256();
+    for (int j = 0; j < 8; ++j) {
+      const __m256i a = broadcast4(x + 4 * j);
+      const __m256i top = _mm256_and_si256(_mm256_srli_epi16(w[j], 7), _mm256_set1_epi8(1));
+      low_sum = _mm256_add_epi32(
+          low_sum, _mm256_madd_epi16(
+                       _mm256_maddubs_epi16(_mm256_and_si256(w[j], low_mask), a), ones));
+      top_sum = _mm256_add_epi16(top_sum, _mm256_maddubs_epi16(top, a));
+    }
+    return _mm256_add_epi32(low_sum,
+                            _mm256_slli_epi32(_mm256_madd_epi16(top_sum, ones), 7));
+  }
+}
+
+// Tokens [first, first + M) of the tile for one block, eight rows at a time.
+template <WeightKind K, int M>
+void matmul_part(const uint8_t* block, size_t cols, const ActivationTile& tile, size_t first,
+                 float* out, size_t out_stride) {
+  constexpr Offset offset = offset_of(K);
+  constexpr size_t group_bytes = kGroup * kBlockRows * code_bits(K) / 8;
+  const BlockLayout layout = block_layout(K, cols);
+  for (size_t half = 0; half < 2; ++half) {
+    const uint8_t* codes = block + half * 32;
+    const uint8_t* scales = block + layout.scales + half * 16;
+    const uint8_t* offsets = block + layout.offsets + half * (offset == Offset::minimum ? 16 : 8);
+    __m256 acc[M];
+    for (int t = 0; t < M; ++t) acc[t] = _mm256_setzero_ps();
+    for (size_t g = 0; g < cols / kGroup; ++g) {
+      __m256i w[8];
+      load_codes<K>(codes + g * group_bytes, w);
+      const __m256 scale = load_half8(scales + g * 32);
+      __m256 minimum{};
+      if constexpr (offset == Offset::minimum) minimum = load_half8(offsets + g * 32);
+      if constexpr (offset == Offset::zero_point) {
+        const __m128i zeros =
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(offsets + g * 16));
+        const __m256 zero_points = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(zeros));
+        minimum = _mm256_mul_ps(_mm256_sub_ps(_mm256_setzero_ps(), scale), zero_points);
+      }
+      for (int t = 0; t < M; ++t) {
+        const size_t at = g * tile.tokens + first + static_cast<size_t>(t);
+        __m256i dot = group_dot<K>(w, tile.codes + at * kGroup);
+        if constexpr (offset == Offset::none) {
+          const int32_t correction = tile.corrections[at] * (code_bits(K) == 8 ? 16 : 1);
+          dot = _mm256_add_epi32(dot, _mm256_set1_epi32(correction));
+        }
+        const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(tile.scales[at]));
+        acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, acc[t]);
+        if constexpr (offset != Offset::none)
+          acc[t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(tile.sums[at]), acc[t]);
+      }
+    }
+    for (size_t t = 0; t < M; ++t)
+      _mm256_storeu_ps(out + (first + t) * out_stride + half * 8, acc[t]);
+  }
+}
+
+template <WeightKind K>
+void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+            float* out, size_t out_stride) {
+  const size_t block_bytes = block_layout(K, cols).bytes;
+  for (size_t b = 0; b < count; ++b, blocks += block_bytes, out += kBlockRows) {
+    if (tile.ahead) use_lines(*tile.ahead, block_bytes / 64);
+    // Four accumulators and eight code vectors are what sixteen registers hold.
+    size_t t = 0;
+    for (; t + 4 <= tile.tokens; t += 4)
+      matmul_part<K, 4>(blocks, cols, tile, t, out, out_stride);
+    for (; t < tile.tokens; ++t) matmul_part<K, 1>(blocks, cols, tile, t, out, out_stride);
+  }
+}
+
+uint64_t int8_probe(size_t iterations) {
+  __m256i acc[8], a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(2);
+  for (auto& x : acc) x = _mm256_setzero_si256();
+  for (size_t i = 0; i < iterations; ++i) {
+    for (auto& x : acc) x = _mm256_add_epi16(x, _mm256_maddubs_epi16(a, b));
+    __asm__ volatile("" : "+x"(a), "+x"(b));
+  }
+  for (auto& x : acc) __asm__ volatile("" : "+x"(x));
+  return iterations * 8 * 32;
+}
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {
+    "avx2",
+    {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
+     matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
+     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>},
+    rms_norm,
+    quantize,
+    silu_mul,
+    attend_f16,
+    attend_i8,
+    to_f16,
+    to_i8,
+    int8_probe,
+};
+
+}  // namespace pocketslm

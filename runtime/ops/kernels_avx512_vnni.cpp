@@ -1,0 +1,184 @@
+// AVX-512 with VNNI (F, BW, VL, DQ, VNNI): one vpdpbusd per 64-byte line of codes.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace pocketslm {
+namespace {
+
+struct V16 {
+  __m512 v;
+};
+inline V16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, V16 a) { _mm512_storeu_ps(p, a.v); }
+inline V16 set1(float x) { return {_mm512_set1_ps(x)}; }
+inline V16 zero() { return {_mm512_setzero_ps()}; }
+inline V16 add(V16 a, V16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline V16 sub(V16 a, V16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline V16 mul(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline V16 div(V16 a, V16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline V16 max(V16 a, V16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline V16 min(V16 a, V16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline V16 abs(V16 a) { return {_mm512_abs_ps(a.v)}; }
+inline V16 fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline V16 round_even(V16 a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+inline V16 power_of_two(V16 n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+inline __m256 upper_half(__m512 v) { return _mm512_extractf32x8_ps(v, 1); }
+inline float reduce_add(V16 a) {
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), upper_half(a.v));
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline float reduce_max(V16 a) {
+  const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(a.v), upper_half(a.v));
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+inline V16 load_kv(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline V16 load_kv(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+inline V16 load_kv(const float* p) { return load(p); }
+inline void store_f16(uint16_t* p, V16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// Rounds to int8, stores, and gives the sum of the stored codes.
+inline int32_t store_i8(int8_t* p, V16 a) {
+  const __m512i codes = _mm512_cvtps_epi32(a.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(codes));
+  return _mm512_reduce_add_epi32(codes);
+}
+constexpr size_t kMaxRegisterRows = 12;
+
+#include "kernels_vector.inl"
+
+inline __m512i broadcast4(const int8_t* p) {
+  int32_t quad;
+  __builtin_memcpy(&quad, p, 4);
+  return _mm512_set1_epi32(quad);
+}
+
+inline __m512 load_f16(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// The eight code vectors of one group, unsigned.
+template <WeightKind K>
+inline void load_codes(const uint8_t* p, __m512i (&w)[8]) {
+  if constexpr (code_bits(K) == 8) {
+    for (int j = 0; j < 8; ++j) w[j] = _mm512_load_si512(p + 64 * j);
+  } else {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int j = 0; j < 4; ++j) {
+      const __m512i packed = _mm512_load_si512(p + 64 * j);
+      w[2 * j] = _mm512_and_si512(packed, low);
+      w[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
+    }
+  }
+}
+
+template <WeightKind K, int M>
+void matmul_tile(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+                 float* out, size_t out_stride) {
+  constexpr Offset offset = offset_of(K);
+  constexpr size_t group_bytes = kGroup * kBlockRows * code_bits(K) / 8;
+  const BlockLayout layout = block_layout(K, cols);
+  const size_t groups = cols / kGroup;
+  const size_t block_lines = layout.bytes / 64, group_lines = (block_lines + groups - 1) / groups;
+  for (size_t b = 0; b < count; ++b) {
+    const uint8_t* codes = blocks + b * layout.bytes;
+    const uint8_t* scales = codes + layout.scales;
+    const uint8_t* offsets = codes + layout.offsets;
+    const int8_t* x = tile.codes;
+    size_t lines_left = block_lines;
+    __m512 acc[M];
+    for (int t = 0; t < M; ++t) acc[t] = _mm512_setzero_ps();
+    for (size_t g = 0; g < groups; ++g) {
+      if (tile.ahead && lines_left) {
+        const size_t lines = group_lines < lines_left ? group_lines : lines_left;
+        use_lines(*tile.ahead, lines);
+        lines_left -= lines;
+      }
+      __m512i w[8];
+      load_codes<K>(codes + g * group_bytes, w);
+      const __m512 scale = load_f16(scales + g * 32);
+      __m512 minimum{};
+      if constexpr (offset == Offset::minimum) minimum = load_f16(offsets + g * 32);
+      if constexpr (offset == Offset::zero_point) {
+        const __m128i zeros = _mm_load_si128(reinterpret_cast<const __m128i*>(offsets + g * 16));
+        const __m512 zero_points = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros));
+        minimum = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), scale), zero_points);
+      }
+      for (int t = 0; t < M; ++t, x += kGroup) {
+        __m512i dot = _mm512_setzero_si512();
+        if constexpr (offset == Offset::none) {
+          // code - zero: the correction holds -8 * sum(x), the zero of 8-bit codes is 16 * 8.
+          dot = _mm512_set1_epi32(tile.corrections[g * M + t]);
+          if constexpr (code_bits(K) == 8) dot = _mm512_slli_epi32(dot, 4);
+        }
+        for (int j = 0; j < 8; ++j) dot = _mm512_dpbusd_epi32(dot, w[j], broadcast4(x + 4 * j));
+        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(tile.scales[g * M + t]));
+        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, acc[t]);
+        if constexpr (offset != Offset::none)
+          acc[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(tile.sums[g * M + t]), acc[t]);
+      }
+    }
+    for (int t = 0; t < M; ++t) _mm512_storeu_ps(out + t * out_stride + b * kBlockRows, acc[t]);
+  }
+}
+
+template <WeightKind K>
+void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+            float* out, size_t out_stride) {
+  switch (tile.tokens) {
+    case 16:
+      return matmul_tile<K, 16>(blocks, count, cols, tile, out, out_stride);
+    case 8:
+      return matmul_tile<K, 8>(blocks, count, cols, tile, out, out_stride);
+    case 4:
+      return matmul_tile<K, 4>(blocks, count, cols, tile, out, out_stride);
+    case 2:
+      return matmul_tile<K, 2>(blocks, count, cols, tile, out, out_stride);
+    default:
+      return matmul_tile<K, 1>(blocks, count, cols, tile, out, out_stride);
+  }
+}
+
+uint64_t int8_probe(size_t iterations) {
+  __m512i acc[12], a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
+  for (auto& x : acc) x = _mm512_setzero_si512();
+  for (size_t i = 0; i < iterations; ++i) {
+    for (auto& x : acc) x = _mm512_dpbusd_epi32(x, a, b);
+    __asm__ volatile("" : "+v"(a), "+v"(b));
+  }
+  for (auto& x : acc) __asm__ volatile("" : "+v"(x));
+  return iterations * 12 * 64;
+}
+
+}  // namespace
+
+const Kernels kAvx512VnniKernels = {
+    "avx512_vnni",
+    {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
+     matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
+     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>},
+    rms_norm,
+    quantize,
+    silu_mul,
+    attend_f16,
+    attend_i8,
+    to_f16,
+    to_i8,
+    int8_probe,
+};
+
+}  // namespace pocketslm

@@ -1,0 +1,245 @@
+// Float kernels written once over V16, sixteen floats in whatever registers the including file's
+// instruction set has. The order of every rounding is the same on all of them, so their results
+// agree to the last bit. Include inside an anonymous namespace after V16 and its operations.
+
+inline V16 exp16(V16 x) {
+  // 2^n * e^r with |r| <= ln(2)/2 and a Taylor polynomial of degree 6 (error below 1 ulp of 2^-22).
+  x = max(x, set1(-87.0f));
+  x = min(x, set1(88.0f));
+  const V16 n = round_even(mul(x, set1(1.44269504f)));
+  V16 r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  V16 p = set1(1.0f / 720);
+  p = fma(p, r, set1(1.0f / 120));
+  p = fma(p, r, set1(1.0f / 24));
+  p = fma(p, r, set1(1.0f / 6));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  return mul(p, power_of_two(n));
+}
+
+void silu_mul(const float* gate, const float* up, size_t n, float* out) {
+  for (size_t i = 0; i < n; i += 16) {
+    const V16 g = load(gate + i);
+    const V16 e = exp16(sub(zero(), g));
+    store(out + i, mul(div(g, add(e, set1(1.0f))), load(up + i)));
+  }
+}
+
+void rms_norm(const float* x, const float* weight, size_t n, float eps, float* out) {
+  const size_t whole = n / 16 * 16;
+  V16 squares = zero();
+  for (size_t i = 0; i < whole; i += 16) squares = fma(load(x + i), load(x + i), squares);
+  float sum = reduce_add(squares);
+  for (size_t i = whole; i < n; ++i) sum += x[i] * x[i];
+  const float scale = 1.0f / __builtin_sqrtf(sum / static_cast<float>(n) + eps);
+  for (size_t i = 0; i < whole; i += 16)
+    store(out + i, mul(mul(load(x + i), set1(scale)), load(weight + i)));
+  for (size_t i = whole; i < n; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+void quantize(const float* x, size_t groups, const QuantizedRow& row) {
+  const size_t stride = row.tokens;
+  for (size_t g = 0; g < groups; ++g) {
+    const V16 lo = load(x + g * kGroup), hi = load(x + g * kGroup + 16);
+    const float peak = reduce_max(max(abs(lo), abs(hi)));
+    const float scale = peak / 127.0f;
+    const V16 inverse = set1(peak > 0 ? 127.0f / peak : 0.0f);
+    int8_t* codes = row.codes + g * stride * kGroup;
+    const int32_t sum = store_i8(codes, mul(lo, inverse)) + store_i8(codes + 16, mul(hi, inverse));
+    row.scales[g * stride] = scale;
+    row.sums[g * stride] = scale * static_cast<float>(sum);
+    row.corrections[g * stride] = -8 * sum;
+  }
+}
+
+void to_f16(const float* x, size_t n, uint16_t* out) {
+  for (size_t i = 0; i < n; i += 16) store_f16(out + i, load(x + i));
+}
+
+float to_i8(const float* x, size_t n, int8_t* out) {
+  V16 peaks = zero();
+  for (size_t i = 0; i < n; i += 16) peaks = max(peaks, abs(load(x + i)));
+  const float peak = reduce_max(peaks);
+  const V16 inverse = set1(peak > 0 ? 127.0f / peak : 0.0f);
+  for (size_t i = 0; i < n; i += 16) store_i8(out + i, mul(load(x + i), inverse));
+  return peak / 127.0f;
+}
+
+// acc[r][w] (+)= sum over i of a[r][i] * b[w][i][0..15]: both products of attention are this shape,
+// with b the keys (16 positions wide) or the values (16 of head_dim wide). R * W accumulators must
+// both fit the registers and be enough to hide the latency of an FMA.
+// With `ahead`, the panels' memory at that distance is asked for too.
+template <size_t R, size_t W, typename T>
+inline void rows_times_panels(const float* a, size_t a_stride, const T* b, size_t b_stride,
+                              size_t panel_stride, size_t length, size_t ahead,
+                              V16 (&acc)[R][W]) {
+  for (size_t i = 0; i < length; ++i) {
+    V16 columns[W];
+    if (ahead) {
+      for (size_t w = 0; w < W; ++w)
+        __builtin_prefetch(b + w * panel_stride + i * b_stride + ahead, 0, 2);
+    }
+    for (size_t w = 0; w < W; ++w) columns[w] = load_kv(b + w * panel_stride + i * b_stride);
+    for (size_t r = 0; r < R; ++r) {
+      const V16 factor = set1(a[r * a_stride + i]);
+      for (size_t w = 0; w < W; ++w) acc[r][w] = fma(factor, columns[w], acc[r][w]);
+    }
+  }
+}
+
+// How many panels R rows take at a time.
+template <size_t R>
+constexpr size_t kPanels = kMaxRegisterRows / R > 4 ? 4 : kMaxRegisterRows / R;
+
+constexpr size_t kSpan = 64;  // positions whose scores are held at a time
+
+template <size_t R, size_t W, typename T>
+inline void key_scores(const AttentionJob& job, size_t row, size_t position, float* scores) {
+  V16 acc[R][W];
+  for (auto& line : acc)
+    for (V16& x : line) x = zero();
+  rows_times_panels<R, W>(job.queries + row * job.head_dim, job.head_dim,
+                          static_cast<const T*>(job.keys) + position * job.head_dim,
+                          kPositionBlock, kPositionBlock * job.head_dim, job.head_dim,
+                          kSpan * job.head_dim, acc);
+  for (size_t r = 0; r < R; ++r)
+    for (size_t w = 0; w < W; ++w) {
+      const size_t p = w * kPositionBlock;
+      if (job.key_scales) acc[r][w] = mul(acc[r][w], load(job.key_scales + position + p));
+      store(scores + r * kSpan + p, acc[r][w]);
+    }
+}
+
+template <size_t R, typename T>
+void all_key_scores(const AttentionJob& job, size_t row, size_t first, size_t count,
+                    float (*scores)[kSpan]) {
+  constexpr size_t W = kPanels<R>;
+  size_t p = 0;
+  for (; p + W * kPositionBlock <= count; p += W * kPositionBlock)
+    key_scores<R, W, T>(job, row, first + p, scores[row] + p);
+  for (; p < count; p += kPositionBlock)
+    key_scores<R, 1, T>(job, row, first + p, scores[row] + p);
+}
+
+template <size_t R, size_t W, typename T>
+inline void add_values(const AttentionJob& job, size_t row, size_t first, size_t count,
+                       const float* weights, const float* decay, size_t d) {
+  V16 acc[R][W];
+  float* out = job.out + row * job.head_dim + d;
+  for (size_t r = 0; r < R; ++r)
+    for (size_t w = 0; w < W; ++w)
+      acc[r][w] = mul(load(out + r * job.head_dim + w * 16), set1(decay[r]));
+  rows_times_panels<R, W>(weights, kSpan,
+                          static_cast<const T*>(job.values) + first * job.head_dim + d,
+                          job.head_dim, 16, count, kSpan * job.head_dim, acc);
+  for (size_t r = 0; r < R; ++r)
+    for (size_t w = 0; w < W; ++w) store(out + r * job.head_dim + w * 16, acc[r][w]);
+}
+
+template <size_t R, typename T>
+void add_all_values(const AttentionJob& job, size_t row, size_t first, size_t count,
+                    const float (*weights)[kSpan], const float* decay) {
+  constexpr size_t W = kPanels<R>;
+  size_t d = 0;
+  for (; d + W * 16 <= job.head_dim; d += W * 16)
+    add_values<R, W, T>(job, row, first, count, weights[row], decay + row, d);
+  for (; d < job.head_dim; d += 16)
+    add_values<R, 1, T>(job, row, first, count, weights[row], decay + row, d);
+}
+
+// Calls `f<R>(row)` for row groups of 12, 6, 3 and 1, capped at what the register file holds.
+#define POCKETSLM_FOR_ROW_GROUPS(rows, call)                       \
+  for (size_t row = 0; row < (rows);) {                            \
+    const size_t left = (rows)-row;                                \
+    if (kMaxRegisterRows >= 12 && left >= 12) {                    \
+      constexpr size_t R = kMaxRegisterRows >= 12 ? 12 : 1;        \
+      call;                                                        \
+      row += R;                                                    \
+    } else if (kMaxRegisterRows >= 6 && left >= 6) {               \
+      constexpr size_t R = kMaxRegisterRows >= 6 ? 6 : 1;          \
+      call;                                                        \
+      row += R;                                                    \
+    } else if (left >= 3) {                                        \
+      constexpr size_t R = 3;                                      \
+      call;                                                        \
+      row += R;                                                    \
+    } else {                                                       \
+      constexpr size_t R = 1;                                      \
+      call;                                                        \
+      row += R;                                                    \
+    }                                                              \
+  }
+
+template <typename T>
+void attend(const AttentionJob& job) {
+  alignas(64) float scores[kMaxQueryRows][kSpan];
+  float decay[kMaxQueryRows];
+  const V16 lowest = set1(-3.0e38f);
+  for (size_t r = 0; r < job.rows; ++r) {
+    job.maximum[r] = -3.0e38f;
+    job.weight[r] = 0;
+    for (size_t d = 0; d < job.head_dim; d += 16) store(job.out + r * job.head_dim + d, zero());
+  }
+  for (size_t first = job.begin; first < job.end; first += kSpan) {
+    const size_t live = job.end - first < kSpan ? job.end - first : kSpan;
+    const size_t count = round_up(live, kPositionBlock);
+    POCKETSLM_FOR_ROW_GROUPS(job.rows, (all_key_scores<R, T>(job, row, first, count, scores)))
+    for (size_t r = 0; r < job.rows; ++r) {
+      float* s = scores[r];
+      const size_t visible = job.limits[r] <= first          ? 0
+                             : job.limits[r] - first < count ? job.limits[r] - first
+                                                             : count;
+      for (size_t p = visible; p < count; ++p) s[p] = -3.0e38f;
+      V16 peaks = lowest;
+      for (size_t p = 0; p < count; p += 16) peaks = max(peaks, load(s + p));
+      const float peak = reduce_max(peaks);
+      const float maximum = peak > job.maximum[r] ? peak : job.maximum[r];
+      alignas(64) float factor[16];
+      store(factor, exp16(set1(job.maximum[r] - maximum)));
+      decay[r] = factor[0];
+      V16 total = zero();
+      for (size_t p = 0; p < count; p += 16) {
+        const V16 e = exp16(sub(load(s + p), set1(maximum)));
+        store(s + p, e);
+      }
+      for (size_t p = visible; p < count; ++p) s[p] = 0;
+      for (size_t p = 0; p < count; p += 16) total = add(total, load(s + p));
+      job.weight[r] = job.weight[r] * decay[r] + reduce_add(total);
+      job.maximum[r] = maximum;
+      if (job.value_scales)
+        for (size_t p = 0; p < count; p += 16)
+          store(s + p, mul(load(s + p), load(job.value_scales + first + p)));
+    }
+    // Positions past `live` were never written: their weight is 0, but 0 * NaN is not.
+    POCKETSLM_FOR_ROW_GROUPS(job.rows,
+                             (add_all_values<R, T>(job, row, first, live, scores, decay)))
+  }
+}
+
+void attend_f16(const AttentionJob& job) { attend<uint16_t>(job); }
+void attend_i8(const AttentionJob& job) { attend<int8_t>(job); }
+
+// Matrices kept as floats. OUTPUT rows are lanes; columns are added in order.
+template <typename T, size_t R>
+void matmul_float_rows(const T* block, size_t cols, const ActivationTile& tile, size_t row,
+                       float* out, size_t out_stride) {
+  V16 acc[R][1];
+  for (auto& line : acc) line[0] = zero();
+  rows_times_panels<R, 1>(tile.values + row * tile.stride, tile.stride, block, kBlockRows, 0, cols,
+                          0, acc);
+  for (size_t r = 0; r < R; ++r) store(out + (row + r) * out_stride, acc[r][0]);
+}
+
+template <typename T>
+void matmul_float(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+                  float* out, size_t out_stride) {
+  for (size_t b = 0; b < count; ++b) {
+    const T* block = reinterpret_cast<const T*>(blocks) + b * cols * kBlockRows;
+    if (tile.ahead) use_lines(*tile.ahead, cols * kBlockRows * sizeof(T) / 64);
+    POCKETSLM_FOR_ROW_GROUPS(
+        tile.tokens, (matmul_float_rows<T, R>(block, cols, tile, row, out + b * 16, out_stride)))
+  }
+}
+#undef POCKETSLM_FOR_ROW_GROUPS

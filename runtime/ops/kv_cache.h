@@ -1,0 +1,48 @@
+// Keys and values of one session. Keys lie in blocks of 16 positions, [head_dim][16], so that a
+// query row meets 16 positions in one vector; values lie by position.
+#pragma once
+
+#include <cstdint>
+
+#include "buffers.h"
+#include "model_file.h"
+
+namespace pocketslm {
+
+class KvCache {
+ public:
+  KvCache(const ModelFile& model, const Kernels& kernels, size_t context, pslm_kv_type type);
+
+  size_t bytes() const { return data_.bytes() + scales_.bytes(); }
+  pslm_kv_type type() const { return type_; }
+
+  // Stores one head's key (already rotated) and value.
+  void store(size_t layer, size_t head, size_t position, const float* key, const float* value);
+
+  // Fills the cache's part of a job over positions from 0 on.
+  void describe(size_t layer, size_t head, AttentionJob& job) const;
+
+  size_t saved_bytes(size_t positions) const;
+  void save(size_t positions, uint8_t* out) const;
+  void restore(size_t positions, const uint8_t* in);
+
+ private:
+  // Elements of one head's keys or values; scales of the same.
+  size_t head_elements() const { return padded_ * head_dim_; }
+  size_t key_index(size_t layer, size_t head) const {
+    return (layer * kv_heads_ + head) * 2 * head_elements();
+  }
+  size_t scale_index(size_t layer, size_t head) const {
+    return (layer * kv_heads_ + head) * 2 * padded_;
+  }
+  template <typename Copy>
+  void visit_saved(size_t positions, Copy&& copy) const;
+
+  const Kernels& kernels_;
+  const pslm_kv_type type_;
+  const size_t layers_, kv_heads_, head_dim_, padded_, width_;
+  Buffer<uint8_t> data_;   // [layer][head]{keys, values}, fp16 or int8
+  Buffer<float> scales_;   // int8 only: [layer][head]{keys, values}[position]
+};
+
+}  // namespace pocketslm

@@ -1,0 +1,124 @@
+/* The C border of the native engine.
+ *
+ * Every function that can fail returns a status and, where it takes `error`, writes one line of
+ * text into the caller's buffer. Nothing throws or exits across this border. A session may be used
+ * by one thread at a time; a model may be shared by any number of sessions.
+ */
+#ifndef POCKETSLM_H
+#define POCKETSLM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define PSLM_API __attribute__((visibility("default")))
+#else
+#define PSLM_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PSLM_ABI_VERSION 1
+
+typedef enum {
+  PSLM_OK = 0,
+  PSLM_ERROR_ARGUMENT = 1, /* a null pointer, an out-of-range token, an unknown option value */
+  PSLM_ERROR_FILE = 2,     /* the file cannot be opened or mapped */
+  PSLM_ERROR_FORMAT = 3,   /* the file is not a valid model.slm of a known version */
+  PSLM_ERROR_CONTEXT = 4,  /* the tokens do not fit the session's context */
+  PSLM_ERROR_MEMORY = 5,
+  PSLM_ERROR_ISA = 6 /* the named kernel path is unknown or this CPU lacks it */
+} pslm_status;
+
+typedef enum { PSLM_KV_F16 = 0, PSLM_KV_I8 = 1 } pslm_kv_type;
+typedef enum { PSLM_LOGITS_NONE = 0, PSLM_LOGITS_LAST = 1, PSLM_LOGITS_ALL = 2 } pslm_logits;
+
+typedef struct pslm_model pslm_model;
+typedef struct pslm_session pslm_session;
+
+typedef struct {
+  char* text; /* may be null */
+  size_t capacity;
+} pslm_error;
+
+typedef struct {
+  uint32_t hidden_size, layers, heads, kv_heads, head_dim, intermediate_size, vocab_size;
+  uint32_t max_context; /* what the model was trained for */
+  uint64_t file_bytes;
+  uint64_t bytes_per_token; /* weight bytes that one decoded token reads */
+  uint64_t macs_per_token;  /* multiply-accumulates of one token in the layers, attention apart */
+  uint64_t head_macs;       /* the same in the output head */
+} pslm_model_info;
+
+typedef struct {
+  uint32_t context; /* positions; 0 means the model's own maximum */
+  uint32_t threads; /* 1 to 64; 0 means one per available CPU, at most 8 */
+  uint32_t kv_type; /* pslm_kv_type */
+  uint32_t pin;     /* 1: bind thread i to the i-th fastest available CPU */
+  const char* isa;  /* null or "auto": $POCKETSLM_ISA if set, else the best of this CPU */
+} pslm_options;
+
+typedef struct {
+  uint32_t context, threads, kv_type;
+  uint64_t kv_bytes; /* reserved address space; pages are touched as positions fill */
+  const char* isa;   /* the kernel path in use */
+} pslm_session_info;
+
+PSLM_API uint32_t pslm_abi_version(void);
+/* Names of the kernel paths that this CPU can run, best first, null-terminated. */
+PSLM_API const char* const* pslm_isa_names(void);
+
+PSLM_API pslm_status pslm_model_open(const char* path, pslm_model** model, pslm_error error);
+PSLM_API void pslm_model_close(pslm_model* model);
+PSLM_API pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info);
+/* An opaque section of the file, such as the tokenizer; null and 0 where the file has none. */
+PSLM_API const void* pslm_model_blob(const pslm_model* model, uint32_t role, size_t* bytes);
+
+/* The model must outlive the session. */
+PSLM_API pslm_status pslm_session_open(const pslm_model* model, const pslm_options* options,
+                                       pslm_session** session, pslm_error error);
+PSLM_API void pslm_session_close(pslm_session* session);
+PSLM_API pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info);
+
+/* Appends `count` tokens to the context. `logits` receives vocab_size floats (LAST) or
+ * count * vocab_size (ALL); `capacity` is its size in floats. A failing call changes nothing. */
+PSLM_API pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t count,
+                                  pslm_logits which, float* logits, size_t capacity,
+                                  pslm_error error);
+/* Appends one token and gives the most probable next one: no logits leave the engine. */
+PSLM_API pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
+                                      pslm_error error);
+
+PSLM_API size_t pslm_length(const pslm_session* session);
+/* Forgets all positions from `length` on. */
+PSLM_API pslm_status pslm_truncate(pslm_session* session, size_t length);
+
+/* Keys and values of the first `count` positions in one buffer, for prefix caches. The layout is
+ * private to one version, KV type and model. */
+PSLM_API size_t pslm_kv_bytes(const pslm_session* session, size_t count);
+PSLM_API pslm_status pslm_kv_save(const pslm_session* session, size_t count, void* buffer,
+                                  size_t capacity);
+/* Replaces the context by `count` saved positions. */
+PSLM_API pslm_status pslm_kv_restore(pslm_session* session, size_t count, const void* buffer,
+                                     size_t bytes);
+
+/* One packed matrix times `count` rows of activations: out[t * rows + n]. For tests and probes of
+ * a single kernel path; `packed` must be 64-byte aligned. */
+PSLM_API pslm_status pslm_matmul(const char* isa, uint32_t kind, const void* packed,
+                                 size_t packed_bytes, size_t rows, size_t cols,
+                                 const float* activations, size_t count, float* out,
+                                 pslm_error error);
+/* Bytes of a packed matrix, 0 where the kind or the shape is not supported. */
+PSLM_API size_t pslm_packed_bytes(uint32_t kind, size_t rows, size_t cols);
+
+/* Machine limits, for a roofline: bytes per second of streaming reads over `bytes` of memory, and
+ * int8 multiply-accumulates per second from registers with the given path's instruction. */
+PSLM_API double pslm_measure_bandwidth(uint32_t threads, size_t bytes);
+PSLM_API double pslm_measure_int8_peak(const char* isa, uint32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,179 @@
+// pocketslm-run: a small language model from one file, with no other file or library.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "engine.h"
+#include "protocol.h"
+
+namespace {
+
+using namespace pocketslm;
+
+constexpr char kUsage[] =
+    "usage: pocketslm-run --json\n"
+    "       pocketslm-run MODEL.slm [-p PROMPT | --chat MESSAGE | --bench] [options]\n"
+    "\n"
+    "  --json             requests and events as JSON lines on standard input and output\n"
+    "  -p PROMPT          continue this text\n"
+    "  --chat MESSAGE     answer this message, with the model's chat template\n"
+    "  --system MESSAGE   a system message before it\n"
+    "  --bench            time a prompt of 512 tokens and 128 new ones, five times\n"
+    "  -n COUNT           new tokens at most (128)\n"
+    "  -t COUNT           threads (one per CPU, at most 8)\n"
+    "  --pin              bind threads to the fastest CPUs\n"
+    "  --context COUNT    positions to hold (the model's own)\n"
+    "  --kv fp16|int8     type of cached keys and values (fp16)\n"
+    "  --isa NAME         kernel path (the best of this CPU, or $POCKETSLM_ISA)\n"
+    "  --temperature X, --top-k N, --top-p X, --seed N   sampling (greedy)\n";
+
+struct Arguments {
+  LoadOptions load;
+  Generation generation;
+  std::string prompt, chat, system;
+  bool json = false, bench = false, help = false;
+};
+
+bool parse_number(const char* text, double low, double high, double& out) {
+  char* end = nullptr;
+  out = std::strtod(text, &end);
+  return end != text && *end == '\0' && out >= low && out <= high;
+}
+
+// Empty, or what is wrong with the command line.
+std::string parse(int count, char** values, Arguments& out) {
+  for (int i = 1; i < count; ++i) {
+    const std::string name = values[i];
+    if (name == "--json" || name == "--bench" || name == "--pin" || name == "--help") {
+      (name == "--json"    ? out.json
+       : name == "--bench" ? out.bench
+       : name == "--pin"   ? out.load.pin
+                           : out.help) = true;
+      continue;
+    }
+    if (name[0] != '-') {
+      if (!out.load.path.empty()) return "two model files: " + out.load.path + " and " + name;
+      out.load.path = name;
+      continue;
+    }
+    if (i + 1 == count) return name + " is unknown or needs a value";
+    const char* value = values[++i];
+    double n = 0;
+    const auto whole = [&](double low, double high, uint32_t& target) {
+      const bool valid = parse_number(value, low, high, n);
+      target = valid ? static_cast<uint32_t>(n) : 0;
+      return valid && n == target;
+    };
+    bool valid = true;
+    if (name == "-p") {
+      out.prompt = value;
+    } else if (name == "--chat") {
+      out.chat = value;
+    } else if (name == "--system") {
+      out.system = value;
+    } else if (name == "--isa") {
+      out.load.isa = value;
+    } else if (name == "--kv") {
+      valid = !std::strcmp(value, "fp16") || !std::strcmp(value, "int8");
+      out.load.kv_type = std::strcmp(value, "int8") ? PSLM_KV_F16 : PSLM_KV_I8;
+    } else if (name == "-n") {
+      valid = whole(1, 1 << 24, out.generation.max_tokens);
+    } else if (name == "-t") {
+      valid = whole(1, 64, out.load.threads);
+    } else if (name == "--context") {
+      valid = whole(1, 1 << 24, out.load.context);
+    } else if (name == "--top-k") {
+      valid = whole(0, 1 << 24, out.generation.sampling.top_k);
+    } else if (name == "--temperature") {
+      valid = parse_number(value, 0, 100, n);
+      out.generation.sampling.temperature = static_cast<float>(n);
+    } else if (name == "--top-p") {
+      valid = parse_number(value, 0, 1, n);
+      out.generation.sampling.top_p = static_cast<float>(n);
+    } else if (name == "--seed") {
+      valid = parse_number(value, 0, 1e15, n);
+      out.generation.sampling.seed = static_cast<uint64_t>(n);
+    } else {
+      return "unknown option " + name;
+    }
+    if (!valid) return std::string(value) + " is out of range for " + name;
+  }
+  if (!out.json && !out.help && out.load.path.empty()) return "no model file given";
+  return "";
+}
+
+int fail(const std::string& message) {
+  std::fprintf(stderr, "pocketslm-run: %s\n", message.c_str());
+  return 2;
+}
+
+void print_rate(const char* label, size_t tokens, const std::vector<int64_t>& samples) {
+  std::printf("%s", label);
+  for (int64_t ns : samples)
+    std::printf(" %.1f", static_cast<double>(tokens) * 1e9 / static_cast<double>(ns));
+  std::printf(" tok/s\n");
+}
+
+int run(const Arguments& arguments) {
+  Engine engine;
+  if (const std::string failure = engine.load(arguments.load); !failure.empty())
+    return fail(failure);
+  const pslm_session_info info = engine.session_info();
+  std::fprintf(stderr, "%s, %u threads, context %u, loaded in %.1f ms\n", info.isa, info.threads,
+               info.context, engine.load_ms());
+  if (arguments.bench) {
+    std::vector<int64_t> prefill, decode;
+    constexpr size_t prompt = 512, fresh = 128;
+    if (const std::string failure = engine.bench(prompt, fresh, 5, prefill, decode);
+        !failure.empty())
+      return fail(failure);
+    print_rate("prefill", prompt, prefill);
+    print_rate("decode", fresh, decode);
+    return 0;
+  }
+  std::vector<int32_t> tokens;
+  std::vector<Message> messages;
+  if (!arguments.system.empty()) messages.push_back({"system", arguments.system});
+  messages.push_back({"user", arguments.chat});
+  std::string failure = arguments.chat.empty() ? engine.encode(arguments.prompt, tokens)
+                                               : engine.encode_chat(messages, tokens);
+  Outcome outcome;
+  if (failure.empty())
+    failure = engine.generate(
+        tokens, arguments.generation,
+        [](int32_t, std::string_view text) {
+          std::fwrite(text.data(), 1, text.size(), stdout);
+          std::fflush(stdout);
+          return true;
+        },
+        outcome);
+  if (!failure.empty()) return fail(failure);
+  const auto rate = [](size_t count, double ms) {
+    return ms > 0 ? static_cast<double>(count) * 1e3 / ms : 0.0;
+  };
+  const size_t steps = outcome.new_tokens ? outcome.new_tokens - 1 : 0;  // the first is prefill's
+  std::fprintf(stderr, "\n%s; prompt %zu tokens at %.1f tok/s, %zu new at %.1f tok/s\n",
+               outcome.reason.c_str(), outcome.prompt_tokens,
+               rate(outcome.prompt_tokens, outcome.prefill_ms), outcome.new_tokens,
+               rate(steps, outcome.decode_ms));
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+  Arguments arguments;
+  if (const std::string failure = parse(count, values, arguments); !failure.empty())
+    return fail(failure + "\n" + kUsage);
+  if (arguments.help) {
+    std::fputs(kUsage, stdout);
+    return 0;
+  }
+  if (arguments.json) {
+    const int status = serve(stdin, stdout);
+    std::fflush(stdout);
+    std::_Exit(status);  // the thread that reads input may still be waiting for it
+  }
+  return run(arguments);
+}

@@ -1,0 +1,338 @@
+#include "protocol.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdarg>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "engine.h"
+
+namespace pocketslm {
+namespace {
+
+constexpr size_t kMaxLine = 64 << 20;
+
+// Lines arrive on a thread of their own, so that a cancel is seen while tokens are made.
+class LineReader {
+ public:
+  explicit LineReader(FILE* in) {
+    std::thread([this, in] { read(in); }).detach();  // it may wait for input that never comes
+  }
+
+  // The next line that is not a cancel; nothing at the end of input.
+  std::optional<std::string> next() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return !lines_.empty() || ended_; });
+    if (lines_.empty()) return std::nullopt;
+    current_ = lines_.front().number;
+    std::string line = std::move(lines_.front().text);
+    lines_.pop_front();
+    while (!cancels_.empty() && cancels_.front().number < current_) cancels_.pop_front();
+    return line;
+  }
+
+  // Whether a cancel of this id (or of any) came after the current line.
+  bool cancelled(const std::string& id) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::any_of(cancels_.begin(), cancels_.end(), [&](const Line& cancel) {
+      return cancel.text.empty() || cancel.text == id;
+    });
+  }
+
+ private:
+  struct Line {
+    uint64_t number;
+    std::string text;
+  };
+
+  void push(std::string&& line) {
+    const auto request =
+        line.find("cancel") != std::string::npos ? parse_json(line) : std::nullopt;
+    const Json* op = request ? request->find("op") : nullptr;
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++count_;
+    if (op && op->string == "cancel") {
+      const Json* id = request->find("id");
+      cancels_.push_back({count_, id ? id->string : ""});
+      return;
+    }
+    lines_.push_back({count_, std::move(line)});
+    changed_.notify_one();
+  }
+
+  void read(FILE* in) {
+    std::string line;
+    for (int c; (c = std::getc(in)) != EOF;) {
+      if (c != '\n') {
+        if (line.size() <= kMaxLine) line += static_cast<char>(c);
+        continue;
+      }
+      if (!line.empty()) push(std::move(line));
+      line.clear();
+    }
+    if (!line.empty()) push(std::move(line));
+    std::lock_guard<std::mutex> lock(mutex_);
+    ended_ = true;
+    changed_.notify_one();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Line> lines_, cancels_;  // numbered in the order of reading
+  uint64_t count_ = 0, current_ = 0;
+  bool ended_ = false;
+};
+
+// A request whose fields are read with their types and ranges; the first fault is kept.
+class Request {
+ public:
+  explicit Request(const Json& json) : json_(json) {}
+
+  std::string text(const char* name, const std::string& otherwise) {
+    const Json* value = json_.find(name);
+    if (!value) return otherwise;
+    if (!value->is(Json::Kind::string)) return fail(name, "a string"), otherwise;
+    return value->string;
+  }
+  double number(const char* name, double otherwise, double low, double high, bool whole = false) {
+    const Json* value = json_.find(name);
+    if (!value) return otherwise;
+    const double n = value->number;
+    const bool valid = value->is(Json::Kind::number) && n >= low && n <= high;
+    if (!valid || (whole && n != static_cast<double>(static_cast<int64_t>(n)))) {
+      char expected[96];
+      std::snprintf(expected, sizeof expected, "a %snumber from %g to %g", whole ? "whole " : "",
+                    low, high);
+      return fail(name, expected), otherwise;
+    }
+    return n;
+  }
+  uint32_t count(const char* name, uint32_t otherwise, double low, double high) {
+    return static_cast<uint32_t>(number(name, otherwise, low, high, true));
+  }
+  bool flag(const char* name) {
+    const Json* value = json_.find(name);
+    if (!value) return false;
+    if (!value->is(Json::Kind::boolean)) fail(name, "true or false");
+    return value->boolean;
+  }
+  const Json* list(const char* name) {
+    const Json* value = json_.find(name);
+    if (value && !value->is(Json::Kind::array)) return fail(name, "a list"), nullptr;
+    return value;
+  }
+  void fail(const std::string& name, const std::string& expected) {
+    if (fault_.empty()) fault_ = "'" + name + "' must be " + expected;
+  }
+  const std::string& fault() const { return fault_; }
+
+ private:
+  const Json& json_;
+  std::string fault_;
+};
+
+std::string numbers(const std::vector<int64_t>& values) {
+  std::string out = "[";
+  for (int64_t value : values) out += (out.size() > 1 ? "," : "") + std::to_string(value);
+  return out + "]";
+}
+
+class Server {
+ public:
+  Server(LineReader& reader, FILE* out) : reader_(reader), out_(out) {}
+
+  int run() {
+    while (auto line = reader_.next()) {
+      const auto json = line->size() > kMaxLine ? std::nullopt : parse_json(*line);
+      const Json* op = json && json->is(Json::Kind::object) ? json->find("op") : nullptr;
+      if (!op || !op->is(Json::Kind::string)) {
+        error("", "a request is one line with a JSON object that has 'op'");
+        continue;
+      }
+      if (op->string == "quit") return 0;
+      Request request(*json);
+      const std::string id = request.text("id", "");
+      std::string failure = handle(op->string, request, id);
+      if (!failure.empty()) error(id, failure);
+    }
+    return 0;
+  }
+
+ private:
+  void emit(const char* format, ...) __attribute__((format(printf, 2, 3))) {
+    va_list arguments;
+    va_start(arguments, format);
+    std::vfprintf(out_, format, arguments);
+    va_end(arguments);
+    std::fputc('\n', out_);
+    std::fflush(out_);
+  }
+
+  void error(const std::string& id, const std::string& message) {
+    emit("{\"event\":\"error\",\"id\":%s,\"message\":%s}", quote(id).c_str(),
+         quote(message).c_str());
+  }
+
+  std::string handle(const std::string& op, Request& request, const std::string& id) {
+    if (op == "load") return load(request);
+    if (op == "stats") return stats();
+    if (!engine_.loaded()) return "no model is loaded; send {\"op\":\"load\",\"path\":...} first";
+    if (op == "generate") return generate(request, id);
+    if (op == "logits") return logits(request);
+    if (op == "encode") return encode(request);
+    if (op == "bench") return bench(request);
+    if (op == "reset") {
+      engine_.reset();
+      emit("{\"event\":\"reset\"}");
+      return "";
+    }
+    return "unknown op '" + op +
+           "'; known: load, generate, cancel, encode, logits, bench, stats, reset, quit";
+  }
+
+  std::string load(Request& request) {
+    LoadOptions options;
+    options.path = request.text("path", "");
+    options.context = request.count("context", 0, 1, 1 << 24);
+    options.threads = request.count("threads", 0, 1, 64);
+    options.isa = request.text("isa", "auto");
+    options.pin = request.flag("pin");
+    const std::string kv = request.text("kv", "fp16");
+    if (kv != "fp16" && kv != "int8") request.fail("kv", "fp16 or int8");
+    options.kv_type = kv == "int8" ? PSLM_KV_I8 : PSLM_KV_F16;
+    if (!request.fault().empty()) return request.fault();
+    if (std::string failure = engine_.load(options); !failure.empty()) return failure;
+    const pslm_session_info session = engine_.session_info();
+    const pslm_model_info& model = engine_.model_info();
+    emit("{\"event\":\"loaded\",\"isa\":\"%s\",\"threads\":%u,\"context\":%u,\"kv\":\"%s\","
+         "\"vocab_size\":%u,\"layers\":%u,\"file_bytes\":%llu,\"bytes_per_token\":%llu,"
+         "\"tokenizer\":%s,\"load_ms\":%.3f}",
+         session.isa, session.threads, session.context, kv.c_str(), model.vocab_size, model.layers,
+         static_cast<unsigned long long>(model.file_bytes),
+         static_cast<unsigned long long>(model.bytes_per_token),
+         engine_.has_tokenizer() ? "true" : "false", engine_.load_ms());
+    return "";
+  }
+
+  // The prompt as 'tokens', 'messages' or 'prompt'.
+  std::string prompt(Request& request, std::vector<int32_t>& tokens) {
+    if (const Json* list = request.list("tokens")) {
+      for (const Json& item : list->items) {
+        if (!(item.is(Json::Kind::number) && item.number >= 0 &&
+              item.number < engine_.model_info().vocab_size))
+          return "'tokens' must be ids below " + std::to_string(engine_.model_info().vocab_size);
+        tokens.push_back(static_cast<int32_t>(item.number));
+      }
+      return tokens.empty() ? "'tokens' must not be empty" : "";
+    }
+    if (const Json* list = request.list("messages")) {
+      std::vector<Message> messages;
+      for (const Json& item : list->items) {
+        const Json* role = item.find("role");
+        const Json* content = item.find("content");
+        if (!role || !content || !role->is(Json::Kind::string) ||
+            !content->is(Json::Kind::string))
+          return "each of 'messages' must have a role and a content";
+        messages.push_back({role->string, content->string});
+      }
+      return engine_.encode_chat(messages, tokens);
+    }
+    const std::string text = request.text("prompt", "");
+    if (!request.fault().empty()) return request.fault();
+    return engine_.encode(text, tokens);
+  }
+
+  std::string generate(Request& request, const std::string& id) {
+    Generation generation;
+    generation.max_tokens = request.count("max_tokens", 128, 1, 1 << 24);
+    generation.ignore_eos = request.flag("ignore_eos");
+    generation.sampling.temperature =
+        static_cast<float>(request.number("temperature", 0, 0, 100));
+    generation.sampling.top_k = request.count("top_k", 0, 0, 1 << 24);
+    generation.sampling.top_p = static_cast<float>(request.number("top_p", 1, 0, 1));
+    generation.sampling.seed = static_cast<uint64_t>(request.number("seed", 0, 0, 1e15, true));
+    std::vector<int32_t> tokens;
+    if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
+    if (!request.fault().empty()) return request.fault();
+    Outcome outcome;
+    const std::string failure = engine_.generate(
+        tokens, generation,
+        [&](int32_t token, std::string_view text) {
+          emit("{\"event\":\"token\",\"id\":%s,\"token\":%d,\"text\":%s}", quote(id).c_str(), token,
+               quote(text).c_str());
+          return !reader_.cancelled(id);
+        },
+        outcome);
+    if (!failure.empty()) return failure;
+    emit("{\"event\":\"done\",\"id\":%s,\"reason\":\"%s\",\"prompt_tokens\":%zu,"
+         "\"reused_tokens\":%zu,\"tokens\":%zu,\"prefill_ms\":%.3f,\"decode_ms\":%.3f}",
+         quote(id).c_str(), outcome.reason.c_str(), outcome.prompt_tokens, outcome.reused_tokens,
+         outcome.new_tokens, outcome.prefill_ms, outcome.decode_ms);
+    return "";
+  }
+
+  std::string encode(Request& request) {
+    std::vector<int32_t> tokens;
+    if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
+    emit("{\"event\":\"encoded\",\"tokens\":%s}",
+         numbers(std::vector<int64_t>(tokens.begin(), tokens.end())).c_str());
+    return "";
+  }
+
+  std::string logits(Request& request) {
+    std::vector<int32_t> tokens;
+    std::vector<float> values;
+    if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
+    if (std::string failure = engine_.logits(tokens, values); !failure.empty()) return failure;
+    std::string list;
+    for (float value : values) {
+      char text[32];
+      std::snprintf(text, sizeof text, "%s%.9g", list.empty() ? "" : ",", static_cast<double>(value));
+      list += text;
+    }
+    emit("{\"event\":\"logits\",\"logits\":[%s]}", list.c_str());
+    return "";
+  }
+
+  std::string bench(Request& request) {
+    const uint32_t fresh = request.count("new_tokens", 128, 0, 1 << 20);
+    const uint32_t tokens = request.count("prompt_tokens", 512, 0, 1 << 20);
+    const uint32_t repeats = request.count("repeats", 3, 1, 1000);
+    if (!request.fault().empty()) return request.fault();
+    std::vector<int64_t> prefill, decode;
+    if (std::string failure = engine_.bench(tokens, fresh, repeats, prefill, decode);
+        !failure.empty())
+      return failure;
+    emit("{\"event\":\"bench\",\"prompt_tokens\":%u,\"new_tokens\":%u,\"prefill_ns\":%s,"
+         "\"decode_ns\":%s}",
+         tokens, fresh, numbers(prefill).c_str(), numbers(decode).c_str());
+    return "";
+  }
+
+  std::string stats() {
+    const Memory memory = read_memory();
+    emit("{\"event\":\"stats\",\"loaded\":%s,\"length\":%zu,\"rss_bytes\":%llu,"
+         "\"peak_rss_bytes\":%llu}",
+         engine_.loaded() ? "true" : "false", engine_.length(),
+         static_cast<unsigned long long>(memory.resident),
+         static_cast<unsigned long long>(memory.peak));
+    return "";
+  }
+
+  LineReader& reader_;
+  Engine engine_;
+  FILE* out_;
+};
+
+}  // namespace
+
+int serve(FILE* in, FILE* out) {
+  // Never destroyed: its thread may wait for input until the process ends.
+  LineReader* reader = new LineReader(in);
+  return Server(*reader, out).run();
+}
+
+}  // namespace pocketslm

@@ -1,0 +1,123 @@
+#include "thread_pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <utility>
+
+namespace pocketslm {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb" ::: "memory");  // a pause on most cores, where `yield` is a no-op
+#endif
+}
+
+// A member that waits at a barrier gives its CPU away after this many pauses: with more threads
+// than CPUs the one it waits for may need it.
+constexpr unsigned kBarrierSpins = 2000;
+// Between two calls, such as two decode steps, workers stay awake this long.
+constexpr auto kIdleSpin = std::chrono::microseconds(300);
+
+void bind_to(int cpu) {
+  if (cpu < 0) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  sched_setaffinity(0, sizeof set, &set);  // best effort: an Android cpuset may forbid it
+}
+
+long read_number(const char* format, int cpu) {
+  char path[96];
+  std::snprintf(path, sizeof path, format, cpu);
+  long value = 0;
+  if (FILE* file = std::fopen(path, "r")) {
+    if (std::fscanf(file, "%ld", &value) != 1) value = 0;
+    std::fclose(file);
+  }
+  return value;
+}
+
+}  // namespace
+
+std::vector<int> cpus_by_speed() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  std::vector<std::pair<long, int>> found;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+      if (CPU_ISSET(cpu, &set)) {
+        long speed = read_number("/sys/devices/system/cpu/cpu%d/cpu_capacity", cpu);
+        if (!speed)
+          speed = read_number("/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq", cpu);
+        found.emplace_back(-speed, cpu);
+      }
+  std::sort(found.begin(), found.end());
+  std::vector<int> cpus;
+  for (const auto& entry : found) cpus.push_back(entry.second);
+  return cpus;
+}
+
+ThreadPool::ThreadPool(unsigned threads, bool pin) : size_(threads), slots_(threads) {
+  const std::vector<int> cpus = pin ? cpus_by_speed() : std::vector<int>();
+  const auto cpu_of = [&](unsigned member) {
+    return cpus.empty() ? -1 : cpus[member % cpus.size()];
+  };
+  for (unsigned member = 1; member < size_; ++member)
+    workers_.emplace_back([this, member, cpu = cpu_of(member)] { work(member, cpu); });
+  bind_to(cpu_of(0));
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_.store(true);
+    job_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void ThreadPool::relax(unsigned spins) {
+  if (spins < kBarrierSpins)
+    pause();
+  else
+    sched_yield();
+}
+
+void ThreadPool::run_erased(Erased function, void* context) {
+  function_ = function;
+  context_ = context;
+  if (size_ > 1) {
+    // Workers that are awake see the number change; the lock is for those about to sleep.
+    { std::lock_guard<std::mutex> lock(mutex_); job_.fetch_add(1, std::memory_order_release); }
+    wake_.notify_all();
+  }
+  function(context, 0);
+  barrier([] {});  // the workers are done, and may be told to start again
+}
+
+void ThreadPool::work(unsigned member, int cpu) {
+  bind_to(cpu);
+  uint64_t seen = 0;
+  for (;;) {
+    const auto deadline = std::chrono::steady_clock::now() + kIdleSpin;
+    while (job_.load(std::memory_order_acquire) == seen) {
+      for (int i = 0; i < 32 && job_.load(std::memory_order_acquire) == seen; ++i) pause();
+      if (std::chrono::steady_clock::now() < deadline) continue;
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return job_.load() != seen; });
+    }
+    seen = job_.load(std::memory_order_acquire);
+    if (stop_.load()) return;
+    function_(context_, member);
+    barrier([] {});
+  }
+}
+
+}  // namespace pocketslm

@@ -1,0 +1,243 @@
+"""Every kernel path against the scalar one, and the scalar one against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pocketslm.export.lower.native import pack_matrix
+from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
+from pocketslm.runtime.backends import native
+from pocketslm.runtime.ops import build
+
+SEED = 20240607
+POISON = np.float32(np.nan)
+EPS = float(np.finfo(np.float32).eps)
+# Rounding errors of a sum of n terms grow with n times the magnitude of what is summed.
+SUM_TOLERANCE = 4 * EPS
+# Half a step of an int8 activation, and a little for the rounding of its scale.
+ACTIVATION_STEP = 0.5 * 1.001 / 127
+
+SCHEMES = ["f32", "f16", "q4 sym", "q4 min", "q4 zp", "q8 sym", "q8 min", "q8 zp"]
+ROWS = [1, 15, 16, 17, 40]
+COLS = [32, 96, 288]
+TOKENS = [1, 2, 3, 7, 16, 21]
+
+SIMD_PATHS = [isa for isa in native.isa_names() if isa != "scalar"]
+
+
+def make_weight(scheme: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:
+    if scheme in ("f32", "f16"):
+        dtype = np.float32 if scheme == "f32" else np.float16
+        return rng.normal(size=(rows, cols)).astype(dtype)
+    bits, kind = int(scheme[1]), scheme[3:]
+    shape = (rows, cols // 32)
+    scales = rng.uniform(0.001, 0.1, shape).astype(np.float16)
+    scales[rng.random(shape) < 0.05] = 0  # an all-zero group
+    return QuantTensor(
+        codes=pack_codes(rng.integers(0, 2**bits, (rows, cols), dtype=np.uint8), bits),
+        scales=scales,
+        bits=bits,
+        group_size=32,
+        zero_points=rng.integers(0, 2**bits, shape, dtype=np.uint8) if kind == "zp" else None,
+        minimums=rng.normal(size=shape).astype(np.float16) if kind == "min" else None,
+    )
+
+
+def make_activations(tokens: int, cols: int, rng: np.random.Generator) -> np.ndarray:
+    x = rng.normal(size=(tokens, cols)).astype(np.float32)
+    x[0, :32] = 0  # a group without a scale
+    x[-1, -1] = 300  # an outlier
+    return x
+
+
+def matmul(isa: str, packed: tuple[int, np.ndarray], rows: int, x: np.ndarray) -> np.ndarray:
+    """The path's product, with an output that was poisoned and guarded."""
+    kind, data = packed
+    library = native.load_library()
+    backing = np.empty(data.size + 64, np.uint8)
+    start = -backing.ctypes.data % 64
+    backing[start : start + data.size] = data
+    guard = 16
+    out = np.full(x.shape[0] * rows + guard, POISON, np.float32)
+    # One float off any alignment: activations may lie anywhere.
+    shifted = np.empty(x.size + 1, np.float32)[1:]
+    shifted[:] = x.reshape(-1)
+    error = native._ErrorText()
+    status = library.pslm_matmul(
+        isa.encode(),
+        kind,
+        backing.ctypes.data + start,
+        data.size,
+        rows,
+        x.shape[1],
+        shifted.ctypes.data,
+        x.shape[0],
+        out.ctypes.data,
+        error.argument,
+    )
+    error.check(status)
+    assert np.isnan(out[-guard:]).all(), "wrote past the output"
+    return out[:-guard].reshape(x.shape[0], rows)
+
+
+def dense(weight: Weight) -> np.ndarray:
+    values = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+    return values.astype(np.float64)
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: np.ndarray) -> None:
+    error = np.abs(actual.astype(np.float64) - expected)
+    worst = np.unravel_index(np.argmax(np.nan_to_num(error - tolerance, nan=np.inf)), error.shape)
+    # Written so that a NaN fails.
+    assert (error <= tolerance).all(), f"at {worst}: {actual[worst]} against {expected[worst]}"
+
+
+def magnitude(weight: Weight, x: np.ndarray) -> np.ndarray:
+    """What a product's rounding errors scale with: the terms before they cancel."""
+    if not isinstance(weight, QuantTensor):
+        return np.abs(x).astype(np.float64) @ np.abs(dense(weight)).T
+    top = weight.scales.astype(np.float64).repeat(32, 1) * 2**weight.bits
+    if weight.minimums is not None:
+        top += np.abs(weight.minimums.astype(np.float64)).repeat(32, 1)
+    return np.abs(x).astype(np.float64) @ top.T
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_scalar_path_matches_float64(scheme: str, rows: int) -> None:
+    rng = np.random.default_rng(SEED)
+    for cols, tokens in itertools.product(COLS, TOKENS):
+        weight = make_weight(scheme, rows, cols, rng)
+        x = make_activations(tokens, cols, rng)
+        w = dense(weight)
+        tolerance = SUM_TOLERANCE * cols * magnitude(weight, x)
+        if isinstance(weight, QuantTensor):
+            peaks = np.abs(x).reshape(tokens, -1, 32).max(2).astype(np.float64)
+            tolerance += (peaks * ACTIVATION_STEP).repeat(32, 1) @ np.abs(w).T
+        out = matmul("scalar", pack_matrix(weight)[:2], rows, x)
+        assert_close(out, x.astype(np.float64) @ w.T, tolerance)
+
+
+@pytest.mark.parametrize("isa", SIMD_PATHS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_simd_paths_match_scalar(isa: str, scheme: str) -> None:
+    rng = np.random.default_rng(SEED)
+    for rows, cols, tokens in itertools.product(ROWS, COLS, TOKENS):
+        weight = make_weight(scheme, rows, cols, rng)
+        x = make_activations(tokens, cols, rng)
+        packed = pack_matrix(weight)[:2]
+        # The integer sums are the same; only float additions may round differently.
+        terms = cols if scheme in ("f32", "f16") else cols // 32 * 3
+        tolerance = SUM_TOLERANCE * terms * magnitude(weight, x)
+        assert_close(matmul(isa, packed, rows, x), matmul("scalar", packed, rows, x), tolerance)
+
+
+@pytest.mark.skipif(len(SIMD_PATHS) < 2, reason="this CPU has one SIMD path")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_simd_paths_agree_to_the_bit(scheme: str) -> None:
+    rng = np.random.default_rng(SEED)
+    weight = make_weight(scheme, 48, 288, rng)
+    x = make_activations(7, 288, rng)
+    packed = pack_matrix(weight)[:2]
+    first, *others = (matmul(isa, packed, 48, x) for isa in SIMD_PATHS)
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize("isa", native.isa_names())
+def test_extreme_codes_do_not_saturate(isa: str) -> None:
+    """All codes and activations at their extremes: where 16-bit sums would overflow."""
+    for scheme, sign in itertools.product(SCHEMES[2:], (1, -1)):
+        bits, kind = int(scheme[1]), scheme[3:]
+        ones = np.ones((16, 3))
+        weight = QuantTensor(
+            codes=np.full((16, 96 * bits // 8), 255, np.uint8),
+            scales=ones.astype(np.float16),
+            bits=bits,
+            group_size=32,
+            zero_points=np.zeros((16, 3), np.uint8) if kind == "zp" else None,
+            minimums=ones.astype(np.float16) if kind == "min" else None,
+        )
+        x = np.full((5, 96), sign * 127.0, np.float32)
+        expected = x.astype(np.float64) @ dense(weight).T
+        out = matmul(isa, pack_matrix(weight)[:2], 16, x)
+        assert_close(out, expected, 1e-5 * np.abs(expected))
+
+
+def test_comparator_catches_a_wrong_code_and_a_nan() -> None:
+    rng = np.random.default_rng(SEED)
+    weight = make_weight("q4 min", 16, 96, rng)
+    x = make_activations(3, 96, rng)
+    kind, data = pack_matrix(weight)[:2]
+    good = matmul("scalar", (kind, data), 16, x)
+    tolerance = SUM_TOLERANCE * 9 * magnitude(weight, x)
+    wrong = data.copy()
+    wrong[5] ^= 0x10  # one nibble, by one
+    with pytest.raises(AssertionError):
+        assert_close(matmul("scalar", (kind, wrong), 16, x), good, tolerance)
+    with_nan = good.copy()
+    with_nan[1, 1] = np.nan
+    with pytest.raises(AssertionError):
+        assert_close(with_nan, good, tolerance)
+
+
+def test_broken_kernel_is_caught(tmp_path: Path) -> None:
+    """A kernel that forgets the high nibbles' shift must fail the comparison above."""
+    if "avx2" not in SIMD_PATHS:
+        pytest.skip("breaks the AVX2 path, which this CPU lacks")
+    source = (build.SOURCES / "kernels_avx2.cpp").read_text()
+    broken = source.replace("_mm256_srli_epi16(packed, 4)", "packed")
+    assert broken != source
+    file = tmp_path / "kernels_avx2.cpp"
+    file.write_text(
+        broken
+        + """
+extern "C" void broken_matmul(const uint8_t* blocks, size_t cols, const int8_t* codes,
+                              const float* scales, const float* sums, float* out) {
+  const pocketslm::ActivationTile tile{1, nullptr, 0, codes, scales, sums, nullptr, nullptr};
+  pocketslm::kAvx2Kernels.matmul[3](blocks, 1, cols, tile, out, 16);
+}
+"""
+    )
+    toolchain = build.find_toolchain()
+    library = tmp_path / "broken.so"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", *toolchain.kernel_flags("kernels_avx2")]
+    command = [*toolchain.command, *flags, "-I", str(build.SOURCES), str(file), "-o", str(library)]
+    subprocess.run(command, check=True, capture_output=True)
+    rng = np.random.default_rng(SEED)
+    weight = make_weight("q4 min", 16, 32, rng)
+    data = pack_matrix(weight)[1]
+    codes = rng.integers(-127, 128, 32, dtype=np.int8)
+    backing = np.empty(data.size + 64, np.uint8)
+    start = -backing.ctypes.data % 64
+    backing[start : start + data.size] = data
+    scale, total = np.ones(1, np.float32), np.array([codes.sum()], np.float32)
+    out = np.full(16, POISON, np.float32)
+    pointers = [ctypes.c_void_p(a.ctypes.data) for a in (codes, scale, total, out)]
+    blocks = ctypes.c_void_p(backing.ctypes.data + start)
+    ctypes.CDLL(str(library)).broken_matmul(blocks, ctypes.c_size_t(32), *pointers)
+    x = codes[None].astype(np.float32)
+    x[0, np.argmax(np.abs(x))] = 127  # so that the scale is 1
+    expected = x.astype(np.float64) @ dense(weight).T
+    with pytest.raises(AssertionError):
+        assert_close(out[None], expected, SUM_TOLERANCE * 9 * magnitude(weight, x))
+
+
+def test_bad_arguments_are_errors() -> None:
+    rng = np.random.default_rng(SEED)
+    weight = make_weight("q4 sym", 16, 64, rng)
+    kind, data = pack_matrix(weight)[:2]
+    x = make_activations(1, 64, rng)
+    with pytest.raises(native.UsageError, match="wrong kind"):
+        matmul("scalar", (kind, data[:-64]), 16, x)
+    with pytest.raises(native.BackendError, match="kernel path"):
+        matmul("mmx", (kind, data), 16, x)
+    library = native.load_library()
+    assert library.pslm_packed_bytes(2, 16, 33) == 0
+    assert library.pslm_packed_bytes(99, 16, 32) == 0

@@ -1,0 +1,291 @@
+"""pocketslm-run: the JSON-lines protocol, the tokenizer, and the static aarch64 build."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from native_runner import Runner, running
+from tokenizers import Tokenizer
+
+import support
+from pocketslm.runtime.backends.native import NativeModel, isa_names
+
+SEED = 5
+PROTOCOL_LINES = 100_000
+PROMPT = [5, 200, 31, 77, 140, 9, 9, 250, 3, 18, 64]
+
+# What the aarch64 build may ask of a kernel: an app's seccomp filter knows all of these.
+SYSTEM_CALLS = {
+    *("brk", "clone", "close", "exit", "exit_group", "fcntl", "fstat", "futex", "getpid"),
+    *("getrandom", "gettid", "ioctl", "lseek", "madvise", "mmap", "mprotect", "mremap"),
+    *("munmap", "newfstatat", "openat", "prlimit64", "read", "readlinkat", "readv", "rseq"),
+    *("rt_sigaction", "rt_sigprocmask", "sched_getaffinity", "sched_setaffinity"),
+    *("sched_yield", "set_robust_list", "set_tid_address", "uname", "write", "writev"),
+    *("clock_gettime", "fstatat64"),
+}
+
+
+@pytest.fixture(scope="module")
+def runner(runner_path: Path, chat_model: Path) -> Iterator[Runner]:
+    with running([str(runner_path)]) as started:
+        loaded = started.ask(op="load", path=str(chat_model), threads=2, context=300)
+        assert loaded["event"] == "loaded"
+        assert loaded["isa"] == isa_names()[0]
+        assert loaded["tokenizer"]
+        yield started
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_str(support.tokenizer_files()["tokenizer.json"])
+
+
+def test_tokenizer_matches_the_reference(runner: Runner, tokenizer: Tokenizer) -> None:
+    rng = random.Random(SEED)
+    alphabet = [
+        *"  \n\t'abtheinrX9.,!",
+        "é",
+        "ß",
+        "你",
+        "🙂",
+        "٣",
+        "½",
+        "\u00a0",
+        "\u2003",
+        "\u200b",
+    ]
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 40))) for _ in range(500)]
+    texts += [
+        "the  inner   \n\n there's we'LL 'd",
+        "a<|im_start|>b<|im_end|>",
+        " ",
+        "\n ",
+        "x" * 5000,
+    ]
+    for text in texts:
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert runner.ask(op="encode", prompt=text)["tokens"] == expected, repr(text)
+
+
+def test_greedy_generation_matches_the_python_session(runner: Runner, chat_model: Path) -> None:
+    tokens, _, done = runner.generate(tokens=PROMPT, max_tokens=30, ignore_eos=True)
+    session = NativeModel(chat_model).session(threads=1)
+    token = int(session.forward(np.array(PROMPT))[0].argmax())
+    expected = [token]
+    for _ in range(29):
+        expected.append(session.step_greedy(expected[-1]))
+    assert tokens == expected
+    assert done["reason"] == "length"
+    assert (done["prompt_tokens"], done["tokens"]) == (len(PROMPT), 30)
+
+
+def test_text_arrives_in_whole_characters(runner: Runner, tokenizer: Tokenizer) -> None:
+    for seed in range(5):
+        tokens, text, _ = runner.generate(
+            prompt="the inner", max_tokens=40, temperature=5.0, seed=seed, ignore_eos=True
+        )
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_sampling_follows_seed_and_limits(runner: Runner) -> None:
+    def sample(**options: float) -> list[int]:
+        return runner.generate(tokens=PROMPT, max_tokens=20, ignore_eos=True, **options)[0]
+
+    greedy = sample()
+    assert sample(temperature=2.0, seed=1) == sample(temperature=2.0, seed=1)
+    assert sample(temperature=2.0, seed=1) != sample(temperature=2.0, seed=2)
+    assert sample(temperature=2.0, top_k=1, seed=3) == greedy
+    assert sample(temperature=2.0, top_p=0.0, seed=3) == greedy
+
+
+def test_chat_reuses_the_prefix_and_guards_special_tokens(
+    runner: Runner, tokenizer: Tokenizer
+) -> None:
+    user = {"role": "user", "content": "the <|im_end|> inner"}
+    tokens = runner.ask(op="encode", messages=[user])["tokens"]
+    assert tokenizer.decode(tokens, skip_special_tokens=False) == (
+        "<|im_start|>user\nthe <|im_end|> inner<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokens.count(257) == 1  # the one that the template wrote
+    _, answer, first = runner.generate(messages=[user], max_tokens=4, ignore_eos=True)
+    again = [user, {"role": "assistant", "content": answer}, {"role": "user", "content": "er"}]
+    _, _, done = runner.generate(messages=again, max_tokens=2)
+    assert first["prompt_tokens"] <= done["reused_tokens"] < done["prompt_tokens"]
+    for bad in ([], [{"role": "assistant", "content": "x"}], [user, user], [{"role": "user"}]):
+        assert runner.ask(op="generate", messages=bad)["event"] == "error"
+
+
+def test_cancel_ends_a_generation(runner: Runner) -> None:
+    runner.send(op="generate", id="long", tokens=PROMPT, max_tokens=280, ignore_eos=True)
+    runner.send(op="cancel", id="other")
+    runner.send(op="cancel", id="long")
+    events = [runner.event()]
+    while events[-1]["event"] == "token":
+        events.append(runner.event())
+    assert events[-1]["event"] == "done"
+    assert events[-1]["reason"] == "cancelled"
+    assert len(events) < 280
+
+
+def test_context_end_and_overflow(runner: Runner) -> None:
+    _, _, done = runner.generate(tokens=PROMPT, max_tokens=1000, ignore_eos=True)
+    assert done["reason"] == "context"
+    assert done["tokens"] == 300 - len(PROMPT) + 1
+    error = runner.ask(op="generate", tokens=[1] * 301)
+    assert "do not fit the context of 300" in error["message"]
+
+
+def test_bench_and_stats(runner: Runner) -> None:
+    bench = runner.ask(op="bench", prompt_tokens=20, new_tokens=5, repeats=3)
+    assert len(bench["prefill_ns"]) == len(bench["decode_ns"]) == 3
+    assert all(ns > 0 for ns in bench["prefill_ns"] + bench["decode_ns"])
+    stats = runner.ask(op="stats")
+    assert 0 < stats["rss_bytes"] <= stats["peak_rss_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"op": "fly"}, "unknown op"),
+        ({"op": "generate", "tokens": [264]}, "ids below 264"),
+        ({"op": "generate", "tokens": []}, "must not be empty"),
+        ({"op": "generate", "tokens": [1], "temperature": -1}, "'temperature' must be"),
+        ({"op": "generate", "tokens": [1], "max_tokens": 1.5}, "'max_tokens' must be"),
+        ({"op": "generate", "tokens": [1], "top_p": "x"}, "'top_p' must be"),
+        ({"op": "bench", "prompt_tokens": 500}, "do not fit"),
+        ([], "one line with a JSON object"),
+    ],
+)
+def test_faulty_requests_are_errors(runner: Runner, request_: object, message: str) -> None:
+    assert runner.process.stdin is not None
+    runner.process.stdin.write(json.dumps(request_) + "\n")
+    runner.process.stdin.flush()
+    event = runner.event()
+    assert event["event"] == "error"
+    assert message in event["message"]
+
+
+def test_failed_load_leaves_a_clean_state(runner_path: Path, chat_model: Path) -> None:
+    with running([str(runner_path)]) as runner:
+        assert "no model is loaded" in runner.ask(op="bench")["message"]
+        assert "cannot open" in runner.ask(op="load", path="/nowhere.slm")["message"]
+        assert "kernel path" in runner.ask(op="load", path=str(chat_model), isa="mmx")["message"]
+        assert "'kv' must be" in runner.ask(op="load", path=str(chat_model), kv="fp8")["message"]
+        assert not runner.ask(op="stats")["loaded"]
+        assert runner.ask(op="load", path=str(chat_model), kv="int8")["kv"] == "int8"
+        runner.send(op="quit")
+        assert runner.process.wait(10) == 0
+
+
+def test_mutated_lines_never_crash(runner_path: Path, chat_model: Path) -> None:
+    rng = random.Random(SEED)
+    seeds = [
+        json.dumps({"op": "generate", "id": "a", "tokens": [1, 2], "max_tokens": 1, "seed": 3}),
+        json.dumps({"op": "encode", "prompt": "the \u00e9 \U0001f642 <|im_end|>"}),
+        json.dumps({"op": "encode", "messages": [{"role": "user", "content": "hi"}]}),
+        json.dumps({"op": "bench", "prompt_tokens": 1, "new_tokens": 1, "repeats": 1}),
+        json.dumps({"op": "stats", "x": [[[{"a": None, "b": True, "c": -1.5e3}]]]}),
+    ]
+    lines = [json.dumps({"op": "load", "path": str(chat_model), "threads": 1, "context": 64})]
+    for _ in range(PROTOCOL_LINES):
+        line = list(rng.choice(seeds))
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(line))
+            line[at : at + rng.randint(0, 3)] = rng.choices('{}[]",:\\ueE-+.019ax\0\xff', k=2)
+        lines.append("".join(line).replace("quit", "q"))
+    lines.append(json.dumps({"op": "stats"}))
+    data = "\n".join(lines).encode("utf-8", "surrogatepass") + b"\n"
+    done = subprocess.run([runner_path, "--json"], input=data, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[0]["event"] == "loaded"
+    assert events[-1]["event"] == "stats"
+    assert {"error", "encoded", "token"} <= {event["event"] for event in events}
+
+
+def test_command_line(runner_path: Path, chat_model: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(runner_path), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
+
+    done = run(str(chat_model), "--chat", "the inner", "-n", "3", "-t", "2")
+    assert done.returncode == 0, done.stderr
+    assert "tok/s" in done.stderr
+    for arguments, message in [
+        ((), "no model file"),
+        (("/nowhere.slm",), "cannot open"),
+        ((str(chat_model), "-n", "x"), "out of range"),
+        ((str(chat_model), "--frobnicate"), "unknown or needs a value"),
+    ]:
+        done = run(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert "usage" in run("--help").stdout
+
+
+def program_headers(path: Path) -> list[tuple[int, int]]:
+    """(type, alignment) of a 64-bit little-endian ELF's program headers."""
+    data = path.read_bytes()
+    offset = struct.unpack_from("<Q", data, 32)[0]
+    size, count = struct.unpack_from("<HH", data, 54)
+    found = []
+    for i in range(count):
+        at = offset + i * size
+        found.append(
+            (struct.unpack_from("<I", data, at)[0], struct.unpack_from("<Q", data, at + 48)[0])
+        )
+    return found
+
+
+def test_arm_build_is_static_and_aligned_for_large_pages(arm_runner_path: Path) -> None:
+    headers = program_headers(arm_runner_path)
+    load, interpreter = 1, 3
+    assert all(kind != interpreter for kind, _ in headers)
+    assert all(alignment >= 16384 for kind, alignment in headers if kind == load)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "isa"),
+    [("max", "neon_i8mm"), ("cortex-a76", "neon_dotprod"), ("cortex-a53", "scalar")],
+)
+def test_arm_paths_agree_with_this_machine(
+    cpu: str, isa: str, arm_runner_path: Path, chat_model: Path
+) -> None:
+    """Every kind of weight, batches and single steps, on the paths that a CPU selects by itself."""
+    session = NativeModel(chat_model).session(threads=1)
+    tokens = (PROMPT * 3)[:27]  # a batch of 16, 8, 2 and 1
+    expected = session.forward(np.array(tokens))[0]
+    with running(["qemu-aarch64-static", "-cpu", cpu, str(arm_runner_path)]) as runner:
+        loaded = runner.ask(op="load", path=str(chat_model), threads=2)
+        assert loaded["isa"] == isa
+        logits = np.array(runner.ask(op="logits", tokens=tokens)["logits"], np.float32)
+        if isa == "scalar" or session.isa == "scalar":
+            np.testing.assert_allclose(logits, expected, atol=1e-3 * np.abs(expected).max())
+        else:
+            np.testing.assert_array_equal(logits, expected)
+        session.truncate(0)
+        token = int(session.forward(np.array(PROMPT))[0].argmax())
+        greedy = [token]
+        for _ in range(19):
+            greedy.append(session.step_greedy(greedy[-1]))
+        assert runner.generate(tokens=PROMPT, max_tokens=20, ignore_eos=True)[0] == greedy
+
+
+def test_arm_build_makes_only_old_system_calls(arm_runner_path: Path, chat_model: Path) -> None:
+    command = ["qemu-aarch64-static", "-cpu", "max", "-strace", str(arm_runner_path)]
+    command += [str(chat_model), "-p", "the", "-n", "3", "-t", "2", "--pin"]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    lines = done.stderr.decode(errors="replace")
+    calls = set(re.findall(r"^\d+ (\w+)\(", lines, re.MULTILINE))
+    assert "mmap" in calls
+    assert calls <= SYSTEM_CALLS

@@ -1,0 +1,42 @@
+"""The runner under sanitizers: memory, undefined behaviour, data races."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from native_runner import running
+
+from pocketslm.runtime.backends.native import isa_names
+from pocketslm.runtime.ops import build
+
+TOKENS = [i * 37 % 264 for i in range(290)]  # more than one batch, with a tail of every size
+
+
+@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    probe = tmp_path_factory.mktemp("probe")
+    (probe / "empty.cpp").write_text("int main() {}\n")
+    flags = [f"-fsanitize={request.param}", "-o", str(probe / "empty")]
+    command = [*build.find_toolchain().command, str(probe / "empty.cpp"), *flags]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip(f"the compiler has no {request.param} sanitizer")
+    return build.build_runner(probe / "pocketslm-run", sanitize=request.param)
+
+
+def test_no_findings(sanitized: Path, chat_model: Path) -> None:
+    with running([str(sanitized)]) as runner:
+        for isa in isa_names():
+            for kv, threads in (("fp16", 3), ("int8", 2)):
+                path = str(chat_model)
+                loaded = runner.ask(op="load", path=path, threads=threads, isa=isa, kv=kv)
+                assert loaded["event"] == "loaded"
+                assert runner.ask(op="logits", tokens=TOKENS)["event"] == "logits"
+                assert len(runner.generate(tokens=TOKENS[:31], max_tokens=9)[0]) <= 9
+        runner.generate(prompt="the \u00e9 <|im_end|>", max_tokens=9, temperature=1.0, top_k=5)
+        runner.generate(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
+        runner.send(op="quit")
+        assert runner.process.wait(60) == 0
+        assert runner.process.stderr is not None
+        assert runner.process.stderr.read() == ""
