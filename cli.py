@@ -95,7 +95,7 @@ def export(arguments: argparse.Namespace) -> None:
         symmetric=not arguments.asymmetric,
         dtype=arguments.dtype,
         context=arguments.context,
-        targets=tuple(arguments.target.split(",")),
+        targets=tuple(arguments.target.split(",")) if arguments.target else None,
     )
     start = time.perf_counter()
     source = resolve(arguments.model, _say)
@@ -152,7 +152,7 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.raw
         else model.chat([*_system(arguments), {"role": "user", "content": prompt}], config)
     )
-    _finish(_stream(records, quiet=arguments.json), arguments.json)
+    _finish(model, _stream(records, quiet=arguments.json), arguments.json)
 
 
 def _chat(arguments: argparse.Namespace) -> None:
@@ -170,7 +170,7 @@ def _chat(arguments: argparse.Namespace) -> None:
         messages.append({"role": "user", "content": question})
         answer = _stream(model.chat(messages, config))
         messages.append({"role": "assistant", "content": answer.text})
-        _finish(answer)
+        _finish(model, answer)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -198,14 +198,16 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _doc_summarize(arguments: argparse.Namespace) -> None:
     assistant, config = _assistant(arguments)
-    _finish(_stream(assistant.summarize(config), quiet=arguments.json), arguments.json)
+    answer = _stream(assistant.summarize(config), quiet=arguments.json)
+    _finish(assistant.model, answer, arguments.json)
 
 
 def _doc_ask(arguments: argparse.Namespace) -> None:
     assistant, config = _assistant(arguments)
     for question in arguments.question:
         _say(f"> {question}")
-        _finish(_stream(assistant.ask(question, config), quiet=arguments.json), arguments.json)
+        answer = _stream(assistant.ask(question, config), quiet=arguments.json)
+        _finish(assistant.model, answer, arguments.json)
 
 
 def _assistant(arguments: argparse.Namespace) -> tuple[DocumentAssistant, GenerationConfig]:
@@ -275,8 +277,9 @@ def _stream(records: Iterator[Record], *, quiet: bool = False) -> _Answer:
     return answer
 
 
-def _finish(answer: _Answer, as_json: bool = False) -> None:
-    """Report the timing of an answer."""
+def _finish(model: Model, answer: _Answer, as_json: bool = False) -> None:
+    """Report what an answer took, and on which backend."""
+    backend = model.engine.session.backend
     count = len(answer.records)
     if not count:
         raise KeyboardInterrupt
@@ -292,13 +295,14 @@ def _finish(answer: _Answer, as_json: bool = False) -> None:
                 "tokens": [record.token for record in answer.records],
                 "logprobs": [record.logprob for record in answer.records],
                 "finish": finish,
+                "backend": backend,
                 "ttft_ms": ttft_ms,
                 "decode_tps": decode_tps,
             }
         )
         return
     speed = f", {decode_tps:.1f} tok/s" if decode_tps else ""
-    _say(f"[{count} tokens, TTFT {ttft_ms:.0f} ms{speed}, finish: {finish}]")
+    _say(f"[{backend}: {count} tokens, TTFT {ttft_ms:.0f} ms{speed}, finish: {finish}]")
 
 
 class _Progress:
@@ -502,9 +506,11 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
     parser.add_argument("--asymmetric", action="store_true", help="round with a zero point")
-    parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="activations")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the ONNX graph"
+    )
     parser.add_argument("--context", type=int, help="longest sequence (default: up to 4096)")
-    parser.add_argument("--target", default="onnx", help="what to lower to (default: onnx)")
+    parser.add_argument("--target", help="native, onnx or both (default: what covers the model)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     _add_json(parser)
 
@@ -535,7 +541,9 @@ def _add_document(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="auto", help="onnx (default: what the bundle has)")
+    parser.add_argument(
+        "--backend", default="auto", help="native or onnx (default: the bundle's first)"
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

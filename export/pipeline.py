@@ -37,16 +37,17 @@ def export_bundle(
     is called with the step's name and the fraction of it that is done. Raises ExportError where
     ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
     """
-    recipe = (recipe or Recipe()).resolved(checkpoint.config.max_position_embeddings)
-    assert recipe.context is not None
+    recipe = (recipe or Recipe()).resolved(checkpoint.config)
+    assert recipe.targets is not None
     with _replacing(out, overwrite) as folder:
         for name, content in checkpoint.tokenizer_files().items():
             (folder / name).write_bytes(content)
         stored = _StoredWeights(checkpoint, recipe)
-        _lower_onnx(checkpoint.config, recipe, stored, folder, progress)
-        (folder / GENAI_CONFIG).write_text(
-            json.dumps(genai_config(checkpoint.config, recipe.context, folder), indent=4) + "\n"
-        )
+        graphs = [
+            lower(checkpoint.config, recipe, stored, folder, progress)
+            for target, lower in _LOWERINGS.items()
+            if target in recipe.targets
+        ]
         progress("hash", 0.0)
         manifest = Manifest(
             name=checkpoint.name,
@@ -58,7 +59,7 @@ def export_bundle(
                 "sha256": checkpoint_sha256(checkpoint),
             },
             recipe=recipe.to_dict(),
-            graphs=[Graph("onnx", "model.onnx", recipe.context, recipe.dtype)],
+            graphs=graphs,
             files={path.name: file_entry(path) for path in sorted(folder.iterdir())},
             weights=dict(stored.bytes_by_scheme),
             notes=[*checkpoint.notes, *stored.notes],
@@ -107,9 +108,36 @@ class _StoredWeights:
             self.notes.append(note)
 
 
+def _lower_native(
+    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+) -> Graph:
+    """``model.slm``, with tokenizer and chat template inside where the runner covers them."""
+    from pocketslm.export.lower import native
+    from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
+    from pocketslm.runtime.tokenizer import load_tokenizer
+
+    assert recipe.context is not None
+    progress("lower to native", 0.0)
+    tokenizer = load_tokenizer(folder)
+    packed, reason = pack_tokenizer((folder / "tokenizer.json").read_bytes())
+    chat = None
+    if packed is not None:
+        chat, reason = chat_parts(tokenizer.render_chat, sorted(tokenizer.eos_token_ids))
+    if reason:
+        weights.notes.append(f"pocketslm-run takes token ids of this model, not text: {reason}")
+    report = native.lower(config, weights, folder / "model.slm", tokenizer=packed, chat=chat)
+    if report.rounded_scales:
+        weights.notes.append(
+            f"native: scales of {len(report.rounded_scales)} matrices were rounded to fp16"
+        )
+    progress("lower to native", 1.0)
+    return Graph("native", "model.slm", recipe.context, "fp16")
+
+
 def _lower_onnx(
     config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
-) -> None:
+) -> Graph:
+    """``model.onnx``, its data, and ``genai_config.json``."""
     from pocketslm.export.lower import onnx
     from pocketslm.export.lower.trace import trace
 
@@ -125,6 +153,12 @@ def _lower_onnx(
         dtype=recipe.dtype,
         progress=lambda done, total: progress("lower to onnx", done / total),
     )
+    description = genai_config(config, recipe.context, folder)
+    (folder / GENAI_CONFIG).write_text(json.dumps(description, indent=4) + "\n")
+    return Graph("onnx", onnx.GRAPH_FILE, recipe.context, recipe.dtype)
+
+
+_LOWERINGS = {"native": _lower_native, "onnx": _lower_onnx}
 
 
 def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, Any]:

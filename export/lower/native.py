@@ -165,11 +165,10 @@ def pack_matrix(weight: Weight) -> tuple[int, npt.NDArray[np.uint8], bool]:
     return KIND[weight.bits, scheme], np.concatenate(parts, axis=1).reshape(-1), lossy
 
 
-def _check(config: ModelConfig) -> None:
-    if config.hidden_act != "silu":
-        raise ExportError(f"activation {config.hidden_act!r} is not supported natively; only silu")
+def uncovered(config: ModelConfig) -> str | None:
+    """Why the native operators cannot run a model of these dimensions; None if they can."""
     if config.output_bias or config.mlp_bias:
-        raise ExportError("biases of the attention output or the MLP are not supported natively")
+        return "biases of the attention output or the MLP are not supported natively"
     widths = {
         "hidden_size": (config.hidden_size, GROUP),
         "intermediate_size": (config.intermediate_size, GROUP),
@@ -178,7 +177,8 @@ def _check(config: ModelConfig) -> None:
     }
     for name, (value, multiple) in widths.items():
         if value % multiple:
-            raise ExportError(f"{name} {value} is not a multiple of {multiple}")
+            return f"{name} {value} is not a multiple of {multiple}"
+    return None
 
 
 def _sections(
@@ -257,7 +257,8 @@ def lower(
     ``tokenizer`` and ``chat`` are what :mod:`pocketslm.export.lower.native_tokenizer` makes; with
     both, ``pocketslm-run`` needs no other file.
     """
-    _check(config)
+    if reason := uncovered(config):
+        raise ExportError(f"no native graph: {reason}; use --target onnx")
     path = Path(path)
     blobs = {}
     if tokenizer is not None:

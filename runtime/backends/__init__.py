@@ -8,27 +8,34 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.errors import BackendError
-from pocketslm.runtime.bundle import Bundle
+from pocketslm.errors import BackendError, UsageError
+from pocketslm.runtime.bundle import Bundle, Graph
 
 Logits = npt.NDArray[np.float32]
 
 # Backend name -> (module, pip extra). Listed in the order of preference for "auto".
-BACKENDS = {"onnx": ("pocketslm.runtime.backends.onnx", "runtime")}
+BACKENDS = {
+    "native": ("pocketslm.runtime.backends.native", "runtime"),
+    "onnx": ("pocketslm.runtime.backends.onnx", "runtime"),
+}
 
 
 class Session(Protocol):
     """A loaded graph and its KV cache, for one sequence.
 
     backend: a short name with version; vocab_size; context: the longest sequence in tokens;
-    length: tokens in the cache now; threads in use.
+    threads in use.
     """
 
     backend: str
     vocab_size: int
     context: int
-    length: int
     threads: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache now."""
+        ...
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """Append tokens [n] to the cache; logits [1, V] of the last, or [n, V] of all.
@@ -45,18 +52,35 @@ class Session(Protocol):
 def open_session(
     bundle: Bundle, backend: str = "auto", threads: int | None = None, context: int | None = None
 ) -> Session:
-    """Load the bundle's graph for a backend ("auto": the first it has).
+    """Load the bundle's graph for a backend.
 
-    ``context`` limits the KV cache below the graph's own limit. Raises BundleError where the
-    bundle has no such graph, BackendError where the backend is unknown or not installed.
+    "auto" takes the first of the bundle's graphs whose backend works here: the native operators
+    need a C++ compiler once, where the package was installed without one. ``context`` limits the
+    KV cache below the graph's own limit. Raises BundleError where the bundle has no such graph,
+    BackendError where the backend is unknown or not installed.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise BackendError(
-            f"backend {backend!r} is unknown, expected one of: {', '.join(BACKENDS)}"
-        )
-    graph = bundle.graph(backend)
+    if backend != "auto":
+        if backend not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise BackendError(f"backend {backend!r} is unknown, expected one of: {known}")
+        return _open(bundle, bundle.graph(backend), threads, context)
+    reasons = []
+    for graph in bundle.graphs:
+        try:
+            return _open(bundle, graph, threads, context)
+        except BackendError as error:
+            reasons.append(str(error))
+    raise BackendError("; ".join(reasons))
+
+
+def _open(bundle: Bundle, graph: Graph, threads: int | None, context: int | None) -> Session:
     if graph.backend not in BACKENDS:
         raise BackendError(f"{bundle.path} needs backend {graph.backend!r}, unknown here")
+    if context is not None and not 1 <= context <= graph.context:
+        raise UsageError(
+            f"context {context} is not within the graph's 1 to {graph.context} tokens; "
+            "export with a longer --context"
+        )
     module, extra = BACKENDS[graph.backend]
     try:
         loaded = import_module(module)

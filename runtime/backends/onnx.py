@@ -41,11 +41,6 @@ class OnnxSession:
     def __init__(
         self, bundle: Bundle, graph: Graph, threads: int | None, context: int | None
     ) -> None:
-        if context is not None and not 1 <= context <= graph.context:
-            raise UsageError(
-                f"context {context} is not within the graph's 1 to {graph.context} tokens; "
-                "export with a longer --context"
-            )
         self.backend = f"onnxruntime {ort.__version__}"
         self.context = context or graph.context
         self.threads = threads or os.cpu_count() or 1
@@ -59,7 +54,8 @@ class OnnxSession:
             )
         except Exception as error:  # onnxruntime's own exception types are not public
             reason = " ".join(str(error).split())[:300]
-            raise BackendError(f"onnxruntime cannot load {bundle.path}: {reason}") from None
+            where = bundle.path / graph.file
+            raise BackendError(f"onnxruntime cannot load {where}: {reason}") from None
         self._bind(bundle)
 
     def _bind(self, bundle: Bundle) -> None:

@@ -181,12 +181,7 @@ class Tokenizer:
         `variables` are further names for the template, such as `enable_thinking`.
         Raises `TokenizerError` where there is no template or it rejects the messages.
         """
-        if not self._chat:
-            raise TokenizerError(
-                "the tokenizer has no chat template; expected chat_template.jinja or "
-                "'chat_template' in tokenizer_config.json; use an instruction-tuned checkpoint"
-            )
-        fragments = self._chat.render(
+        fragments = self._render(
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
@@ -194,6 +189,20 @@ class Tokenizer:
             variables=variables,
         )
         return self._encode_fragments(fragments)
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The same prompt as text, special tokens written out; for showing, not for encoding."""
+        fragments = self._render(messages, add_generation_prompt=add_generation_prompt)
+        texts = self._vocabulary.texts
+        return "".join(part if isinstance(part, str) else texts[part] for part in fragments)
+
+    def _render(self, messages: Sequence[Message], **options: Any) -> list[Fragment]:
+        if not self._chat:
+            raise TokenizerError(
+                "the tokenizer has no chat template; expected chat_template.jinja or "
+                "'chat_template' in tokenizer_config.json; use an instruction-tuned checkpoint"
+            )
+        return self._chat.render(messages, **options)
 
     def _encode_fragments(self, fragments: Sequence[Fragment]) -> list[int]:
         ids: list[int] = []

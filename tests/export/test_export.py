@@ -72,13 +72,18 @@ RECIPES = {
 }
 
 
+@pytest.mark.parametrize("backend", ["onnx", "native"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_logits_equal_the_stored_weights(name: str, tiny_hf: Path, tmp_path: Path) -> None:
+def test_logits_equal_the_stored_weights(
+    name: str, backend: str, tiny_hf: Path, tmp_path: Path
+) -> None:
     """Each graph computes what its own weights say: only the activations' rounding differs."""
     recipe, tolerance = RECIPES[name]
+    if backend == "native":  # its KV cache is fp16
+        tolerance = max(tolerance, MAX_FP16_ERROR)
     export_bundle(open_checkpoint(tiny_hf), tmp_path / "b", recipe)
     expected = reference_logits(stored_reference(tiny_hf, recipe))
-    session = open_session(open_bundle(tmp_path / "b"), threads=2)
+    session = open_session(open_bundle(tmp_path / "b"), backend, threads=2)
     whole = logits_of(session)
     assert relative_error(whole, expected) <= tolerance
     # Another cut of the prompt, single tokens too, gives the same through the cache.
@@ -88,7 +93,7 @@ def test_logits_equal_the_stored_weights(name: str, tiny_hf: Path, tmp_path: Pat
 def test_the_logit_comparison_can_fail(tiny_hf: Path, tiny_bundle: Path) -> None:
     model = load_reference(open_checkpoint(tiny_hf))
     expected = reference_logits(model)
-    session = open_session(open_bundle(tiny_bundle), threads=2)
+    session = open_session(open_bundle(tiny_bundle), "onnx", threads=2)
     got = logits_of(session)
     assert relative_error(got, expected) <= MAX_FLOAT_ERROR
     got[3, 4] = np.nan
@@ -110,7 +115,7 @@ def test_variants_lower_too(changes: dict[str, Any], tmp_path: Path) -> None:
     config = ModelConfig(**{**support.TINY.__dict__, **changes})
     folder = support.write_hf(tmp_path / "hf", config)
     export_bundle(open_checkpoint(folder), tmp_path / "b", Recipe(weights="float", head="float"))
-    session = open_session(open_bundle(tmp_path / "b"), threads=2)
+    session = open_session(open_bundle(tmp_path / "b"), "onnx", threads=2)
     expected = reference_logits(load_reference(open_checkpoint(folder)))
     assert relative_error(logits_of(session), expected) <= MAX_FLOAT_ERROR
 
@@ -122,7 +127,7 @@ def test_gguf_blocks_reach_the_graph(kind: str, tmp_path: Path) -> None:
     manifest = export_bundle(open_checkpoint(source), tmp_path / "b")
     assert manifest.notes == []
     expected = reference_logits(load_reference(open_checkpoint(source)))
-    got = logits_of(open_session(open_bundle(tmp_path / "b"), threads=2))
+    got = logits_of(open_session(open_bundle(tmp_path / "b"), "onnx", threads=2))
     assert relative_error(got, expected) <= MAX_INT8_ERROR
     stored = _stored_matrix(tmp_path / "b", "model.layers.0.self_attn.o_proj.weight")
     original = open_checkpoint(source).weight("model.layers.0.self_attn.o_proj.weight")
@@ -226,6 +231,7 @@ def test_an_existing_folder_is_not_overwritten_unasked(tiny_hf: Path, tmp_path: 
         ({"dtype": "bf16"}, "dtype 'bf16'"),
         ({"targets": ("onnx", "tflite")}, "tflite"),
         ({"targets": ()}, "targets"),
+        ({"targets": ("tflite",)}, "targets"),
         ({"context": 1}, "context 1"),
         ({"context": 100_000}, "longer than the model's 256"),
     ],
@@ -242,7 +248,9 @@ def test_quality_of_a_float_bundle_is_that_of_its_source(tiny_hf: Path, tmp_path
     export_bundle(open_checkpoint(tiny_hf), tmp_path / "b", Recipe(weights="float", head="float"))
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    quality = evaluate_bundle(tmp_path / "b", source=tiny_hf, text=text, window=64, windows=4)
+    quality = evaluate_bundle(
+        tmp_path / "b", source=tiny_hf, text=text, window=64, windows=4, backend="onnx"
+    )
     assert quality.tokens == 256
     assert abs(quality.kl) < 1e-6
     assert quality.perplexity == pytest.approx(quality.source_perplexity, rel=1e-4)
@@ -270,8 +278,9 @@ def test_windows() -> None:
             windows_of(ids, window, 1)
 
 
-def test_context_longer_than_the_graphs(tiny_bundle: Path) -> None:
-    session = open_session(open_bundle(tiny_bundle), threads=1)
+@pytest.mark.parametrize("backend", ["onnx", "native"])
+def test_context_longer_than_the_graphs(backend: str, tiny_bundle: Path) -> None:
+    session = open_session(open_bundle(tiny_bundle), backend, threads=1)
     with pytest.raises(ContextOverflowError, match="do not fit the context of 256"):
         session.forward(np.zeros(257, np.int64))
     assert session.length == 0
@@ -303,7 +312,7 @@ def genai_greedy(folder: Path, prompt: list[int]) -> list[int]:
 
 @pytest.mark.real
 def test_genai_runs_our_bundle_and_generates_the_same(smollm2_bundle: Path) -> None:
-    model = Model.load(smollm2_bundle, threads=2)
+    model = Model.load(smollm2_bundle, "onnx", threads=2)
     for text in ("Why is the sky blue?", "Write a line about autumn.", "What is 12 times 3?"):
         prompt = model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
         assert genai_greedy(smollm2_bundle, prompt) == greedy(model, prompt)
@@ -321,11 +330,16 @@ def test_we_run_a_folder_of_genais_builder(
 
 
 @pytest.mark.real
-def test_the_real_import_keeps_its_quality(smollm2_bundle: Path, lee_text: Path) -> None:
-    quality = evaluate_bundle(smollm2_bundle, source=None, text=lee_text, windows=4)
+@pytest.mark.parametrize("backend", ["onnx", "native"])
+def test_the_real_import_keeps_its_quality(
+    backend: str, smollm2_bundle: Path, lee_text: Path
+) -> None:
+    quality = evaluate_bundle(
+        smollm2_bundle, source=None, text=lee_text, windows=3, backend=backend
+    )
     print(
-        f"\nQ4_1 carried exactly: KL {quality.kl:.5f}, perplexity {quality.perplexity:.3f} "
-        f"against {quality.source_perplexity:.3f}, top-1 {quality.top1:.3f}"
+        f"\nQ4_1 carried exactly, {quality.backend}: KL {quality.kl:.5f}, "
+        f"perplexity {quality.perplexity:.3f} against {quality.source_perplexity:.3f}, top-1 {quality.top1:.3f}"
     )
     assert quality.kl <= 0.01
     assert abs(quality.perplexity / quality.source_perplexity - 1) <= 0.01

@@ -70,6 +70,7 @@ def test_end_to_end(tiny_bundle: Path) -> None:
         n_gen=(4,),
         repetitions=2,
         threads=(1, 2),
+        backend="onnx",
         progress=lambda step, fraction: steps.append((step, fraction)),
     )
     assert [(row.test, row.threads) for row in rows] == [
@@ -101,7 +102,7 @@ def test_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
     graph = copy / "model.onnx"
     graph.write_bytes(b"\0" * graph.stat().st_size)
     with pytest.raises(BackendError, match="cannot load"):
-        bench(copy, n_prompt=(4,), n_gen=(), repetitions=1)
+        bench(copy, n_prompt=(4,), n_gen=(), repetitions=1, backend="onnx")
 
 
 @pytest.mark.usefixtures("anything_goes")

@@ -106,23 +106,21 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
 
 def test_backends_that_are_not_there(copy: Path) -> None:
     bundle = open_bundle(copy)
-    with pytest.raises(BackendError, match="'tpu' is unknown, expected one of: onnx"):
+    with pytest.raises(BackendError, match="'tpu' is unknown, expected one of: native, onnx"):
         open_session(bundle, "tpu")
     rewrite(copy, lambda m: m["graphs"][0].update(backend="executorch"))
-    with pytest.raises(BundleError, match="it has: executorch"):
-        open_session(open_bundle(copy), "onnx")
+    with pytest.raises(BundleError, match="it has: executorch, onnx"):
+        open_session(open_bundle(copy), "native")
+    # "auto" passes over what cannot run here.
+    assert open_session(open_bundle(copy)).backend.startswith("onnxruntime")
     with pytest.raises(UsageError, match="context 999"):
         open_session(bundle, context=999)
 
 
-def test_a_damaged_graph_is_one_line(copy: Path) -> None:
-    (copy / "model.onnx").write_bytes(b"not a graph")
-    with pytest.raises(BackendError, match="onnxruntime cannot load") as error:
-        open_session(open_bundle_unverified(copy))
+@pytest.mark.parametrize(("backend", "file"), [("onnx", "model.onnx"), ("native", "model.slm")])
+def test_a_damaged_graph_is_one_line(backend: str, file: str, copy: Path) -> None:
+    (copy / file).write_bytes(b"not a graph")
+    rewrite(copy, lambda m: m["files"][file].update(bytes=11))
+    with pytest.raises((BackendError, BundleError), match=file) as error:
+        open_session(open_bundle(copy, verify=False), backend)
     assert "\n" not in str(error.value)
-
-
-def open_bundle_unverified(folder: Path) -> Any:
-    size = (folder / "model.onnx").stat().st_size
-    rewrite(folder, lambda m: m["files"]["model.onnx"].update(bytes=size))
-    return open_bundle(folder, verify=False)
