@@ -7,6 +7,7 @@ decoding as a share of the measured streaming bandwidth, prompts as a share of t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -62,9 +63,8 @@ def measure(model: NativeModel, session: NativeSession, repeats: int) -> dict[st
         session.truncate(0)
         for _ in range(0, depth, 512):
             session.forward(prompt[: min(512, depth - session.length)])
-        samples = samples_ns(
-            lambda: decode(session, fresh), lambda d=depth: session.truncate(d), repeats
-        )
+        rewind = functools.partial(session.truncate, depth)
+        samples = samples_ns(functools.partial(decode, session, fresh), rewind, repeats)
         result[f"decode_{depth}_ns"] = samples
         decode_tps[depth] = fresh * 1e9 / statistics.median(samples)
         result[f"decode_{depth}_tps"] = decode_tps[depth]
