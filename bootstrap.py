@@ -28,7 +28,8 @@ pocketslm export smollm2-135m-instruct {BUNDLE} --overwrite
 pocketslm doc summarize {BUNDLE}
 pocketslm doc ask {BUNDLE} "When was Apollo 8 launched?" "Who were the astronauts of Apollo 8?"
 pocketslm eval {BUNDLE} --windows 4
-pocketslm bench {BUNDLE} -p 512 -n 128 -r 3
+pocketslm bench {BUNDLE} -p 512 -n 128 -r 3 --backend native
+pocketslm bench {BUNDLE} -p 512 -n 128 -r 3 --backend onnx
 """
 
 

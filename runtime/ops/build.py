@@ -182,13 +182,16 @@ def cache_directory() -> Path:
     return Path(base) / "pocketslm" / "native"
 
 
+def built_library() -> Path | None:
+    """The library for these sources where it lies in the package or the cache."""
+    name = f"libpocketslm-{source_hash()}.so"
+    places = (SOURCES / "lib" / name, cache_directory() / name)
+    return next((path for path in places if path.is_file()), None)
+
+
 def library() -> Path:
     """The library for these sources: from the package, from the cache, or compiled now."""
-    name = f"libpocketslm-{source_hash()}.so"
-    for directory in (SOURCES / "lib", cache_directory()):
-        if (directory / name).is_file():
-            return directory / name
-    return build_library(cache_directory())
+    return built_library() or build_library(cache_directory())
 
 
 def main() -> int:

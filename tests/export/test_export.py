@@ -339,7 +339,8 @@ def test_the_real_import_keeps_its_quality(
     )
     print(
         f"\nQ4_1 carried exactly, {quality.backend}: KL {quality.kl:.5f}, "
-        f"perplexity {quality.perplexity:.3f} against {quality.source_perplexity:.3f}, top-1 {quality.top1:.3f}"
+        f"perplexity {quality.perplexity:.3f} against {quality.source_perplexity:.3f}, "
+        f"top-1 {quality.top1:.3f}"
     )
     assert quality.kl <= 0.01
     assert abs(quality.perplexity / quality.source_perplexity - 1) <= 0.01
