@@ -250,7 +250,7 @@ def _generation_config(
     return (base or model.defaults).but(
         max_new_tokens=arguments.max_new_tokens,
         repetition_penalty=arguments.repetition_penalty,
-        stop_strings=tuple(arguments.stop) or None,
+        stop_strings=tuple(arguments.stop) or None,  # given ones replace the defaults
         **sampling,
     )
 

@@ -73,7 +73,7 @@ def bench(
     _at_least("repetitions", 1, repetitions)
     if not timeout_s > 0:
         raise UsageError(f"timeout is {timeout_s}, expected seconds above 0")
-    contenders = [_ours(bundle), *_prepare_peers(peers, source, bundle, progress)]
+    contenders = [_ours(bundle, backend), *_prepare_peers(peers, source, bundle, progress)]
     session = _Session(backend, repetitions, timeout_s, progress, len(tests) * len(threads))
     return [
         row
@@ -234,14 +234,14 @@ def _vocab_size(bundle: Bundle) -> int:
     return size
 
 
-def _ours(bundle: Bundle) -> _Contender:
+def _ours(bundle: Bundle, backend: str) -> _Contender:
     manifest = bundle.manifest
     return _Contender(
         PocketSlm(),
         bundle.path,
         bundle.name,
         _sha256(bundle.path),
-        manifest.size_bytes if manifest else _size(bundle.path),
+        bundle.graph_bytes(bundle.graph(backend)),
         manifest.quality if manifest else None,
     )
 

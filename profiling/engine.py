@@ -109,7 +109,9 @@ class PocketSlm:
         graph = open_bundle(job.artefact, verify=False).graph(job.backend)
         if graph.backend in BACKENDS:
             with suppress(ImportError):  # open_session says it better
-                import_module(BACKENDS[graph.backend][0])
+                module = import_module(BACKENDS[graph.backend][0])
+                if hasattr(module, "load_library"):  # may compile, which is not loading a model
+                    module.load_library()
 
     def open(self, job: Job) -> Engine:
         return _SessionEngine(job)

@@ -81,6 +81,10 @@ class Bundle:
         """The longest sequence that every graph of the bundle takes, in tokens."""
         return min(graph.context for graph in self.graphs)
 
+    def graph_bytes(self, graph: Graph) -> int:
+        """Size of a graph with its external data (``model.onnx`` and ``model.onnx.data``)."""
+        return sum(path.stat().st_size for path in self.path.glob(f"{graph.file}*"))
+
     def graph(self, backend: str = "auto") -> Graph:
         """The graph for a backend, by default the first; BundleError where there is none."""
         for graph in self.graphs:

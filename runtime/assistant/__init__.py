@@ -40,7 +40,12 @@ class DocumentAssistant:
 
     # Greedy, and slow to repeat itself: small models fall into loops. Words of the document are
     # not penalized, or answers would avoid them.
-    DEFAULTS = GenerationConfig(max_new_tokens=160, repetition_penalty=1.1, penalize_prompt=False)
+    DEFAULTS = GenerationConfig(
+        max_new_tokens=160,
+        repetition_penalty=1.1,
+        penalize_prompt=False,
+        stop_strings=("</document>",),
+    )
 
     def __init__(self, model: Model, document: str) -> None:
         if not document.strip():

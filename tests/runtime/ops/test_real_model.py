@@ -1,4 +1,4 @@
-"""SmolLM2-135M as shipped: quality, agreement of paths, load time and memory."""
+"""SmolLM2-135M as shipped: quality, agreement of paths, memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from pocketslm.runtime.backends.native import NativeModel, isa_names
 pytestmark = pytest.mark.real
 
 MAX_KL = 0.005  # nats, against the source's weights in fp32
-MAX_LOAD_MS = 50
 MAX_EXTRA_BYTES = 45_000_000  # resident beyond the weights, with 512 tokens of context
 PROMPTS = [
     "The capital of France is",
@@ -117,10 +116,9 @@ def test_arm_gives_the_same_tokens(
     assert answers[0] == answers[1]
 
 
-def test_load_time_and_memory(model_path: Path, runner_path: Path) -> None:
+def test_peak_memory(model_path: Path, runner_path: Path) -> None:
     with running([str(runner_path)]) as runner:
         loaded = runner.ask(op="load", path=str(model_path), threads=2, context=512)
-        assert loaded["load_ms"] <= MAX_LOAD_MS
         runner.ask(op="bench", prompt_tokens=448, new_tokens=64, repeats=1)
         peak = runner.ask(op="stats")["peak_rss_bytes"]
     assert peak <= loaded["file_bytes"] + MAX_EXTRA_BYTES
