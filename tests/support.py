@@ -11,6 +11,7 @@ import torch
 from pocketslm.models import architectures
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.hf_writer import hf_config
+from pocketslm.runtime.tokenizer import pretokenizers
 
 TINY = ModelConfig(
     architecture="llama",
@@ -34,9 +35,7 @@ CHATML = (
 
 def byte_alphabet() -> list[str]:
     """GPT-2's printable stand-ins for the 256 bytes, in byte order."""
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spare = iter(range(256, 512))
-    return [chr(byte) if byte in kept else chr(next(spare)) for byte in range(256)]
+    return [chr(pretokenizers.byte_alphabet()[byte]) for byte in range(256)]
 
 
 def tokenizer_files() -> dict[str, str]:

@@ -12,20 +12,11 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet
+
 VERSION = 1
 NO_TOKEN = 2**32 - 1  # a byte that no text of the training data had; it encodes to nothing
 Messages = list[dict[str, str]]
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spare = iter(range(256, 512))
-    return {chr(byte) if byte in plain else chr(next(spare)): byte for byte in range(256)}
-
-
-def _second(item: tuple[str, int]) -> int:
-    return item[1]
 
 
 def _parts(node: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
@@ -66,7 +57,7 @@ def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
         return None, reason
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
     added = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
-    alphabet = _byte_alphabet()
+    alphabet = {chr(code): byte for byte, code in byte_alphabet().items()}
     count = 1 + max([*vocabulary.values(), *added])
     pieces = [b""] * count
     for piece, index in vocabulary.items():
@@ -83,7 +74,7 @@ def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
     offsets = [0]
     for packed in pieces:
         offsets.append(offsets[-1] + len(packed))
-    by_byte = [vocabulary.get(c, NO_TOKEN) for c, _ in sorted(alphabet.items(), key=_second)]
+    by_byte = [vocabulary.get(chr(byte_alphabet()[b]), NO_TOKEN) for b in range(256)]
     words = [*offsets, *merges, *added, *by_byte]
     digits = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")[0]["type"] == "Digits"
     header = (VERSION, count, len(merges) // 3, len(added), int(digits), offsets[-1])
