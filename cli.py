@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +60,11 @@ def _fetch(arguments: argparse.Namespace) -> None:
     from pocketslm.models.catalog import catalog, fetch
 
     if arguments.list:
-        rows = [(e.name, e.licence, e.source, e.title) for e in catalog().values()]
+        entries = catalog().values()
         if arguments.json:
-            keys = ("name", "licence", "source", "title")
-            _print_json([dict(zip(keys, row, strict=True)) for row in rows])
+            _print_json([asdict(entry) for entry in entries])
         else:
-            _print_columns(rows)
+            _print_columns([(e.name, e.licence, e.source, e.title) for e in entries])
         return
     if arguments.name is None:
         raise UsageError("give a catalog name, or --list for all of them")

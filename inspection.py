@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -47,23 +46,15 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
     from pocketslm.models.checkpoint import open_checkpoint
     from pocketslm.models.reference import parameter_shapes
-    from pocketslm.models.tensors import QuantTensor
 
     checkpoint = open_checkpoint(path)
-    config = checkpoint.config
-    schemes: Counter[str] = Counter()
-    shapes = parameter_shapes(config)
-    for name in shapes:
-        weight = checkpoint.weight(name)
-        schemes[weight.scheme if isinstance(weight, QuantTensor) else "float"] += weight.nbytes
     return {
         "kind": f"{checkpoint.format} checkpoint",
         "name": checkpoint.name,
         "licence": checkpoint.licence or "not stated",
-        "parameters": sum(prod(shape) for shape in shapes.values()),
-        "architecture": config.to_dict(),
-        "file bytes": sum(file.stat().st_size for file in checkpoint.files()),
-        "weights bytes": dict(schemes),
-        "KV cache bytes a token (fp32)": config.kv_bytes_per_token,
+        "parameters": sum(map(prod, parameter_shapes(checkpoint.config).values())),
+        "architecture": checkpoint.config.to_dict(),
+        "stored bytes": checkpoint.stored_bytes(),
+        "KV cache bytes a token (fp32)": checkpoint.config.kv_bytes_per_token,
         "notes": checkpoint.notes,
     }

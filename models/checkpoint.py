@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +42,10 @@ class Checkpoint(Protocol):
 
     def files(self) -> list[Path]:
         """The files that hold weights."""
+        ...
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the file's tensors by storage type, such as ``Q4_1``; reads headers only."""
         ...
 
     def weight(self, name: str) -> Weight:
@@ -133,6 +140,19 @@ class HFCheckpoint:
     def files(self) -> list[Path]:
         return sorted(set(self._where.values()))
 
+    def stored_bytes(self) -> dict[str, int]:
+        from safetensors import safe_open
+
+        sizes: Counter[str] = Counter()
+        for path in self.files():
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    part = tensors.get_slice(name)
+                    dtype = part.get_dtype()  # F32, BF16, F8_E4M3, I64, BOOL
+                    width = re.search(r"\d+", dtype)
+                    sizes[dtype] += prod(part.get_shape()) * int(width[0] if width else 8) // 8
+        return dict(sizes)
+
     def weight(self, name: str) -> Weight:
         from safetensors import SafetensorError, safe_open
 
@@ -194,6 +214,12 @@ class GGUFCheckpoint:
 
     def files(self) -> list[Path]:
         return [self.path]
+
+    def stored_bytes(self) -> dict[str, int]:
+        sizes: Counter[str] = Counter()
+        for info in self.file.tensors.values():
+            sizes[info.kind.name] += info.nbytes
+        return dict(sizes)
 
     def weight(self, name: str) -> Weight:
         if name == HEAD and self.config.tie_word_embeddings:

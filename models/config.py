@@ -90,6 +90,8 @@ def config_from_hf(data: Mapping[str, Any], architecture: str) -> ModelConfig:
             raise CheckpointError(f"config.json has no {name!r}; is this a decoder-only model?")
         return data[name]
 
+    if data.get("layer_sharing"):
+        raise CheckpointError("config.json: layer_sharing (MobileLLM-LS) is not supported")
     heads = need("num_attention_heads")
     # transformers 5 writes one `rope_parameters` object, 4 wrote `rope_theta` and `rope_scaling`.
     rope = dict(data.get("rope_scaling") or {}) | dict(data.get("rope_parameters") or {})
@@ -109,7 +111,8 @@ def config_from_hf(data: Mapping[str, Any], architecture: str) -> ModelConfig:
         rms_norm_eps=data.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_divisors=_rope_divisors(rope, rope_frequencies(theta, head_dim)),
-        tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
+        # MobileLLM has a name of its own for a tied head.
+        tie_word_embeddings=bool(data.get("tie_word_embeddings") or data.get("share_embedding")),
         # Qwen2 has biases on Q, K and V alone, and no field that says so.
         attention_bias=architecture == "qwen2" or bool(data.get("attention_bias", False)),
         output_bias=architecture != "qwen2" and bool(data.get("attention_bias", False)),

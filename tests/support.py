@@ -155,7 +155,7 @@ def write_gguf(path: Path, config: ModelConfig = TINY, kind: str = "Q4_1", seed:
         array = tensor.numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         part = name.split(".")[-2]
-        if part in heads:
+        if config.architecture == "llama" and part in heads:
             halves = array.reshape(heads[part], 2, -1, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
         if array.ndim == 2:

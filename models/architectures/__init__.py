@@ -14,7 +14,7 @@ from pocketslm.errors import UnknownArchitectureError
 # Our architecture name -> its module. Hugging Face's `model_type` and GGUF's
 # `general.architecture` are looked up here as they are, or through the aliases.
 _MODULES = {"llama": "llama", "qwen2": "llama"}
-_ALIASES = {"mobilellm": "llama", "fox": "llama"}
+_ALIASES = {"mobilellm": "llama"}
 
 
 def canonical(name: str) -> str:

@@ -134,10 +134,13 @@ def test_gguf_blocks_are_kept(kind: str, tmp_path: Path) -> None:
         assert ours.is_kept(tensor.name)
 
 
-def test_gguf_equals_the_folder_it_was_made_from(tiny_hf: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "llama untied", "qwen2"])
+def test_gguf_equals_the_folder_it_was_made_from(name: str, tmp_path: Path) -> None:
     """Names, Q and K row order, tied head, configuration: an F32 GGUF is the same model."""
-    gguf = load_reference(open_checkpoint(support.write_gguf(tmp_path / "x.gguf", kind="F32")))
-    folder = load_reference(open_checkpoint(tiny_hf))
+    config = ModelConfig(**{**support.TINY.__dict__, **ARCHITECTURES[name][0]})
+    hf, path = support.write_hf(tmp_path, config), tmp_path / "x.gguf"
+    gguf = load_reference(open_checkpoint(support.write_gguf(path, config, kind="F32")))
+    folder = load_reference(open_checkpoint(hf))
     ids = torch.arange(60)[None]
     a, b = (model(ids, model.empty_cache())[0] for model in (gguf, folder))
     assert max_error(a, b) <= MAX_LOGIT_ERROR
@@ -247,6 +250,7 @@ def test_a_weight_of_the_wrong_shape(tiny_hf: Path) -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"num_attention_heads": 3}, "3 attention heads"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"layer_sharing": True}, "layer_sharing"),
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
@@ -261,6 +265,15 @@ def test_configs_that_make_no_sense(change: dict[str, object], message: str, tin
 def test_config_round_trip() -> None:
     config = ModelConfig(**{**support.TINY.__dict__, "rope_divisors": (2.0,) * 8})
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_stored_bytes_are_the_files(tiny_hf: Path, tiny_gguf: Path) -> None:
+    for path in (tiny_hf, tiny_gguf):
+        checkpoint = open_checkpoint(path)
+        stored = checkpoint.stored_bytes()
+        file = sum(file.stat().st_size for file in checkpoint.files())
+        assert 0.7 * file < sum(stored.values()) < file
+    assert stored.keys() == {"Q4_1", "F32"}
 
 
 def test_gguf_names() -> None:
