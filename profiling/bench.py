@@ -24,10 +24,11 @@ import numpy as np
 from pocketslm import __version__
 from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.profiling.engine import Job, PocketSlm, Runtime
-from pocketslm.profiling.machine import software, this_machine, usable_cores
+from pocketslm.profiling.machine import software, this_machine
 from pocketslm.profiling.peers import parse_peer
 from pocketslm.profiling.process import Loaded, Sample, Worker
 from pocketslm.profiling.records import Measurement
+from pocketslm.runtime.backends import usable_cores
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Bundle, open_bundle
 
 Progress = Callable[[str, float], None]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pocketslm.runtime.backends import usable_cores
+
 _SOFTWARE = ("numpy", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "executorch", "torch")
 
 
@@ -31,13 +33,6 @@ def this_machine() -> Machine:
         ram_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         os=platform.platform(terse=True),
     )
-
-
-def usable_cores() -> int:
-    """Logical cores that this process may run on: less than all inside many containers."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def software() -> dict[str, str]:

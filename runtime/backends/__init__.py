@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Protocol
 
@@ -47,6 +48,13 @@ class Session(Protocol):
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens of the cache."""
         ...
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may run on: less than all inside many containers."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def open_session(

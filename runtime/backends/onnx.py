@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from pocketslm.errors import BackendError, ContextOverflowError, UsageError
-from pocketslm.runtime.backends import Logits
+from pocketslm.runtime.backends import Logits, usable_cores
 from pocketslm.runtime.bundle import Bundle, Graph
 
 # Longer prompts run in pieces of this many tokens, which bounds the memory of activations and costs
@@ -43,7 +42,7 @@ class OnnxSession:
     ) -> None:
         self.backend = f"onnxruntime {ort.__version__}"
         self.context = context or graph.context
-        self.threads = threads or os.cpu_count() or 1
+        self.threads = threads or usable_cores()
         self.length = 0
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
