@@ -138,7 +138,11 @@ with Worker(job, 600, (sys.executable, "-c", {child!r})) as running:
     running.load()
 """
     parent = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-c", code],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # A shell's background jobs start with the signal ignored, and CI may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: pid_file.exists() and pid_file.read_text().endswith("."))
     os.killpg(parent.pid, signal.SIGINT)
