@@ -123,8 +123,10 @@ def _lower_native(
     chat = None
     if packed is not None:
         chat, reason = chat_parts(tokenizer.render_chat, sorted(tokenizer.eos_token_ids))
-    if reason:
+    if packed is None:
         weights.notes.append(f"pocketslm-run takes token ids of this model, not text: {reason}")
+    elif chat is None:
+        weights.notes.append(f"pocketslm-run has no chat mode for this model: {reason}")
     report = native.lower(config, weights, folder / "model.slm", tokenizer=packed, chat=chat)
     if report.rounded_scales:
         weights.notes.append(
