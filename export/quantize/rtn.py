@@ -18,8 +18,9 @@ def quantize(weight: Array, bits: int, group_size: int, symmetric: bool = True) 
     Symmetric 4-bit is llama.cpp's Q4_0: the value of largest magnitude becomes code 0, so that
     all 16 codes are used. Symmetric 8-bit scales by the largest magnitude over 127. Asymmetric
     codes span [min, max] widened to hold 0. Where ``group_size`` does not divide K the largest
-    group that does is taken. A group of zeros gets scale 0. Raises ExportError for NaN, infinity
-    or a K that no group divides.
+    group that does is taken. Scales are fp16, which every target holds, and codes are chosen for
+    the rounded scale; a group of zeros gets scale 0. Raises ExportError for NaN, infinity, weights
+    beyond fp16's reach or a K that no group divides.
     """
     n, k = weight.shape
     group = math.gcd(group_size, k)
@@ -42,10 +43,21 @@ def quantize(weight: Array, bits: int, group_size: int, symmetric: bool = True) 
             scales = np.abs(groups).max(2, keepdims=True) / (zero - 1)
     else:
         low = np.minimum(groups.min(2, keepdims=True), 0)
-        scales = (np.maximum(groups.max(2, keepdims=True), 0) - low) / top
+        scales = _half((np.maximum(groups.max(2, keepdims=True), 0) - low) / top)
         zero = np.rint(np.divide(-low, scales, out=np.zeros_like(low), where=scales != 0))
+        zero = np.clip(zero, 0, top)
         zero_points = zero[..., 0].astype(np.uint8)
+    scales = _half(scales)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.clip(np.rint(groups * inverse) + zero, 0, top).astype(np.uint8)
     packed = pack_codes(codes.reshape(n, k), bits)
-    return QuantTensor(packed, scales[..., 0], bits, group, zero_points)
+    return QuantTensor(packed, scales[..., 0].astype(np.float16), bits, group, zero_points)
+
+
+def _half(scales: Array) -> Array:
+    """Rounded to what fp16 holds, still as float32."""
+    with np.errstate(over="ignore"):
+        rounded = scales.astype(np.float16).astype(np.float32)
+    if not np.isfinite(rounded).all():
+        raise ExportError("a weight is too large for fp16 scales; the checkpoint is damaged")
+    return rounded
