@@ -223,11 +223,14 @@ def _assistant(arguments: argparse.Namespace) -> tuple[DocumentAssistant, Genera
 
 
 def _load(arguments: argparse.Namespace) -> Model:
+    from pocketslm.runtime.bundle import open_bundle
     from pocketslm.runtime.model import Model
     from pocketslm.runtime.ops import build
 
     if arguments.backend in ("auto", "native") and build.built_library() is None:
-        _say("compiling the native operators, once ...")
+        graph = open_bundle(arguments.bundle, verify=False).graph(arguments.backend)
+        if graph.backend == "native":
+            _say("compiling the native operators, once ...")
     return Model.load(
         arguments.bundle, arguments.backend, arguments.threads, verify=not arguments.no_verify
     )

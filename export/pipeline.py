@@ -78,15 +78,22 @@ def update_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 class _StoredWeights:
-    """Reads weights as the recipe stores them, and keeps count of what came of them."""
+    """Reads weights as the recipe stores them, and keeps count of what came of them.
+
+    Quantized ones are kept in memory, so that a second lowering, or a tied head, does not read and
+    round them again; float ones are large and cheap to read.
+    """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
         self.checkpoint, self.recipe = checkpoint, recipe
         self.bytes_by_scheme: Counter[str] = Counter()
         self.notes: list[str] = []
         self._seen: set[str] = set()
+        self._quantized: dict[str, QuantTensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Weight:
+        if name in self._quantized:
+            return self._quantized[name]
         source = read_weight(self.checkpoint, name, shape)
         weight = self.recipe.apply(name, source)
         if name not in self._seen:
@@ -94,6 +101,8 @@ class _StoredWeights:
             scheme = weight.scheme if isinstance(weight, QuantTensor) else self.recipe.dtype
             self.bytes_by_scheme[scheme] += weight.nbytes
             self._note(source, weight)
+        if isinstance(weight, QuantTensor):
+            self._quantized[name] = weight
         return weight
 
     def _note(self, source: Weight, weight: Weight) -> None:

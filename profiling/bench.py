@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -289,9 +288,9 @@ def _checked_source(source: Path, bundle: Bundle) -> str:
 
 
 def _cache(source_sha256: str) -> Path:
-    root = os.environ.get("POCKETSLM_CACHE")
-    base = Path(root) if root else Path.home() / ".cache" / "pocketslm"
-    return base / "peers" / source_sha256
+    from pocketslm.models.catalog import cache_dir
+
+    return cache_dir() / "peers" / source_sha256
 
 
 def _files(path: Path) -> list[Path]:

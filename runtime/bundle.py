@@ -149,10 +149,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def file_entry(path: Path) -> FileEntry:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256")
     return FileEntry(digest.hexdigest(), path.stat().st_size)
 
 

@@ -68,14 +68,19 @@ class _DataFile:
         self.file.write(b"\0" * (-self.file.tell() % _ALIGNMENT))
         offset = self.file.tell()
         self.file.write(np.ascontiguousarray(array).data)
-        return ir.ExternalTensor(
-            DATA_FILE,
-            offset,
-            array.nbytes,
-            ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape),
-            name=name,
-        )
+        return _external(name, array, offset)
+
+
+def _external(name: str, array: Array, offset: int) -> ir.ExternalTensor:
+    """An array whose bytes begin at ``offset`` of the data file."""
+    return ir.ExternalTensor(
+        DATA_FILE,
+        offset,
+        array.nbytes,
+        ir.DataType.from_numpy(array.dtype),
+        shape=ir.Shape(array.shape),
+        name=name,
+    )
 
 
 @dataclass
@@ -85,10 +90,6 @@ class _Linear:
     name: str
     weight: Weight
     bias: Array | None
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[0])
 
 
 class _Lowering:
@@ -397,14 +398,8 @@ class _Lowering:
         array = array if dtype is None else array.astype(dtype)
         shared = self.stored.get(content) if content is not None else None
         if isinstance(shared, ir.ExternalTensor):
-            tensor: ir.TensorProtocol = ir.ExternalTensor(
-                shared.location,
-                shared.offset,
-                shared.length,
-                shared.dtype,
-                shape=ir.Shape(array.shape),
-                name=name,
-            )
+            assert shared.offset is not None
+            tensor: ir.TensorProtocol = _external(name, array, shared.offset)
         else:
             tensor = self.data.add(name, array)
             if content is not None:

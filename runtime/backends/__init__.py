@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.errors import BackendError, UsageError
+from pocketslm.errors import BackendError, ContextOverflowError, UsageError
 from pocketslm.runtime.bundle import Bundle, Graph
 
 Logits = npt.NDArray[np.float32]
@@ -48,6 +48,24 @@ class Session(Protocol):
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens of the cache."""
         ...
+
+
+def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None:
+    """What every backend refuses before anything is allocated or run.
+
+    Raises UsageError for no tokens or ids outside the vocabulary, ContextOverflowError where they
+    do not fit.
+    """
+    if tokens.ndim != 1 or tokens.size == 0:
+        raise UsageError(f"forward needs at least one token, as a vector, not {tokens.shape}")
+    if session.length + tokens.size > session.context:
+        raise ContextOverflowError(
+            f"{session.length} + {tokens.size} tokens do not fit the context of "
+            f"{session.context}; shorten the prompt or export with a longer --context"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= session.vocab_size:
+        raise UsageError(f"token ids {low} to {high} are not within 0 to {session.vocab_size - 1}")
 
 
 def usable_cores() -> int:

@@ -19,6 +19,7 @@ from pocketslm.errors import (
     PocketSlmError,
     UsageError,
 )
+from pocketslm.runtime.backends import check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
 
@@ -253,16 +254,7 @@ class NativeSession:
     ) -> npt.NDArray[np.float32]:
         """See :class:`pocketslm.runtime.backends.Session`."""
         ids = np.asarray(tokens)
-        if ids.ndim != 1 or ids.size == 0:
-            raise UsageError(f"forward needs at least one token, as a vector, not {ids.shape}")
-        if ids.size > self.context - self.length:  # before a large buffer is made for it
-            raise ContextOverflowError(
-                f"{self.length} + {ids.size} tokens do not fit the context of {self.context}; "
-                "shorten the prompt or open the session with a larger context"
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocab_size:
-            raise UsageError(f"token ids {low} to {high} are not within 0 to {self.vocab_size - 1}")
+        check_tokens(self, ids)
         ids = np.ascontiguousarray(ids, dtype=np.int32)
         out = np.empty((ids.size if all_logits else 1, self.vocab_size), np.float32)
         status = self._library.pslm_forward(

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from pocketslm.errors import BackendError, ContextOverflowError, UsageError
-from pocketslm.runtime.backends import Logits, usable_cores
+from pocketslm.errors import BackendError, UsageError
+from pocketslm.runtime.backends import Logits, check_tokens, usable_cores
 from pocketslm.runtime.bundle import Bundle, Graph
 
 # Longer prompts run in pieces of this many tokens, which bounds the memory of activations and costs
@@ -94,16 +94,7 @@ class OnnxSession:
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        if not len(tokens):
-            raise UsageError("forward needs at least one token")
-        if self.length + len(tokens) > self.context:
-            raise ContextOverflowError(
-                f"{self.length} + {len(tokens)} tokens do not fit the context of {self.context}; "
-                "shorten the prompt or export with a longer --context"
-            )
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
-            raise UsageError(f"token ids {low} to {high} are not within 0 to {self.vocab_size - 1}")
+        check_tokens(self, tokens)
         pieces = [
             self._run(tokens[start : start + PREFILL_CHUNK], all_logits)
             for start in range(0, len(tokens), PREFILL_CHUNK)

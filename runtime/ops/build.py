@@ -9,6 +9,7 @@ where no library for these sources lies in the package or the cache.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import os
@@ -109,6 +110,7 @@ def run(command: Sequence[str]) -> None:
         raise BuildError(f"{' '.join(command)}\n{done.stderr.strip()}")
 
 
+@functools.cache
 def source_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):

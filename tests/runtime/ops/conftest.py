@@ -13,11 +13,6 @@ from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
 from pocketslm.runtime.ops import build
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @pytest.fixture(scope="session")
 def runner_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,7 +40,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = native_support.tiny_config(vocab_size=support.TINY.vocab_size)
     tokenizer, reason = pack_tokenizer(support.tokenizer_files()["tokenizer.json"])
     assert tokenizer is not None, reason
-    template = jinja2.Template(CHAT_TEMPLATE)
+    template = jinja2.Template(support.CHATML)
     chat, reason = chat_parts(
         lambda messages, prompt: template.render(messages=messages, add_generation_prompt=prompt),
         [257],
