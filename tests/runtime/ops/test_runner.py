@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import random
 import re
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,9 +126,14 @@ def test_chat_reuses_the_prefix_and_guards_special_tokens(
 
 
 def test_cancel_ends_a_generation(runner: Runner) -> None:
+    # With a pipe of one page the runner waits for its reader long before it is done, however fast
+    # the tiny model is, and has time to see the cancel.
+    assert runner.process.stdout is not None
+    fcntl.fcntl(runner.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
     runner.send(op="generate", id="long", tokens=PROMPT, max_tokens=280, ignore_eos=True)
     runner.send(op="cancel", id="other")
     runner.send(op="cancel", id="long")
+    time.sleep(0.5)
     events = [runner.event()]
     while events[-1]["event"] == "token":
         events.append(runner.event())
