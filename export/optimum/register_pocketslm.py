@@ -23,7 +23,7 @@ class PocketSlmExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        from pocketslm.cli import add_export_options
+        from pocketslm.export.cli import add_export_options
 
         parser.add_argument(
             "-m", "--model", required=True, help="a Hugging Face folder, .gguf file or catalog name"
@@ -31,7 +31,8 @@ class PocketSlmExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
         add_export_options(parser)
 
     def run(self) -> None:
-        from pocketslm.cli import export, guarded
+        from pocketslm.cli import guarded
+        from pocketslm.export.cli import export
 
         if status := guarded(export, self.args):
             raise SystemExit(status)

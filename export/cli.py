@@ -1,0 +1,132 @@
+"""``pocketslm export`` and ``eval``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from pocketslm.terminal import (
+    Commands,
+    Progress,
+    add_backend,
+    add_json,
+    add_threads,
+    print_json,
+    say,
+)
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add(
+        "export",
+        export,
+        "make a bundle of a checkpoint",
+        "pocketslm export smollm2-135m-instruct out/smollm2",
+    )
+    parser.add_argument("model", help="a Hugging Face folder, .gguf file or catalog name")
+    add_export_options(parser)
+
+    parser = commands.add(
+        "eval",
+        _eval,
+        "measure a bundle's quality against its source, and write it into the bundle",
+        "pocketslm eval out/smollm2",
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--source", help="the checkpoint it was made from (default: by SHA-256)")
+    parser.add_argument("--text", default="lee", help="a UTF-8 file or catalog text (default: lee)")
+    parser.add_argument("--window", type=int, default=512, help="tokens a window (default: 512)")
+    parser.add_argument("--windows", type=int, default=16, help="how many windows (default: 16)")
+    add_backend(parser)
+    add_threads(parser)
+    add_json(parser)
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """What export takes beside the model; optimum's command takes the same."""
+    parser.add_argument("out", type=Path, help="the bundle folder to write")
+    schemes = ("keep", "int4", "int8", "float")
+    parser.add_argument(
+        "--weights",
+        choices=schemes,
+        default="keep",
+        help="keep carries quantized source blocks exactly and rounds float weights to int4",
+    )
+    parser.add_argument(
+        "--head",
+        choices=schemes,
+        default="keep",
+        help="embedding and output head; keep rounds a float one to int8",
+    )
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
+    parser.add_argument("--asymmetric", action="store_true", help="round with a zero point")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the ONNX graph"
+    )
+    parser.add_argument("--context", type=int, help="longest sequence (default: up to 4096)")
+    parser.add_argument("--target", help="native, onnx or both (default: what covers the model)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    add_json(parser)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from pocketslm.export.pipeline import export_bundle
+    from pocketslm.export.recipe import Recipe
+    from pocketslm.models.catalog import resolve
+    from pocketslm.models.checkpoint import open_checkpoint
+
+    recipe = Recipe(
+        weights=arguments.weights,
+        head=arguments.head,
+        group_size=arguments.group_size,
+        symmetric=not arguments.asymmetric,
+        dtype=arguments.dtype,
+        context=arguments.context,
+        targets=tuple(arguments.target.split(",")) if arguments.target else None,
+    )
+    start = time.perf_counter()
+    source = resolve(arguments.model, say)
+    with Progress() as progress:
+        manifest = export_bundle(
+            open_checkpoint(source),
+            arguments.out,
+            recipe,
+            overwrite=arguments.overwrite,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - start
+    if arguments.json:
+        print_json(json.loads(manifest.to_json()) | {"seconds": seconds})
+        return
+    weights = ", ".join(f"{size / 1e6:.1f} MB {name}" for name, size in manifest.weights.items())
+    print(f"{arguments.out}: {manifest.size_bytes / 1e6:.1f} MB in {seconds:.1f} s ({weights})")
+    for note in manifest.notes:
+        print(f"note: {note}")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from pocketslm.export.evaluate import evaluate_bundle
+    from pocketslm.models.catalog import resolve
+
+    with Progress() as progress:
+        quality = evaluate_bundle(
+            arguments.bundle,
+            source=resolve(arguments.source, say) if arguments.source else None,
+            text=resolve(arguments.text, say),
+            window=arguments.window,
+            windows=arguments.windows,
+            backend=arguments.backend,
+            threads=arguments.threads,
+            progress=lambda done, total: progress("evaluate", done / total),
+        )
+    if arguments.json:
+        print_json(quality.to_dict())
+        return
+    change = quality.perplexity / quality.source_perplexity - 1
+    print(
+        f"perplexity {quality.perplexity:.3f} (source {quality.source_perplexity:.3f}, "
+        f"{change:+.2%})\nmean KL    {quality.kl:.5f} nats\ntop-1      {quality.top1:.2%} agree\n"
+        f"over {quality.tokens} tokens of {quality.corpus} in windows of {quality.window}"
+    )

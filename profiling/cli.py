@@ -1,0 +1,60 @@
+"""``pocketslm bench``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pocketslm.terminal import Commands, Progress, add_backend, numbers, say
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add(
+        "bench",
+        _bench,
+        "measure speed, memory and load time, perhaps beside other runtimes",
+        "pocketslm bench out/smollm2 -p 512 -n 128 -r 5 -t 2 --peer ort-genai",
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("-p", "--n-prompt", type=numbers, default=[512], help="prompt lengths")
+    parser.add_argument("-n", "--n-gen", type=numbers, default=[128], help="generation lengths")
+    parser.add_argument("-d", "--n-depth", type=int, help="tokens cached before generation")
+    parser.add_argument("-r", "--repetitions", type=int, default=5)
+    parser.add_argument("-t", "--threads", type=numbers, default=[], help="numbers of threads")
+    parser.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME[=ARTEFACT]",
+        help="also run ort-genai, llama.cpp or executorch, and print the ratio",
+    )
+    parser.add_argument("--source", help="the checkpoint from which peers make their artefact")
+    parser.add_argument("--context", type=int, help="a KV cache larger than the tests need")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds a repetition may take"
+    )
+    add_backend(parser)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from pocketslm.models.catalog import resolve
+    from pocketslm.profiling.bench import bench
+    from pocketslm.profiling.tables import format_rows
+
+    with Progress() as progress:
+        rows = bench(
+            arguments.bundle,
+            n_prompt=arguments.n_prompt,
+            n_gen=arguments.n_gen,
+            n_depth=arguments.n_depth,
+            repetitions=arguments.repetitions,
+            threads=arguments.threads,
+            backend=arguments.backend,
+            context=arguments.context,
+            timeout_s=arguments.timeout,
+            peers=arguments.peer,
+            source=resolve(arguments.source, say) if arguments.source else None,
+            progress=progress,
+        )
+    print(format_rows(rows, arguments.output), end="")

@@ -1,0 +1,168 @@
+"""``pocketslm run`` and ``chat``, and what every command that generates shares."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocketslm.terminal import Commands, add_backend, add_json, add_threads, print_json, say
+
+if TYPE_CHECKING:
+    from pocketslm.runtime.config import GenerationConfig
+    from pocketslm.runtime.model import Model, Record
+
+
+def add_commands(commands: Commands) -> None:
+    parser = commands.add(
+        "run",
+        _run,
+        "answer one prompt",
+        'pocketslm run out/smollm2 "Why is the sky blue?" --max-new-tokens 64',
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("prompt", help='the prompt; "-" reads it from standard input')
+    parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    add_generation(parser)
+    add_json(parser)
+
+    parser = commands.add("chat", _chat, "talk with a model", "pocketslm chat out/smollm2")
+    parser.add_argument("bundle", type=Path)
+    add_generation(parser)
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation (names and meanings as in transformers)")
+    group.add_argument("-n", "--max-new-tokens", type=int)
+    group.add_argument("--temperature", type=float, help="0 is greedy")
+    group.add_argument("--top-k", type=int)
+    group.add_argument("--top-p", type=float)
+    group.add_argument("--min-p", type=float)
+    group.add_argument("--repetition-penalty", type=float)
+    group.add_argument("--seed", type=int)
+    group.add_argument("--stop", action="append", default=[], help="text that ends generation")
+    group.add_argument("--system", help="a system message")
+    add_backend(parser)
+    add_threads(parser)
+    parser.add_argument("--no-verify", action="store_true", help="do not check SHA-256 at load")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    model = load(arguments)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    config = generation_config(arguments, model)
+    records = (
+        model.generate(prompt, config)
+        if arguments.raw
+        else model.chat([*_system(arguments), {"role": "user", "content": prompt}], config)
+    )
+    finish(model, stream(records, quiet=arguments.json), arguments.json)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    model = load(arguments)
+    config = generation_config(arguments, model)
+    messages = _system(arguments)
+    say(f"{model.bundle.name}, context {model.engine.session.context}. Ctrl-D ends, Ctrl-C stops.")
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not question.strip():
+            continue
+        messages.append({"role": "user", "content": question})
+        answer = stream(model.chat(messages, config))
+        messages.append({"role": "assistant", "content": answer.text})
+        finish(model, answer)
+
+
+def load(arguments: argparse.Namespace) -> Model:
+    from pocketslm.runtime.bundle import open_bundle
+    from pocketslm.runtime.model import Model
+    from pocketslm.runtime.ops import build
+
+    if arguments.backend in ("auto", "native") and build.built_library() is None:
+        graph = open_bundle(arguments.bundle, verify=False).graph(arguments.backend)
+        if graph.backend == "native":
+            say("compiling the native operators, once ...")
+    return Model.load(
+        arguments.bundle, arguments.backend, arguments.threads, verify=not arguments.no_verify
+    )
+
+
+def _system(arguments: argparse.Namespace) -> list[dict[str, str]]:
+    return [{"role": "system", "content": arguments.system}] if arguments.system else []
+
+
+def generation_config(
+    arguments: argparse.Namespace, model: Model, base: GenerationConfig | None = None
+) -> GenerationConfig:
+    """The model's own settings, changed by options; a sampling option switches sampling on."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    sampling = {name: getattr(arguments, name) for name in names}
+    if arguments.temperature == 0:
+        sampling = {"do_sample": False}
+    elif any(value is not None for value in sampling.values()):
+        sampling["do_sample"] = True
+    return (base or model.defaults).but(
+        max_new_tokens=arguments.max_new_tokens,
+        repetition_penalty=arguments.repetition_penalty,
+        stop_strings=tuple(arguments.stop) or None,  # given ones replace the defaults
+        **sampling,
+    )
+
+
+class Answer:
+    """What came of a generation: its text so far, records and whether Ctrl-C cut it short."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.records: list[Record] = []
+        self.interrupted = False
+
+
+def stream(records: Iterator[Record], *, quiet: bool = False) -> Answer:
+    """Print text as it comes; Ctrl-C ends the generation and keeps what there is."""
+    answer = Answer()
+    try:
+        for record in records:
+            answer.records.append(record)
+            answer.text += record.text
+            if not quiet:
+                print(record.text, end="", flush=True)
+    except KeyboardInterrupt:
+        answer.interrupted = True
+    if not quiet:
+        print(flush=True)
+    return answer
+
+
+def finish(model: Model, answer: Answer, as_json: bool = False) -> None:
+    """Report what an answer took, and on which backend."""
+    backend = model.engine.session.backend
+    count = len(answer.records)
+    if not count:
+        raise KeyboardInterrupt
+    first, last = answer.records[0], answer.records[-1]
+    ttft_ms = first.time_ns / 1e6
+    decode_s = (last.time_ns - first.time_ns) / 1e9
+    decode_tps = (count - 1) / decode_s if decode_s else None
+    finish = "interrupted" if answer.interrupted else last.finish
+    if as_json:
+        print_json(
+            {
+                "text": answer.text,
+                "tokens": [record.token for record in answer.records],
+                "logprobs": [record.logprob for record in answer.records],
+                "finish": finish,
+                "backend": backend,
+                "ttft_ms": ttft_ms,
+                "decode_tps": decode_tps,
+            }
+        )
+        return
+    speed = f", {decode_tps:.1f} tok/s" if decode_tps else ""
+    say(f"[{backend}: {count} tokens, TTFT {ttft_ms:.0f} ms{speed}, finish: {finish}]")

@@ -1,0 +1,97 @@
+"""What the commands share: their registration, options in common, progress and printing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Run = Callable[[argparse.Namespace], None]
+
+
+class Commands:
+    """Where a folder's ``cli`` module registers its commands."""
+
+    def __init__(self, subparsers: Any) -> None:
+        self._subparsers = subparsers
+
+    def add(self, name: str, run: Run, summary: str, example: str) -> argparse.ArgumentParser:
+        """A command; ``run`` gets its parsed arguments. Returns the parser to add options to."""
+        parser: argparse.ArgumentParser = self._subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.set_defaults(run=run)
+        return parser
+
+    def group(self, name: str, summary: str) -> Commands:
+        """A command with commands of its own, as ``doc``."""
+        parser = self._subparsers.add_parser(name, help=summary)
+        return Commands(parser.add_subparsers(required=True, metavar="TASK"))
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", default="auto", help="native or onnx (default: the bundle's first)"
+    )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-t", "--threads", type=int, help="threads (default: every core)")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def numbers(text: str) -> list[int]:
+    """``128,512`` as llama-bench takes it; 0 alone means none."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 128,512") from None
+    return [] if values == [0] else values
+
+
+class Progress:
+    """One line on stderr that is rewritten on a terminal, or one line a step elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._step = ""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal and self._step:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def __call__(self, step: str, fraction: float) -> None:
+        if self._terminal:
+            bar = "#" * round(fraction * 24)
+            print(f"\r\033[K{step} [{bar:24}] {fraction:4.0%}", end="", file=sys.stderr, flush=True)
+        elif step != self._step:
+            print(f"{step} ...", file=sys.stderr)
+        self._step = step
+
+
+def say(message: str) -> None:
+    """To the person, not into a pipe."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[-1]]))
