@@ -13,12 +13,23 @@ from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.catalog import fetch
 from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.gguf_reader import GGUFFile
+from pocketslm.models.tokenizer_files import tokenizer_files_from_gguf
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as shipped: Q4_1 with a Q8_0 embedding."""
     return fetch("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with SmolLM2's tokenizer files."""
+    folder = tmp_path_factory.mktemp("smollm2-tokenizer")
+    for name, content in tokenizer_files_from_gguf(GGUFFile(smollm2_gguf).metadata).items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")
