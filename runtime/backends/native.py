@@ -23,7 +23,7 @@ from pocketslm.runtime.backends import check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
 
@@ -56,6 +56,13 @@ class _Options(ctypes.Structure):
     _fields_ = (
         *((name, _u32) for name in ("context", "threads", "kv_type", "pin")),
         ("isa", ctypes.c_char_p),
+    )
+
+
+class _Times(ctypes.Structure):
+    _fields_ = (
+        *((name, _u64) for name in ("calls", "tokens", "embedding_ns", "qkv_ns", "attention_ns")),
+        *((name, _u64) for name in ("output_ns", "gate_up_ns", "down_ns", "head_ns")),
     )
 
 
@@ -103,6 +110,8 @@ def load_library() -> ctypes.CDLL:
         "session_describe": (ctypes.c_int, (pointer, p(_SessionInfo))),
         "forward": (ctypes.c_int, (pointer, pointer, _size, ctypes.c_int, pointer, _size, _Error)),
         "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), _Error)),
+        "set_profiling": (ctypes.c_int, (pointer, _u32)),
+        "read_times": (ctypes.c_int, (pointer, p(_Times))),
         "length": (_size, (pointer,)),
         "truncate": (ctypes.c_int, (pointer, _size)),
         "kv_bytes": (_size, (pointer, _size)),
@@ -166,6 +175,22 @@ class NativeModelInfo:
     bytes_per_token: int
     macs_per_token: int
     head_macs: int
+
+
+@dataclass(frozen=True)
+class OperatorTimes:
+    """Nanoseconds by operator, waiting for other threads included; norms and quantization count to
+    the product they feed. Summed over ``calls`` of the engine with ``tokens`` in all."""
+
+    calls: int
+    tokens: int
+    embedding_ns: int
+    qkv_ns: int
+    attention_ns: int
+    output_ns: int
+    gate_up_ns: int
+    down_ns: int
+    head_ns: int
 
 
 class NativeModel:
@@ -282,6 +307,16 @@ class NativeSession:
         if not 0 <= length <= self.length:
             raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
         self._library.pslm_truncate(self._handle, length)
+
+    def profile(self, on: bool = True) -> None:
+        """Begin to measure the time of each operator from zero, or stop."""
+        self._library.pslm_set_profiling(self._handle, int(on))
+
+    def times(self) -> OperatorTimes:
+        """Time by operator since :meth:`profile`."""
+        times = _Times()
+        self._library.pslm_read_times(self._handle, ctypes.byref(times))
+        return OperatorTimes(**{f.name: getattr(times, f.name) for f in fields(OperatorTimes)})
 
     def save(self, length: int | None = None) -> bytes:
         """Keys and values of the first positions, for a prefix cache."""

@@ -174,6 +174,18 @@ pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next
   return PSLM_OK;
 }
 
+pslm_status pslm_set_profiling(pslm_session* session, uint32_t on) {
+  if (!session) return PSLM_ERROR_ARGUMENT;
+  session->engine.clock().set(on != 0);
+  return PSLM_OK;
+}
+
+pslm_status pslm_read_times(const pslm_session* session, pslm_times* times) {
+  if (!session || !times) return PSLM_ERROR_ARGUMENT;
+  *times = session->engine.clock().times();
+  return PSLM_OK;
+}
+
 size_t pslm_length(const pslm_session* session) { return session ? session->engine.length() : 0; }
 
 pslm_status pslm_truncate(pslm_session* session, size_t length) {

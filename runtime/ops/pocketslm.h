@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 1
+#define PSLM_ABI_VERSION 2
 
 typedef enum {
   PSLM_OK = 0,
@@ -90,6 +90,16 @@ PSLM_API pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, 
 /* Appends one token and gives the most probable next one: no logits leave the engine. */
 PSLM_API pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                                       pslm_error error);
+
+/* Where time goes, in nanoseconds of the calling thread with its waiting for others, summed over
+ * the calls since profiling was turned on. Norms and quantization count to the product they feed. */
+typedef struct {
+  uint64_t calls, tokens;
+  uint64_t embedding_ns, qkv_ns, attention_ns, output_ns, gate_up_ns, down_ns, head_ns;
+} pslm_times;
+/* Turning it on sets the times to zero; off, it costs nothing that can be measured. */
+PSLM_API pslm_status pslm_set_profiling(pslm_session* session, uint32_t on);
+PSLM_API pslm_status pslm_read_times(const pslm_session* session, pslm_times* times);
 
 PSLM_API size_t pslm_length(const pslm_session* session);
 /* Forgets all positions from `length` on. */

@@ -198,6 +198,7 @@ int32_t Session::step_greedy(int32_t token) {
 
 void Session::run(const int32_t* tokens, size_t count, Head head, float* logits) {
   count_ = count;
+  clock_.start(count);
   prepare_rotation(count);
   for (size_t t = 0; t < count; ++t)
     dequantize_row(model_.embedding, static_cast<size_t>(tokens[t]),
@@ -210,6 +211,7 @@ void Session::run(const int32_t* tokens, size_t count, Head head, float* logits)
     spans_ = (length_ + span_) / span_;
   }
   hidden_panel_.describe(count, model_.config.intermediate_size, hidden_.data());
+  clock_.mark(&pslm_times::embedding_ns);
   auto region = [&](unsigned m) {
     for (size_t i = 0; i < model_.layers.size(); ++i) layer(m, model_.layers[i], i);
     if (head != Head::none) run_head(m, head, logits);
@@ -339,9 +341,12 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
     }
   });
 
+  mark(m, &pslm_times::qkv_ns);
   start_phase(m, index * 4 + 1);
   count_ == 1 ? attend_one(m, index) : attend_many(m, index);
+  mark(m, &pslm_times::attention_ns);
   add_projection(m, layer.output, attention_output(m));
+  mark(m, &pslm_times::output_ns);
 
   start_phase(m, index * 4 + 2);
   const Panel& mlp_input = normalized(m, layer.mlp_norm);
@@ -372,8 +377,10 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
         t += tile.tokens;
       }
   });
+  mark(m, &pslm_times::gate_up_ns);
   start_phase(m, index * 4 + 3);
   add_projection(m, layer.down, hidden_panel_);
+  mark(m, &pslm_times::down_ns);
 }
 
 // Rotates the pairs (i, i + rope_dim / 2) of one head.
@@ -550,6 +557,7 @@ void Session::run_head(unsigned m, Head head, float* logits) {
         member.best_token = static_cast<int32_t>(first + j);
       }
   });
+  mark(m, &pslm_times::head_ns);
 }
 
 }  // namespace pocketslm

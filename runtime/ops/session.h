@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "kv_cache.h"
 #include "model_file.h"
+#include "operator_clock.h"
 #include "thread_pool.h"
 
 namespace pocketslm {
@@ -28,6 +29,8 @@ class Session {
   const Kernels& kernels() const { return kernels_; }
   KvCache& cache() { return cache_; }
   const KvCache& cache() const { return cache_; }
+  OperatorClock& clock() { return clock_; }
+  const OperatorClock& clock() const { return clock_; }
   unsigned threads() const { return pool_.size(); }
   size_t context() const { return context_; }
   size_t length() const { return length_; }
@@ -74,6 +77,9 @@ class Session {
   size_t chunk(size_t total, size_t unit_bytes) const;
   void plan_reading(unsigned m);
   void start_phase(unsigned m, size_t phase);
+  void mark(unsigned m, uint64_t pslm_times::* counter) {
+    if (m == 0) clock_.mark(counter);
+  }
 
   const ModelFile& model_;
   const Kernels& kernels_;
@@ -91,6 +97,7 @@ class Session {
   size_t span_ = 0, spans_ = 0;
   Buffer<float> piece_out_, piece_maximum_, piece_weight_;
 
+  OperatorClock clock_;
   std::vector<Member> members_;
   ThreadPool pool_;
 };

@@ -71,6 +71,8 @@ std::string Engine::load(const LoadOptions& options) {
     const auto chat = parse_json({static_cast<const char*>(data), bytes});
     failure = chat ? read_chat(*chat) : "the chat section is not JSON";
   }
+  profiled_ = options.profile;
+  restart_times();
   if (!failure.empty()) unload();
   load_ms_ = milliseconds_since(start);
   return failure;
@@ -101,6 +103,12 @@ pslm_session_info Engine::session_info() const {
   pslm_session_info info{};
   pslm_session_describe(session_, &info);
   return info;
+}
+
+pslm_times Engine::times() const {
+  pslm_times times{};
+  pslm_read_times(session_, &times);
+  return times;
 }
 
 void Engine::reset() {

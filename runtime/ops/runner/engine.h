@@ -16,7 +16,7 @@ namespace pocketslm {
 struct LoadOptions {
   std::string path;
   uint32_t context = 0, threads = 0, kv_type = PSLM_KV_F16;
-  bool pin = false;
+  bool pin = false, profile = false;
   std::string isa = "auto";
 };
 
@@ -65,6 +65,9 @@ class Engine {
   bool loaded() const { return session_ != nullptr; }
   bool has_tokenizer() const { return tokenizer_.loaded(); }
   void reset();
+  bool profiled() const { return profiled_; }
+  void restart_times() { pslm_set_profiling(session_, profiled_); }
+  pslm_times times() const;
   const pslm_model_info& model_info() const { return model_info_; }
   pslm_session_info session_info() const;
   size_t length() const { return pslm_length(session_); }
@@ -78,7 +81,7 @@ class Engine {
   pslm_session* session_ = nullptr;
   pslm_model_info model_info_{};
   Tokenizer tokenizer_;
-  bool has_chat_ = false;
+  bool has_chat_ = false, profiled_ = false;
   ChatParts chat_;
   std::vector<int32_t> cached_;  // the tokens that the session holds
   double load_ms_ = 0;

@@ -186,6 +186,7 @@ class Server {
     if (op == "bench") return bench(request);
     if (op == "reset") {
       engine_.reset();
+      engine_.restart_times();
       emit("{\"event\":\"reset\"}");
       return "";
     }
@@ -200,6 +201,7 @@ class Server {
     options.threads = request.count("threads", 0, 1, 64);
     options.isa = request.text("isa", "auto");
     options.pin = request.flag("pin");
+    options.profile = request.flag("profile");
     const std::string kv = request.text("kv", "fp16");
     if (kv != "fp16" && kv != "int8") request.fail("kv", "fp16 or int8");
     options.kv_type = kv == "int8" ? PSLM_KV_I8 : PSLM_KV_F16;
@@ -315,11 +317,28 @@ class Server {
   std::string stats() {
     const Memory memory = read_memory();
     emit("{\"event\":\"stats\",\"loaded\":%s,\"length\":%zu,\"rss_bytes\":%llu,"
-         "\"peak_rss_bytes\":%llu}",
+         "\"peak_rss_bytes\":%llu%s}",
          engine_.loaded() ? "true" : "false", engine_.length(),
          static_cast<unsigned long long>(memory.resident),
-         static_cast<unsigned long long>(memory.peak));
+         static_cast<unsigned long long>(memory.peak),
+         engine_.profiled() ? times().c_str() : "");
     return "";
+  }
+
+  // Of a model that was loaded with 'profile': time by operator since then, or since a reset.
+  std::string times() {
+    const pslm_times times = engine_.times();
+    std::string out = ",\"times\":{\"calls\":" + std::to_string(times.calls) +
+                      ",\"tokens\":" + std::to_string(times.tokens);
+    const std::pair<const char*, uint64_t> counters[] = {
+        {"embedding", times.embedding_ns}, {"qkv", times.qkv_ns},
+        {"attention", times.attention_ns}, {"output", times.output_ns},
+        {"gate_up", times.gate_up_ns},     {"down", times.down_ns},
+        {"head", times.head_ns},
+    };
+    for (const auto& [name, value] : counters)
+      out += ",\"" + std::string(name) + "_ns\":" + std::to_string(value);
+    return out + "}";
   }
 
   LineReader& reader_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,32 @@ def test_truncate_save_and_restore(q4_model: tuple[NativeModel, np.ndarray]) -> 
             other.restore(38, saved)
         with pytest.raises(UsageError):
             other.restore(10_000, saved)
+
+
+def test_profile_counts_each_operator_and_changes_no_number(
+    q4_model: tuple[NativeModel, np.ndarray],
+) -> None:
+    model, _ = q4_model
+    session = model.session(threads=2)
+    plain = session.forward(TOKENS[:20])
+    assert not any(vars(session.times()).values())  # off
+    session.truncate(0)
+    session.profile()
+    began = time.perf_counter_ns()
+    np.testing.assert_array_equal(session.forward(TOKENS[:20]), plain)
+    session.step_greedy(3)
+    elapsed = time.perf_counter_ns() - began
+    times = session.times()
+    assert (times.calls, times.tokens) == (2, 21)
+    spent = [value for name, value in vars(times).items() if name.endswith("_ns")]
+    assert len(spent) == 7
+    assert min(spent) > 0
+    assert sum(spent) <= elapsed
+    session.profile(False)
+    session.step_greedy(3)
+    assert session.times() == times
+    session.profile()
+    assert not any(vars(session.times()).values())
 
 
 def test_context_overflow_changes_nothing(q4_model: tuple[NativeModel, np.ndarray]) -> None:

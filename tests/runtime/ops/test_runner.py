@@ -156,6 +156,20 @@ def test_bench_and_stats(runner: Runner) -> None:
     assert all(ns > 0 for ns in bench["prefill_ns"] + bench["decode_ns"])
     stats = runner.ask(op="stats")
     assert 0 < stats["rss_bytes"] <= stats["peak_rss_bytes"]
+    assert "times" not in stats
+
+
+def test_stats_of_a_profiled_model_say_where_time_went(runner_path: Path, chat_model: Path) -> None:
+    with running([str(runner_path)]) as runner:
+        runner.ask(op="load", path=str(chat_model), threads=2, profile=True)
+        done = runner.generate(tokens=PROMPT, max_tokens=4)[2]
+        times = runner.ask(op="stats")["times"]
+        assert times["calls"] == 4
+        assert times["tokens"] == len(PROMPT) + 3
+        spent = [value for name, value in times.items() if name.endswith("_ns")]
+        assert 0 < sum(spent) <= 1e6 * (done["prefill_ms"] + done["decode_ms"])
+        runner.ask(op="reset")
+        assert not any(runner.ask(op="stats")["times"].values())
 
 
 @pytest.mark.parametrize(
