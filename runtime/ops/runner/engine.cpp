@@ -1,7 +1,14 @@
 #include "engine.h"
 
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
+#include <initializer_list>
 
 #include "model_file.h"
 
@@ -14,29 +21,75 @@ double milliseconds_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
 
-int64_t nanoseconds_since(Clock::time_point start) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
-}
-
 struct ErrorLine {
   char text[512] = "";
   pslm_error argument() { return {text, sizeof text}; }
 };
 
+// Adds up the lines "NAME: COUNT kB" of a file of /proc into the target of each name.
+void read_kilobytes(const char* path,
+                    std::initializer_list<std::pair<const char*, uint64_t*>> targets) {
+  FILE* file = std::fopen(path, "r");
+  if (!file) return;
+  char line[256], name[64];
+  unsigned long long kilobytes = 0;
+  while (std::fgets(line, sizeof line, file))
+    if (std::sscanf(line, "%63[^:]: %llu kB", name, &kilobytes) == 2)
+      for (const auto& [wanted, target] : targets)
+        if (!std::strcmp(name, wanted)) *target += kilobytes * 1024;
+  std::fclose(file);
+}
+
+uint64_t nanoseconds(const timeval& time) {
+  return static_cast<uint64_t>(time.tv_sec) * 1000000000u + static_cast<uint64_t>(time.tv_usec) * 1000u;
+}
+
+// The CPUs that the process was started with: a session that pins narrows the calling thread's.
+const cpu_set_t& initial_cpus() {
+  static const cpu_set_t set = [] {
+    cpu_set_t found;
+    CPU_ZERO(&found);
+    sched_getaffinity(0, sizeof found, &found);
+    return found;
+  }();
+  return set;
+}
+
+// Later threads inherit it. Empty, or why the CPUs cannot be had.
+std::string run_on(const std::vector<int>& cpus) {
+  cpu_set_t set = initial_cpus();
+  if (!cpus.empty()) CPU_ZERO(&set);
+  for (int cpu : cpus) {
+    if (!CPU_ISSET(cpu, &initial_cpus()))
+      return "CPU " + std::to_string(cpu) + " is not among those that this process may use";
+    CPU_SET(cpu, &set);
+  }
+  return sched_setaffinity(0, sizeof set, &set) == 0 ? "" : "the system refuses the choice of CPUs";
+}
+
+void drop_from_page_cache(const std::string& path) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) return;  // opening the model says why
+  posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
+  close(file);
+}
+
 }  // namespace
 
-Memory read_memory() {
-  Memory memory;
-  if (FILE* file = std::fopen("/proc/self/status", "r")) {
-    char line[256];
-    unsigned long long kilobytes = 0;
-    while (std::fgets(line, sizeof line, file)) {
-      if (std::sscanf(line, "VmRSS: %llu", &kilobytes) == 1) memory.resident = kilobytes * 1024;
-      if (std::sscanf(line, "VmHWM: %llu", &kilobytes) == 1) memory.peak = kilobytes * 1024;
-    }
-    std::fclose(file);
+Usage read_usage() {
+  Usage usage;
+  read_kilobytes("/proc/self/status", {{"VmRSS", &usage.resident},
+                                       {"VmHWM", &usage.peak},
+                                       {"RssAnon", &usage.anonymous},
+                                       {"RssFile", &usage.file_backed}});
+  read_kilobytes("/proc/self/smaps_rollup",
+                 {{"Pss", &usage.proportional}, {"Pss_File", &usage.proportional_file}});
+  rusage used{};
+  if (getrusage(RUSAGE_SELF, &used) == 0) {
+    usage.cpu_ns = nanoseconds(used.ru_utime) + nanoseconds(used.ru_stime);
+    usage.major_faults = static_cast<uint64_t>(used.ru_majflt);
   }
-  return memory;
+  return usage;
 }
 
 void Engine::unload() {
@@ -52,6 +105,8 @@ void Engine::unload() {
 
 std::string Engine::load(const LoadOptions& options) {
   unload();
+  if (const std::string failure = run_on(options.cpus); !failure.empty()) return failure;
+  if (options.cold) drop_from_page_cache(options.path);
   const auto start = Clock::now();
   ErrorLine error;
   if (pslm_model_open(options.path.c_str(), &model_, error.argument()) != PSLM_OK)
@@ -221,32 +276,47 @@ std::string Engine::logits(const std::vector<int32_t>& tokens, std::vector<float
   return "";
 }
 
-std::string Engine::bench(size_t prompt, size_t fresh, size_t repeats,
-                          std::vector<int64_t>& prefill_ns, std::vector<int64_t>& decode_ns) {
-  ErrorLine error;
-  const uint32_t vocabulary = model_info_.vocab_size;
-  std::vector<int32_t> tokens(prompt);
+std::vector<int32_t> Engine::random_tokens(size_t count) const {
+  std::vector<int32_t> tokens(count);
   uint64_t state = 1;
   for (int32_t& token : tokens) {
     state = state * 6364136223846793005u + 1442695040888963407u;
-    token = static_cast<int32_t>((state >> 33) % vocabulary);
+    token = static_cast<int32_t>((state >> 33) % model_info_.vocab_size);
   }
-  std::vector<float> logits(vocabulary);
+  return tokens;
+}
+
+std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size_t repeats,
+                          const std::function<bool()>& go_on, Times& times) {
+  ErrorLine error;
+  std::vector<float> logits(model_info_.vocab_size);
   for (size_t repeat = 0; repeat < repeats; ++repeat) {
     reset();
-    if (prompt) {
-      const auto start = Clock::now();
-      if (pslm_forward(session_, tokens.data(), prompt, PSLM_LOGITS_LAST, logits.data(),
+    int32_t token = 0;
+    auto mark = Clock::now();
+    // The nanoseconds since the last call.
+    const auto lap = [&mark] {
+      const auto before = mark;
+      mark = Clock::now();
+      return std::chrono::duration_cast<std::chrono::nanoseconds>(mark - before).count();
+    };
+    if (!prompt.empty()) {
+      if (pslm_forward(session_, prompt.data(), prompt.size(), PSLM_LOGITS_LAST, logits.data(),
                        logits.size(), error.argument()) != PSLM_OK)
         return error.text;
-      prefill_ns.push_back(nanoseconds_since(start));
+      times.prefill_ns.push_back(lap());
+      token = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
     }
-    if (!fresh) continue;
-    int32_t token = 0;
-    const auto start = Clock::now();
-    for (size_t i = 0; i < fresh; ++i)
+    int64_t decode_ns = 0;
+    lap();
+    for (size_t i = 0; i < fresh; ++i) {
+      if (!go_on()) return "cancelled";
       if (pslm_step_greedy(session_, token, &token, error.argument()) != PSLM_OK) return error.text;
-    decode_ns.push_back(nanoseconds_since(start));
+      times.step_ns.push_back(lap());
+      decode_ns += times.step_ns.back();
+    }
+    if (fresh) times.decode_ns.push_back(decode_ns);
+    if (!go_on()) return "cancelled";
   }
   reset();
   return "";

@@ -17,6 +17,8 @@ struct LoadOptions {
   std::string path;
   uint32_t context = 0, threads = 0, kv_type = PSLM_KV_F16;
   bool pin = false, profile = false;
+  bool cold = false;      // drop the file from the page cache first
+  std::vector<int> cpus;  // run on these only; empty: on those that the process was started with
   std::string isa = "auto";
 };
 
@@ -34,6 +36,11 @@ struct Outcome {
   std::string reason;  // eos, length, context, cancelled
   size_t prompt_tokens = 0, reused_tokens = 0, new_tokens = 0;
   double prefill_ms = 0, decode_ms = 0;
+};
+
+// Nanoseconds of every prompt, of every run of new tokens after one, and of each of those tokens.
+struct Times {
+  std::vector<int64_t> prefill_ns, decode_ns, step_ns;
 };
 
 // The strings of a chat template around the messages of a conversation that alternates.
@@ -58,9 +65,11 @@ class Engine {
                        const std::function<bool(int32_t, std::string_view)>& on_token,
                        Outcome& outcome);
   std::string logits(const std::vector<int32_t>& tokens, std::vector<float>& out);
-  // Nanoseconds of `repeats` prompts of that length, and of as many new tokens after each.
-  std::string bench(size_t prompt, size_t fresh, size_t repeats, std::vector<int64_t>& prefill_ns,
-                    std::vector<int64_t>& decode_ns);
+  // Runs `repeats` times, each from an empty cache: the prompt, which may be empty, in one call,
+  // then `fresh` greedy tokens. Ends early, with an error, once go_on is false.
+  std::string bench(const std::vector<int32_t>& prompt, size_t fresh, size_t repeats,
+                    const std::function<bool()>& go_on, Times& times);
+  std::vector<int32_t> random_tokens(size_t count) const;  // always the same ones
 
   bool loaded() const { return session_ != nullptr; }
   bool has_tokenizer() const { return tokenizer_.loaded(); }
@@ -87,10 +96,13 @@ class Engine {
   double load_ms_ = 0;
 };
 
-// Resident and peak resident memory of this process in bytes, from /proc.
-struct Memory {
-  uint64_t resident = 0, peak = 0;
+// What this process has used: memory in bytes from /proc (0 where the kernel does not tell),
+// user and system time, page faults that had to read from storage.
+struct Usage {
+  uint64_t resident = 0, peak = 0, anonymous = 0, file_backed = 0;
+  uint64_t proportional = 0, proportional_file = 0;
+  uint64_t cpu_ns = 0, major_faults = 0;
 };
-Memory read_memory();
+Usage read_usage();
 
 }  // namespace pocketslm

@@ -123,13 +123,15 @@ int run(const Arguments& arguments) {
   std::fprintf(stderr, "%s, %u threads, context %u, loaded in %.1f ms\n", info.isa, info.threads,
                info.context, engine.load_ms());
   if (arguments.bench) {
-    std::vector<int64_t> prefill, decode;
+    Times times;
     constexpr size_t prompt = 512, fresh = 128;
-    if (const std::string failure = engine.bench(prompt, fresh, 5, prefill, decode);
+    const auto go_on = [] { return true; };
+    if (const std::string failure =
+            engine.bench(engine.random_tokens(prompt), fresh, 5, go_on, times);
         !failure.empty())
       return fail(failure);
-    print_rate("prefill", prompt, prefill);
-    print_rate("decode", fresh, decode);
+    print_rate("prefill", prompt, times.prefill_ns);
+    print_rate("decode", fresh, times.decode_ns);
     return 0;
   }
   std::vector<int32_t> tokens;

@@ -1,9 +1,13 @@
 #include "protocol.h"
 
+#include <poll.h>
+#include <sched.h>
+
 #include <algorithm>
 #include <condition_variable>
 #include <cstdarg>
 #include <deque>
+#include <initializer_list>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -179,11 +183,12 @@ class Server {
   std::string handle(const std::string& op, Request& request, const std::string& id) {
     if (op == "load") return load(request);
     if (op == "stats") return stats();
+    if (op == "probe") return probe(request);
     if (!engine_.loaded()) return "no model is loaded; send {\"op\":\"load\",\"path\":...} first";
     if (op == "generate") return generate(request, id);
     if (op == "logits") return logits(request);
     if (op == "encode") return encode(request);
-    if (op == "bench") return bench(request);
+    if (op == "bench") return bench(request, id);
     if (op == "reset") {
       engine_.reset();
       engine_.restart_times();
@@ -191,7 +196,7 @@ class Server {
       return "";
     }
     return "unknown op '" + op +
-           "'; known: load, generate, cancel, encode, logits, bench, stats, reset, quit";
+           "'; known: load, generate, cancel, encode, logits, bench, stats, probe, reset, quit";
   }
 
   std::string load(Request& request) {
@@ -202,6 +207,13 @@ class Server {
     options.isa = request.text("isa", "auto");
     options.pin = request.flag("pin");
     options.profile = request.flag("profile");
+    options.cold = request.flag("cold");
+    if (const Json* list = request.list("cpus"))
+      for (const Json& item : list->items) {
+        if (!(item.is(Json::Kind::number) && item.number >= 0 && item.number < CPU_SETSIZE))
+          return "'cpus' must be numbers of CPUs";
+        options.cpus.push_back(static_cast<int>(item.number));
+      }
     const std::string kv = request.text("kv", "fp16");
     if (kv != "fp16" && kv != "int8") request.fail("kv", "fp16 or int8");
     options.kv_type = kv == "int8" ? PSLM_KV_I8 : PSLM_KV_F16;
@@ -211,10 +223,11 @@ class Server {
     const pslm_model_info& model = engine_.model_info();
     emit("{\"event\":\"loaded\",\"isa\":\"%s\",\"threads\":%u,\"context\":%u,\"kv\":\"%s\","
          "\"vocab_size\":%u,\"layers\":%u,\"file_bytes\":%llu,\"bytes_per_token\":%llu,"
-         "\"tokenizer\":%s,\"load_ms\":%.3f}",
+         "\"macs_per_token\":%llu,\"tokenizer\":%s,\"load_ms\":%.3f}",
          session.isa, session.threads, session.context, kv.c_str(), model.vocab_size, model.layers,
          static_cast<unsigned long long>(model.file_bytes),
          static_cast<unsigned long long>(model.bytes_per_token),
+         static_cast<unsigned long long>(model.macs_per_token),
          engine_.has_tokenizer() ? "true" : "false", engine_.load_ms());
     return "";
   }
@@ -299,29 +312,59 @@ class Server {
     return "";
   }
 
-  std::string bench(Request& request) {
+  std::string bench(Request& request, const std::string& id) {
     const uint32_t fresh = request.count("new_tokens", 128, 0, 1 << 20);
-    const uint32_t tokens = request.count("prompt_tokens", 512, 0, 1 << 20);
+    const uint32_t count = request.count("prompt_tokens", 512, 0, 1 << 20);
     const uint32_t repeats = request.count("repeats", 3, 1, 1000);
     if (!request.fault().empty()) return request.fault();
-    std::vector<int64_t> prefill, decode;
-    if (std::string failure = engine_.bench(tokens, fresh, repeats, prefill, decode);
-        !failure.empty())
+    std::vector<int32_t> tokens = engine_.random_tokens(request.list("tokens") ? 0 : count);
+    if (request.list("tokens"))
+      if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
+    Times times;
+    const auto go_on = [&] { return !reader_.cancelled(id) && somebody_reads(); };
+    if (std::string failure = engine_.bench(tokens, fresh, repeats, go_on, times); !failure.empty())
       return failure;
-    emit("{\"event\":\"bench\",\"prompt_tokens\":%u,\"new_tokens\":%u,\"prefill_ns\":%s,"
-         "\"decode_ns\":%s}",
-         tokens, fresh, numbers(prefill).c_str(), numbers(decode).c_str());
+    emit("{\"event\":\"bench\",\"prompt_tokens\":%zu,\"new_tokens\":%u,\"prefill_ns\":%s,"
+         "\"decode_ns\":%s,\"step_ns\":%s}",
+         tokens.size(), fresh, numbers(times.prefill_ns).c_str(), numbers(times.decode_ns).c_str(),
+         numbers(times.step_ns).c_str());
     return "";
   }
 
+  // Whether the other end of the output is still open: a cut cable must not leave us running.
+  bool somebody_reads() const {
+    pollfd output{fileno(out_), 0, 0};
+    return poll(&output, 1, 0) <= 0 || !(output.revents & (POLLERR | POLLHUP));
+  }
+
   std::string stats() {
-    const Memory memory = read_memory();
-    emit("{\"event\":\"stats\",\"loaded\":%s,\"length\":%zu,\"rss_bytes\":%llu,"
-         "\"peak_rss_bytes\":%llu%s}",
-         engine_.loaded() ? "true" : "false", engine_.length(),
-         static_cast<unsigned long long>(memory.resident),
-         static_cast<unsigned long long>(memory.peak),
+    const Usage usage = read_usage();
+    std::string fields;
+    for (const auto& [name, value] : std::initializer_list<std::pair<const char*, uint64_t>>{
+             {"rss_bytes", usage.resident},
+             {"peak_rss_bytes", usage.peak},
+             {"rss_anon_bytes", usage.anonymous},
+             {"rss_file_bytes", usage.file_backed},
+             {"pss_bytes", usage.proportional},
+             {"pss_file_bytes", usage.proportional_file},
+             {"cpu_ns", usage.cpu_ns},
+             {"major_faults", usage.major_faults},
+         })
+      fields += ",\"" + std::string(name) + "\":" + std::to_string(value);
+    emit("{\"event\":\"stats\",\"loaded\":%s,\"length\":%zu%s%s}",
+         engine_.loaded() ? "true" : "false", engine_.length(), fields.c_str(),
          engine_.profiled() ? times().c_str() : "");
+    return "";
+  }
+
+  // What this machine can do, for a roofline.
+  std::string probe(Request& request) {
+    const uint32_t threads = request.count("threads", 1, 1, 64);
+    const uint32_t bytes = request.count("bytes", 64 << 20, 1 << 20, 1 << 30);
+    const std::string isa = request.text("isa", "auto");
+    if (!request.fault().empty()) return request.fault();
+    emit("{\"event\":\"probe\",\"bandwidth_bytes_per_s\":%.0f,\"int8_macs_per_s\":%.0f}",
+         pslm_measure_bandwidth(threads, bytes), pslm_measure_int8_peak(isa.c_str(), threads));
     return "";
   }
 

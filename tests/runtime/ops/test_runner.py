@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import random
 import re
 import struct
@@ -153,9 +154,20 @@ def test_context_end_and_overflow(runner: Runner) -> None:
 def test_bench_and_stats(runner: Runner) -> None:
     bench = runner.ask(op="bench", prompt_tokens=20, new_tokens=5, repeats=3)
     assert len(bench["prefill_ns"]) == len(bench["decode_ns"]) == 3
-    assert all(ns > 0 for ns in bench["prefill_ns"] + bench["decode_ns"])
+    assert all(ns > 0 for ns in bench["prefill_ns"] + bench["step_ns"])
+    steps = np.array(bench["step_ns"]).reshape(3, 5)
+    assert steps.sum(1).tolist() == bench["decode_ns"]
+    given = runner.ask(op="bench", tokens=PROMPT, new_tokens=0, repeats=2)
+    assert (given["prompt_tokens"], len(given["prefill_ns"])) == (len(PROMPT), 2)
+    assert given["decode_ns"] == given["step_ns"] == []
     stats = runner.ask(op="stats")
     assert 0 < stats["rss_bytes"] <= stats["peak_rss_bytes"]
+    assert stats["rss_anon_bytes"] + stats["rss_file_bytes"] == stats["rss_bytes"]
+    assert 0 < stats["pss_file_bytes"] < stats["pss_bytes"] <= stats["peak_rss_bytes"]
+    assert stats["cpu_ns"] > sum(bench["step_ns"])
+    probe = runner.ask(op="probe", threads=1, bytes=1 << 20)
+    assert probe["bandwidth_bytes_per_s"] > 1e8
+    assert probe["int8_macs_per_s"] > 1e7
     assert "times" not in stats
 
 
@@ -172,6 +184,37 @@ def test_stats_of_a_profiled_model_say_where_time_went(runner_path: Path, chat_m
         assert not any(runner.ask(op="stats")["times"].values())
 
 
+def test_a_long_bench_can_be_cancelled(runner: Runner) -> None:
+    runner.send(op="bench", id="long", tokens=PROMPT, new_tokens=200, repeats=1000)
+    runner.send(op="cancel", id="long")
+    assert runner.event()["message"] == "cancelled"
+
+
+def test_a_bench_that_nobody_reads_ends(runner_path: Path, chat_model: Path) -> None:
+    with running([str(runner_path)]) as runner:
+        runner.ask(op="load", path=str(chat_model), threads=1)
+        runner.send(op="bench", new_tokens=200, prompt_tokens=200, repeats=1000)
+        assert runner.process.stdout is not None
+        runner.process.stdout.close()
+        runner.process.wait(60)
+
+
+def test_threads_stay_on_the_cpus_asked_for(runner_path: Path, chat_model: Path) -> None:
+    allowed = os.sched_getaffinity(0)
+    some = min(allowed)
+    with running([str(runner_path)]) as runner:
+
+        def masks(**options: object) -> list[set[int]]:
+            runner.ask(op="load", path=str(chat_model), threads=2, **options)
+            tasks = Path(f"/proc/{runner.process.pid}/task").iterdir()
+            return [os.sched_getaffinity(int(task.name)) for task in tasks]
+
+        assert masks(cpus=[some]).count({some}) >= 2  # the third one waits for input
+        assert all(mask == allowed for mask in masks())
+        reply = runner.ask(op="load", path=str(chat_model), cpus=[max(allowed) + 1])
+        assert f"CPU {max(allowed) + 1} is not among" in reply["message"]
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -182,6 +225,9 @@ def test_stats_of_a_profiled_model_say_where_time_went(runner_path: Path, chat_m
         ({"op": "generate", "tokens": [1], "max_tokens": 1.5}, "'max_tokens' must be"),
         ({"op": "generate", "tokens": [1], "top_p": "x"}, "'top_p' must be"),
         ({"op": "bench", "prompt_tokens": 500}, "do not fit"),
+        ({"op": "bench", "tokens": [999]}, "ids below 264"),
+        ({"op": "load", "path": "x", "cpus": ["a"]}, "'cpus' must be"),
+        ({"op": "probe", "threads": 0}, "'threads' must be"),
         ([], "one line with a JSON object"),
     ],
 )
