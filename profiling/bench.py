@@ -26,7 +26,7 @@ from pocketslm.profiling.engine import Job, PocketSlm, Runtime
 from pocketslm.profiling.machine import software, this_machine
 from pocketslm.profiling.peers import parse_peer
 from pocketslm.profiling.process import Loaded, Sample, Worker
-from pocketslm.profiling.records import Measurement
+from pocketslm.profiling.records import Measurement, append_records
 from pocketslm.runtime.backends import usable_cores
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Bundle, open_bundle
 
@@ -51,6 +51,7 @@ def bench(
     peers: Sequence[str] = (),
     source: Path | None = None,
     timeout_s: float = TIMEOUT_S,
+    record: Path | None = None,
     progress: Progress = lambda step, fraction: None,
 ) -> list[Measurement]:
     """Measure a bundle and, beside it, peers: ours first for each test and number of threads.
@@ -60,7 +61,8 @@ def bench(
     counted ones, after one that is not. threads: empty takes every core that this process may use.
     context: a KV cache larger than the tests need. peers: ``NAME`` or ``NAME=ARTEFACT``; without
     an artefact it is made of ``source``, the checkpoint that the bundle was exported from.
-    timeout_s: for one repetition, or for loading and the warm-up. progress is called with what is
+    timeout_s: for one repetition, or for loading and the warm-up. record: a file that rows are
+    appended to as soon as they are measured. progress is called with what is
     being done and the fraction of all that is done.
 
     Every runtime gets the same random token ids (seed 0). Raises UsageError, BundleError,
@@ -75,12 +77,16 @@ def bench(
         raise UsageError(f"timeout is {timeout_s}, expected seconds above 0")
     contenders = [_ours(bundle, backend), *_prepare_peers(peers, source, bundle, progress)]
     session = _Session(backend, repetitions, timeout_s, progress, len(tests) * len(threads))
-    return [
-        row
-        for count in threads
-        for test in tests
-        for row in session.measure(contenders, test, count)
-    ]
+    if record is not None:
+        append_records(record, ())  # where it cannot be written, say so before measuring
+    rows = []
+    for count in threads:
+        for test in tests:
+            measured = session.measure(contenders, test, count)
+            rows += measured
+            if record is not None:
+                append_records(record, measured)
+    return rows
 
 
 @dataclass(frozen=True)

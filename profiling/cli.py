@@ -32,6 +32,9 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--source", help="the checkpoint from which peers make their artefact")
     parser.add_argument("--context", type=int, help="a KV cache larger than the tests need")
     parser.add_argument(
+        "--record", type=Path, metavar="FILE.jsonl", help="append every measurement to this file"
+    )
+    parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds a repetition may take"
     )
     add_backend(parser)
@@ -53,6 +56,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             backend=arguments.backend,
             context=arguments.context,
             timeout_s=arguments.timeout,
+            record=arguments.record,
             peers=arguments.peer,
             source=resolve(arguments.source, say) if arguments.source else None,
             progress=progress,

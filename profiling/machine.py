@@ -14,14 +14,45 @@ _SOFTWARE = ("numpy", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "e
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """Cores of one kind. capacity: as the kernel rates them, the fastest of the machine 1024."""
+
+    cpus: tuple[int, ...]
+    capacity: int | None = None
+    max_khz: int | None = None
+
+
+@dataclass(frozen=True)
 class Machine:
-    """cpu: its name; cores: logical ones that this process may use; arch: as uname says it."""
+    """The device behind a figure; what it does not tell is None.
+
+    cpu: its name; cores: logical ones that the measured process may use; arch: as uname says it;
+    kind: how it was reached (local, ssh, adb); product: its model's name; soc: the chip's name;
+    clusters: of all its cores, the fastest first; governor: of the frequency, cpufreq's name.
+    """
 
     cpu: str
     cores: int
     arch: str
     ram_bytes: int
     os: str
+    kind: str = "local"
+    product: str | None = None
+    soc: str | None = None
+    clusters: tuple[Cluster, ...] = ()
+    governor: str | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do with the row's number of threads, measured on it.
+
+    bandwidth_bytes_s: streaming reads over a buffer of the model's size; int8_macs_s: multiply-
+    accumulates from registers with the fastest int8 instruction.
+    """
+
+    bandwidth_bytes_s: float
+    int8_macs_s: float
 
 
 def this_machine() -> Machine:

@@ -1,37 +1,78 @@
-"""The measurement: one row of every table, with all that is needed to judge or repeat it."""
+"""The measurement: one row of every table, with all that is needed to judge or repeat it.
+
+Records are files of such rows, one JSON object a line; a run only ever appends to one.
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from pocketslm.errors import UsageError
-from pocketslm.profiling.machine import Machine
+from pocketslm.profiling.machine import Cluster, Limits, Machine
 
-SCHEMA = 1
+SCHEMA = 2
 OURS = "pocketslm"
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Of the counted repetitions together.
+
+    source: the file or command it was read from; label: what is in it, such as "package" or
+    "whole device on battery, idle power subtracted".
+    """
+
+    joules: float
+    source: str
+    label: str
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """Sensors at one moment of a row, at_ns after its first counted repetition began.
+
+    celsius: by thermal zone; khz: by cluster, in the order of ``Machine.clusters``.
+    """
+
+    at_ns: int
+    celsius: dict[str, float] = field(default_factory=dict)
+    khz: tuple[int, ...] = ()
+    rss_bytes: int | None = None
+    pss_bytes: int | None = None
+    watts: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One test of one artefact by one runtime.
+    """One test of one artefact by one runtime on one machine; what was not measured is None.
 
-    A test times either a prompt of ``n_prompt`` tokens in one call on an empty cache (pp), or
-    ``n_gen`` greedy single-token steps (tg) after ``n_depth`` tokens are in the cache; the other
-    count is 0. With ``n_depth`` 0 the first step runs the first token of the sequence.
+    A test times a prompt of ``n_prompt`` tokens in one call on an empty cache (pp), or ``n_gen``
+    greedy single-token steps (tg) after ``n_depth`` tokens are in the cache, or such a prompt and
+    then the steps (pp+tg); a count that is left out is 0. With ``n_prompt`` and ``n_depth`` 0 the
+    first step runs the first token of the sequence.
 
     run: the same for all rows of one call of ``bench``; their samples of equal index were taken
     right after each other. started: UTC, ISO 8601. model: the bundle's name, in its peers' rows
     too; artefact: the name of the file or folder that was run; artefact_sha256: of the manifest
     of a bundle, else of the artefact's files. runtime: "pocketslm" or a peer's name; backend:
-    what computes. context: tokens that the KV cache was made for. samples_ns: every counted
-    repetition; step_ns: every decode step of them, in order. load_ns: from the artefact's path to
-    a session ready to run, files in the page cache, imports and hash checks not counted.
-    base_rss_bytes: the worker's peak before it loaded (interpreter and libraries), which
-    peak_rss_bytes includes. quality: as the bundle's manifest has it.
+    what computes. pinning: the CPUs it was bound to, empty where it was not. context: tokens that
+    the KV cache was made for. workload: what the tokens are, such as "random" or "summarize".
+    cold: whether the artefact was dropped from the page cache before it was loaded.
+
+    samples_ns: every counted repetition; prefill_ns: the prompt's part of each (pp+tg only);
+    step_ns: every decode step of them, in order, empty where they were not told apart.
+    load_ns: from the artefact's path to a session ready to run, imports and hash checks not
+    counted. base_rss_bytes: the worker's peak before it loaded (interpreter and libraries), which
+    peak_rss_bytes includes; rss_anon_bytes, rss_file_bytes, pss_bytes, pss_file_bytes: steady,
+    after the last repetition. cpu_ns, major_faults: of the counted repetitions together.
+    operator_ns: time by operator over them. bytes_per_token: weights read for one token;
+    macs_per_token: multiply-accumulates of one prompt token, attention and head apart.
+    quality: as the bundle's manifest has it.
     """
 
     run: str
@@ -41,7 +82,6 @@ class Measurement:
     software: dict[str, str]
     model: str
     artefact: str
-    artefact_sha256: str
     size_bytes: int
     runtime: str
     runtime_version: str
@@ -50,60 +90,112 @@ class Measurement:
     n_prompt: int
     n_gen: int
     n_depth: int
-    context: int
     samples_ns: tuple[int, ...]
-    step_ns: tuple[int, ...]
-    load_ns: int
-    base_rss_bytes: int
-    peak_rss_bytes: int
+    prefill_ns: tuple[int, ...] = ()
+    step_ns: tuple[int, ...] = ()
+    artefact_sha256: str | None = None
+    context: int | None = None
+    pinning: tuple[int, ...] = ()
+    workload: str = "random"
+    cold: bool = False
+    load_ns: int | None = None
+    base_rss_bytes: int | None = None
+    peak_rss_bytes: int | None = None
     rss_anon_bytes: int | None = None
     rss_file_bytes: int | None = None
+    pss_bytes: int | None = None
+    pss_file_bytes: int | None = None
+    kv_bytes: int | None = None
+    cpu_ns: int | None = None
+    major_faults: int | None = None
+    operator_ns: dict[str, int] | None = None
+    energy: Energy | None = None
+    trace: tuple[TracePoint, ...] = ()
+    throttled: bool | None = None
+    bytes_per_token: int | None = None
+    macs_per_token: int | None = None
+    limits: Limits | None = None
     quality: dict[str, Any] | None = None
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        if self.schema != SCHEMA:
-            raise UsageError(
-                f"the measurement has schema {self.schema!r}, this pocketslm reads {SCHEMA}; "
-                "measure again or use the version that wrote it"
-            )
-        for field in fields(self):
-            if field.type == "str" and not isinstance(getattr(self, field.name), str):
-                raise UsageError(f"{field.name} is {getattr(self, field.name)!r}, expected a text")
-        for name in ("size_bytes", "n_prompt", "n_gen", "n_depth", "base_rss_bytes"):
-            _require(name, getattr(self, name), 0)
-        for name in ("threads", "context", "load_ns", "peak_rss_bytes"):
-            _require(name, getattr(self, name), 1)
-        for name in ("rss_anon_bytes", "rss_file_bytes"):
-            if getattr(self, name) is not None:
-                _require(name, getattr(self, name), 0)
-        for name in ("samples_ns", "step_ns"):
+        _check_schema(self.schema)
+        for one in fields(self):
+            _check(one.name, str(one.type), getattr(self, one.name))
+        for name in ("samples_ns", "prefill_ns", "step_ns"):
             for value in getattr(self, name):
                 _require(name, value, 1)
-        if (self.n_prompt == 0) == (self.n_gen == 0):
+        for name in ("threads", "context", "load_ns", "peak_rss_bytes"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), 1)
+        if not self.n_prompt and not self.n_gen:
+            raise UsageError("n_prompt and n_gen are both 0, expected a test of at least one")
+        if self.n_prompt and self.n_depth:
             raise UsageError(
-                f"n_prompt is {self.n_prompt} and n_gen {self.n_gen}, expected just one of them "
-                "above 0: a row is one test"
+                f"n_prompt is {self.n_prompt} and n_depth {self.n_depth}, expected at most one of "
+                "them above 0: a prompt starts an empty cache"
             )
         if not self.samples_ns:
             raise UsageError("samples_ns is empty, expected at least one repetition")
-        if len(self.step_ns) != self.n_gen * len(self.samples_ns):
+        repetitions = len(self.samples_ns)
+        if self.step_ns and len(self.step_ns) != self.n_gen * repetitions:
             raise UsageError(
                 f"step_ns has {len(self.step_ns)} values, expected n_gen x repetitions = "
-                f"{self.n_gen} x {len(self.samples_ns)}"
+                f"{self.n_gen} x {repetitions}"
+            )
+        both = repetitions if self.n_prompt and self.n_gen else 0
+        if len(self.prefill_ns) != both:
+            raise UsageError(
+                f"prefill_ns has {len(self.prefill_ns)} values, expected {both}: one a repetition "
+                "of a prompt with generation, else none"
             )
 
     @property
     def test(self) -> str:
-        """llama-bench's name of the test: ``pp512``, ``tg128``, ``tg128 @ d512``."""
-        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        """llama-bench's name of the test: ``pp512``, ``tg128 @ d512``, ``pp512+tg128``."""
+        parts = (("pp", self.n_prompt), ("tg", self.n_gen))
+        name = "+".join(f"{kind}{count}" for kind, count in parts if count)
         return f"{name} @ d{self.n_depth}" if self.n_depth else name
 
     @property
     def tokens_per_second(self) -> tuple[float, ...]:
-        """Of each repetition."""
-        tokens = self.n_prompt or self.n_gen
+        """Of each repetition, prompt and new tokens together."""
+        tokens = self.n_prompt + self.n_gen
         return tuple(tokens * 1e9 / sample for sample in self.samples_ns)
+
+    @property
+    def ttft_ns(self) -> tuple[int, ...]:
+        """Time to the first token of each repetition; empty without a prompt."""
+        return self.prefill_ns or (self.samples_ns if self.n_prompt else ())
+
+    @property
+    def prefill_tps(self) -> tuple[float, ...]:
+        """Prompt tokens a second of each repetition; empty without a prompt."""
+        return tuple(self.n_prompt * 1e9 / ns for ns in self.ttft_ns)
+
+    @property
+    def decode_tps(self) -> tuple[float, ...]:
+        """New tokens a second of each repetition; empty without generation."""
+        if not self.n_gen:
+            return ()
+        before = self.prefill_ns or (0,) * len(self.samples_ns)
+        return tuple(
+            self.n_gen * 1e9 / (total - prefill)
+            for total, prefill in zip(self.samples_ns, before, strict=True)
+        )
+
+    @property
+    def steady_rss_bytes(self) -> int | None:
+        """Resident after the last repetition."""
+        if self.rss_anon_bytes is None or self.rss_file_bytes is None:
+            return None
+        return self.rss_anon_bytes + self.rss_file_bytes
+
+    @property
+    def joules_per_token(self) -> float | None:
+        if self.energy is None:
+            return None
+        return self.energy.joules / (len(self.samples_ns) * (self.n_prompt + self.n_gen))
 
     def summary(self) -> dict[str, float]:
         """What tables show, under llama-bench's names where it has one.
@@ -114,7 +206,7 @@ class Measurement:
         """
         speeds = self.tokens_per_second
         latencies = self.step_ns or self.samples_ns
-        return {
+        summary = {
             "avg_ns": statistics.fmean(self.samples_ns),
             "stddev_ns": _stddev(self.samples_ns),
             "avg_ts": statistics.fmean(speeds),
@@ -124,6 +216,14 @@ class Measurement:
             "p90_ns": percentile(latencies, 90),
             "p99_ns": percentile(latencies, 99),
         }
+        for name, values in (
+            ("ttft_ns", self.ttft_ns),
+            ("prefill_ts", self.prefill_tps),
+            ("decode_ts", self.decode_tps),
+        ):
+            if values:
+                summary |= {f"{name}_p{p}": percentile(values, p) for p in (50, 90, 99)}
+        return summary
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, then ``test`` and ``summary``, which follow from them."""
@@ -131,21 +231,19 @@ class Measurement:
 
     def to_json(self) -> str:
         """One line."""
-        return json.dumps(self.to_dict())
+        return json.dumps(self.to_dict(), allow_nan=False)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Measurement:
         """Strict: UsageError for anything missing, unknown or of the wrong kind."""
         data = {name: value for name, value in data.items() if name not in ("test", "summary")}
-        known = {field.name for field in fields(cls)}
+        _check_schema(data.get("schema"))  # of another one, no other field is known
+        known = {one.name for one in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise UsageError(f"the measurement has unknown fields {unknown}")
         try:
-            data["machine"] = Machine(**data["machine"])
-            data["samples_ns"] = tuple(data["samples_ns"])
-            data["step_ns"] = tuple(data["step_ns"])
-            return cls(**data)
-        except (KeyError, TypeError) as error:
+            return cls(**data | _parts(data))
+        except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"the measurement does not follow the schema: {error}") from None
 
     @classmethod
@@ -153,20 +251,89 @@ class Measurement:
         """Read one line that :meth:`to_json` wrote; UsageError where it is not one."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"not a measurement but {text[:80]!r}: {error}") from None
         if not isinstance(data, dict):
             raise UsageError(f"not a measurement but {text[:80]!r}, expected a JSON object")
         return cls.from_dict(data)
 
 
-def percentile(values: Sequence[int], percent: float) -> float:
+def read_records(path: str | Path) -> list[Measurement]:
+    """Every row of a file of records; UsageError names the line that is not one."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the records {path}: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(Measurement.from_json(line))
+            except UsageError as error:
+                raise UsageError(f"{path}, line {number}: {error}") from None
+    if not rows:
+        raise UsageError(f"{path} holds no records, expected lines of `bench --record {path}`")
+    return rows
+
+
+def append_records(path: str | Path, rows: Iterable[Measurement]) -> None:
+    """Add rows at the end of a file; what it held stays. UsageError where it cannot be written."""
+    text = "".join(row.to_json() + "\n" for row in rows)
+    try:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"cannot write the records {path}: {error}") from None
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
     """Linear between the two nearest ranks, as numpy's default."""
     ordered = sorted(values)
     rank = (len(ordered) - 1) * percent / 100
     low = int(rank)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def _parts(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields that JSON holds as lists and objects, as their own types."""
+    machine = dict(data["machine"])
+    clusters = (Cluster(**one | {"cpus": tuple(one["cpus"])}) for one in machine.pop("clusters"))
+    trace = (TracePoint(**one | {"khz": tuple(one["khz"])}) for one in data["trace"])
+    return {
+        "machine": Machine(**machine, clusters=tuple(clusters)),
+        "trace": tuple(trace),
+        "energy": None if data["energy"] is None else Energy(**data["energy"]),
+        "limits": None if data["limits"] is None else Limits(**data["limits"]),
+        **{one: tuple(data[one]) for one in ("samples_ns", "prefill_ns", "step_ns", "pinning")},
+    }
+
+
+def _check_schema(schema: object) -> None:
+    if schema != SCHEMA:
+        raise UsageError(
+            f"the measurement has schema {schema!r}, this pocketslm reads {SCHEMA}; "
+            "measure again or use the version that wrote it"
+        )
+
+
+def _check(name: str, kind: str, value: object) -> None:
+    """By the annotation of a field; counts are never negative."""
+    if value is None and kind.endswith(" | None"):
+        return
+    kind = kind.removesuffix(" | None")
+    if kind == "int":
+        _require(name, value, 0)
+    elif kind == "str" and not isinstance(value, str):
+        raise UsageError(f"{name} is {value!r}, expected a text")
+    elif kind == "bool" and not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}, expected true or false")
+    elif kind.startswith("dict") and not isinstance(value, dict):
+        raise UsageError(f"{name} is {value!r}, expected an object")
+    elif kind == "tuple[int, ...]":
+        assert isinstance(value, tuple)
+        for one in value:
+            _require(name, one, 0)
 
 
 def _stddev(values: Sequence[float]) -> float:

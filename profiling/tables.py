@@ -92,8 +92,8 @@ def _md_row(row: Measurement) -> list[str]:
         str(row.threads),
         row.test,
         f"{summary['avg_ts']:.2f} ± {summary['stddev_ts']:.2f}",
-        f"{row.peak_rss_bytes / 1e6:.0f} MB",
-        f"{row.load_ns / 1e6:.0f} ms",
+        "" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 1e6:.0f} MB",
+        "" if row.load_ns is None else f"{row.load_ns / 1e6:.0f} ms",
     ]
 
 
@@ -133,8 +133,9 @@ def _csv(rows: Sequence[Measurement]) -> str:
     if not rows:
         return ""
     flat = [_flat(row) for row in rows]
+    columns = list({name: None for row in flat for name in row})
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return out.getvalue()

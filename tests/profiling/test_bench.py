@@ -16,7 +16,7 @@ from pocketslm.profiling.bench import bench
 from pocketslm.profiling.engine import Job
 from pocketslm.profiling.peers import PEERS, parse_peer, runtime_named
 from pocketslm.profiling.process import Loaded, Sample
-from pocketslm.profiling.records import Measurement
+from pocketslm.profiling.records import Measurement, read_records
 from pocketslm.profiling.tables import format_rows
 from pocketslm.runtime.bundle import MANIFEST
 
@@ -62,8 +62,9 @@ def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pocketslm.profiling.engine.find_spec", lambda name: object())
 
 
-def test_end_to_end(tiny_bundle: Path) -> None:
+def test_end_to_end(tiny_bundle: Path, tmp_path: Path) -> None:
     steps = []
+    record = tmp_path / "records.jsonl"
     rows = bench(
         tiny_bundle,
         n_prompt=(16, 130),
@@ -71,6 +72,7 @@ def test_end_to_end(tiny_bundle: Path) -> None:
         repetitions=2,
         threads=(1, 2),
         backend="onnx",
+        record=record,
         progress=lambda step, fraction: steps.append((step, fraction)),
     )
     assert [(row.test, row.threads) for row in rows] == [
@@ -81,9 +83,12 @@ def test_end_to_end(tiny_bundle: Path) -> None:
         assert row.backend.startswith("onnxruntime ")
         assert row.artefact == tiny_bundle.name
         assert len(row.samples_ns) == 2
+        assert row.base_rss_bytes is not None
+        assert row.peak_rss_bytes is not None
         assert 1 << 20 < row.base_rss_bytes < row.peak_rss_bytes
         assert row.context == (row.n_prompt or 134)
         assert Measurement.from_json(row.to_json()) == row
+    assert read_records(record) == rows
     assert len({row.run for row in rows}) == 1
     assert len(format_rows(rows).splitlines()) == 2 + len(rows)
     fractions = [fraction for _, fraction in steps]

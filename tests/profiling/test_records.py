@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketslm.errors import UsageError
-from pocketslm.profiling.records import Measurement, percentile
+from pocketslm.profiling.machine import Cluster, Limits, Machine
+from pocketslm.profiling.records import (
+    SCHEMA,
+    Energy,
+    Measurement,
+    TracePoint,
+    append_records,
+    percentile,
+    read_records,
+)
+
+PHONE = Machine(
+    cpu="Cortex-X1",
+    cores=8,
+    arch="aarch64",
+    ram_bytes=12 << 30,
+    os="Android 14",
+    kind="adb",
+    product="Pixel 7 Pro",
+    soc="GS201",
+    clusters=(Cluster((6, 7), 1024, 2_850_000), Cluster((0, 1, 2, 3), 200)),
+    governor="sched_pixel",
+)
 
 
 def test_json_round_trip(make_row: Any) -> None:
@@ -20,6 +43,9 @@ def test_json_round_trip(make_row: Any) -> None:
         make_row(),
         make_row(quality=None, rss_anon_bytes=None, rss_file_bytes=None),
         make_row(n_prompt=0, n_gen=2, n_depth=9, step_ns=(3, 4, 5, 6), samples_ns=(7, 11)),
+        make_row(machine=PHONE, energy=Energy(1.5, "battery", "whole device"), throttled=True),
+        make_row(trace=(TracePoint(0, {"cpu": 41.5}, (2_000_000, 1_800_000), 7), TracePoint(9))),
+        make_row(limits=Limits(30e9, 330e9), operator_ns={"attention": 5}, pinning=(0, 1)),
     ):
         text = row.to_json()
         assert "\n" not in text
@@ -28,7 +54,7 @@ def test_json_round_trip(make_row: Any) -> None:
 
 def test_json_carries_samples_and_summary(make_row: Any) -> None:
     data = json.loads(make_row().to_json())
-    assert data["schema"] == 1
+    assert data["schema"] == SCHEMA
     assert data["test"] == "pp512"
     assert data["samples_ns"] == [512_000_000, 1_024_000_000]
     assert data["machine"]["cpu"] == "Some CPU"
@@ -38,20 +64,27 @@ def test_json_carries_samples_and_summary(make_row: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 1}, "schema 1"),
         ({"threads": 0}, "threads is 0"),
         ({"threads": True}, "threads is True"),
         ({"threads": 2.0}, "threads is 2.0"),
         ({"n_prompt": -1}, "n_prompt is -1"),
         ({"load_ns": "1"}, "load_ns is '1'"),
-        ({"peak_rss_bytes": None}, "peak_rss_bytes is None"),
+        ({"size_bytes": None}, "size_bytes is None"),
+        ({"peak_rss_bytes": 0}, "peak_rss_bytes is 0"),
+        ({"cold": 1}, "cold is 1"),
+        ({"pinning": [-1]}, "pinning is -1"),
+        ({"operator_ns": []}, "operator_ns is []"),
+        ({"energy": {"joules": 1.0}}, "does not follow the schema"),
+        ({"trace": [{"at_ns": 1, "khz": [], "rpm": 1}]}, "does not follow the schema"),
         ({"backend": None}, "backend is None"),
         ({"samples_ns": []}, "samples_ns is empty"),
         ({"samples_ns": [0]}, "samples_ns is 0"),
         ({"samples_ns": [float("nan")]}, "samples_ns is nan"),
         ({"samples_ns": 5}, "does not follow the schema"),
-        ({"n_gen": 1}, "just one of them"),
-        ({"n_prompt": 0}, "just one of them"),
+        ({"n_gen": 1}, "prefill_ns has 0 values, expected 2"),
+        ({"n_depth": 1}, "at most one of them"),
+        ({"n_prompt": 0}, "both 0"),
         ({"step_ns": [1]}, "step_ns has 1 values"),
         ({"speed": 9}, "unknown fields ['speed']"),
         ({"machine": {"cpu": "x"}}, "does not follow the schema"),
@@ -65,7 +98,7 @@ def test_strict_about_fields(make_row: Any, changes: dict[str, Any], message: st
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["run", "machine", "samples_ns", "peak_rss_bytes"])
+@pytest.mark.parametrize("name", ["run", "machine", "samples_ns", "step_ns", "schema"])
 def test_missing_field(make_row: Any, name: str) -> None:
     data = json.loads(make_row().to_json())
     del data[name]
@@ -106,6 +139,56 @@ def test_generation_percentiles_are_of_steps(make_row: Any) -> None:
 
 def test_one_repetition_has_no_spread(make_row: Any) -> None:
     assert make_row(samples_ns=(5,)).summary()["stddev_ts"] == 0
+
+
+def test_prompt_and_generation_add_up(make_row: Any) -> None:
+    row = make_row(
+        n_prompt=100, n_gen=2, samples_ns=(50, 70), prefill_ns=(20, 40), step_ns=(10, 20, 10, 20)
+    )
+    assert row.test == "pp100+tg2"
+    assert row.ttft_ns == (20, 40)
+    assert row.prefill_tps == pytest.approx((5e9, 2.5e9))
+    assert row.decode_tps == pytest.approx((2e9 / 30, 2e9 / 30))
+    assert row.summary()["ttft_ns_p50"] == 30
+    assert make_row().ttft_ns == make_row().samples_ns
+    assert make_row().decode_tps == ()
+
+
+def test_energy_is_shared_by_every_token(make_row: Any) -> None:
+    row = make_row(energy=Energy(2048.0, "powercap", "package"))
+    assert row.joules_per_token == 2  # two repetitions of 512 tokens
+    assert make_row().joules_per_token is None
+
+
+def test_records_are_appended_and_read_back(make_row: Any, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    rows = [make_row(), make_row(threads=1), make_row(threads=4)]
+    append_records(path, rows[:2])
+    append_records(path, rows[2:])
+    assert read_records(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no records"),
+        ("\n\n", "holds no records"),
+        ('GOOD\n{"schema": 2', "line 2: not a measurement"),
+        ('GOOD\n\n{"schema": 9}\n', "line 3: the measurement has schema 9"),
+        ("\udc80", "cannot read the records"),
+    ],
+)
+def test_bad_records_name_the_line(make_row: Any, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "records.jsonl"
+    text = text.replace("GOOD", make_row().to_json())
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UsageError) as caught:
+        read_records(path)
+    assert message in str(caught.value)
+    with pytest.raises(UsageError, match="cannot read the records"):
+        read_records(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="cannot write the records"):
+        append_records(tmp_path, [make_row()])
 
 
 @given(
