@@ -164,6 +164,8 @@ def _lower_onnx(
         dtype=recipe.dtype,
         progress=lambda done, total: progress("lower to onnx", done / total),
     )
+    if len({size.num_key_value_heads for size in config.layers}) > 1:
+        weights.notes.append("onnxruntime-genai cannot run layers with different KV heads")
     description = genai_config(config, recipe.context, folder)
     (folder / GENAI_CONFIG).write_text(json.dumps(description, indent=4) + "\n")
     return Graph("onnx", onnx.GRAPH_FILE, recipe.context, recipe.dtype)

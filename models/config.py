@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 from pocketslm.errors import CheckpointError
+
+
+class LayerSize(NamedTuple):
+    """The widths in which a pruned layer may differ from its neighbours."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides the shape and arithmetic of a checkpoint; names as Hugging Face's.
 
+    ``layer_sizes``: one entry a layer where layers differ (see :meth:`with_layer_sizes`), else
+    None; ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size`` are then the
+    largest of any layer.
     ``rope_divisors`` [head_dim / 2] divide the rotary frequencies (one form for every way of
     stretching a context: linear, Llama 3's bands, a GGUF's ``rope_freqs.weight``).
     """
@@ -35,6 +46,7 @@ class ModelConfig:
     output_bias: bool = False  # of the attention output
     mlp_bias: bool = False
     hidden_act: str = "silu"
+    layer_sizes: tuple[LayerSize, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -50,11 +62,22 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise CheckpointError(f"config: {name} is {value!r}, expected a positive integer")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.layer_sizes is not None and len(self.layer_sizes) != self.num_hidden_layers:
             raise CheckpointError(
-                f"config: {self.num_attention_heads} attention heads cannot be shared by "
-                f"{self.num_key_value_heads} key-value heads, expected a multiple"
+                f"config: {len(self.layer_sizes)} layer sizes, expected one for each of "
+                f"{self.num_hidden_layers} layers"
             )
+        largest = LayerSize(
+            self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
+        )
+        for size in self.layer_sizes or (largest,):
+            if any(not 0 < part <= most for part, most in zip(size, largest, strict=True)):
+                raise CheckpointError(f"config: layer size {tuple(size)}, at most {tuple(largest)}")
+            if size.num_attention_heads % size.num_key_value_heads:
+                raise CheckpointError(
+                    f"config: {size.num_attention_heads} attention heads cannot be shared by "
+                    f"{size.num_key_value_heads} key-value heads, expected a multiple"
+                )
         if self.head_dim % 2:
             raise CheckpointError(f"config: head_dim {self.head_dim} is odd, RoPE needs pairs")
         if self.hidden_act != "silu":
@@ -65,7 +88,27 @@ class ModelConfig:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token in an fp32 KV cache."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * 4
+        return sum(2 * size.num_key_value_heads * self.head_dim * 4 for size in self.layers)
+
+    @property
+    def layers(self) -> tuple[LayerSize, ...]:
+        """The widths of each layer."""
+        if self.layer_sizes is not None:
+            return self.layer_sizes
+        size = LayerSize(self.num_attention_heads, self.num_key_value_heads, self.intermediate_size)
+        return (size,) * self.num_hidden_layers
+
+    def with_layer_sizes(self, sizes: Sequence[LayerSize]) -> ModelConfig:
+        """The same model with other layers; their number and the largest widths follow."""
+        heads, kv_heads, intermediate = (max(widths) for widths in zip(*sizes, strict=True))
+        return replace(
+            self,
+            num_hidden_layers=len(sizes),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=intermediate,
+            layer_sizes=tuple(sizes) if len(set(sizes)) > 1 else None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,6 +119,8 @@ class ModelConfig:
         fields = dict(data)
         if fields.get("rope_divisors") is not None:
             fields["rope_divisors"] = tuple(fields["rope_divisors"])
+        if fields.get("layer_sizes") is not None:
+            fields["layer_sizes"] = tuple(LayerSize(*size) for size in fields["layer_sizes"])
         return cls(**fields)
 
 
@@ -118,7 +163,24 @@ def config_from_hf(data: Mapping[str, Any], architecture: str) -> ModelConfig:
         output_bias=architecture != "qwen2" and bool(data.get("attention_bias", False)),
         mlp_bias=bool(data.get("mlp_bias", False)),
         hidden_act=data.get("hidden_act", "silu"),
+        layer_sizes=_layer_sizes(data.get("layer_sizes")),
     )
+
+
+def _layer_sizes(data: Any) -> tuple[LayerSize, ...] | None:
+    """Our own field of config.json: a list of objects of LayerSize's fields."""
+    if data is None:
+        return None
+    try:
+        sizes = tuple(LayerSize(**size) for size in data)
+    except TypeError:
+        sizes = ()
+    if not sizes or any(not isinstance(part, int) for size in sizes for part in size):
+        raise CheckpointError(
+            "config.json: layer_sizes is not a list of objects with the integers "
+            + ", ".join(LayerSize._fields)
+        )
+    return sizes
 
 
 def rope_frequencies(theta: float, head_dim: int) -> list[float]:

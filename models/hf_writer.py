@@ -39,7 +39,7 @@ def hf_config(c: ModelConfig) -> dict[str, Any]:
     """``config.json`` as transformers reads it."""
     if c.rope_divisors is not None:
         raise CheckpointError("a GGUF's stretched RoPE has no Hugging Face form to write back")
-    return {
+    data: dict[str, Any] = {
         "architectures": [_CLASS[c.architecture]],
         "model_type": c.architecture,
         "torch_dtype": "float32",
@@ -58,3 +58,6 @@ def hf_config(c: ModelConfig) -> dict[str, Any]:
         "mlp_bias": c.mlp_bias,
         "hidden_act": c.hidden_act,
     }
+    if c.layer_sizes is not None:  # no field of transformers' says it; only we read this one
+        data["layer_sizes"] = [size._asdict() for size in c.layer_sizes]
+    return data

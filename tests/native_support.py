@@ -108,7 +108,7 @@ def reference_logits(
 ) -> np.ndarray:
     """Logits [n, vocab], plainly."""
     c = config
-    dim, heads, kv_heads = c.head_dim, c.num_attention_heads, c.num_key_value_heads
+    dim = c.head_dim
 
     def get(name: str, *shape: int) -> np.ndarray:
         w = weights(name, shape)
@@ -129,7 +129,7 @@ def reference_logits(
 
     embedding = get("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
     x = embedding[tokens]
-    for layer in range(c.num_hidden_layers):
+    for layer, (heads, kv_heads, intermediate) in enumerate(c.layers):
         prefix = f"model.layers.{layer}."
         y = norm(x, get(prefix + "input_layernorm.weight", c.hidden_size))
 
@@ -150,9 +150,9 @@ def reference_logits(
         out = np.einsum("hts,shd->thd", scores, v).reshape(len(tokens), -1)
         x = x + out @ get(prefix + "self_attn.o_proj.weight", c.hidden_size, heads * dim).T
         y = norm(x, get(prefix + "post_attention_layernorm.weight", c.hidden_size))
-        gate = y @ get(prefix + "mlp.gate_proj.weight", c.intermediate_size, c.hidden_size).T
-        up = y @ get(prefix + "mlp.up_proj.weight", c.intermediate_size, c.hidden_size).T
-        down = get(prefix + "mlp.down_proj.weight", c.hidden_size, c.intermediate_size)
+        gate = y @ get(prefix + "mlp.gate_proj.weight", intermediate, c.hidden_size).T
+        up = y @ get(prefix + "mlp.up_proj.weight", intermediate, c.hidden_size).T
+        down = get(prefix + "mlp.down_proj.weight", c.hidden_size, intermediate)
         x = x + (gate / (1 + np.exp(-gate)) * up) @ down.T
     x = norm(x, get("model.norm.weight", c.hidden_size))
     tied = c.tie_word_embeddings

@@ -24,7 +24,7 @@ from pocketslm.models.config import ModelConfig, rope_frequencies
 from pocketslm.models.tensors import Array, QuantTensor, Weight
 
 MAGIC = b"PSLMODEL"
-VERSION = 1
+VERSION, VERSION_LAYER_SIZES = 1, 2  # the second where layers differ in width
 HEADER_BYTES = 128
 ALIGNMENT = 64
 BLOCK_ROWS = 16
@@ -169,13 +169,11 @@ def uncovered(config: ModelConfig) -> str | None:
     """Why the native operators cannot run a model of these dimensions; None if they can."""
     if config.output_bias or config.mlp_bias:
         return "biases of the attention output or the MLP are not supported natively"
-    widths = {
-        "hidden_size": (config.hidden_size, GROUP),
-        "intermediate_size": (config.intermediate_size, GROUP),
-        "attention width": (config.num_attention_heads * config.head_dim, GROUP),
-        "head_dim": (config.head_dim, 16),
-    }
-    for name, (value, multiple) in widths.items():
+    widths = [("hidden_size", config.hidden_size, GROUP), ("head_dim", config.head_dim, 16)]
+    for size in set(config.layers):
+        widths.append(("intermediate_size", size.intermediate_size, GROUP))
+        widths.append(("attention width", size.num_attention_heads * config.head_dim, GROUP))
+    for name, value, multiple in widths:
         if value % multiple:
             return f"{name} {value} is not a multiple of {multiple}"
     return None
@@ -187,17 +185,8 @@ def _sections(
     blobs: Mapping[str, bytes],
     report: NativeReport,
 ) -> Iterator[Section]:
-    hidden, mlp = config.hidden_size, config.intermediate_size
-    q_width = config.num_attention_heads * config.head_dim
-    kv_width = config.num_key_value_heads * config.head_dim
+    hidden = config.hidden_size
     shapes = {
-        "query": (q_width, hidden),
-        "key": (kv_width, hidden),
-        "value": (kv_width, hidden),
-        "output": (hidden, q_width),
-        "gate": (mlp, hidden),
-        "up": (mlp, hidden),
-        "down": (hidden, mlp),
         "embedding": (config.vocab_size, hidden),
         "head": (config.vocab_size, hidden),
     }
@@ -225,7 +214,19 @@ def _sections(
     if config.rope_divisors is not None:
         frequencies /= config.rope_divisors
     yield vector("rope_frequencies", 0, frequencies)
-    for layer in range(config.num_hidden_layers):
+    for layer, size in enumerate(config.layers):
+        q_width = size.num_attention_heads * config.head_dim
+        kv_width = size.num_key_value_heads * config.head_dim
+        mlp = size.intermediate_size
+        shapes |= {
+            "query": (q_width, hidden),
+            "key": (kv_width, hidden),
+            "value": (kv_width, hidden),
+            "output": (hidden, q_width),
+            "gate": (mlp, hidden),
+            "up": (mlp, hidden),
+            "down": (hidden, mlp),
+        }
         prefix = f"model.layers.{layer}."
         for role, name in VECTORS.items():
             yield named_vector(role, layer, prefix + name, hidden)
@@ -296,7 +297,7 @@ def _header(config: ModelConfig, sections: int, file_bytes: int) -> bytes:
     header = struct.pack(
         "<8sIIQ9I2f60x",
         MAGIC,
-        VERSION,
+        VERSION if config.layer_sizes is None else VERSION_LAYER_SIZES,
         sections,
         file_bytes,
         config.hidden_size,

@@ -153,8 +153,9 @@ class _Lowering:
         placeholders = {n.name: n for n in self.traced.graph.nodes if n.op == "placeholder"}
         self.values[placeholders[self.traced.input_ids]] = ids
         caches = []
-        shape = ["batch_size", c.num_key_value_heads, "past_sequence_length", c.head_dim]
         for layer, names in enumerate(self.traced.past):
+            heads = c.layers[layer].num_key_value_heads
+            shape = ["batch_size", heads, "past_sequence_length", c.head_dim]
             for kind, name in zip(("key", "value"), names, strict=True):
                 cache = _value(f"past_key_values.{layer}.{kind}", self.float_type, shape)
                 self.values[placeholders[name]] = cache
@@ -175,8 +176,9 @@ class _Lowering:
             logits = self._op("Cast", [logits], to=ir.DataType.FLOAT)
         # The literal 1 tells onnxruntime-genai that prefill returns the last position only.
         _describe(logits, "logits", ir.DataType.FLOAT, ["batch_size", 1, c.vocab_size])
-        shape = ["batch_size", c.num_key_value_heads, "total_sequence_length", c.head_dim]
         for index, value in enumerate(present):
+            heads = c.layers[index // 2].num_key_value_heads
+            shape = ["batch_size", heads, "total_sequence_length", c.head_dim]
             kind = "key" if index % 2 == 0 else "value"
             _describe(value, f"present.{index // 2}.{kind}", self.float_type, shape)
         return [logits, *present]

@@ -37,8 +37,10 @@ def trace(config: ModelConfig, context: int) -> Traced:
     with torch.device("meta"):
         model = module.Model(config, context).eval()
         ids = torch.zeros(1, _TRACED_LENGTH, dtype=torch.long)
-        shape = (1, config.num_key_value_heads, _TRACED_PAST, config.head_dim)
-        past = [(torch.empty(shape), torch.empty(shape)) for _ in range(config.num_hidden_layers)]
+        shapes = [
+            (1, size.num_key_value_heads, _TRACED_PAST, config.head_dim) for size in config.layers
+        ]
+        past = [(torch.empty(shape), torch.empty(shape)) for shape in shapes]
     program = torch.export.export(model, (ids, past, 1), strict=False)
     signature = program.graph_signature
     first_name = {id(value): name for name, value in model.named_parameters()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketslm.models import ops
-from pocketslm.models.config import ModelConfig, rope_frequencies
+from pocketslm.models.config import LayerSize, ModelConfig, rope_frequencies
 from pocketslm.models.tensors import QuantTensor, Weight
 
 Cache = list[tuple[Tensor, Tensor]]
@@ -42,9 +42,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ModelConfig, size: LayerSize) -> None:
         super().__init__()
-        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.heads, self.kv_heads = size.num_attention_heads, size.num_key_value_heads
         self.scale = c.head_dim**-0.5
         q_size, kv_size = self.heads * c.head_dim, self.kv_heads * c.head_dim
         self.q_proj = Linear(c.hidden_size, q_size, c.attention_bias)
@@ -61,23 +61,23 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ModelConfig, size: LayerSize) -> None:
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
+        self.gate_proj = Linear(c.hidden_size, size.intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, size.intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(size.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ModelConfig, size: LayerSize) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, size)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
+        self.mlp = MLP(c, size)
 
     def forward(
         self, x: Tensor, past: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(c, size) for size in c.layers)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -114,8 +114,8 @@ class Model(nn.Module):
 
     def empty_cache(self, batch: int = 1) -> Cache:
         c, weight = self.config, self.model.norm.weight
-        shape = (batch, c.num_key_value_heads, 0, c.head_dim)
-        return [(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.model.layers]
+        shapes = [(batch, size.num_key_value_heads, 0, c.head_dim) for size in c.layers]
+        return [(weight.new_empty(shape), weight.new_empty(shape)) for shape in shapes]
 
     def forward(
         self, input_ids: Tensor, past: Cache, logits_to_keep: int | None = None

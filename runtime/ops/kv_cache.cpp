@@ -3,17 +3,25 @@
 #include <cstring>
 
 namespace pocketslm {
+namespace {
+
+std::vector<size_t> heads_before(const ModelFile& model) {
+  std::vector<size_t> first{0};
+  for (const Layer& layer : model.layers) first.push_back(first.back() + layer.kv_heads);
+  return first;
+}
+
+}  // namespace
 
 KvCache::KvCache(const ModelFile& model, const Kernels& kernels, size_t context, pslm_kv_type type)
     : kernels_(kernels),
       type_(type),
-      layers_(model.config.layers),
-      kv_heads_(model.config.kv_heads),
+      first_(heads_before(model)),
       head_dim_(model.config.head_dim),
       padded_(round_up(context, kPositionBlock)),
       width_(type == PSLM_KV_F16 ? 2 : 1),
-      data_(layers_ * kv_heads_ * 2 * head_elements() * width_),
-      scales_(type == PSLM_KV_F16 ? 0 : layers_ * kv_heads_ * 2 * padded_) {}
+      data_(first_.back() * 2 * head_elements() * width_),
+      scales_(type == PSLM_KV_F16 ? 0 : first_.back() * 2 * padded_) {}
 
 void KvCache::store(size_t layer, size_t head, size_t position, const float* key,
                     const float* value) {
@@ -51,8 +59,8 @@ void KvCache::describe(size_t layer, size_t head, AttentionJob& job) const {
 template <typename Copy>
 void KvCache::visit_saved(size_t positions, Copy&& copy) const {
   const size_t key_bytes = round_up(positions, kPositionBlock) * head_dim_ * width_;
-  for (size_t layer = 0; layer < layers_; ++layer)
-    for (size_t head = 0; head < kv_heads_; ++head) {
+  for (size_t layer = 0; layer + 1 < first_.size(); ++layer)
+    for (size_t head = 0; head < first_[layer + 1] - first_[layer]; ++head) {
       AttentionJob part{};
       describe(layer, head, part);
       copy(part.keys, key_bytes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "buffers.h"
 #include "model_file.h"
@@ -30,17 +31,18 @@ class KvCache {
   // Elements of one head's keys or values; scales of the same.
   size_t head_elements() const { return padded_ * head_dim_; }
   size_t key_index(size_t layer, size_t head) const {
-    return (layer * kv_heads_ + head) * 2 * head_elements();
+    return (first_[layer] + head) * 2 * head_elements();
   }
   size_t scale_index(size_t layer, size_t head) const {
-    return (layer * kv_heads_ + head) * 2 * padded_;
+    return (first_[layer] + head) * 2 * padded_;
   }
   template <typename Copy>
   void visit_saved(size_t positions, Copy&& copy) const;
 
   const Kernels& kernels_;
   const pslm_kv_type type_;
-  const size_t layers_, kv_heads_, head_dim_, padded_, width_;
+  const std::vector<size_t> first_;  // KV heads before each layer's, then all
+  const size_t head_dim_, padded_, width_;
   Buffer<uint8_t> data_;   // [layer][head]{keys, values}, fp16 or int8
   Buffer<float> scales_;   // int8 only: [layer][head]{keys, values}[position]
 };

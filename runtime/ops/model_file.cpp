@@ -62,8 +62,8 @@ Failure ModelFile::open(const char* path) {
 Failure ModelFile::check_header() const {
   const FileHeader& c = config;
   if (std::memcmp(c.magic, kMagic, sizeof kMagic) != 0) return format_error("wrong magic bytes");
-  if (c.version != kFileVersion)
-    return format_error("version " + std::to_string(c.version) + ", this build reads version " +
+  if (c.version < 1 || c.version > kFileVersion)
+    return format_error("version " + std::to_string(c.version) + ", this build reads up to " +
                         std::to_string(kFileVersion));
   if (c.file_bytes != bytes_)
     return format_error("the header says " + std::to_string(c.file_bytes) + " bytes, the file has " +
@@ -90,13 +90,46 @@ Failure ModelFile::take_sections() {
   const uint64_t table_end = sizeof(FileHeader) + uint64_t{config.sections} * sizeof(Section);
   if (table_end > bytes_) return format_error("the section table ends past the file");
   layers.resize(config.layers);
-  for (uint32_t i = 0; i < config.sections; ++i) {
+  const auto read = [&](uint32_t i) {
     Section section;
     std::memcpy(&section, data_ + sizeof(FileHeader) + i * sizeof section, sizeof section);
+    return section;
+  };
+  for (uint32_t i = 0; i < config.sections; ++i) size_layer(read(i));
+  if (Failure failure = check_layer_sizes()) return failure;
+  for (uint32_t i = 0; i < config.sections; ++i) {
+    const Section section = read(i);
     if (section.offset % 64 || section.offset < table_end || section.offset > bytes_ ||
         section.bytes > bytes_ - section.offset)
       return format_error(describe(section) + " lies outside the file or is misaligned");
     if (Failure failure = take(section)) return failure;
+  }
+  return {};
+}
+
+// Layers are as wide as their matrices; all others are held against these three.
+void ModelFile::size_layer(const Section& s) {
+  if (s.layer >= layers.size()) return;
+  Layer& layer = layers[s.layer];
+  const auto role = static_cast<Role>(s.role);
+  if (role == Role::query) layer.heads = s.rows / config.head_dim;
+  if (role == Role::key) layer.kv_heads = s.rows / config.head_dim;
+  if (role == Role::gate) layer.intermediate_size = s.rows;
+}
+
+Failure ModelFile::check_layer_sizes() const {
+  const FileHeader& c = config;
+  for (const Layer& l : layers) {
+    if (!l.heads || !l.kv_heads || !l.intermediate_size)
+      return format_error("a required section is missing");
+    const bool full = l.heads == c.heads && l.kv_heads == c.kv_heads &&
+                      l.intermediate_size == c.intermediate_size;
+    if (!full && (c.version < 2 || l.heads > c.heads || l.kv_heads > c.kv_heads ||
+                  l.intermediate_size > c.intermediate_size))
+      return format_error("a layer has a wrong shape: its widths are not those of the header");
+    if (l.heads % l.kv_heads || size_t{l.heads} * c.head_dim % kGroup ||
+        l.intermediate_size % kGroup)
+      return format_error("a layer's widths are not the multiples that the operators need");
   }
   return {};
 }
@@ -133,23 +166,26 @@ Failure ModelFile::take(const Section& s) {
   };
 
   Layer& layer = layers[s.layer];
+  const size_t query_width = size_t{layer.heads} * c.head_dim;
+  const size_t kv_width = size_t{layer.kv_heads} * c.head_dim;
+  const size_t intermediate = layer.intermediate_size;
   switch (static_cast<Role>(s.role)) {
     case Role::embedding: return matrix(embedding, c.vocab_size, c.hidden_size);
     case Role::head: return matrix(head, c.vocab_size, c.hidden_size);
     case Role::final_norm: return vector(final_norm, c.hidden_size);
     case Role::rope_frequencies: return vector(rope_frequencies, c.rope_dim / 2);
     case Role::attention_norm: return vector(layer.attention_norm, c.hidden_size);
-    case Role::query: return matrix(layer.query, query_width(), c.hidden_size);
-    case Role::key: return matrix(layer.key, kv_width(), c.hidden_size);
-    case Role::value: return matrix(layer.value, kv_width(), c.hidden_size);
-    case Role::output: return matrix(layer.output, c.hidden_size, query_width());
+    case Role::query: return matrix(layer.query, query_width, c.hidden_size);
+    case Role::key: return matrix(layer.key, kv_width, c.hidden_size);
+    case Role::value: return matrix(layer.value, kv_width, c.hidden_size);
+    case Role::output: return matrix(layer.output, c.hidden_size, query_width);
     case Role::mlp_norm: return vector(layer.mlp_norm, c.hidden_size);
-    case Role::gate: return matrix(layer.gate, c.intermediate_size, c.hidden_size);
-    case Role::up: return matrix(layer.up, c.intermediate_size, c.hidden_size);
-    case Role::down: return matrix(layer.down, c.hidden_size, c.intermediate_size);
-    case Role::query_bias: return vector(layer.query_bias, query_width());
-    case Role::key_bias: return vector(layer.key_bias, kv_width());
-    case Role::value_bias: return vector(layer.value_bias, kv_width());
+    case Role::gate: return matrix(layer.gate, intermediate, c.hidden_size);
+    case Role::up: return matrix(layer.up, intermediate, c.hidden_size);
+    case Role::down: return matrix(layer.down, c.hidden_size, intermediate);
+    case Role::query_bias: return vector(layer.query_bias, query_width);
+    case Role::key_bias: return vector(layer.key_bias, kv_width);
+    case Role::value_bias: return vector(layer.value_bias, kv_width);
     case Role::tokenizer: return blob(tokenizer);
     case Role::chat: return blob(chat);
   }

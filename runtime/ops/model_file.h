@@ -12,7 +12,8 @@
 namespace pocketslm {
 
 constexpr char kMagic[8] = {'P', 'S', 'L', 'M', 'O', 'D', 'E', 'L'};
-constexpr uint32_t kFileVersion = 1;
+// Version 2: layers may be narrower than the header says, each as wide as its matrices.
+constexpr uint32_t kFileVersion = 2;
 
 struct FileHeader {
   char magic[8];
@@ -63,6 +64,7 @@ struct Section {
 static_assert(sizeof(Section) == 32);
 
 struct Layer {
+  uint32_t heads = 0, kv_heads = 0, intermediate_size = 0;
   Matrix query, key, value, output, gate, up, down;
   const float *attention_norm = nullptr, *mlp_norm = nullptr;
   const float *query_bias = nullptr, *key_bias = nullptr, *value_bias = nullptr;
@@ -97,12 +99,15 @@ class ModelFile {
   std::vector<Layer> layers;
   Blob tokenizer, chat;
 
+  // The widest of any layer.
   size_t query_width() const { return size_t{config.heads} * config.head_dim; }
   size_t kv_width() const { return size_t{config.kv_heads} * config.head_dim; }
 
  private:
   Failure check_header() const;
   Failure take_sections();
+  void size_layer(const Section& section);
+  Failure check_layer_sizes() const;
   Failure take(const Section& section);
   Failure check_complete() const;
 

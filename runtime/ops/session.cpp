@@ -127,7 +127,7 @@ void Session::plan_reading(unsigned m) {
     }
     read_share(layer.output);
     start();
-    const auto [first_unit, last_unit] = share(model_.config.intermediate_size / kGroup);
+    const auto [first_unit, last_unit] = share(layer.intermediate_size / kGroup);
     for (size_t unit = first_unit; unit < last_unit; ++unit) {
       read(layer.gate, 2 * unit, 2 * unit + 2);
       read(layer.up, 2 * unit, 2 * unit + 2);
@@ -210,7 +210,6 @@ void Session::run(const int32_t* tokens, size_t count, Head head, float* logits)
     span_ = std::max(span_, round_up((length_ + kMaxSpans) / kMaxSpans, kPositionBlock));
     spans_ = (length_ + span_) / span_;
   }
-  hidden_panel_.describe(count, model_.config.intermediate_size, hidden_.data());
   clock_.mark(&pslm_times::embedding_ns);
   auto region = [&](unsigned m) {
     for (size_t i = 0; i < model_.layers.size(); ++i) layer(m, model_.layers[i], i);
@@ -311,6 +310,8 @@ void Session::add_projection(unsigned m, const Matrix& w, const Panel& panel) {
 
 void Session::layer(unsigned m, const Layer& layer, size_t index) {
   start_phase(m, index * 4);
+  // Nobody reads it between here and the barriers before it is filled.
+  if (m == 0) hidden_panel_.describe(count_, layer.intermediate_size, hidden_.data());
   const Panel& attention_input = normalized(m, layer.attention_norm);
   struct Part {
     const Matrix& w;
@@ -345,13 +346,13 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
   start_phase(m, index * 4 + 1);
   count_ == 1 ? attend_one(m, index) : attend_many(m, index);
   mark(m, &pslm_times::attention_ns);
-  add_projection(m, layer.output, attention_output(m));
+  add_projection(m, layer.output, attention_output(m, layer));
   mark(m, &pslm_times::output_ns);
 
   start_phase(m, index * 4 + 2);
   const Panel& mlp_input = normalized(m, layer.mlp_norm);
   const bool want_floats = !is_quantized(layer.down.kind);
-  const size_t units = model_.config.intermediate_size / kGroup;
+  const size_t units = layer.intermediate_size / kGroup;
   share(m, units, chunk(units, 2 * (layer.gate.block_bytes + layer.up.block_bytes)), [&](size_t begin, size_t end) {
     Member& member = members_[m];
     float* gate = member.outputs.data();
@@ -371,7 +372,7 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
           const float* row = gate + i * kGroup;
           kernels_.quantize(row, 1, hidden_panel_.row(t, i, unit));
           if (want_floats)
-            std::memcpy(&hidden_[(t + i) * model_.config.intermediate_size + unit * kGroup], row,
+            std::memcpy(&hidden_[(t + i) * layer.intermediate_size + unit * kGroup], row,
                         kGroup * sizeof(float));
         }
         t += tile.tokens;
@@ -396,19 +397,18 @@ void Session::rotate(float* head, size_t token) const {
 }
 
 // Rotated and scaled copies of `heads` query heads.
-void Session::prepare_queries(size_t token, size_t head, size_t heads,
-                              float* out) {
+void Session::prepare_queries(size_t token, const float* q, size_t heads, float* out) {
   const size_t dim = model_.config.head_dim;
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  std::memcpy(out, &q_[token * model_.query_width() + head * dim], heads * dim * sizeof(float));
+  std::memcpy(out, q, heads * dim * sizeof(float));
   for (size_t h = 0; h < heads; ++h) rotate(out + h * dim, token);
   for (size_t i = 0; i < heads * dim; ++i) out[i] *= scale;
 }
 
 // One token: (KV head, span of positions) pieces, joined by attention_output.
 void Session::attend_one(unsigned m, size_t index) {
-  const FileHeader& c = model_.config;
-  const size_t dim = c.head_dim, group = c.heads / c.kv_heads, end = length_ + 1;
+  const Layer& c = model_.layers[index];
+  const size_t dim = model_.config.head_dim, group = c.heads / c.kv_heads, end = length_ + 1;
   share(m, c.kv_heads * spans_, 1, [&](size_t first, size_t last) {
     Member& member = members_[m];
     for (size_t item = first; item < last; ++item) {
@@ -422,7 +422,7 @@ void Session::attend_one(unsigned m, size_t index) {
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
         const size_t rows = std::min(kMaxQueryRows, group - r);
         const size_t query_head = head * group + r;
-        prepare_queries(0, query_head, rows, member.queries.data());
+        prepare_queries(0, &q_[query_head * dim], rows, member.queries.data());
         float maximum[kMaxQueryRows], weight[kMaxQueryRows];
         AttentionJob job{};
         job.rows = rows, job.head_dim = dim;
@@ -444,14 +444,15 @@ void Session::attend_one(unsigned m, size_t index) {
 
 // A batch: all keys and values first, then tiles of consecutive tokens of one KV head.
 void Session::attend_many(unsigned m, size_t index) {
-  const FileHeader& c = model_.config;
-  const size_t dim = c.head_dim, group = c.heads / c.kv_heads;
+  const Layer& c = model_.layers[index];
+  const size_t dim = model_.config.head_dim, group = c.heads / c.kv_heads;
+  const size_t query_width = c.heads * dim, kv_width = c.kv_heads * dim;
   share(m, c.kv_heads, 1, [&](size_t begin, size_t end) {
     for (size_t head = begin; head < end; ++head)
       for (size_t t = 0; t < count_; ++t) {
-        float* key = &k_[t * model_.kv_width() + head * dim];
+        float* key = &k_[t * kv_width + head * dim];
         rotate(key, t);
-        cache_.store(index, head, length_ + t, key, &v_[t * model_.kv_width() + head * dim]);
+        cache_.store(index, head, length_ + t, key, &v_[t * kv_width + head * dim]);
       }
   });
 
@@ -470,7 +471,8 @@ void Session::attend_many(unsigned m, size_t index) {
         float maximum[kMaxQueryRows], weight[kMaxQueryRows];
         for (size_t t = first; t < last; ++t) {
           const size_t row = (t - first) * heads;
-          prepare_queries(t, query_head, heads, &member.queries[row * dim]);
+          prepare_queries(t, &q_[t * query_width + query_head * dim], heads,
+                          &member.queries[row * dim]);
           std::fill_n(limits + row, heads, static_cast<uint32_t>(length_ + t + 1));
         }
         AttentionJob job{};
@@ -484,7 +486,7 @@ void Session::attend_many(unsigned m, size_t index) {
           for (size_t h = 0; h < heads; ++h) {
             const size_t row = (t - first) * heads + h;
             const float inverse = 1.0f / weight[row];
-            float* out = &attended_[t * model_.query_width() + (query_head + h) * dim];
+            float* out = &attended_[t * query_width + (query_head + h) * dim];
             for (size_t d = 0; d < dim; ++d) out[d] = job.out[row * dim + d] * inverse;
           }
       }
@@ -493,13 +495,12 @@ void Session::attend_many(unsigned m, size_t index) {
 }
 
 // The attention result, quantized for the output projection.
-const Panel& Session::attention_output(unsigned m) {
-  const FileHeader& c = model_.config;
-  const size_t dim = c.head_dim, width = model_.query_width();
+const Panel& Session::attention_output(unsigned m, const Layer& layer) {
+  const size_t dim = model_.config.head_dim, width = layer.heads * dim;
   if (count_ == 1) {
     Member& member = members_[m];
     float* out = member.normed.data();
-    for (size_t head = 0; head < c.heads; ++head, out += dim) {
+    for (size_t head = 0; head < layer.heads; ++head, out += dim) {
       const float* maxima = &piece_maximum_[head * spans_];
       const float maximum = *std::max_element(maxima, maxima + spans_);
       std::fill_n(out, dim, 0.0f);

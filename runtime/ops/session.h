@@ -59,12 +59,12 @@ class Session {
   void attend_one(unsigned m, size_t index);
   void attend_many(unsigned m, size_t index);
   void rotate(float* head, size_t token) const;
-  void prepare_queries(size_t token, size_t head, size_t heads, float* out);
+  void prepare_queries(size_t token, const float* q, size_t heads, float* out);
   void run_head(unsigned m, Head head, float* logits);
 
   const Panel& normalized_row(unsigned m, const float* x, const float* weight);
   const Panel& normalized(unsigned m, const float* weight);
-  const Panel& attention_output(unsigned m);
+  const Panel& attention_output(unsigned m, const Layer& layer);
   template <typename Sink>
   void project(unsigned m, const Matrix& w, const Panel& panel, Sink&& sink);
   template <typename Sink>

@@ -17,7 +17,7 @@ from pocketslm.export.evaluate import compare, evaluate_bundle, windows_of
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
-from pocketslm.models.config import ModelConfig
+from pocketslm.models.config import LayerSize, ModelConfig
 from pocketslm.models.reference import load_reference
 from pocketslm.profiling.peers.ort_genai import OrtGenai
 from pocketslm.runtime.backends import Session, open_session
@@ -109,6 +109,7 @@ def test_the_logit_comparison_can_fail(tiny_hf: Path, tiny_bundle: Path) -> None
         {"attention_bias": True, "output_bias": True, "mlp_bias": True},
         {"architecture": "qwen2", "attention_bias": True},
         {"num_key_value_heads": 4},
+        {"layer_sizes": (LayerSize(2, 1, 96), LayerSize(4, 2, 48))},
     ],
 )
 def test_variants_lower_too(changes: dict[str, Any], tmp_path: Path) -> None:

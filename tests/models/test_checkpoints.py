@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import support
 from pocketslm.errors import CheckpointError, UnknownArchitectureError
 from pocketslm.models.checkpoint import gguf_name, open_checkpoint, read_weight
-from pocketslm.models.config import ModelConfig, config_from_hf
+from pocketslm.models.config import LayerSize, ModelConfig, config_from_hf
 from pocketslm.models.gguf_reader import GGUFFile
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
@@ -232,6 +232,36 @@ def test_truncated_safetensors(tiny_hf: Path, tmp_path: Path) -> None:
             open_checkpoint(tmp_path)
 
 
+def test_layers_of_other_sizes_are_the_masked_model(tmp_path: Path) -> None:
+    """Written and read back, with narrower layers: what zeros in the wide one compute."""
+    wide = load_reference(open_checkpoint(support.write_hf(tmp_path / "wide")))
+    sizes = [LayerSize(2, 1, 96), LayerSize(4, 2, 48)]
+    kept = {"self_attn": 2 * 16, "mlp": 48}  # query rows of layer 0, neurons of layer 1
+    state = {}
+    for name, value in wide.state_dict().items():
+        layer = "self_attn" if ".0.self_attn." in name else "mlp" if ".1.mlp." in name else None
+        if layer:
+            axis = int("o_proj" in name or "down_proj" in name)
+            count = 16 if "k_proj" in name or "v_proj" in name else kept[layer]
+            state[name] = value.narrow(axis, 0, count).contiguous()
+            if axis:  # what the narrow model lacks adds nothing
+                value.narrow(1, count, value.shape[1] - count).zero_()
+        else:
+            state[name] = value.contiguous()
+    config = wide.config.with_layer_sizes(sizes)
+    folder = support.write_hf(tmp_path / "narrow", config)
+    state.pop("lm_head.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_hf(open_checkpoint(folder), tmp_path / "again")
+    narrow = load_reference(open_checkpoint(tmp_path / "again"))
+    assert narrow.config == config
+    ids = torch.arange(60)[None]
+    expected, _ = wide(ids, wide.empty_cache())
+    got, cache = narrow(ids, narrow.empty_cache())
+    assert [keys.shape[1] for keys, _ in cache] == [1, 2]
+    assert max_error(got, expected) <= MAX_LOGIT_ERROR
+
+
 def test_unknown_architecture_lists_the_known_ones(tiny_hf: Path, tmp_path: Path) -> None:
     data = json.loads((tiny_hf / "config.json").read_text()) | {"model_type": "mamba"}
     (tmp_path / "config.json").write_text(json.dumps(data))
@@ -254,6 +284,9 @@ def test_a_weight_of_the_wrong_shape(tiny_hf: Path) -> None:
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        ({"layer_sizes": [[4, 2, 96]]}, "not a list of objects"),
+        ({"layer_sizes": [LayerSize(4, 2, 96)._asdict()]}, "1 layer sizes"),
+        ({"layer_sizes": [LayerSize(4, 2, 9000)._asdict()] * 2}, "at most"),
     ],
 )
 def test_configs_that_make_no_sense(change: dict[str, object], message: str, tiny_hf: Path) -> None:
@@ -262,8 +295,13 @@ def test_configs_that_make_no_sense(change: dict[str, object], message: str, tin
         config_from_hf(data, "llama")
 
 
-def test_config_round_trip() -> None:
+@pytest.mark.parametrize("sizes", [None, [LayerSize(2, 1, 96), LayerSize(4, 2, 48)]])
+def test_config_round_trip(sizes: list[LayerSize] | None) -> None:
     config = ModelConfig(**{**support.TINY.__dict__, "rope_divisors": (2.0,) * 8})
+    if sizes is not None:
+        config = config.with_layer_sizes(sizes)
+        assert config.layers == tuple(sizes)
+        assert config.kv_bytes_per_token == 2 * (1 + 2) * 16 * 4
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from native_support import (
 )
 
 from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.models.config import LayerSize
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
 
@@ -52,8 +54,20 @@ def q4_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[NativeModel, np.
         {"num_key_value_heads": 4, "rope_divisors": tuple(np.linspace(1, 4, 8))},
         {"num_attention_heads": 14, "num_key_value_heads": 1, "head_dim": 48},
         {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+        {
+            "num_hidden_layers": 3,
+            "attention_bias": True,
+            "layer_sizes": (LayerSize(2, 1, 64), LayerSize(4, 2, 96), LayerSize(2, 2, 32)),
+        },
     ],
-    ids=["plain", "untied biased", "no grouping, scaled rope", "wide group", "one layer"],
+    ids=[
+        "plain",
+        "untied biased",
+        "no grouping, scaled rope",
+        "wide group",
+        "one layer",
+        "layers of other sizes",
+    ],
 )
 def test_float_weights_match_reference(isa: str, changes: dict, tmp_path: Path) -> None:
     config = tiny_config(**changes)
@@ -134,9 +148,13 @@ def test_simd_paths_give_the_same_bits(q4_model: tuple[NativeModel, np.ndarray])
         np.testing.assert_array_equal(outputs[0], other)
 
 
-def test_truncate_save_and_restore(q4_model: tuple[NativeModel, np.ndarray]) -> None:
-    model, _ = q4_model
-    for kv_type in ("fp16", "int8"):
+def test_truncate_save_and_restore(
+    q4_model: tuple[NativeModel, np.ndarray], tmp_path: Path
+) -> None:
+    unequal = tiny_config(layer_sizes=(LayerSize(2, 1, 64), LayerSize(4, 2, 96)))
+    write_tiny(tmp_path / "m.slm", unequal, q4_min)
+    models = q4_model[0], NativeModel(tmp_path / "m.slm")
+    for model, kv_type in itertools.product(models, ("fp16", "int8")):
         session = model.session(threads=2, kv_type=kv_type)
         session.forward(TOKENS[:37])
         saved = session.save()

@@ -10,6 +10,7 @@ import pytest
 from native_support import quantize, tiny_config, write_tiny
 
 from pocketslm.errors import BundleError
+from pocketslm.models.config import LayerSize
 from pocketslm.runtime.backends.native import NativeModel
 
 SEED = 99
@@ -20,7 +21,11 @@ MUTATIONS = 100_000  # with up to three changes each, spread over header and sec
 def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("file") / "m.slm"
     config = tiny_config(
-        vocab_size=16, intermediate_size=32, hidden_size=32, head_dim=16, num_attention_heads=2
+        vocab_size=16,
+        intermediate_size=64,
+        hidden_size=32,
+        num_attention_heads=4,
+        layer_sizes=(LayerSize(2, 2, 32), LayerSize(4, 2, 64)),
     )
     write_tiny(path, config, lambda name, values: quantize(values, 4, "zp"))
     return path.read_bytes()
@@ -51,7 +56,10 @@ def test_every_truncation_is_an_error(tmp_path: Path, content: bytes) -> None:
     ("offset", "value", "message"),
     [
         (0, b"XSLMODEL", "magic"),
-        (8, struct.pack("<I", 2), "version 2"),
+        (8, struct.pack("<I", 3), "version 3"),
+        (8, struct.pack("<I", 1), "not those of the header"),
+        (32, struct.pack("<I", 2), "not those of the header"),
+        (44, struct.pack("<I", 32), "not those of the header"),
         (16, struct.pack("<Q", 5), "the file has"),
         (24, struct.pack("<I", 0), "dimension"),
         (24, struct.pack("<I", 2**31), "dimension"),
