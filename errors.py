@@ -41,5 +41,9 @@ class BackendError(PocketSlmError):
     """A runtime backend is not installed or cannot run this bundle."""
 
 
+class DocumentError(PocketSlmError):
+    """A document or library is missing, damaged, hostile, locked or of an unknown kind."""
+
+
 class UsageError(PocketSlmError):
     """An option or argument has a value that makes no sense."""

@@ -65,7 +65,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     model = load(arguments)
     config = generation_config(arguments, model)
     messages = _system(arguments)
-    say(f"{model.bundle.name}, context {model.engine.session.context}. Ctrl-D ends, Ctrl-C stops.")
+    say(f"{model.name}, context {model.context}. Ctrl-D ends, Ctrl-C stops.")
     while True:
         try:
             question = input("> " if sys.stdin.isatty() else "")
@@ -142,7 +142,6 @@ def stream(records: Iterator[Record], *, quiet: bool = False) -> Answer:
 
 def finish(model: Model, answer: Answer, as_json: bool = False) -> None:
     """Report what an answer took, and on which backend."""
-    backend = model.engine.session.backend
     count = len(answer.records)
     if not count:
         raise KeyboardInterrupt
@@ -158,11 +157,11 @@ def finish(model: Model, answer: Answer, as_json: bool = False) -> None:
                 "tokens": [record.token for record in answer.records],
                 "logprobs": [record.logprob for record in answer.records],
                 "finish": finish,
-                "backend": backend,
+                "backend": model.backend,
                 "ttft_ms": ttft_ms,
                 "decode_tps": decode_tps,
             }
         )
         return
     speed = f", {decode_tps:.1f} tok/s" if decode_tps else ""
-    say(f"[{backend}: {count} tokens, TTFT {ttft_ms:.0f} ms{speed}, finish: {finish}]")
+    say(f"[{model.backend}: {count} tokens, TTFT {ttft_ms:.0f} ms{speed}, finish: {finish}]")

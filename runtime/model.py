@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.bundle import Bundle, open_bundle
@@ -23,6 +23,38 @@ class Record:
     logprob: float
     time_ns: int
     finish: Finish | None = None
+
+
+class TextModel(Protocol):
+    """What generates text, as the document assistant needs it.
+
+    `Model` is one, in this process; a client of ``pocketslm-run`` in a child process is another.
+    Closing the iterator that ``generate`` returns stops the generation.
+    """
+
+    @property
+    def name(self) -> str:
+        """The model's name, by which prompts are chosen."""
+        ...
+
+    @property
+    def backend(self) -> str:
+        """What runs it, for people to read."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """The longest sequence in tokens: prompt and new ones."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def generate(
+        self, prompt: str | Sequence[int], config: GenerationConfig | None = None
+    ) -> Iterator[Record]:
+        """See `Model.generate`."""
+        ...
 
 
 class Model:
@@ -56,6 +88,18 @@ class Model:
         bundle = open_bundle(path, verify=verify)
         tokenizer = load_tokenizer(bundle.path)
         return cls(bundle, Engine(open_session(bundle, backend, threads, context)), tokenizer)
+
+    @property
+    def name(self) -> str:
+        return self.bundle.name
+
+    @property
+    def backend(self) -> str:
+        return self.engine.session.backend
+
+    @property
+    def context(self) -> int:
+        return self.engine.session.context
 
     def generate(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None

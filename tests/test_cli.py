@@ -24,7 +24,12 @@ COMMANDS = (
     "run",
     "chat",
     "doc summarize",
+    "doc add",
+    "doc list",
+    "doc remove",
     "doc ask",
+    "doc suggest",
+    "doc rewrite",
     "bench",
 )
 Captured = pytest.CaptureFixture[str]
@@ -58,7 +63,7 @@ USER_ERRORS = {
     "bad backend": (["run", "BUNDLE", "hi", "--backend", "tpu"], "'tpu' is unknown"),
     "prompt too long": (["run", "BUNDLE", "x" * 300], "do not fit the context of 256"),
     "no document": (["doc", "summarize", "BUNDLE", "--document", "nowhere.txt"], "nowhere.txt"),
-    "long document": (["doc", "summarize", "BUNDLE"], "take a shorter document"),
+    "no room": (["doc", "summarize", "BUNDLE", "-n", "200"], "shorten it or export with"),
     "not a text": (["eval", "BUNDLE", "--source", "HF", "--text", "BUNDLE"], "cannot read"),
     "wrong source": (["eval", "BUNDLE", "--source", "GGUF", "--text", "TEXT"], "SHA-256 differs"),
     "short text": (["eval", "BUNDLE", "--source", "HF", "--text", "TEXT"], "at least one window"),

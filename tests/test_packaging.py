@@ -55,7 +55,7 @@ import importlib.util, pathlib, pocketslm
 assert importlib.util.find_spec("torch") is None
 assert not pathlib.Path(pocketslm.__file__).is_relative_to({str(ROOT)!r})
 from pocketslm.runtime.model import Model
-from pocketslm.runtime.assistant.document_assistant import sample_document
+from pocketslm.runtime.assistant.assistant import sample_document
 assert sample_document().exists()
 from pocketslm.runtime.config import GenerationConfig
 config = GenerationConfig(max_new_tokens=5)

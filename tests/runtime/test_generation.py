@@ -280,7 +280,7 @@ def test_a_chat_is_the_template_s_prompt(model: Model) -> None:
 def test_the_runtime_imports_nothing_heavy() -> None:
     code = (
         "import sys, pocketslm.runtime, pocketslm.runtime.model;"
-        "import pocketslm.runtime.assistant.document_assistant;"
+        "import pocketslm.runtime.assistant.assistant;"
         "heavy = {'torch', 'transformers', 'kivy', 'onnx', 'onnxruntime', 'jinja2', 'tokenizers'};"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )

@@ -1,0 +1,119 @@
+"""A document: its text, and the chunks that retrieval and prompts work with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from pocketslm.runtime.assistant.words import sentences
+
+if TYPE_CHECKING:
+    from pocketslm.runtime.assistant.library import Library
+
+# About 200 tokens of English: three fit a prompt that a small model still reads well.
+CHUNK_CHARACTERS = 900
+HEADING_CHARACTERS = 120
+
+
+class Block(NamedTuple):
+    """What readers find: a paragraph, or a heading (level 1 to 6), and its page if known."""
+
+    text: str
+    level: int = 0
+    page: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A passage, text[start:end] of its document; ``heading``: the path to it, outermost first."""
+
+    index: int
+    start: int
+    end: int
+    page: int | None
+    heading: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A document as it was read, before it has a place in a library."""
+
+    title: str
+    kind: str
+    text: str
+    chunks: tuple[Chunk, ...]
+    pages: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document of a library; ``id`` is its number there, ``added`` an ISO time, UTC."""
+
+    id: int
+    title: str
+    kind: str
+    added: str
+    text: str
+    chunks: tuple[Chunk, ...]
+    pages: int | None
+    library: Library
+
+    def passage(self, chunk: Chunk) -> str:
+        return self.text[chunk.start : chunk.end]
+
+
+def make_source(title: str, kind: str, blocks: Iterable[Block]) -> Source:
+    """The text of blocks, with a blank line between them, in chunks.
+
+    A chunk ends with a section or near CHUNK_CHARACTERS at the end of a sentence, and where one
+    sentence is longer than that, inside it.
+    """
+    parts: list[str] = []
+    chunks: list[Chunk] = []
+    path: list[tuple[int, str]] = []  # headings above, with their levels
+    page: int | None = None
+    first: tuple[int, int | None] | None = None  # start and page of the chunk that is open
+    body = False  # whether the open chunk holds more than headings
+    at = end = 0
+
+    def close() -> None:
+        nonlocal first, body
+        if first is not None:
+            heading = " › ".join(name for _, name in path)
+            chunks.append(Chunk(len(chunks), first[0], end, first[1], heading))
+        first, body = None, False
+
+    for block in blocks:
+        text = block.text.strip()
+        if not text:
+            continue
+        page = block.page or page
+        if block.level:
+            if body:
+                close()
+            path = [(level, name) for level, name in path if level < block.level]
+            path.append((block.level, " ".join(text.split())[:HEADING_CHARACTERS]))
+        for start, stop in _pieces(text):
+            if first is not None and at + stop - first[0] > CHUNK_CHARACTERS:
+                close()
+            first = first or (at + start, block.page)
+            end = at + stop
+        body = body or not block.level
+        parts.append(text)
+        at += len(text) + 2
+    close()
+    return Source(title, kind, "\n\n".join(parts), tuple(chunks), page)
+
+
+def _pieces(text: str) -> list[tuple[int, int]]:
+    """Sentences, the overlong ones cut at a space."""
+    found = []
+    for start, end in sentences(text):
+        while end - start > CHUNK_CHARACTERS:
+            space = text.rfind(" ", start + 1, start + CHUNK_CHARACTERS)
+            cut = space if space > start else start + CHUNK_CHARACTERS
+            found.append((start, cut))
+            start = cut
+        found.append((start, end))
+    return found

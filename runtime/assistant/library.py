@@ -1,0 +1,297 @@
+"""The library: documents, their index and what was asked about them, in one SQLite file.
+
+The index is a table of postings of our own rather than SQLite's FTS5: SQLite on Android is often
+built without it, and here the same table is the graph of names as well (see `retrieval`).
+
+Every change is one transaction on a write-ahead log, so that a process killed at any moment
+leaves the library as it was before the change or after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pocketslm.errors import DocumentError
+from pocketslm.runtime.assistant.answer import Answer, Citation
+from pocketslm.runtime.assistant.document import Chunk, Document, Source
+from pocketslm.runtime.assistant.readers import read_file
+from pocketslm.runtime.assistant.words import words
+
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x70736C6D  # "pslm"
+_SCHEMA = f"""
+CREATE TABLE documents (
+    id INTEGER PRIMARY KEY,
+    title TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    added TEXT NOT NULL,
+    sha256 TEXT NOT NULL UNIQUE,
+    pages INTEGER,
+    text TEXT NOT NULL
+);
+CREATE TABLE chunks (
+    document INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+    chunk INTEGER NOT NULL,
+    start INTEGER NOT NULL,
+    end INTEGER NOT NULL,
+    page INTEGER,
+    heading TEXT NOT NULL,
+    words INTEGER NOT NULL,
+    PRIMARY KEY (document, chunk)
+) WITHOUT ROWID;
+-- How often a term stands in a chunk, and whether it is (part of) a name there.
+CREATE TABLE postings (
+    document INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+    term TEXT NOT NULL,
+    chunk INTEGER NOT NULL,
+    count INTEGER NOT NULL,
+    named INTEGER NOT NULL,
+    PRIMARY KEY (document, term, chunk)
+) WITHOUT ROWID;
+CREATE INDEX names ON postings (document, chunk) WHERE named;
+CREATE TABLE history (
+    id INTEGER PRIMARY KEY,
+    document INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+    asked TEXT NOT NULL,
+    answer TEXT NOT NULL
+);
+CREATE INDEX history_of ON history (document);
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A document in the list; ``characters`` of text, in ``chunks``."""
+
+    id: int
+    title: str
+    kind: str
+    added: str
+    pages: int | None
+    characters: int
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A task of the past: when, and what came of it."""
+
+    id: int
+    time: str
+    answer: Answer
+
+
+class Library:
+    """A library file, made where there is none; ":memory:" keeps it in memory.
+
+    Safe to use from several threads and processes. Raises DocumentError for a file that is no
+    library or of a newer version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        self._lock = threading.RLock()
+        try:
+            if self.path != ":memory:":
+                Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            # Transactions are ours to begin; another process may write for up to 10 s.
+            self._database = sqlite3.connect(
+                self.path, timeout=10, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._prepare()
+            except BaseException:
+                self._database.close()
+                raise
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise DocumentError(f"{self.path} cannot be used as a library: {error}") from None
+
+    def _prepare(self) -> None:
+        run = self._database.execute
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = NORMAL")
+        run("PRAGMA foreign_keys = ON")
+        with self._transaction():
+            (version,) = run("PRAGMA user_version").fetchone()
+            (application,) = run("PRAGMA application_id").fetchone()
+            (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
+            if version > SCHEMA_VERSION:
+                raise DocumentError(
+                    f"{self.path} is a library of version {version}, this program knows "
+                    f"{SCHEMA_VERSION}; update it"
+                )
+            if tables and application != _APPLICATION_ID:
+                raise DocumentError(f"{self.path} is a database, but no library of pocketslm")
+            if not tables:
+                for statement in _SCHEMA.split(";\n"):
+                    run(statement)
+
+    def add(self, source: Source | Path) -> Document:
+        """Keep a document, read from a file where that is given; one of the same text is kept once.
+
+        Raises DocumentError for a file that cannot be read.
+        """
+        source = read_file(source) if isinstance(source, Path) else source
+        digest = hashlib.sha256(source.text.encode("utf-8", "replace")).hexdigest()
+        with self._transaction() as run:
+            row = run("SELECT id FROM documents WHERE sha256 = ?", (digest,)).fetchone()
+            if row is None:
+                cursor = run(
+                    "INSERT INTO documents (title, kind, added, sha256, pages, text) "
+                    "VALUES (?, ?, ?, ?, ?, ?)",
+                    (source.title, source.kind, _now(), digest, source.pages, source.text),
+                )
+                row = (cursor.lastrowid,)
+                self._index(row[0], source)
+        return self.open(row[0])
+
+    def _index(self, document: int, source: Source) -> None:
+        many = self._database.executemany
+        for chunk in source.chunks:
+            counts, names = _count(source, chunk)
+            row = (document, chunk.index, chunk.start, chunk.end, chunk.page, chunk.heading)
+            many("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?)", [(*row, counts.total())])
+            many(
+                "INSERT INTO postings VALUES (?, ?, ?, ?, ?)",
+                [(document, term, chunk.index, n, term in names) for term, n in counts.items()],
+            )
+
+    def entries(self) -> list[Entry]:
+        """Every document, the newest first."""
+        rows = self._rows(
+            "SELECT id, title, kind, added, pages, length(text), "
+            "(SELECT count(*) FROM chunks WHERE document = id) FROM documents ORDER BY id DESC"
+        )
+        return [Entry(*row) for row in rows]
+
+    def open(self, document: int) -> Document:
+        """The document with this number; DocumentError where there is none."""
+        found = self._rows(
+            "SELECT title, kind, added, pages, text FROM documents WHERE id = ?", document
+        )
+        if not found:
+            raise DocumentError(f"the library has no document {document}; `doc list` shows them")
+        title, kind, added, pages, text = found[0]
+        chunks = self._rows(
+            "SELECT chunk, start, end, page, heading FROM chunks WHERE document = ? ORDER BY chunk",
+            document,
+        )
+        parts = tuple(Chunk(*row) for row in chunks)
+        return Document(document, title, kind, added, text, parts, pages, self)
+
+    def rename(self, document: int, title: str) -> None:
+        with self._transaction() as run:
+            run("UPDATE documents SET title = ? WHERE id = ?", (title, document))
+
+    def remove(self, document: int) -> None:
+        """Forget a document with its history; DocumentError where there is none."""
+        with self._transaction() as run:
+            if not run("DELETE FROM documents WHERE id = ?", (document,)).rowcount:
+                raise DocumentError(
+                    f"the library has no document {document}; `doc list` shows them"
+                )
+
+    def remember(self, document: int, answer: Answer) -> None:
+        """Add an answer to the history of a document."""
+        data = json.dumps(asdict(answer), ensure_ascii=False)
+        with self._transaction() as run:
+            run(
+                "INSERT INTO history (document, asked, answer) VALUES (?, ?, ?)",
+                (document, _now(), data),
+            )
+
+    def history(self, document: int) -> list[Asked]:
+        """What was asked about a document, the oldest first."""
+        rows = self._rows(
+            "SELECT id, asked, answer FROM history WHERE document = ? ORDER BY id", document
+        )
+        return [Asked(id_, time, _answer(json.loads(data))) for id_, time, data in rows]
+
+    def forget(self, document: int, asked: int | None = None) -> None:
+        """Delete one entry of a document's history, or all of it."""
+        with self._transaction() as run:
+            run(
+                "DELETE FROM history WHERE document = ? AND (? IS NULL OR id = ?)",
+                (document, asked, asked),
+            )
+
+    def postings(self, document: int, terms: Sequence[str]) -> list[tuple[str, int, int, int]]:
+        """(term, chunk, how often, words of the chunk) wherever one of the terms stands."""
+        marks = ",".join("?" * len(terms))
+        return self._rows(
+            "SELECT term, chunk, count, words FROM postings JOIN chunks USING (document, chunk) "
+            f"WHERE document = ? AND term IN ({marks})",
+            document,
+            *terms,
+        )
+
+    def names(self, document: int, chunks: Sequence[int]) -> list[tuple[str, int]]:
+        """(term, chunk) of the names in some chunks."""
+        marks = ",".join("?" * len(chunks))
+        return self._rows(
+            f"SELECT term, chunk FROM postings WHERE document = ? AND named AND chunk IN ({marks})",
+            document,
+            *chunks,
+        )
+
+    def words(self, document: int) -> int:
+        """How many words that are no stop words the document has."""
+        rows = self._rows("SELECT total(words) FROM chunks WHERE document = ?", document)
+        return int(rows[0][0])
+
+    def close(self) -> None:
+        with self._lock:
+            self._database.close()
+
+    def __enter__(self) -> Library:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        """All or nothing of what runs inside."""
+        with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database.execute
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+
+    def _rows(self, statement: str, *values: Any) -> list[Any]:
+        with self._lock:
+            return self._database.execute(statement, values).fetchall()
+
+
+def _count(source: Source, chunk: Chunk) -> tuple[Counter[str], set[str]]:
+    """How often each term counts in a chunk, its heading's words too, and which are names."""
+    found: Iterable[Any] = list(words(source.text[chunk.start : chunk.end]))
+    counts = Counter(word.term for word in found)
+    names = {word.term for word in found if word.named}
+    for word in words(chunk.heading):
+        counts[word.term] += 1
+    return counts, names
+
+
+def _answer(data: dict[str, Any]) -> Answer:
+    citations = tuple(Citation(**citation) for citation in data.pop("citations"))
+    return Answer(**data | {"citations": citations, "items": tuple(data["items"])})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,76 @@
+"""Files to text: each format has one reader, which yields blocks and refuses what is hostile.
+
+Limits hold before memory is spent: the size of the file, what an archive unpacks to, how much text
+and how many pages come out. What a reader cannot take is a DocumentError of one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+from pocketslm.errors import DocumentError
+from pocketslm.runtime.assistant.document import Block, Source, make_source
+
+MAX_FILE_BYTES = 128 << 20
+MAX_TEXT_CHARACTERS = 16 << 20
+
+Reader = Callable[[bytes], Iterable[Block]]
+
+# Kind -> (module of its reader, file name endings).
+KINDS = {
+    "txt": ("text", (".txt", ".text", ".log", ".csv", ".cor")),
+    "md": ("markdown", (".md", ".markdown")),
+    "html": ("html", (".html", ".htm", ".xhtml")),
+    "pdf": ("pdf", (".pdf",)),
+    "docx": ("docx", (".docx",)),
+    "epub": ("epub", (".epub",)),
+}
+
+
+def read_file(path: Path) -> Source:
+    """The document in a file, by its name's ending; raises DocumentError."""
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DocumentError(f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MiB")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DocumentError(f"cannot read {path}: {error.strerror}") from None
+    return read_bytes(data, path.name)
+
+
+def read_bytes(data: bytes, name: str) -> Source:
+    """The document in ``data``; ``name``: its file name, which says the kind."""
+    kind = _kind(data, name)
+    reader: Reader = import_module(f"{__name__}.{KINDS[kind][0]}").read
+    try:
+        source = make_source(Path(name).stem, kind, _limited(reader(data)))
+    except DocumentError as error:
+        raise DocumentError(f"{name} {error}") from None
+    if not source.chunks:
+        hint = "; is it scanned?" if kind == "pdf" else ""
+        raise DocumentError(f"{name} holds no text{hint}")
+    return source
+
+
+def _kind(data: bytes, name: str) -> str:
+    """By the ending, and a PDF or archive under another name by how it begins."""
+    ending = Path(name).suffix.lower()
+    kind = next((kind for kind, (_, endings) in KINDS.items() if ending in endings), "")
+    begins = "pdf" if data[:1024].lstrip().startswith(b"%PDF-") else ""
+    if begins or kind:
+        return begins or kind
+    if ending and b"\0" in data[:4096]:
+        known = " ".join(ending for _, endings in KINDS.values() for ending in endings)
+        raise DocumentError(f"{name} is of an unknown kind; known: {known}")
+    return "txt"
+
+
+def _limited(blocks: Iterable[Block]) -> Iterator[Block]:
+    left = MAX_TEXT_CHARACTERS
+    for block in blocks:
+        left -= len(block.text)
+        if left < 0:
+            raise DocumentError(f"holds more than {MAX_TEXT_CHARACTERS >> 20} million characters")
+        yield block
