@@ -61,7 +61,7 @@ class Assistant:
         run = _Run(self, "summarize", cancel=cancel)
         budget = self._budget("summarize", self._prompt("combine"))
         text, level = document.text, "summarize"
-        while len(parts := self._parts(text, budget)) > 1 and not run.cancelled:
+        while len(parts := self._parts(text, budget)) > 1 and not run.cancelled():
             notes = []
             for done, part in enumerate(parts):
                 yield Progress(done, len(parts) + 1)
@@ -202,7 +202,6 @@ class _Run:
         self._start = time.perf_counter()
         self._answer = Answer(task, request, "", "none")
 
-    @property
     def cancelled(self) -> bool:
         return self._cancel.is_set()
 
@@ -213,7 +212,7 @@ class _Run:
             max_new_tokens=self._assistant._new_tokens(self._task),
             stop_strings=config.stop_strings + stop,
         )
-        if self.cancelled:
+        if self.cancelled():
             return
         records = self._assistant.model.generate(ids, config)
         seen: list[Record] = []
@@ -225,7 +224,7 @@ class _Run:
                 yield record.text
             if record.finish:
                 finish = record.finish
-            elif self.cancelled:
+            elif self.cancelled():
                 break
         records.close()  # type: ignore[attr-defined]
         first, last = seen[0], seen[-1]
@@ -245,5 +244,5 @@ class _Run:
             self._answer,
             text=self.text.strip(),
             seconds=time.perf_counter() - self._start,
-            **({"finish": "cancelled"} if self.cancelled else {}) | changes,  # type: ignore[arg-type]
+            **({"finish": "cancelled"} if self.cancelled() else {}) | changes,  # type: ignore[arg-type]
         )

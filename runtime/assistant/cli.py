@@ -38,7 +38,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("file", nargs="+", help='a file, or "-" for text on standard input')
     parser.add_argument("--title", help="(default: the file's name)")
     _add_library(parser)
-    parser = documents.add("list", _list, "list the library", "pocketslm doc list")
+    parser = documents.add("list", _list, "list the library", "pocketslm doc list --json")
     _add_library(parser)
     parser = documents.add(
         "remove", _remove, "remove documents with their history", "pocketslm doc remove 3"
