@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,6 +32,19 @@ class Step:
     finish: Finish | None = None
 
 
+@runtime_checkable
+class SelfDriven(Protocol):
+    """A session that can also pick tokens by itself, with no logits crossing its border."""
+
+    def can_generate(self, config: GenerationConfig) -> bool: ...
+
+    def generate(
+        self, ids: Sequence[int], config: GenerationConfig, eos: Collection[int], limit: int
+    ) -> Iterator[Step]:
+        """What :meth:`Engine.generate` yields, for at most ``limit`` tokens."""
+        ...
+
+
 class Engine:
     """A session that remembers which tokens its cache holds, and reuses them.
 
@@ -52,6 +65,9 @@ class Engine:
         ContextOverflowError, before anything runs, where prompt and max_new_tokens do not fit.
         """
         limit = self._limit(len(tokens), config)
+        if isinstance(self.session, SelfDriven) and self.session.can_generate(config):
+            self.cached = []
+            return self.session.generate(tokens, config, eos_token_ids, limit)
         return self._steps(list(tokens), config, eos_token_ids, limit)
 
     def _steps(

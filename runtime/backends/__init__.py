@@ -18,7 +18,10 @@ Logits = npt.NDArray[np.float32]
 BACKENDS = {
     "native": ("pocketslm.runtime.backends.native", "runtime"),
     "onnx": ("pocketslm.runtime.backends.onnx", "runtime"),
+    "runner": ("pocketslm.runtime.backends.runner", "runtime"),
 }
+# A backend reads the graph of its own name, but for these.
+GRAPHS = {"runner": "native"}
 
 
 class Session(Protocol):
@@ -89,30 +92,33 @@ def open_session(
         if backend not in BACKENDS:
             known = ", ".join(BACKENDS)
             raise BackendError(f"backend {backend!r} is unknown, expected one of: {known}")
-        return _open(bundle, bundle.graph(backend), threads, context)
+        graph = bundle.graph(GRAPHS.get(backend, backend))
+        return _open(bundle, graph, backend, threads, context)
     reasons = []
     for graph in bundle.graphs:
         try:
-            return _open(bundle, graph, threads, context)
+            return _open(bundle, graph, graph.backend, threads, context)
         except BackendError as error:
             reasons.append(str(error))
     raise BackendError("; ".join(reasons))
 
 
-def _open(bundle: Bundle, graph: Graph, threads: int | None, context: int | None) -> Session:
-    if graph.backend not in BACKENDS:
-        raise BackendError(f"{bundle.path} needs backend {graph.backend!r}, unknown here")
+def _open(
+    bundle: Bundle, graph: Graph, backend: str, threads: int | None, context: int | None
+) -> Session:
+    if backend not in BACKENDS:
+        raise BackendError(f"{bundle.path} needs backend {backend!r}, unknown here")
     if context is not None and not 1 <= context <= graph.context:
         raise UsageError(
             f"context {context} is not within the graph's 1 to {graph.context} tokens; "
             "export with a longer --context"
         )
-    module, extra = BACKENDS[graph.backend]
+    module, extra = BACKENDS[backend]
     try:
         loaded = import_module(module)
     except ImportError as error:
         raise BackendError(
-            f"backend {graph.backend!r} is not installed ({error}); "
+            f"backend {backend!r} is not installed ({error}); "
             f"install it with `pip install pocketslm[{extra}]`"
         ) from None
     session: Session = loaded.open_session(bundle, graph, threads, context)

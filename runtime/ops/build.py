@@ -196,6 +196,12 @@ def library() -> Path:
     return built_library() or build_library(cache_directory())
 
 
+def runner() -> Path:
+    """``pocketslm-run`` for this machine and these sources: from the cache, or compiled now."""
+    path = cache_directory() / f"pocketslm-run-{source_hash()}"
+    return path if path.is_file() else build_runner(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="file (runner) or directory (library)")

@@ -17,6 +17,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+// Between parts of a prompt a cancel is looked for.
+constexpr size_t kPrefillPart = 256;
+
 double milliseconds_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
@@ -202,17 +205,25 @@ std::string Engine::encode_chat(const std::vector<Message>& messages,
   return "";
 }
 
-std::string Engine::generate(const std::vector<int32_t>& prompt, const Generation& generation,
-                             const std::function<bool(int32_t, std::string_view)>& on_token,
-                             Outcome& outcome) {
-  if (prompt.empty()) return "the prompt is empty";
-  const auto started = Clock::now();
-  // Keep what the session already holds of this prompt, all but the token that gives the logits.
+// Keep what the session already holds of these tokens, at most `limit` of them.
+size_t Engine::keep_common(const std::vector<int32_t>& tokens, size_t limit) {
   size_t common = 0;
-  while (common < cached_.size() && common + 1 < prompt.size() && cached_[common] == prompt[common])
-    ++common;
+  while (common < cached_.size() && common < limit && cached_[common] == tokens[common]) ++common;
   pslm_truncate(session_, common);
   cached_.resize(common);
+  return common;
+}
+
+std::string Engine::generate(const std::vector<int32_t>& prompt, const Generation& generation,
+                             const std::function<void(const NewToken&)>& on_token,
+                             const std::function<bool()>& go_on, Outcome& outcome) {
+  if (prompt.empty()) return "the prompt is empty";
+  const size_t context = session_info().context;
+  if (prompt.size() > context)
+    return std::to_string(prompt.size()) + " tokens do not fit the context of " +
+           std::to_string(context);
+  const auto started = Clock::now();
+  const size_t common = keep_common(prompt, prompt.size() - 1);  // the last one gives the logits
   outcome = {};
   outcome.prompt_tokens = prompt.size();
   outcome.reused_tokens = common;
@@ -220,30 +231,50 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   Sampler sampler(generation.sampling);
   std::vector<float> logits(model_info_.vocab_size);
   ErrorLine error;
-  if (pslm_forward(session_, prompt.data() + common, prompt.size() - common, PSLM_LOGITS_LAST,
-                   logits.data(), logits.size(), error.argument()) != PSLM_OK)
-    return error.text;
-  cached_ = prompt;
-  int32_t token = sampler.pick(logits);
+  const auto cancelled = [&] {
+    outcome.reason = "cancelled";
+    return std::string();
+  };
+  while (cached_.size() < prompt.size()) {
+    if (!go_on()) return cancelled();
+    const size_t from = cached_.size();
+    const size_t count = std::min(kPrefillPart, prompt.size() - from);
+    if (pslm_forward(session_, prompt.data() + from, count, PSLM_LOGITS_LAST, logits.data(),
+                     logits.size(), error.argument()) != PSLM_OK)
+      return error.text;
+    cached_.insert(cached_.end(), prompt.begin() + static_cast<std::ptrdiff_t>(from),
+                   prompt.begin() + static_cast<std::ptrdiff_t>(from + count));
+  }
+  // The probability is that before any penalty, which changes the logits.
+  std::vector<float> raw;
+  const auto pick = [&](float& logprob) {
+    if (generation.logprobs) raw = logits;
+    const int32_t token = sampler.pick(logits, cached_, prompt.size());
+    logprob = generation.logprobs ? log_probability(raw, token) : 0;
+    return token;
+  };
+  float logprob = 0;
+  int32_t token = pick(logprob);
   outcome.prefill_ms = milliseconds_since(started);
 
   const auto decode_started = Clock::now();
-  const size_t context = session_info().context;
+  const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos : generation.eos;
   std::string pending;  // the beginning of a character whose end is in the next token
   outcome.reason = "length";
   while (outcome.new_tokens < generation.max_tokens) {
-    if (!generation.ignore_eos &&
-        std::find(chat_.eos.begin(), chat_.eos.end(), token) != chat_.eos.end()) {
+    if (!generation.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end()) {
       outcome.reason = "eos";
+      outcome.last = token;
+      outcome.last_logprob = logprob;
       break;
     }
     ++outcome.new_tokens;
     pending += tokenizer_.bytes(token);
     const bool last = outcome.new_tokens == generation.max_tokens;
     const size_t held = last ? 0 : incomplete_utf8(pending);
-    const bool go_on = on_token(token, std::string_view(pending).substr(0, pending.size() - held));
+    on_token({token, std::string_view(pending).substr(0, pending.size() - held), logprob});
     pending.erase(0, pending.size() - held);
-    if (!go_on) {
+    if (!go_on()) {
       outcome.reason = "cancelled";
       break;
     }
@@ -253,25 +284,33 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
       break;
     }
     const int32_t previous = token;
+    const bool fast = !sampler.needs_logits() && !generation.logprobs;
     const pslm_status status =
-        sampler.greedy() ? pslm_step_greedy(session_, previous, &token, error.argument())
-                         : pslm_forward(session_, &previous, 1, PSLM_LOGITS_LAST, logits.data(),
-                                        logits.size(), error.argument());
+        fast ? pslm_step_greedy(session_, previous, &token, error.argument())
+             : pslm_forward(session_, &previous, 1, PSLM_LOGITS_LAST, logits.data(), logits.size(),
+                            error.argument());
     if (status != PSLM_OK) return error.text;
     cached_.push_back(previous);
-    if (!sampler.greedy()) token = sampler.pick(logits);
+    if (!fast) token = pick(logprob);
   }
   outcome.decode_ms = milliseconds_since(decode_started);
   return "";
 }
 
-std::string Engine::logits(const std::vector<int32_t>& tokens, std::vector<float>& out) {
-  reset();
-  out.resize(model_info_.vocab_size);
+std::string Engine::logits(const std::vector<int32_t>& tokens, size_t first,
+                           std::vector<float>& out) {
+  const size_t common = keep_common(tokens, first);
+  const bool all = first + 1 < tokens.size();
+  const size_t count = tokens.size() - common;
+  out.resize((all ? count : 1) * model_info_.vocab_size);
   ErrorLine error;
-  if (pslm_forward(session_, tokens.data(), tokens.size(), PSLM_LOGITS_LAST, out.data(), out.size(),
+  if (pslm_forward(session_, tokens.data() + common, count,
+                   all ? PSLM_LOGITS_ALL : PSLM_LOGITS_LAST, out.data(), out.size(),
                    error.argument()) != PSLM_OK)
     return error.text;
+  if (all)
+    out.erase(out.begin(), out.begin() + static_cast<std::ptrdiff_t>((first - common) *
+                                                                     model_info_.vocab_size));
   cached_ = tokens;
   return "";
 }

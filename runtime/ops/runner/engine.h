@@ -4,6 +4,7 @@
 #include <chrono>
 #include <functional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "json.h"
@@ -28,14 +29,23 @@ struct Message {
 
 struct Generation {
   uint32_t max_tokens = 128;
-  bool ignore_eos = false;
+  bool ignore_eos = false, logprobs = false;
+  std::vector<int32_t> eos;  // empty: the model file's own
   Sampling sampling;
+};
+
+struct NewToken {
+  int32_t token;
+  std::string_view text;  // what became certain with it
+  float logprob;          // of its probability before any penalty, where asked for
 };
 
 struct Outcome {
   std::string reason;  // eos, length, context, cancelled
   size_t prompt_tokens = 0, reused_tokens = 0, new_tokens = 0;
   double prefill_ms = 0, decode_ms = 0;
+  int32_t last = -1;  // the token that ended it, where that was eos
+  float last_logprob = 0;
 };
 
 // Nanoseconds of every prompt, of every run of new tokens after one, and of each of those tokens.
@@ -60,11 +70,13 @@ class Engine {
   std::string load(const LoadOptions& options);
   std::string encode(std::string_view text, std::vector<int32_t>& tokens) const;
   std::string encode_chat(const std::vector<Message>& messages, std::vector<int32_t>& tokens) const;
-  // Calls on_token for each new token with the text that it completes; stops when that is false.
+  // Calls on_token for each new token; go_on is asked before each part of the prompt and after
+  // each token, and ends the generation when it is false.
   std::string generate(const std::vector<int32_t>& prompt, const Generation& generation,
-                       const std::function<bool(int32_t, std::string_view)>& on_token,
-                       Outcome& outcome);
-  std::string logits(const std::vector<int32_t>& tokens, std::vector<float>& out);
+                       const std::function<void(const NewToken&)>& on_token,
+                       const std::function<bool()>& go_on, Outcome& outcome);
+  // Of the last token, or of each from position `first` on.
+  std::string logits(const std::vector<int32_t>& tokens, size_t first, std::vector<float>& out);
   // Runs `repeats` times, each from an empty cache: the prompt, which may be empty, in one call,
   // then `fresh` greedy tokens. Ends early, with an error, once go_on is false.
   std::string bench(const std::vector<int32_t>& prompt, size_t fresh, size_t repeats,
@@ -85,6 +97,7 @@ class Engine {
  private:
   void unload();
   std::string read_chat(const Json& chat);
+  size_t keep_common(const std::vector<int32_t>& tokens, size_t limit);
 
   pslm_model* model_ = nullptr;
   pslm_session* session_ = nullptr;

@@ -144,12 +144,11 @@ int run(const Arguments& arguments) {
   if (failure.empty())
     failure = engine.generate(
         tokens, arguments.generation,
-        [](int32_t, std::string_view text) {
-          std::fwrite(text.data(), 1, text.size(), stdout);
+        [](const NewToken& made) {
+          std::fwrite(made.text.data(), 1, made.text.size(), stdout);
           std::fflush(stdout);
-          return true;
         },
-        outcome);
+        [] { return true; }, outcome);
   if (!failure.empty()) return fail(failure);
   const auto rate = [](size_t count, double ms) {
     return ms > 0 ? static_cast<double>(count) * 1e3 / ms : 0.0;

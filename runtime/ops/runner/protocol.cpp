@@ -138,6 +138,30 @@ class Request {
   std::string fault_;
 };
 
+std::string logprob(float value) {
+  char text[48];
+  std::snprintf(text, sizeof text, ",\"logprob\":%.7g", static_cast<double>(value));
+  return text;
+}
+
+// Of the values' bytes, little-endian fp32.
+std::string base64(const std::vector<float>& values) {
+  constexpr char kDigits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  const auto* bytes = reinterpret_cast<const unsigned char*>(values.data());
+  const size_t size = values.size() * sizeof(float);
+  std::string out;
+  out.reserve((size + 2) / 3 * 4);
+  for (size_t i = 0; i < size; i += 3) {
+    const size_t have = std::min<size_t>(3, size - i);
+    uint32_t word = uint32_t{bytes[i]} << 16;
+    if (have > 1) word |= uint32_t{bytes[i + 1]} << 8;
+    if (have > 2) word |= bytes[i + 2];
+    for (size_t digit = 0; digit < 4; ++digit)
+      out += digit <= have ? kDigits[word >> (18 - 6 * digit) & 63] : '=';
+  }
+  return out;
+}
+
 std::string numbers(const std::vector<int64_t>& values) {
   std::string out = "[";
   for (int64_t value : values) out += (out.size() > 1 ? "," : "") + std::to_string(value);
@@ -269,19 +293,29 @@ class Server {
     generation.sampling.top_k = request.count("top_k", 0, 0, 1 << 24);
     generation.sampling.top_p = static_cast<float>(request.number("top_p", 1, 0, 1));
     generation.sampling.seed = static_cast<uint64_t>(request.number("seed", 0, 0, 1e15, true));
+    generation.sampling.repetition_penalty =
+        static_cast<float>(request.number("repetition_penalty", 1, 0.01, 100));
+    generation.sampling.penalize_prompt = !request.flag("spare_prompt");
+    generation.logprobs = request.flag("logprobs");
+    if (const Json* list = request.list("eos"))
+      for (const Json& item : list->items)
+        generation.eos.push_back(static_cast<int32_t>(item.number));
     std::vector<int32_t> tokens;
     if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
     if (!request.fault().empty()) return request.fault();
     Outcome outcome;
     const std::string failure = engine_.generate(
         tokens, generation,
-        [&](int32_t token, std::string_view text) {
-          emit("{\"event\":\"token\",\"id\":%s,\"token\":%d,\"text\":%s}", quote(id).c_str(), token,
-               quote(text).c_str());
-          return !reader_.cancelled(id);
+        [&](const NewToken& made) {
+          emit("{\"event\":\"token\",\"id\":%s,\"token\":%d,\"text\":%s%s}", quote(id).c_str(),
+               made.token, quote(made.text).c_str(),
+               generation.logprobs ? logprob(made.logprob).c_str() : "");
         },
-        outcome);
+        [&] { return !reader_.cancelled(id); }, outcome);
     if (!failure.empty()) return failure;
+    if (outcome.reason == "eos" && generation.logprobs)
+      emit("{\"event\":\"token\",\"id\":%s,\"token\":%d,\"text\":\"\"%s}", quote(id).c_str(),
+           outcome.last, logprob(outcome.last_logprob).c_str());
     emit("{\"event\":\"done\",\"id\":%s,\"reason\":\"%s\",\"prompt_tokens\":%zu,"
          "\"reused_tokens\":%zu,\"tokens\":%zu,\"prefill_ms\":%.3f,\"decode_ms\":%.3f}",
          quote(id).c_str(), outcome.reason.c_str(), outcome.prompt_tokens, outcome.reused_tokens,
@@ -301,7 +335,16 @@ class Server {
     std::vector<int32_t> tokens;
     std::vector<float> values;
     if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
-    if (std::string failure = engine_.logits(tokens, values); !failure.empty()) return failure;
+    const uint32_t first = request.count("first", static_cast<uint32_t>(tokens.size() - 1), 0,
+                                         static_cast<double>(tokens.size() - 1));
+    const bool packed = request.flag("base64");
+    if (!request.fault().empty()) return request.fault();
+    if (std::string failure = engine_.logits(tokens, first, values); !failure.empty())
+      return failure;
+    if (packed) {
+      emit("{\"event\":\"logits\",\"base64\":\"%s\"}", base64(values).c_str());
+      return "";
+    }
     std::string list;
     for (float value : values) {
       char text[32];

@@ -14,7 +14,18 @@ double Sampler::uniform() {
   return static_cast<double>((z ^ z >> 31) >> 11) * 0x1.0p-53;
 }
 
-int32_t Sampler::pick(const std::vector<float>& logits) {
+int32_t Sampler::pick(std::vector<float>& logits, const std::vector<int32_t>& seen,
+                      size_t prompt) {
+  if (const float penalty = sampling_.repetition_penalty; penalty != 1) {
+    const size_t first = sampling_.penalize_prompt ? 0 : prompt;
+    std::vector<int32_t> tokens(seen.begin() + static_cast<std::ptrdiff_t>(first), seen.end());
+    std::sort(tokens.begin(), tokens.end());
+    tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
+    for (const int32_t token : tokens) {
+      float& value = logits[static_cast<size_t>(token)];
+      value = value < 0 ? value * penalty : value / penalty;
+    }
+  }
   const auto best = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) -
                                          logits.begin());
   if (greedy()) return best;
@@ -45,6 +56,13 @@ int32_t Sampler::pick(const std::vector<float>& logits) {
   for (size_t i = 0; i < count; ++i)
     if ((point -= candidates_[i].first) < 0) return candidates_[i].second;
   return best;
+}
+
+float log_probability(const std::vector<float>& logits, int32_t token) {
+  const float top = *std::max_element(logits.begin(), logits.end());
+  double total = 0;
+  for (const float value : logits) total += std::exp(value - top);
+  return logits[static_cast<size_t>(token)] - top - static_cast<float>(std::log(total));
 }
 
 }  // namespace pocketslm

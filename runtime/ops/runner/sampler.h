@@ -1,6 +1,7 @@
 // Choosing a token from logits.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -12,13 +13,17 @@ struct Sampling {
   uint32_t top_k = 0;     // 0: all
   float top_p = 1;
   uint64_t seed = 0;
+  float repetition_penalty = 1;  // over the prompt and what was generated, or the latter alone
+  bool penalize_prompt = true;
 };
 
 class Sampler {
  public:
   explicit Sampler(const Sampling& sampling) : sampling_(sampling), state_(sampling.seed) {}
   bool greedy() const { return sampling_.temperature <= 0 || sampling_.top_k == 1; }
-  int32_t pick(const std::vector<float>& logits);
+  bool needs_logits() const { return !greedy() || sampling_.repetition_penalty != 1; }
+  // A token from `logits`, which is changed where tokens from `seen` are to be penalized.
+  int32_t pick(std::vector<float>& logits, const std::vector<int32_t>& seen, size_t prompt);
 
  private:
   double uniform();
@@ -27,5 +32,8 @@ class Sampler {
   uint64_t state_;
   std::vector<std::pair<float, int32_t>> candidates_;
 };
+
+// Natural log of the softmax probability of a token.
+float log_probability(const std::vector<float>& logits, int32_t token);
 
 }  // namespace pocketslm
