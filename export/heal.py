@@ -1,0 +1,257 @@
+"""Healing: a pruned or quantized model learns to answer like the one it was made from.
+
+Knowledge distillation as Minitron does it (https://arxiv.org/abs/2407.14679): the forward KL
+divergence between the logits of teacher and student at temperature 1, and, where much depth is
+gone, the distance of their last hidden states, weighted so that both terms count alike. All
+weights learn, or low-rank updates alone (LoRA, https://arxiv.org/abs/2106.09685) that are merged
+at the end. A run stopped at any moment goes on from its last checkpoint and ends in the same
+weights as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pocketslm.errors import UsageError
+from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
+from pocketslm.models.reference import load_reference
+
+Ids = npt.NDArray[np.int64]
+STATE = "healing.pt"
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """How to heal; the defaults suit a model of 100M parameters on a few CPU cores.
+
+    A step takes ``batch`` sequences of ``sequence`` tokens. The learning rate rises linearly over
+    the first ``warmup`` share of the steps and falls to a tenth along a cosine. ``lora_rank``: None
+    trains every weight. ``hidden``: also match the last hidden state. ``bf16``: multiply matrices
+    in bfloat16 (weights and loss stay fp32).
+    """
+
+    steps: int = 200
+    batch: int = 4
+    sequence: int = 256
+    learning_rate: float = 2e-4
+    warmup: float = 0.05
+    lora_rank: int | None = None
+    hidden: bool = False
+    bf16: bool = False
+    seed: int = 0
+    checkpoint_every: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "sequence", "checkpoint_every", "lora_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}, expected at least 1")
+        if not 0 < self.learning_rate < 1:
+            raise UsageError(f"learning_rate is {self.learning_rate}, expected between 0 and 1")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"warmup is {self.warmup}, expected a share of the steps below 1")
+
+
+def heal(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    ids: Ids,
+    work: Path,
+    config: HealConfig,
+    progress: Callable[[int, int, float], None] = lambda step, steps, kl: None,
+) -> tuple[Any, list[float]]:
+    """Train ``student`` on the teacher's answers to ``ids`` [tokens]; model and KL of every step.
+
+    ``work``: a folder for the checkpoint that an interrupted run goes on from; it is the caller's
+    to remove. ``progress`` gets the steps done, all of them, and the last KL in nats a token. Runs
+    on a GPU where torch finds one. Raises UsageError where the two models' vocabularies differ, the
+    text is shorter than a sequence, or ``work`` belongs to another run.
+    """
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise UsageError(
+            f"the student has a vocabulary of {student.config.vocab_size}, the teacher "
+            f"{teacher.config.vocab_size}: was one made from the other?"
+        )
+    if len(ids) <= config.sequence:
+        raise UsageError(f"the text has {len(ids)} tokens, expected more than {config.sequence}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed)
+    run = _Run(student, teacher, config, device)
+    state = work / STATE
+    identity = _identity(student, teacher, ids, config)
+    if state.exists():
+        run.restore(state, identity)
+    while run.step < config.steps:
+        kl = run.advance(_batch(ids, config, run.step).to(device))
+        if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+            run.save(state, identity)
+        progress(run.step, config.steps, kl)
+    return run.merged(), run.losses
+
+
+class _Run:
+    """Student, teacher, optimizer and how far they have come."""
+
+    def __init__(
+        self, student: Checkpoint, teacher: Checkpoint, config: HealConfig, device: torch.device
+    ) -> None:
+        self.config, self.device = config, device
+        self.step = 0
+        self.losses: list[float] = []
+        self.student = load_reference(student, config.sequence).to(device)
+        self.teacher = load_reference(teacher, config.sequence).to(device)
+        if config.lora_rank is None:
+            self.student.requires_grad_(True)
+        else:
+            add_lora(self.student, config.lora_rank)
+        self.trained = [p for p in self.student.parameters() if p.requires_grad]
+        self.projection: nn.Linear | None = None
+        if config.hidden:
+            sizes = student.config.hidden_size, teacher.config.hidden_size
+            self.projection = nn.Linear(*sizes, bias=False, device=device)
+            nn.init.eye_(self.projection.weight)
+            self.trained += list(self.projection.parameters())
+        self.optimizer = torch.optim.AdamW(self.trained, weight_decay=0.0, betas=(0.9, 0.95))
+
+    def advance(self, ids: Tensor) -> float:
+        """One step on ids [batch, sequence]; the KL before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+            with torch.no_grad():
+                target, target_hidden = _forward(self.teacher, ids)
+            logits, hidden = _forward(self.student, ids)
+        kl = forward_kl(target, logits)
+        loss = kl
+        if self.projection is not None:
+            distance = F.mse_loss(self.projection(hidden.float()), target_hidden.float())
+            loss = kl + (kl.detach() / distance.detach().clamp_min(1e-12)) * distance
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.losses.append(kl.item())
+        return self.losses[-1]
+
+    def save(self, path: Path, identity: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        trained = [p.detach().cpu() for p in self.trained]
+        optimizer = self.optimizer.state_dict()
+        torch.save(
+            {
+                "identity": identity,
+                "step": self.step,
+                "losses": self.losses,
+                "trained": trained,
+                "optimizer": optimizer,
+            },
+            aside,
+        )
+        aside.replace(path)
+
+    def restore(self, path: Path, identity: str) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["identity"] != identity:
+            raise UsageError(
+                f"{path.parent} holds a run with another model, text or setting; remove it to "
+                "begin anew"
+            )
+        self.step, self.losses = state["step"], state["losses"]
+        with torch.no_grad():
+            for parameter, value in zip(self.trained, state["trained"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def merged(self) -> Any:
+        """The student in eval mode, low-rank updates added to its weights."""
+        for module in self.student.modules():
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight")
+        return self.student.eval().requires_grad_(False).cpu()
+
+
+class LowRank(nn.Module):
+    """``W + B A`` with A [rank, in] and B [out, rank], B zero: at first nothing changes."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        out, width = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, width, device=weight.device) * width**-0.5)
+        self.b = nn.Parameter(torch.zeros(out, rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Make every matrix of the blocks learn through a low-rank update; all else is frozen."""
+    model.requires_grad_(False)
+    matrices = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("_proj") and isinstance(getattr(module, "weight", None), Tensor)
+    ]
+    for module in matrices:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        parametrize.register_parametrization(module, "weight", LowRank(weight, rank))
+
+
+def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean KL(teacher || student) in nats a token of logits [B, S, V]."""
+    p = torch.log_softmax(teacher.float(), -1).flatten(0, 1)
+    q = torch.log_softmax(student.float(), -1).flatten(0, 1)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+
+def learning_rate(config: HealConfig, step: int) -> float:
+    """Of a step counted from 0: linear warm-up, then a cosine down to a tenth."""
+    warmup = round(config.warmup * config.steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def _forward(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, S, V] and the normalized last hidden state [B, S, H]."""
+    kept: list[Tensor] = []
+    hook = model.model.norm.register_forward_hook(lambda module, args, out: kept.append(out))
+    try:
+        logits, _ = model(ids, model.empty_cache(len(ids)))
+    finally:
+        hook.remove()
+    return logits, kept[0]
+
+
+def _batch(ids: Ids, config: HealConfig, step: int) -> Tensor:
+    """The sequences [batch, sequence] of a step: a function of seed and step, nothing else."""
+    starts = np.random.default_rng((config.seed, step)).integers(
+        0, len(ids) - config.sequence, config.batch
+    )
+    return torch.from_numpy(np.stack([ids[start : start + config.sequence] for start in starts]))
+
+
+def _identity(student: Checkpoint, teacher: Checkpoint, ids: Ids, config: HealConfig) -> str:
+    facts = {
+        "student": checkpoint_sha256(student),
+        "teacher": checkpoint_sha256(teacher),
+        "text": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "config": asdict(config),
+    }
+    return json.dumps(facts, sort_keys=True)
