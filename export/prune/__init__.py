@@ -1,0 +1,1 @@
+"""Pruning: smaller checkpoints from larger ones, read through the same door."""
