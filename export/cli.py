@@ -29,6 +29,31 @@ def add_commands(commands: Commands) -> None:
     add_export_options(parser)
 
     parser = commands.add(
+        "heal",
+        _heal,
+        "train a pruned or rounded model on the answers of the one it was made from",
+        "pocketslm heal pruned healed --teacher smollm2-135m-instruct --steps 200",
+    )
+    parser.add_argument("student", help="a Hugging Face folder, .gguf file or catalog name")
+    parser.add_argument("out", type=Path, help="the Hugging Face folder to write")
+    parser.add_argument("--teacher", required=True, help="the checkpoint it was made from")
+    parser.add_argument("--text", default="lee", help="a UTF-8 file or catalog text (default: lee)")
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=8192,
+        help="tokens at the text's start that are left for `eval` (default: 8192)",
+    )
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=4, help="sequences a step (default: 4)")
+    parser.add_argument("--sequence", type=int, default=256, help="tokens each (default: 256)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--lora-rank", type=int, help="train low-rank updates (default: all)")
+    parser.add_argument("--hidden", action="store_true", help="match the last hidden state too")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, if it is faster")
+    parser.add_argument("--seed", type=int, default=0)
+
+    parser = commands.add(
         "eval",
         _eval,
         "measure a bundle's quality against its source, and write it into the bundle",
@@ -104,6 +129,29 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {manifest.size_bytes / 1e6:.1f} MB in {seconds:.1f} s ({weights})")
     for note in manifest.notes:
         print(f"note: {note}")
+
+
+def _heal(arguments: argparse.Namespace) -> None:
+    from pocketslm.export.heal import HealConfig, heal_folder
+    from pocketslm.models.catalog import resolve
+    from pocketslm.models.checkpoint import open_checkpoint
+
+    names = ("steps", "batch", "sequence", "learning_rate", "lora_rank", "hidden", "bf16", "seed")
+    start = time.perf_counter()
+    with Progress() as progress:
+        losses = heal_folder(
+            open_checkpoint(resolve(arguments.student, say)),
+            open_checkpoint(resolve(arguments.teacher, say)),
+            resolve(arguments.text, say),
+            arguments.out,
+            HealConfig(**{name: getattr(arguments, name) for name in names}),
+            held_out=arguments.held_out,
+            progress=lambda step, steps, kl: progress(f"heal, KL {kl:.3f}", step / steps),
+        )
+    seconds = time.perf_counter() - start
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    print(f"{arguments.out}: KL {first:.3f} -> {last:.3f} nats on its text in {seconds:.0f} s")
 
 
 def _eval(arguments: argparse.Namespace) -> None:

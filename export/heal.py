@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ from torch.nn.utils import parametrize
 
 from pocketslm.errors import UsageError
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
+from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
+from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 Ids = npt.NDArray[np.int64]
 STATE = "healing.pt"
@@ -100,6 +103,38 @@ def heal(
             run.save(state, identity)
         progress(run.step, config.steps, kl)
     return run.merged(), run.losses
+
+
+def heal_folder(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    text: Path,
+    out: Path,
+    config: HealConfig,
+    *,
+    held_out: int = 0,
+    progress: Callable[[int, int, float], None] = lambda step, steps, kl: None,
+) -> list[float]:
+    """:func:`heal` on a text without its first ``held_out`` tokens, into a Hugging Face folder.
+
+    The checkpoint of an interrupted run lies beside ``out``, under a hidden name; the same call
+    goes on from there. Returns the KL of every step. Raises UsageError where ``out`` is in the way
+    or the text cannot be read, and what :func:`heal` raises.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists already; choose another")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from None
+    files = {name: data.decode() for name, data in student.tokenizer_files().items()}
+    ids = np.asarray(load_tokenizer_files(files).encode(content)[held_out:], np.int64)
+    work = out.with_name(f".{out.name}.healing")
+    model, losses = heal(student, teacher, ids, work, config, progress)
+    save_hf(student, work / "model", model)
+    (work / "model").rename(out)
+    shutil.rmtree(work)
+    return losses
 
 
 class _Run:

@@ -14,15 +14,16 @@ from pocketslm.models.reference import load_reference
 _CLASS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
-def save_hf(checkpoint: Checkpoint, folder: Path) -> None:
+def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
     """Write config.json, model.safetensors (fp32, dequantized) and the tokenizer's files.
 
+    ``model``: the same architecture with other weights, by default the checkpoint's own.
     Raises CheckpointError where the checkpoint cannot be read, OSError where it cannot be written.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    model = load_reference(checkpoint, context=8)
+    model = model or load_reference(checkpoint, context=8)
     state = {name: value.detach().contiguous() for name, value in model.named_parameters()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     files = checkpoint.tokenizer_files()

@@ -20,6 +20,7 @@ COMMANDS = (
     "fetch",
     "inspect",
     "export",
+    "heal",
     "eval",
     "run",
     "chat",

@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 
 import support
 from pocketslm.errors import UsageError
-from pocketslm.export.heal import HealConfig, add_lora, forward_kl, heal, learning_rate
+from pocketslm.export.heal import (
+    HealConfig,
+    add_lora,
+    forward_kl,
+    heal,
+    heal_folder,
+    learning_rate,
+)
 from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
 from pocketslm.models.reference import load_reference
 
@@ -117,3 +124,24 @@ def test_bad_settings_and_texts_are_errors(
     with pytest.raises(UsageError, match="the text has 16 tokens"):
         heal(student, teacher, IDS[:16], tmp_path, QUICK)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_healed_folder_is_a_checkpoint(
+    student: Checkpoint, teacher: Checkpoint, tmp_path: Path
+) -> None:
+    text, out = tmp_path / "text", tmp_path / "healed"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    config = replace(QUICK, steps=2)
+    losses = heal_folder(student, teacher, text, out, config, held_out=100)
+    assert len(losses) == 2
+    healed = open_checkpoint(out)
+    assert healed.config == student.config
+    assert healed.tokenizer_files().keys() == student.tokenizer_files().keys()
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert not np.array_equal(healed.weight(name), student.weight(name))
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "healed"}
+    with pytest.raises(UsageError, match="exists already"):
+        heal_folder(student, teacher, text, out, config)
+    with pytest.raises(UsageError, match="expected more than 16"):
+        heal_folder(student, teacher, text, tmp_path / "new", config, held_out=10**6)
+    assert not (tmp_path / "new").exists()
