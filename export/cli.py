@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pocketslm.terminal import (
     Commands,
@@ -16,6 +17,9 @@ from pocketslm.terminal import (
     print_json,
     say,
 )
+
+if TYPE_CHECKING:
+    from pocketslm.export.recipe import Recipe
 
 
 def add_commands(commands: Commands) -> None:
@@ -76,8 +80,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=schemes,
-        default="keep",
-        help="keep carries quantized source blocks exactly and rounds float weights to int4",
+        help="keep (default) carries quantized source blocks exactly and rounds float weights to "
+        "int4, the default with --method",
     )
     parser.add_argument(
         "--head",
@@ -86,7 +90,30 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         help="embedding and output head; keep rounds a float one to int8",
     )
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
-    parser.add_argument("--asymmetric", action="store_true", help="round with a zero point")
+    parser.add_argument(
+        "--grid",
+        choices=("sym", "zp", "min"),
+        help="offset of a group: none, a zero point, a float minimum (default: sym; min for hqq)",
+    )
+    parser.add_argument(
+        "--method",
+        help="rtn, search or hqq, +gptq, +awq, such as search+gptq (default: rtn)",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="a UTF-8 file or catalog text whose end shows gptq, awq and search the layers' inputs "
+        "(default where one is needed: lee)",
+    )
+    parser.add_argument(
+        "--kv-cache", choices=("fp16", "int8"), default="fp16", help="of the native graph"
+    )
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="a recipe.toml, such as every bundle has, in place of the options above",
+    )
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the ONNX graph"
     )
@@ -96,21 +123,33 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def export(arguments: argparse.Namespace) -> None:
-    from pocketslm.export.pipeline import export_bundle
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    """The options as a recipe; some defaults follow the method."""
     from pocketslm.export.recipe import Recipe
-    from pocketslm.models.catalog import resolve
-    from pocketslm.models.checkpoint import open_checkpoint
 
-    recipe = Recipe(
-        weights=arguments.weights,
+    method = arguments.method or "rtn"
+    parts = set(method.split("+"))
+    return Recipe(
+        weights=arguments.weights or ("int4" if arguments.method else "keep"),
         head=arguments.head,
         group_size=arguments.group_size,
-        symmetric=not arguments.asymmetric,
+        grid=arguments.grid or ("min" if "hqq" in parts else "sym"),
+        method=method,
+        calibration=arguments.calibration or ("lee" if parts & {"gptq", "awq"} else None),
         dtype=arguments.dtype,
+        kv_cache=arguments.kv_cache,
         context=arguments.context,
         targets=tuple(arguments.target.split(",")) if arguments.target else None,
     )
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from pocketslm.export.pipeline import export_bundle
+    from pocketslm.export.recipe import read_recipe
+    from pocketslm.models.catalog import resolve
+    from pocketslm.models.checkpoint import open_checkpoint
+
+    recipe = read_recipe(arguments.recipe) if arguments.recipe else _recipe(arguments)
     start = time.perf_counter()
     source = resolve(arguments.model, say)
     with Progress() as progress:

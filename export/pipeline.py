@@ -7,14 +7,16 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pocketslm import __version__
 from pocketslm.errors import ExportError
-from pocketslm.export.recipe import Recipe
+from pocketslm.export.quantize.grid import Spec
+from pocketslm.export.recipe import RECIPE_FILE, Recipe
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, read_weight
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import QuantTensor, Weight
@@ -38,11 +40,13 @@ def export_bundle(
     ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
     """
     recipe = (recipe or Recipe()).resolved(checkpoint.config)
-    assert recipe.targets is not None
     with _replacing(out, overwrite) as folder:
         for name, content in checkpoint.tokenizer_files().items():
             (folder / name).write_bytes(content)
-        stored = _StoredWeights(checkpoint, recipe)
+        recipe, prepared = _calibrated(checkpoint, recipe, folder, progress)
+        assert recipe.targets is not None
+        (folder / RECIPE_FILE).write_text(recipe.to_toml())
+        stored = _StoredWeights(checkpoint, recipe, prepared)
         graphs = [
             lower(checkpoint.config, recipe, stored, folder, progress)
             for target, lower in _LOWERINGS.items()
@@ -70,6 +74,43 @@ def export_bundle(
     return manifest
 
 
+def _calibrated(
+    checkpoint: Checkpoint, recipe: Recipe, folder: Path, progress: Progress
+) -> tuple[Recipe, dict[str, Weight]]:
+    """The weights that calibration decides, and the recipe with its text's SHA-256.
+
+    ``folder`` holds the tokenizer. Raises ExportError where the text is not the recipe's.
+    """
+    if recipe.calibration is None:
+        return recipe, {}
+    from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
+    from pocketslm.models.catalog import resolve
+    from pocketslm.models.reference import load_reference
+    from pocketslm.runtime.tokenizer import load_tokenizer
+
+    text = resolve(recipe.calibration)
+    window = recipe.calibration_window
+    ids = last_tokens(text, load_tokenizer(folder).encode, recipe.calibration_tokens, window)
+    sha256 = file_entry(text).sha256
+    if recipe.calibration_sha256 not in (None, sha256):
+        raise ExportError(f"{text} is not the recipe's calibration text (SHA-256 differs)")
+    reference = load_reference(checkpoint, context=window)
+
+    def spec(name: str) -> Spec | None:
+        return recipe.spec(name, quantized=isinstance(checkpoint.weight(name), QuantTensor))
+
+    prepared = quantize_layers(
+        reference,
+        ids,
+        spec,
+        recipe.fit,
+        use_awq=recipe.use_awq,
+        use_gptq=recipe.use_gptq,
+        progress=lambda fraction: progress("quantize", fraction),
+    )
+    return replace(recipe, calibration_sha256=sha256), prepared
+
+
 def update_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace a bundle's manifest in one step."""
     aside = folder / f".{MANIFEST}.{os.getpid()}"
@@ -84,8 +125,10 @@ class _StoredWeights:
     round them again; float ones are large and cheap to read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
-        self.checkpoint, self.recipe = checkpoint, recipe
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, prepared: Mapping[str, Weight]
+    ) -> None:
+        self.checkpoint, self.recipe, self.prepared = checkpoint, recipe, prepared
         self.bytes_by_scheme: Counter[str] = Counter()
         self.notes: list[str] = []
         self._seen: set[str] = set()
@@ -95,7 +138,9 @@ class _StoredWeights:
         if name in self._quantized:
             return self._quantized[name]
         source = read_weight(self.checkpoint, name, shape)
-        weight = self.recipe.apply(name, source)
+        weight = self.prepared.get(name)
+        if weight is None:
+            weight = self.recipe.apply(name, source)
         if name not in self._seen:
             self._seen.add(name)
             scheme = weight.scheme if isinstance(weight, QuantTensor) else self.recipe.dtype
@@ -142,7 +187,7 @@ def _lower_native(
             f"native: scales of {len(report.rounded_scales)} matrices were rounded to fp16"
         )
     progress("lower to native", 1.0)
-    return Graph("native", "model.slm", recipe.context, "fp16")
+    return Graph("native", "model.slm", recipe.context, recipe.kv_cache)
 
 
 def _lower_onnx(

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from pocketslm.errors import ExportError
 from pocketslm.export.lower import native
-from pocketslm.export.quantize import rtn
+from pocketslm.export.quantize import hqq, rtn, search
+from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
 from pocketslm.models.checkpoint import EMBEDDING, HEAD
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import QuantTensor, Weight
 
 Scheme = Literal["keep", "float", "int4", "int8"]
 DType = Literal["fp32", "fp16"]
+KvCache = Literal["fp16", "int8"]
+RECIPE_FILE = "recipe.toml"
+# How the grid of a group is chosen; "+gptq" and "+awq" say what is done beside it.
+FITS: dict[str, Fit] = {"rtn": rtn.fit, "search": search.fit, "hqq": hqq.fit}
+_WITH = ("gptq", "awq")
 GROUP_SIZES = (32, 64, 128)
 TARGETS = ("native", "onnx")  # in the order in which "auto" prefers them
 
@@ -24,9 +36,17 @@ class Recipe:
 
     ``weights`` and ``head`` (embedding and output head): ``keep`` carries quantized source blocks
     exactly and rounds float matrices (``weights`` to int4, ``head`` to int8); ``int4`` and
-    ``int8`` round everything again; ``float`` dequantizes. ``dtype`` is that of the ONNX graph's
-    activations and KV cache. ``context`` is the longest sequence, by default the model's own up to
-    4096 tokens. ``targets``: ``native`` (model.slm for the C++ operators and pocketslm-run) and
+    ``int8`` round everything again; ``float`` dequantizes; ``overrides`` says otherwise for single
+    matrices by name. ``grid`` is the offset that a group has: none, a zero point or a minimum.
+
+    ``method`` joins with ``+`` how the grid is chosen (rtn, search, hqq; default rtn) and what is
+    done to the layers beside it (gptq, awq). ``calibration`` is the text that shows the layers'
+    inputs: a catalog name or file, its last ``calibration_tokens`` in windows of
+    ``calibration_window``; with it, search weighs errors too. ``calibration_sha256`` is filled in.
+
+    ``dtype`` is that of the ONNX graph's activations and KV cache, ``kv_cache`` that of the native
+    graph. ``context`` is the longest sequence, by default the model's own up to 4096 tokens.
+    ``targets``: ``native`` (model.slm for the C++ operators and pocketslm-run) and
     ``onnx`` (model.onnx for onnxruntime and onnxruntime-genai); None: both, where they cover the
     model.
     """
@@ -34,8 +54,15 @@ class Recipe:
     weights: Scheme = "keep"
     head: Scheme = "keep"
     group_size: int = 32
-    symmetric: bool = True
+    grid: Kind = "sym"
+    method: str = "rtn"
+    calibration: str | None = None
+    calibration_tokens: int = 16384
+    calibration_window: int = 512
+    calibration_sha256: str | None = None
+    overrides: Mapping[str, Scheme] = field(default_factory=dict)
     dtype: DType = "fp32"
+    kv_cache: KvCache = "fp16"
     context: int | None = None
     targets: tuple[str, ...] | None = None
 
@@ -45,6 +72,19 @@ class Recipe:
                 raise ExportError(
                     f"{name} is {getattr(self, name)!r}, expected one of {get_args(Scheme)}"
                 )
+        parts = self.method.split("+")
+        if not set(parts) <= {*FITS, *_WITH} or len(FITS.keys() & set(parts)) > 1:
+            raise ExportError(
+                f"method {self.method!r}, expected one of {', '.join(FITS)}, with or without "
+                f"{' and '.join('+' + part for part in _WITH)}"
+            )
+        if self.needs_calibration and self.calibration is None:
+            raise ExportError(f"method {self.method!r} needs a calibration text")
+        for name, allowed in (("grid", KINDS), ("kv_cache", get_args(KvCache))):
+            if getattr(self, name) not in allowed:
+                raise ExportError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
+        if not set(self.overrides.values()) <= set(get_args(Scheme)):
+            raise ExportError(f"overrides name a scheme that is none of {get_args(Scheme)}")
         if self.group_size not in GROUP_SIZES:
             raise ExportError(f"group size {self.group_size}, expected one of {GROUP_SIZES}")
         if self.dtype not in get_args(DType):
@@ -66,25 +106,84 @@ class Recipe:
         covered = [t for t in TARGETS if t != "native" or native.uncovered(config) is None]
         return replace(self, context=context, targets=self.targets or tuple(covered))
 
-    def apply(self, name: str, weight: Weight) -> Weight:
-        """The weight as this recipe stores it; vectors stay as they are."""
-        if len(weight.shape) != 2:
-            return weight
+    @property
+    def fit(self) -> Fit:
+        """How the grid of a group is chosen."""
+        return next((FITS[part] for part in self.method.split("+") if part in FITS), rtn.fit)
+
+    @property
+    def use_gptq(self) -> bool:
+        return "gptq" in self.method.split("+")
+
+    @property
+    def use_awq(self) -> bool:
+        return "awq" in self.method.split("+")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.use_gptq or self.use_awq
+
+    def scheme(self, name: str, *, quantized: bool) -> Scheme:
+        """How a matrix is stored; ``quantized``: the source holds it in blocks, which may be kept.
+
+        ``keep`` is the answer only for such a matrix.
+        """
         top = name in (EMBEDDING, HEAD)
-        scheme = self.head if top else self.weights
-        if scheme == "keep":
-            if isinstance(weight, QuantTensor):
-                return weight
-            scheme = "int8" if top else "int4"
+        scheme = self.overrides.get(name, self.head if top else self.weights)
+        if scheme == "keep" and not quantized:
+            return "int8" if top else "int4"
+        return scheme
+
+    def spec(self, name: str, *, quantized: bool) -> Spec | None:
+        """What a matrix is rounded to; None where it is kept or stays float."""
+        scheme = self.scheme(name, quantized=quantized)
+        if not scheme.startswith("int"):
+            return None
+        return Spec(int(scheme[3:]), self.group_size, self.grid)
+
+    def apply(self, name: str, weight: Weight) -> Weight:
+        """The weight as this recipe stores it without calibration; vectors stay as they are."""
+        quantized = isinstance(weight, QuantTensor)
+        if len(weight.shape) != 2 or self.scheme(name, quantized=quantized) == "keep":
+            return weight
         array = weight.dequantize() if isinstance(weight, QuantTensor) else weight
-        if scheme == "float":
-            return array
-        return rtn.quantize(array, int(scheme[3:]), self.group_size, self.symmetric)
+        spec = self.spec(name, quantized=quantized)
+        return array if spec is None else round_to_grid(torch.from_numpy(array), spec, self.fit)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"targets": None if self.targets is None else list(self.targets)}
+        lists = {"targets": None if self.targets is None else list(self.targets)}
+        return asdict(self) | lists | {"overrides": dict(self.overrides)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_dict`; ExportError for a field that no recipe has."""
+        known = {entry.name for entry in fields(cls)}
+        if unknown := sorted(data.keys() - known):
+            raise ExportError(f"a recipe has no {unknown[0]!r}, only {', '.join(sorted(known))}")
         targets = data.get("targets")
-        return cls(**data | {"targets": None if targets is None else tuple(targets)})
+        return cls(**dict(data) | {"targets": None if targets is None else tuple(targets)})
+
+    def to_toml(self) -> str:
+        """One line a field that is set, the overrides as a table."""
+        data = {name: value for name, value in self.to_dict().items() if value is not None}
+        overrides = data.pop("overrides")
+        lines = [f"{name} = {_toml(value)}" for name, value in data.items()]
+        if overrides:
+            lines += ["", "[overrides]"]
+            lines += [f'"{name}" = {_toml(scheme)}' for name, scheme in overrides.items()]
+        return "\n".join(lines) + "\n"
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe.toml; ExportError where it cannot be read or is not one."""
+    try:
+        return Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ExportError(
+            f"cannot read {path} as a recipe: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _toml(value: Any) -> str:
+    """Strings, whole numbers and lists of them: what JSON and TOML write alike."""
+    return json.dumps(value)

@@ -63,9 +63,9 @@ def stored_reference(source: Path, recipe: Recipe) -> Any:
 RECIPES = {
     "float": (Recipe(weights="float", head="float"), MAX_FLOAT_ERROR),
     "int4": (Recipe(weights="int4", head="int8"), MAX_INT8_ERROR),
-    "int4 asymmetric": (Recipe(weights="int4", head="int4", symmetric=False), MAX_INT8_ERROR),
+    "int4 asymmetric": (Recipe(weights="int4", head="int4", grid="zp"), MAX_INT8_ERROR),
     "int8 g64": (Recipe(weights="int8", head="int8", group_size=64), MAX_INT8_ERROR),
-    "int8 asymmetric": (Recipe(weights="int8", head="int8", symmetric=False), MAX_INT8_ERROR),
+    "int8 asymmetric": (Recipe(weights="int8", head="int8", grid="zp"), MAX_INT8_ERROR),
     "int4 head float": (Recipe(weights="int4", head="float", group_size=128), MAX_INT8_ERROR),
     "fp16 int4": (Recipe(weights="int4", head="int8", dtype="fp16"), MAX_INT8_ERROR),
     "fp16 float": (Recipe(weights="float", head="float", dtype="fp16"), MAX_FP16_ERROR),

@@ -1,32 +1,60 @@
-"""Groupwise quantization against plain definitions and the gguf library."""
+"""Groupwise quantization: each method held against its invariant, plain definitions, and gguf."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf.quants import dequantize, quantize
 
-from pocketslm.errors import ExportError
-from pocketslm.export.quantize import rtn
+import support
+from pocketslm.errors import ExportError, UsageError
+from pocketslm.export.quantize import awq, gptq, hqq, rtn, search
+from pocketslm.export.quantize.calibration import SITES, last_tokens, quantize_layers
+from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
+from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.config import ModelConfig
+from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor, concat_rows, pack_codes
 
 RNG = np.random.default_rng(0)
 WEIGHT = (RNG.standard_normal((24, 256)) * np.exp(RNG.standard_normal((24, 1)))).astype(np.float32)
+TENSOR = torch.from_numpy(WEIGHT)
+# Inputs in which some channels are far larger than others and neighbours are alike.
+MIX = torch.from_numpy(RNG.standard_normal((256, 256)).astype(np.float32))
+INPUTS = torch.from_numpy(RNG.standard_normal((2000, 256)).astype(np.float32)) @ MIX
+INPUTS *= torch.from_numpy(np.exp(RNG.standard_normal(256)).astype(np.float32))
+HESSIAN = INPUTS.T @ INPUTS / len(INPUTS)
+FP32_ERROR = 1e-4  # of logits, after factors were moved between fp32 weights
+IDS = torch.from_numpy(RNG.integers(0, support.TINY.vocab_size, (8, 64)))
+
+
+def rounded(weight: np.ndarray, bits: int, group: int, kind: Kind = "sym") -> QuantTensor:
+    return round_to_grid(torch.from_numpy(weight), Spec(bits, group, kind), rtn.fit)
+
+
+def output_error(got: QuantTensor) -> float:
+    """Mean squared error of the layer's output on INPUTS."""
+    difference = torch.from_numpy(got.dequantize()) - TENSOR
+    return float((INPUTS @ difference.T).square().mean())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_every_value_is_within_half_a_step(bits: int, group: int, symmetric: bool) -> None:
-    quantized = rtn.quantize(WEIGHT, bits, group, symmetric)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_value_is_within_half_a_step(bits: int, group: int, kind: Kind) -> None:
+    quantized = rounded(WEIGHT, bits, group, kind)
     assert (quantized.bits, quantized.group_size) == (bits, group)
     error = np.abs(quantized.dequantize() - WEIGHT).reshape(24, -1, group)
     step = np.abs(quantized.scales)[..., None]
-    # Symmetric 4-bit has no code for the positive extreme: it may be a whole step away. An
-    # asymmetric zero is rounded too.
-    allowed = step * (1.0 if symmetric and bits == 4 else 0.5 if symmetric else 1.0)
-    assert (error <= allowed * (1 + 1e-5)).all()
+    # Symmetric 4-bit has no code for the positive extreme: it may be a whole step away. A zero
+    # point is rounded too; a minimum and its scale are rounded to fp16.
+    allowed = step * {"sym": 1.0 if bits == 4 else 0.5, "zp": 1.0, "min": 0.5}[kind]
+    slack = 2e-3 * np.abs(WEIGHT).reshape(24, -1, group).max(2, keepdims=True)
+    assert (error <= allowed * (1 + 1e-5) + (slack if kind == "min" else 0)).all()
     assert not (error <= allowed * 0.4).all()  # the bound is not idle
 
 
@@ -34,37 +62,165 @@ def test_symmetric_int4_is_q4_0() -> None:
     """Scales are llama.cpp's Q4_0; codes are at least as near, being chosen for those scales."""
     kind = gguf.GGMLQuantizationType.Q4_0
     blocks = quantize(WEIGHT, kind)
-    ours = rtn.quantize(WEIGHT, 4, 32)
+    ours = rounded(WEIGHT, 4, 32)
     scales = blocks.reshape(24, -1, 18)[..., :2].copy().view(np.float16)[..., 0]
     np.testing.assert_array_equal(ours.scales, scales)
     error = np.mean((ours.dequantize() - WEIGHT) ** 2)
     assert error <= np.mean((dequantize(blocks, kind) - WEIGHT) ** 2) * (1 + 1e-6)
 
 
-def test_zero_groups_stay_zero() -> None:
-    weight = WEIGHT.copy()
+@pytest.mark.parametrize("fit", [rtn.fit, search.fit, hqq.fit])
+def test_a_matrix_that_was_q4_1_is_found_again(fit: Fit) -> None:
+    """Minimums in the source's groups lose nothing: its extremes are codes 0 and 15."""
+    source = dequantize(
+        quantize(WEIGHT, gguf.GGMLQuantizationType.Q4_1), gguf.GGMLQuantizationType.Q4_1
+    )
+    again = round_to_grid(torch.from_numpy(source), Spec(4, 32, "min"), fit).dequantize()
+    np.testing.assert_allclose(again, source, atol=1e-6 * np.abs(source).max())
+
+
+@pytest.mark.parametrize("fit", [rtn.fit, search.fit, hqq.fit])
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_groups_stay_zero(fit: Fit, kind: Kind) -> None:
+    weight = TENSOR.clone()
     weight[3, 32:64] = 0
-    for symmetric in (True, False):
-        for bits in (4, 8):
-            out = rtn.quantize(weight, bits, 32, symmetric).dequantize()
-            assert np.isfinite(out).all()
-            assert (out[3, 32:64] == 0).all()
+    for bits in (4, 8):
+        if fit is hqq.fit and kind != "min":
+            continue
+        out = round_to_grid(weight, Spec(bits, 32, kind), fit).dequantize()
+        assert np.isfinite(out).all()
+        assert (out[3, 32:64] == 0).all()
 
 
 def test_an_odd_k_takes_the_largest_group_that_divides() -> None:
-    assert rtn.quantize(np.ones((2, 576), np.float32), 4, 128).group_size == 64
+    assert rounded(np.ones((2, 576), np.float32), 4, 128).group_size == 64
     with pytest.raises(ExportError, match="rows of 24"):
-        rtn.quantize(np.ones((2, 24), np.float32), 4, 32)
+        rounded(np.ones((2, 24), np.float32), 4, 32)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_damaged_weights_are_refused(bad: float) -> None:
-    with pytest.raises(ExportError, match="too large for fp16"):
-        rtn.quantize(np.full((1, 32), 1e9, np.float32), 4, 32)
     weight = WEIGHT.copy()
-    weight[0, 0] = bad
+    weight[1, 2] = bad
     with pytest.raises(ExportError, match="NaN or infinite"):
-        rtn.quantize(weight, 4, 32)
+        rounded(weight, 4, 32)
+    with pytest.raises(ExportError, match="too large"):
+        rounded(np.full((1, 32), 1e9, np.float32), 4, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_search_is_never_worse_than_its_start(kind: Kind, bits: int) -> None:
+    importance = HESSIAN.diagonal()
+    for weights in (torch.ones(256), importance):
+        squared = [
+            ((torch.from_numpy(q.dequantize()) - TENSOR).square() * weights)
+            .reshape(24, 8, 32)
+            .sum(2)
+            for q in (
+                round_to_grid(TENSOR, Spec(bits, 32, kind), search.fit, weights),
+                round_to_grid(TENSOR, Spec(bits, 32, kind), rtn.fit),
+            )
+        ]
+        assert (squared[0] <= squared[1] * (1 + 1e-5)).all()
+        assert squared[0].sum() < 0.97 * squared[1].sum()
+
+
+def test_hqq_lowers_its_norm_and_needs_minimums() -> None:
+    spec = Spec(4, 64, "min")
+    norms = [
+        (torch.from_numpy(round_to_grid(TENSOR, spec, fit).dequantize()) - TENSOR)
+        .abs()
+        .pow(0.7)
+        .sum()
+        for fit in (hqq.fit, rtn.fit)
+    ]
+    assert norms[0] < norms[1]
+    with pytest.raises(ExportError, match="use min"):
+        round_to_grid(TENSOR, Spec(4, 64, "sym"), hqq.fit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_with_identity_hessian_is_rtn(kind: Kind, act_order: bool) -> None:
+    spec = Spec(4, 32, kind)
+    got = gptq.quantize(TENSOR, torch.eye(256), spec, act_order=act_order)
+    expected = round_to_grid(TENSOR, spec, rtn.fit)
+    for part in ("codes", "scales", "zero_points", "minimums"):
+        np.testing.assert_array_equal(getattr(got, part), getattr(expected, part))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_lowers_the_output_error(kind: Kind, act_order: bool) -> None:
+    spec = Spec(4, 64, kind)
+    plain = output_error(round_to_grid(TENSOR, spec, rtn.fit))
+    assert output_error(gptq.quantize(TENSOR, HESSIAN, spec, act_order=act_order)) < 0.6 * plain
+
+
+def test_gptq_passes_over_inputs_that_never_come() -> None:
+    hessian = HESSIAN.clone()
+    hessian[7], hessian[:, 7] = 0, 0
+    assert np.isfinite(gptq.quantize(TENSOR, hessian, Spec()).dequantize()).all()
+
+
+def test_awq_changes_nothing_in_fp32(tmp_path: Path) -> None:
+    config = ModelConfig(
+        **{**support.TINY.__dict__, "architecture": "qwen2", "attention_bias": True}
+    )
+    model = load_reference(open_checkpoint(support.write_hf(tmp_path, config)))
+    expected, _ = model(IDS, model.empty_cache(8))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.model.layers:
+        widths = {site: layer.get_submodule(site).weight.shape[1] for site in SITES}
+        inputs = {s: torch.randn(300, k, generator=generator) for s, k in widths.items()}
+        skewed = {s: x * torch.arange(1, x.shape[1] + 1) ** 2 for s, x in inputs.items()}
+        hessians = {s: x.T @ x / 300 for s, x in skewed.items()}
+        awq.rescale(layer, hessians, Spec(4, 32, "sym"), rtn.fit, config.head_dim)
+    changed = [n for n, value in model.named_parameters() if not torch.equal(value, before[n])]
+    assert len(changed) == 2 * (2 + 7 + 1)  # the norms, every matrix, the values' bias
+    got, _ = model(IDS, model.empty_cache(8))
+    error = float((got - expected).abs().max())
+    assert error < FP32_ERROR, error
+
+
+@pytest.mark.parametrize("method", ["", "gptq", "awq", "awq gptq"])
+def test_layers_are_rounded_on_the_inputs_that_they_will_get(method: str, tiny_hf: Path) -> None:
+    """The model left behind computes with exactly the weights that are stored."""
+    model = load_reference(open_checkpoint(tiny_hf))
+    exact, _ = model(IDS, model.empty_cache(8))
+    seen: list[float] = []
+    stored = quantize_layers(
+        model,
+        IDS,
+        lambda name: None if "layers.1.mlp.up" in name else Spec(4, 32, "min"),
+        search.fit,
+        use_awq="awq" in method,
+        use_gptq="gptq" in method,
+        progress=seen.append,
+    )
+    assert seen == [0.5, 1.0]
+    assert "model.layers.1.mlp.up_proj.weight" not in stored
+    matrices = [name for name, weight in stored.items() if isinstance(weight, QuantTensor)]
+    assert len(matrices) == 13
+    assert (len(stored) > 13) == ("awq" in method)
+    for name, weight in stored.items():
+        values = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+        np.testing.assert_array_equal(model.get_parameter(name).numpy(), values)
+    got, _ = model(IDS, model.empty_cache(8))
+    assert 0 < float((got - exact).std() / exact.std()) < 0.4
+
+
+def test_calibration_takes_the_end_of_the_text(tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("x" * 10_000 + "abcdefgh" * 4)
+    ids = last_tokens(text, lambda part: [ord(c) for c in part], 32, 8)
+    assert ids.tolist() == [[ord(c) for c in "abcdefgh"]] * 4
+    with pytest.raises(UsageError, match="expected 20000"):
+        last_tokens(text, lambda part: [0] * len(part), 20_000, 100)
+    with pytest.raises(UsageError, match="cannot read"):
+        last_tokens(tmp_path / "none", list, 8, 8)
 
 
 def test_dequantize_is_the_definition() -> None:
@@ -88,6 +244,6 @@ def test_dequantize_is_the_definition() -> None:
 
 
 def test_concatenated_rows_are_the_parts() -> None:
-    parts = [rtn.quantize(WEIGHT, 4, 32), rtn.quantize(WEIGHT * 3, 4, 32)]
+    parts = [rounded(WEIGHT, 4, 32), rounded(WEIGHT * 3, 4, 32)]
     whole = concat_rows(parts).dequantize()
     np.testing.assert_array_equal(whole, np.concatenate([p.dequantize() for p in parts]))

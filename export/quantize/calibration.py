@@ -1,0 +1,116 @@
+"""Text that shows which inputs the layers get, and the walk through the layers that rounds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pocketslm.errors import UsageError
+from pocketslm.export.quantize import awq, gptq
+from pocketslm.export.quantize.grid import Fit, Spec, round_to_grid
+from pocketslm.models.tensors import Weight
+
+# Matrices that read the same input, by the first of them to run.
+SITES = {
+    "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+
+
+def last_tokens(text: Path, encode: Callable[[str], list[int]], tokens: int, window: int) -> Tensor:
+    """The last ``tokens`` tokens of a text as int64 windows [tokens / window, window].
+
+    The last, because evaluation takes the first: the two stay disjoint in a text that is long
+    enough. Raises UsageError where the text cannot be read or has too few.
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from None
+    # Tokens are seldom longer than eight characters; the rest need not be tokenized.
+    ids = encode(content[-8 * tokens :])
+    count = tokens // window
+    if count < 1 or len(ids) < count * window:
+        raise UsageError(f"{text} has {len(ids)} tokens for calibration, expected {tokens}")
+    return torch.from_numpy(np.asarray(ids[-count * window :], np.int64)).view(count, window)
+
+
+@torch.no_grad()
+def quantize_layers(
+    model: Any,
+    ids: Tensor,
+    spec_of: Callable[[str], Spec | None],
+    fit: Fit,
+    *,
+    use_awq: bool = False,
+    use_gptq: bool = False,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, Weight]:
+    """Round a reference model's layers in place, first to last; the rounded weights by name.
+
+    Each matrix sees the inputs that the already rounded ones before it make of ``ids`` [B, S].
+    ``spec_of`` a matrix name is what to round it to, None: not at all. AWQ passes over a layer that
+    is not rounded whole; the vectors that it may have changed are among the weights.
+    """
+    x = model.model.embed_tokens(ids.to(model.cos.device))
+    stored: dict[str, Weight] = {}
+    for index, layer in enumerate(model.model.layers):
+        prefix = f"model.layers.{index}."
+        cache = model.empty_cache(len(ids))[index]
+
+        def run(layer: Any = layer, cache: Any = cache, x: Tensor = x) -> Tensor:
+            out: Tensor = layer(x, cache, model.cos, model.sin)[0]
+            return out
+
+        names = [name for site in SITES.values() for name in site]
+        specs = [spec_of(f"{prefix}{name}.weight") for name in names]
+        if use_awq and specs[0] is not None and None not in specs:
+            hessians: dict[str, Tensor] = {}
+            _with_inputs(layer, hessians.__setitem__, run)
+            awq.rescale(layer, hessians, specs[0], fit, model.config.head_dim)
+            for name, parameter in layer.named_parameters():
+                if parameter.dim() == 1:
+                    stored[prefix + name] = parameter.cpu().numpy()
+
+        def round_site(site: str, hessian: Tensor, layer: Any = layer, at: str = prefix) -> None:
+            for name in SITES[site]:
+                spec, parameter = spec_of(f"{at}{name}.weight"), layer.get_submodule(name).weight
+                if spec is None:
+                    continue
+                if use_gptq:
+                    rounded = gptq.quantize(parameter, hessian, spec, fit)
+                else:
+                    rounded = round_to_grid(parameter, spec, fit, hessian.diagonal())
+                parameter.copy_(torch.from_numpy(rounded.dequantize()))
+                stored[f"{at}{name}.weight"] = rounded
+
+        x = _with_inputs(layer, round_site, run)
+        progress((index + 1) / len(model.model.layers))
+    return stored
+
+
+def _with_inputs(
+    layer: Any, visit: Callable[[str, Tensor], None], run: Callable[[], Tensor]
+) -> Tensor:
+    """Run a layer; ``visit(site, X^T X)`` is called just before the site's matrices run."""
+
+    def hook(site: str) -> Callable[[Any, tuple[Tensor]], None]:
+        def before(module: Any, inputs: tuple[Tensor]) -> None:
+            flat = inputs[0].reshape(-1, inputs[0].shape[-1])
+            visit(site, flat.T @ flat / len(flat))
+
+        return before
+
+    handles = [layer.get_submodule(site).register_forward_pre_hook(hook(site)) for site in SITES]
+    try:
+        return run()
+    finally:
+        for handle in handles:
+            handle.remove()

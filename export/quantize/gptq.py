@@ -1,0 +1,83 @@
+"""GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
+
+Columns are rounded one after the other, and what a column lost is made good by the columns that
+are still to come: the optimal update of the squared error of the layer's output, whose Hessian is
+``X^T X`` of the layer's inputs. All rows share it, so one Cholesky factor serves the matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pocketslm.export.quantize import rtn
+from pocketslm.export.quantize.grid import Fit, Grid, Spec
+from pocketslm.models.tensors import QuantTensor
+
+
+def quantize(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: Spec,
+    fit: Fit = rtn.fit,
+    *,
+    act_order: bool = False,
+    damping: float = 0.01,
+) -> QuantTensor:
+    """Round ``weight`` [N, K] for inputs with ``hessian`` [K, K].
+
+    Each group's grid is chosen by ``fit`` when its first column comes up, from the weights as they
+    then are; with ``act_order`` columns come by falling diagonal of the Hessian, and all grids are
+    chosen beforehand. ``damping``: share of the mean diagonal that is added to it.
+    """
+    groups = spec.split(weight)
+    n, _, size = groups.shape
+    order = torch.arange(weight.shape[1], device=weight.device)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    group_of = (order // size).tolist()
+    factor = _inverse_factor(hessian[order][:, order], damping)
+    # The error of a column counts this much once later columns have adapted as well as they can.
+    importance = factor.diagonal().square().reciprocal()
+    grids: list[Grid] = []
+    if act_order:
+        by_column = torch.empty_like(importance)
+        by_column[order] = importance
+        chosen = fit(groups, spec, by_column.reshape(-1, size))
+        grids = [_group_of(chosen, g) for g in range(groups.shape[1])]
+    columns = weight.float().T[order].contiguous()  # [K, N]: a column is contiguous
+    codes = torch.empty_like(columns)
+    for start in range(0, len(columns), size):
+        stop = start + size
+        if not act_order:
+            block = columns[start:stop].T.reshape(n, 1, size)
+            grids.append(fit(block, spec, importance[start:stop][None]))
+        lost = torch.empty_like(columns[start:stop])
+        for i in range(start, stop):
+            grid = grids[group_of[i]]
+            column = columns[i][:, None, None]
+            code = grid.codes(column)
+            codes[i] = code[:, 0, 0]
+            lost[i - start] = (column - grid.values(code))[:, 0, 0] / factor[i, i]
+            columns[i + 1 : stop] -= factor[i, i + 1 : stop, None] * lost[i - start]
+        columns[stop:] -= factor[start:stop, stop:].T @ lost
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    parts = [torch.cat([getattr(g, p) for g in grids], 1) for p in ("scales", "zeros", "minimums")]
+    return Grid(spec, *parts).pack(restored.T.reshape(n, -1, size))
+
+
+def _group_of(grid: Grid, g: int) -> Grid:
+    cut = slice(g, g + 1)
+    return Grid(grid.spec, grid.scales[:, cut], grid.zeros[:, cut], grid.minimums[:, cut])
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse, as float32."""
+    h = hessian.double().clone()
+    diagonal = h.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that was never active
+    diagonal += damping * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()

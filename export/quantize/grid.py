@@ -1,0 +1,137 @@
+"""The values that a group of weights may take, and weights rounded to them.
+
+Every method ends in one of these grids; methods differ in how they choose it (rtn, search, hqq)
+and in which of its values each weight takes (nearest, or gptq).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pocketslm.errors import ExportError
+from pocketslm.models.tensors import Array, QuantTensor, pack_codes
+
+Kind = Literal["sym", "zp", "min"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_MIN_GROUP = 16  # the smallest that onnxruntime's MatMulNBits takes
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a matrix is rounded to: ``bits`` a weight, in groups of ``group_size`` along a row.
+
+    ``kind``: ``sym`` has no offset, ``zp`` an integer zero point, ``min`` a float minimum.
+    """
+
+    bits: int = 4
+    group_size: int = 32
+    kind: Kind = "sym"
+
+    @property
+    def top(self) -> int:
+        return (1 << self.bits) - 1
+
+    def split(self, weight: Tensor) -> Tensor:
+        """``weight`` [N, K] in its groups [N, K / group, group].
+
+        Where ``group_size`` does not divide K, the largest group that does is taken. Raises
+        ExportError for NaN, infinity or a K that no group divides.
+        """
+        n, k = weight.shape
+        group = math.gcd(self.group_size, k)
+        if group < _MIN_GROUP:
+            raise ExportError(
+                f"rows of {k} weights do not divide into groups of {self.group_size} or any power "
+                f"of two from {_MIN_GROUP}"
+            )
+        if not torch.isfinite(weight).all():
+            raise ExportError("a weight is NaN or infinite; the checkpoint is damaged")
+        return weight.float().reshape(n, k // group, group)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """``value = scale * (code - zero) + minimum`` for groups [N, G, size].
+
+    scales, zeros, minimums: float32 [N, G, 1]. Scales and minimums hold fp16 values, which every
+    target carries; a group of equal weights may have scale 0. ``zeros`` are whole codes.
+    """
+
+    spec: Spec
+    scales: Tensor
+    zeros: Tensor
+    minimums: Tensor
+
+    def codes(self, groups: Tensor) -> Tensor:
+        """The nearest code of each weight, as floats."""
+        inverse = torch.where(self.scales != 0, 1 / self.scales, 0)
+        codes = ((groups - self.minimums) * inverse).round() + self.zeros
+        return codes.clamp(0, self.spec.top)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return (codes - self.zeros) * self.scales + self.minimums
+
+    def pack(self, codes: Tensor) -> QuantTensor:
+        """Codes [N, G, size] as they are stored."""
+        n, _, group = codes.shape
+        kind = self.spec.kind
+        return QuantTensor(
+            pack_codes(_array(codes.reshape(n, -1), np.uint8), self.spec.bits),
+            _array(self.scales[..., 0], np.float16),
+            self.spec.bits,
+            group,
+            zero_points=_array(self.zeros[..., 0], np.uint8) if kind == "zp" else None,
+            minimums=_array(self.minimums[..., 0], np.float16) if kind == "min" else None,
+        )
+
+
+# Chooses a grid for groups [N, G, size]; ``importance`` [G, size] weighs the squared errors.
+Fit = Callable[[Tensor, Spec, Tensor | None], Grid]
+
+
+def symmetric_grid(spec: Spec, scales: Tensor) -> Grid:
+    zero = torch.full_like(scales, 2 ** (spec.bits - 1))
+    return Grid(spec, half(scales), zero, torch.zeros_like(scales))
+
+
+def zero_point_grid(spec: Spec, scales: Tensor, low: Tensor) -> Grid:
+    """Code 0 stands near ``low``; the zero is rounded to a whole code for the rounded scale."""
+    scales = half(scales)
+    zeros = torch.where(scales != 0, -low / scales, 0).round().clamp(0, spec.top)
+    return Grid(spec, scales, zeros, torch.zeros_like(scales))
+
+
+def minimum_grid(spec: Spec, scales: Tensor, low: Tensor) -> Grid:
+    return Grid(spec, half(scales), torch.zeros_like(scales), half(low))
+
+
+def round_to_grid(
+    weight: Tensor, spec: Spec, fit: Fit, importance: Tensor | None = None
+) -> QuantTensor:
+    """``weight`` [N, K] with each value at the nearest point of the grid that ``fit`` chooses.
+
+    ``importance`` [K]. Raises ExportError as :meth:`Spec.split` and :func:`half` do.
+    """
+    groups = spec.split(weight)
+    weighed = None if importance is None else importance.reshape(groups.shape[1:])
+    grid = fit(groups, spec, weighed)
+    return grid.pack(grid.codes(groups))
+
+
+def half(values: Tensor) -> Tensor:
+    """Rounded to what fp16 holds, still as float32; ExportError beyond its range."""
+    rounded = values.half().float()
+    if not torch.isfinite(rounded).all():
+        raise ExportError("a weight is too large for fp16 scales; the checkpoint is damaged")
+    return rounded
+
+
+def _array(values: Tensor, dtype: type) -> Array:
+    return values.cpu().numpy().astype(dtype)
