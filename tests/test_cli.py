@@ -60,6 +60,8 @@ USER_ERRORS = {
     "no name": (["fetch"], "--list"),
     "bad target": (["export", "HF", "OUT", "--target", "tflite"], "tflite"),
     "bad context": (["export", "HF", "OUT", "--context", "1"], "context 1"),
+    "bad method": (["export", "HF", "OUT", "--method", "magic"], "'magic', expected one of rtn"),
+    "no recipe": (["export", "HF", "OUT", "--recipe", "nowhere.toml"], "cannot read nowhere.toml"),
     "bad sampling": (["run", "BUNDLE", "hi", "--top-p", "7"], "top_p is 7.0"),
     "bad backend": (["run", "BUNDLE", "hi", "--backend", "tpu"], "'tpu' is unknown"),
     "prompt too long": (["run", "BUNDLE", "x" * 300], "do not fit the context of 256"),
