@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,12 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "(default where one is needed: lee)",
     )
     parser.add_argument(
+        "--vocabulary",
+        metavar="TEXT",
+        help="keep only the tokens that a UTF-8 file or catalog text uses, bytes and special ones",
+    )
+    parser.add_argument("--vocabulary-size", type=int, help="keep at most so many, by frequency")
+    parser.add_argument(
         "--kv-cache", choices=("fp16", "int8"), default="fp16", help="of the native graph"
     )
     parser.add_argument(
@@ -145,16 +152,20 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 def export(arguments: argparse.Namespace) -> None:
     from pocketslm.export.pipeline import export_bundle
+    from pocketslm.export.prune.vocabulary import format_ranges, tokens_of
     from pocketslm.export.recipe import read_recipe
     from pocketslm.models.catalog import resolve
     from pocketslm.models.checkpoint import open_checkpoint
 
     recipe = read_recipe(arguments.recipe) if arguments.recipe else _recipe(arguments)
     start = time.perf_counter()
-    source = resolve(arguments.model, say)
+    checkpoint = open_checkpoint(resolve(arguments.model, say))
+    if arguments.vocabulary is not None:
+        kept = tokens_of(checkpoint, resolve(arguments.vocabulary, say), arguments.vocabulary_size)
+        recipe = replace(recipe, vocabulary=format_ranges(kept))
     with Progress() as progress:
         manifest = export_bundle(
-            open_checkpoint(source),
+            checkpoint,
             arguments.out,
             recipe,
             overwrite=arguments.overwrite,

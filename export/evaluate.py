@@ -14,6 +14,7 @@ import torch
 
 from pocketslm.errors import UsageError
 from pocketslm.export.pipeline import update_manifest
+from pocketslm.export.prune.vocabulary import parse_ranges
 from pocketslm.models.catalog import catalog, fetch
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, open_checkpoint
 from pocketslm.models.reference import load_reference
@@ -78,7 +79,15 @@ def evaluate_bundle(
         raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from None
     ids = load_tokenizer(folder).encode(content)
     session = open_session(bundle, backend, threads, context=min(window, bundle.context))
-    quality = evaluate(checkpoint, session, windows_of(ids, window, windows), text, progress)
+    vocabulary = bundle.manifest.recipe.get("vocabulary")
+    quality = evaluate(
+        checkpoint,
+        session,
+        windows_of(ids, window, windows),
+        text,
+        progress,
+        kept=None if vocabulary is None else parse_ranges(vocabulary),
+    )
     update_manifest(folder, replace(bundle.manifest, quality=quality.to_dict()))
     return quality
 
@@ -107,23 +116,29 @@ def evaluate(
     windows: Sequence[Ids],
     text: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    kept: Sequence[int] | None = None,
 ) -> Quality:
     """Run the source in fp32 and the bundle over the same windows of ``text``'s tokens.
 
-    ``progress`` is called with windows done and in total. Raises UsageError where the vocabularies
-    differ, ContextOverflowError where a window is longer than the graph's context.
+    ``progress`` is called with windows done and in total. ``kept``: the source's ids of the tokens
+    that the bundle has; the source is then held to them, too. Raises UsageError where the
+    vocabularies differ, ContextOverflowError where a window is longer than the graph's context.
     """
-    if session.vocab_size != checkpoint.config.vocab_size:
+    if session.vocab_size != (len(kept) if kept else checkpoint.config.vocab_size):
         raise UsageError(
             f"the bundle has a vocabulary of {session.vocab_size}, the source "
             f"{checkpoint.config.vocab_size}: was the bundle made from {checkpoint.path}?"
         )
     window = len(windows[0])
     reference = load_reference(checkpoint, context=window)
+    index = None if kept is None else np.array(kept)
     sums = np.zeros(4)  # negative log-likelihood of source and bundle, KL, agreements
     for done, ids in enumerate(windows, 1):
         with torch.no_grad():
-            logits, _ = reference(torch.from_numpy(ids)[None], reference.empty_cache())
+            source_ids = ids if index is None else index[ids]
+            logits, _ = reference(torch.from_numpy(source_ids)[None], reference.empty_cache())
+        if index is not None:
+            logits = logits[:, :, index]
         session.truncate(0)
         sums += compare(logits[0], torch.from_numpy(session.forward(ids, all_logits=True)), ids)
         progress(done, len(windows))

@@ -15,6 +15,7 @@ from typing import Any
 
 from pocketslm import __version__
 from pocketslm.errors import ExportError
+from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, read_weight
@@ -40,6 +41,8 @@ def export_bundle(
     ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
     """
     recipe = (recipe or Recipe()).resolved(checkpoint.config)
+    if recipe.vocabulary is not None:
+        checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     with _replacing(out, overwrite) as folder:
         for name, content in checkpoint.tokenizer_files().items():
             (folder / name).write_bytes(content)

@@ -44,6 +44,8 @@ class Recipe:
     inputs: a catalog name or file, its last ``calibration_tokens`` in windows of
     ``calibration_window``; with it, search weighs errors too. ``calibration_sha256`` is filled in.
 
+    ``vocabulary``: the ids of the tokens that stay, as ranges such as ``0-270,300``; None: all.
+
     ``dtype`` is that of the ONNX graph's activations and KV cache, ``kv_cache`` that of the native
     graph. ``context`` is the longest sequence, by default the model's own up to 4096 tokens.
     ``targets``: ``native`` (model.slm for the C++ operators and pocketslm-run) and
@@ -61,6 +63,7 @@ class Recipe:
     calibration_window: int = 512
     calibration_sha256: str | None = None
     overrides: Mapping[str, Scheme] = field(default_factory=dict)
+    vocabulary: str | None = None
     dtype: DType = "fp32"
     kv_cache: KvCache = "fp16"
     context: int | None = None

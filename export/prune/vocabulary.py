@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ import numpy as np
 from pocketslm.errors import ExportError
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 _ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
@@ -73,6 +75,17 @@ class TrimmedVocabulary:
         return files
 
 
+def tokens_of(checkpoint: Checkpoint, text: Path, count: int | None = None) -> list[int]:
+    """:func:`tokens_to_keep` for a UTF-8 text as the checkpoint's own tokenizer reads it."""
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"cannot read {text} as UTF-8 text: {error}") from None
+    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    ids = load_tokenizer_files(files).encode(content)
+    return tokens_to_keep(json.loads(files["tokenizer.json"]), ids, count)
+
+
 def tokens_to_keep(
     tokenizer: dict[str, Any], ids: Iterable[int], count: int | None = None
 ) -> list[int]:
@@ -108,6 +121,24 @@ def tokens_to_keep(
         if count is None or len(kept) + len(needed) <= count:
             kept |= needed
     return sorted(kept)
+
+
+def format_ranges(ids: Sequence[int]) -> str:
+    """Sorted ids as ``0-270,300``."""
+    runs = itertools.groupby(enumerate(ids), lambda pair: pair[1] - pair[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ends)
+
+
+def parse_ranges(text: str) -> list[int]:
+    """The inverse of :func:`format_ranges`; ExportError for anything else."""
+    ids: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", part)
+        if match is None:
+            raise ExportError(f"vocabulary: {part[:40]!r} is not a range such as 0-270")
+        ids += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return ids
 
 
 def trim_tokenizer(tokenizer: dict[str, Any], number: dict[int, int]) -> dict[str, Any]:

@@ -11,8 +11,17 @@ import tokenizers
 
 import support
 from pocketslm.errors import ExportError
+from pocketslm.export.evaluate import evaluate_bundle
 from pocketslm.export.pipeline import export_bundle
-from pocketslm.export.prune.vocabulary import TrimmedVocabulary, tokens_to_keep, trim_tokenizer
+from pocketslm.export.prune.vocabulary import (
+    TrimmedVocabulary,
+    format_ranges,
+    parse_ranges,
+    tokens_of,
+    tokens_to_keep,
+    trim_tokenizer,
+)
+from pocketslm.export.recipe import Recipe, read_recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.bundle import open_bundle
@@ -65,9 +74,9 @@ def test_logits_of_kept_tokens_are_bit_for_bit_the_same(
     checkpoint = open_checkpoint(request.getfixturevalue(source))
     # Dropped from the middle: every later id moves.
     keep = [id_ for id_ in range(support.TINY.vocab_size) if id_ % 5 or id_ >= 256]
-    trimmed = TrimmedVocabulary(checkpoint, keep)
     export_bundle(checkpoint, tmp_path / "whole")
-    manifest = export_bundle(trimmed, tmp_path / "trimmed")
+    recipe = Recipe(vocabulary=format_ranges(keep))
+    manifest = export_bundle(checkpoint, tmp_path / "trimmed", recipe)
     assert any(f"to {len(keep)} of {support.TINY.vocab_size}" in note for note in manifest.notes)
     new = np.random.default_rng(0).integers(0, len(keep), 60)
     for backend in ("native", "onnx"):
@@ -80,6 +89,28 @@ def test_logits_of_kept_tokens_are_bit_for_bit_the_same(
     ids = load_tokenizer(tmp_path / "trimmed")
     assert {keep[id_] for id_ in ids.eos_token_ids} == {257}
     assert keep[ids.bos_token_id or 0] == 256
+
+
+def test_a_trimmed_bundle_is_evaluated_on_its_own_tokens(tiny_hf: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    keep = tokens_of(open_checkpoint(tiny_hf), text)
+    assert len(keep) < support.TINY.vocab_size
+    recipe = Recipe(weights="float", head="float", vocabulary=format_ranges(keep))
+    export_bundle(open_checkpoint(tiny_hf), tmp_path / "out", recipe)
+    quality = evaluate_bundle(tmp_path / "out", source=tiny_hf, text=text, window=32)
+    assert quality.kl < 1e-5
+    assert quality.top1 > 0.99
+    assert read_recipe(tmp_path / "out" / "recipe.toml").vocabulary == recipe.vocabulary
+
+
+def test_ranges() -> None:
+    for ids, written in (([0], "0"), ([0, 1, 2, 5, 7, 8], "0-2,5,7-8")):
+        assert format_ranges(ids) == written
+        assert parse_ranges(written) == ids
+    for bad in ("", "a", "1-", "1,,2", "-1", "9" * 30):
+        with pytest.raises(ExportError, match="not a range"):
+            parse_ranges(bad)
 
 
 def test_ids_outside_the_vocabulary_are_errors(tiny_hf: Path) -> None:
