@@ -37,7 +37,9 @@ class Commands:
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--backend", default="auto", help="native, onnx or runner (default: the bundle's first)"
+        "--backend",
+        default="auto",
+        help="native, onnx, onnx-pocketslm or runner (default: the bundle's first)",
     )
 
 

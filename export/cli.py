@@ -125,7 +125,10 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the ONNX graph"
     )
     parser.add_argument("--context", type=int, help="longest sequence (default: up to 4096)")
-    parser.add_argument("--target", help="native, onnx or both (default: what covers the model)")
+    parser.add_argument(
+        "--target",
+        help="native, onnx, onnx-pocketslm or several (default: native,onnx where they cover it)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     add_json(parser)
 

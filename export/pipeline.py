@@ -219,7 +219,23 @@ def _lower_onnx(
     return Graph("onnx", onnx.GRAPH_FILE, recipe.context, recipe.dtype)
 
 
-_LOWERINGS = {"native": _lower_native, "onnx": _lower_onnx}
+def _lower_onnx_native(
+    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+) -> Graph:
+    """``pocketslm.onnx`` over the ``model.slm`` that is there already."""
+    from pocketslm.export.lower import onnx_native
+
+    assert recipe.context is not None
+    onnx_native.lower(config, folder)
+    return Graph("onnx-pocketslm", onnx_native.GRAPH_FILE, recipe.context, "fp16")
+
+
+# In this order: a later one may use what an earlier one wrote.
+_LOWERINGS = {
+    "native": _lower_native,
+    "onnx": _lower_onnx,
+    "onnx-pocketslm": _lower_onnx_native,
+}
 
 
 def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, Any]:

@@ -27,7 +27,8 @@ RECIPE_FILE = "recipe.toml"
 FITS: dict[str, Fit] = {"rtn": rtn.fit, "search": search.fit, "hqq": hqq.fit}
 _WITH = ("gptq", "awq")
 GROUP_SIZES = (32, 64, 128)
-TARGETS = ("native", "onnx")  # in the order in which "auto" prefers them
+TARGETS = ("native", "onnx", "onnx-pocketslm")  # in the order in which "auto" prefers them
+_BY_DEFAULT = ("native", "onnx")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Recipe:
     graph. ``context`` is the longest sequence, by default the model's own up to 4096 tokens.
     ``targets``: ``native`` (model.slm for the C++ operators and pocketslm-run) and
     ``onnx`` (model.onnx for onnxruntime and onnxruntime-genai); None: both, where they cover the
-    model.
+    model. ``onnx-pocketslm``: model.slm once more, through onnxruntime with our operators in it.
     """
 
     weights: Scheme = "keep"
@@ -94,6 +95,8 @@ class Recipe:
             raise ExportError(f"dtype {self.dtype!r}, expected one of {get_args(DType)}")
         if self.targets is not None and not set() < set(self.targets) <= set(TARGETS):
             raise ExportError(f"targets {self.targets}, expected some of {TARGETS}")
+        if self.targets and "onnx-pocketslm" in self.targets and "native" not in self.targets:
+            raise ExportError("target onnx-pocketslm reads model.slm; add the target native")
         if self.context is not None and self.context < 2:
             raise ExportError(f"context {self.context}, expected at least 2 tokens")
 
@@ -106,7 +109,7 @@ class Recipe:
         context = self.context or min(longest, 4096)
         if context > longest:
             raise ExportError(f"context {context} is longer than the model's {longest} positions")
-        covered = [t for t in TARGETS if t != "native" or native.uncovered(config) is None]
+        covered = [t for t in _BY_DEFAULT if t != "native" or native.uncovered(config) is None]
         return replace(self, context=context, targets=self.targets or tuple(covered))
 
     @property

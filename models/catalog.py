@@ -1,12 +1,11 @@
 """Known checkpoints and texts: fetched once, checked by SHA-256, kept in a cache folder.
 
-The cache is ``$POCKETSLM_CACHE``, by default ``~/.cache/pocketslm``.
+The folder is that of :func:`pocketslm.cache.cache_dir`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pocketslm.cache import cache_dir
 from pocketslm.errors import FetchError
 
 # What a Hugging Face repository has that we read.
@@ -38,10 +38,6 @@ class Entry:
     sha256: str | None = None
     architecture: str | None = None
     dimensions: dict[str, Any] | None = None
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("POCKETSLM_CACHE") or Path.home() / ".cache" / "pocketslm")
 
 
 @cache

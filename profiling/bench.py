@@ -294,7 +294,7 @@ def _checked_source(source: Path, bundle: Bundle) -> str:
 
 
 def _cache(source_sha256: str) -> Path:
-    from pocketslm.models.catalog import cache_dir
+    from pocketslm.cache import cache_dir
 
     return cache_dir() / "peers" / source_sha256
 

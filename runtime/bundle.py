@@ -83,7 +83,10 @@ class Bundle:
 
     def graph_bytes(self, graph: Graph) -> int:
         """Size of a graph with its external data (``model.onnx`` and ``model.onnx.data``)."""
-        return sum(path.stat().st_size for path in self.path.glob(f"{graph.file}*"))
+        files = set(self.path.glob(f"{graph.file}*"))
+        if graph.backend == "onnx-pocketslm":
+            files.add(self.path / "model.slm")
+        return sum(path.stat().st_size for path in files)
 
     def graph(self, backend: str = "auto") -> Graph:
         """The graph for a backend, by default the first; BundleError where there is none."""

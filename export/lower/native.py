@@ -285,6 +285,7 @@ def lower(
             file.seek(0)
             file.write(_header(config, len(table) // 32, offset) + table)
             file.flush()
+            Path(file.name).chmod(0o644)  # a temporary file is its owner's alone
             Path(file.name).replace(path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ Logits = npt.NDArray[np.float32]
 BACKENDS = {
     "native": ("pocketslm.runtime.backends.native", "runtime"),
     "onnx": ("pocketslm.runtime.backends.onnx", "runtime"),
+    "onnx-pocketslm": ("pocketslm.runtime.backends.onnx", "runtime"),
     "runner": ("pocketslm.runtime.backends.runner", "runtime"),
 }
 # A backend reads the graph of its own name, but for these.

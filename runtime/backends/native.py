@@ -88,15 +88,23 @@ def open_session(
     )
 
 
-@functools.cache
-def load_library() -> ctypes.CDLL:
-    """The shared library, compiled now if need be, with its signatures declared."""
+def library_path() -> Path:
+    """The shared library, compiled now if need be; ``$POCKETSLM_LIBRARY`` names another."""
     override = os.environ.get("POCKETSLM_LIBRARY")
     try:
-        path = Path(override) if override else build.library()
-        library = ctypes.CDLL(str(path))
+        return Path(override) if override else build.library()
     except (build.BuildError, OSError) as error:
-        raise BackendError(f"the native operators could not be built or loaded: {error}") from error
+        raise BackendError(f"the native operators could not be built: {error}") from error
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The shared library with its signatures declared."""
+    path = library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"the native operators could not be loaded: {error}") from error
     pointer, p = ctypes.c_void_p, ctypes.POINTER
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "abi_version": (_u32, ()),

@@ -47,6 +47,9 @@ class OnnxSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _ERRORS_ONLY
+        self._chunk = PREFILL_CHUNK
+        if graph.backend == "onnx-pocketslm":
+            self._use_native_operators(options)
         try:
             self._session = ort.InferenceSession(
                 str(bundle.path / graph.file), options, providers=["CPUExecutionProvider"]
@@ -56,6 +59,20 @@ class OnnxSession:
             where = bundle.path / graph.file
             raise BackendError(f"onnxruntime cannot load {where}: {reason}") from None
         self._bind(bundle)
+
+    def _use_native_operators(self, options: ort.SessionOptions) -> None:
+        """Let onnxruntime call our operators, with our threads: none of its own would have work."""
+        from pocketslm.runtime.backends.native import library_path
+
+        self.backend += " + pocketslm"
+        self._chunk = self.context  # the operator cuts a prompt up by itself
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("pocketslm.threads", str(self.threads))
+        try:
+            options.register_custom_ops_library(str(library_path()))
+        except Exception as error:  # as below
+            reason = " ".join(str(error).split())[:300]
+            raise BackendError(f"onnxruntime cannot use the native operators: {reason}") from None
 
     def _bind(self, bundle: Bundle) -> None:
         """Bind everything whose place never changes."""
@@ -77,7 +94,8 @@ class OnnxSession:
             if value.type not in _FLOATS:
                 raise BackendError(f"KV cache type {value.type} is not supported, expected float")
             # Some graphs leave the head size symbolic; the bundle knows it.
-            shape = (1, value.shape[1], self.context, bundle.head_dim)
+            # The native operators fill it in blocks of 16 positions.
+            shape = (1, value.shape[1], -(-self.context // 16) * 16, bundle.head_dim)
             buffer = np.zeros(shape, _FLOATS[value.type])
             present = name.replace("past_key_values", "present")
             self._io.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
@@ -88,7 +106,7 @@ class OnnxSession:
         self._mask = np.ones((1, self.context), np.int64)
         self._positions = np.arange(self.context)[None]
         self._keep = np.ones(1, np.int64)
-        self._ids = np.zeros((1, PREFILL_CHUNK), np.int64)
+        self._ids = np.zeros((1, self._chunk), np.int64)
         if self._trims:
             self._bind_int64("logits_to_keep", self._keep, (1,))
 
@@ -96,8 +114,8 @@ class OnnxSession:
         """See :class:`pocketslm.runtime.backends.Session`."""
         check_tokens(self, tokens)
         pieces = [
-            self._run(tokens[start : start + PREFILL_CHUNK], all_logits)
-            for start in range(0, len(tokens), PREFILL_CHUNK)
+            self._run(tokens[start : start + self._chunk], all_logits)
+            for start in range(0, len(tokens), self._chunk)
         ]
         return np.concatenate(pieces) if all_logits else pieces[-1]
 

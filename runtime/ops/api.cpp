@@ -78,6 +78,19 @@ pslm_status pslm_model_open(const char* path, pslm_model** model, pslm_error err
   });
 }
 
+pslm_status pslm_model_view(const void* data, size_t bytes, pslm_model** model,
+                            pslm_error error) {
+  if (!data || !model) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  *model = nullptr;
+  return guarded(error, [&] {
+    auto opened = std::make_unique<pslm_model>();
+    if (const Failure failure = opened->file.view(data, bytes))
+      return report(error, failure.status, failure.text);
+    *model = opened.release();
+    return PSLM_OK;
+  });
+}
+
 void pslm_model_close(pslm_model* model) { delete model; }
 
 pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info) {
@@ -99,6 +112,10 @@ pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info) 
       info->macs_per_token += uint64_t{w->rows} * w->cols;
     }
   return PSLM_OK;
+}
+
+uint32_t pslm_layer_kv_heads(const pslm_model* model, uint32_t layer) {
+  return model && layer < model->file.layers.size() ? model->file.layers[layer].kv_heads : 0;
 }
 
 const void* pslm_model_blob(const pslm_model* model, uint32_t role, size_t* bytes) {
@@ -124,7 +141,7 @@ pslm_status pslm_session_open(const pslm_model* model, const pslm_options* optio
   if (threads > kMaxThreads)
     return report(error, PSLM_ERROR_ARGUMENT,
                   std::to_string(threads) + " threads, at most " + std::to_string(kMaxThreads));
-  if (options->kv_type != PSLM_KV_F16 && options->kv_type != PSLM_KV_I8)
+  if (options->kv_type > PSLM_KV_CALLER)
     return report(error, PSLM_ERROR_ARGUMENT, "unknown KV type");
   const Kernels* kernels = select_kernels(options->isa);
   if (!kernels)
@@ -138,6 +155,26 @@ pslm_status pslm_session_open(const pslm_model* model, const pslm_options* optio
 }
 
 void pslm_session_close(pslm_session* session) { delete session; }
+
+pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t count,
+                            size_t positions, size_t length, pslm_error error) {
+  if (!session || !tensors) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  Session& engine = session->engine;
+  if (engine.cache().type() != PSLM_KV_CALLER)
+    return report(error, PSLM_ERROR_ARGUMENT, "the session has a cache of its own");
+  if (const size_t expected = 2 * size_t{engine.model().config.layers}; count != expected)
+    return report(error, PSLM_ERROR_ARGUMENT,
+                  std::to_string(count) + " cache tensors, expected " + std::to_string(expected));
+  for (size_t i = 0; i < count; ++i)
+    if (!tensors[i]) return report(error, PSLM_ERROR_ARGUMENT, "a cache tensor is null");
+  engine.bind_cache(tensors, positions);
+  if (length > engine.context())
+    return report(error, PSLM_ERROR_CONTEXT,
+                  std::to_string(length) + " positions do not fit the context of " +
+                      std::to_string(engine.context()));
+  engine.set_length(length);
+  return PSLM_OK;
+}
 
 pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info) {
   if (!session || !info) return PSLM_ERROR_ARGUMENT;

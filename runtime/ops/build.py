@@ -26,6 +26,8 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 
 COMMON = ("api", "cpu", "kv_cache", "model_file", "probes", "session", "thread_pool")
+# What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
+BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
 RUNNER = ("engine", "json", "main", "protocol", "sampler", "tokenizer", "unicode")
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
@@ -164,7 +166,7 @@ def build_library(directory: Path, sanitize: str | None = None) -> Path:
     suffix = "" if sanitize is None else "-" + sanitize.replace(",", "-")
     output = directory / f"libpocketslm-{source_hash()}{suffix}.so"
     flags = [] if sanitize is None else sanitizer_flags(sanitize)
-    return compile_and_link(output, toolchain, COMMON, flags, ["-shared"])
+    return compile_and_link(output, toolchain, (*COMMON, *BINDINGS), flags, ["-shared"])
 
 
 def build_runner(output: Path, target: str | None = None, sanitize: str | None = None) -> Path:
@@ -180,8 +182,9 @@ def build_runner(output: Path, target: str | None = None, sanitize: str | None =
 
 
 def cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pocketslm" / "native"
+    from pocketslm.cache import cache_dir
+
+    return cache_dir() / "native"
 
 
 def built_library() -> Path | None:

@@ -18,18 +18,31 @@ KvCache::KvCache(const ModelFile& model, const Kernels& kernels, size_t context,
       type_(type),
       first_(heads_before(model)),
       head_dim_(model.config.head_dim),
-      padded_(round_up(context, kPositionBlock)),
-      width_(type == PSLM_KV_F16 ? 2 : 1),
-      data_(first_.back() * 2 * head_elements() * width_),
-      scales_(type == PSLM_KV_F16 ? 0 : first_.back() * 2 * padded_) {}
+      width_(type == PSLM_KV_I8 ? 1 : 2),
+      positions_(round_up(context, kPositionBlock)),
+      places_(2 * model.layers.size()),
+      data_(type == PSLM_KV_CALLER ? 0 : first_.back() * 2 * head_elements() * width_),
+      scales_(type == PSLM_KV_I8 ? first_.back() * 2 * positions_ : 0) {
+  if (type == PSLM_KV_CALLER) return;
+  uint8_t* next = data_.data();
+  for (size_t i = 0; i < places_.size(); ++i) {
+    places_[i] = next;
+    next += (first_[i / 2 + 1] - first_[i / 2]) * head_elements() * width_;
+  }
+}
+
+void KvCache::bind(void* const* places, size_t positions) {
+  for (size_t i = 0; i < places_.size(); ++i) places_[i] = static_cast<uint8_t*>(places[i]);
+  positions_ = positions;
+}
 
 void KvCache::store(size_t layer, size_t head, size_t position, const float* key,
                     const float* value) {
-  uint8_t* keys = data_.data() + key_index(layer, head) * width_;
-  uint8_t* values = keys + head_elements() * width_ + position * head_dim_ * width_;
+  uint8_t* keys = this->keys(layer, head);
+  uint8_t* values = this->values(layer, head) + position * head_dim_ * width_;
   const size_t at =
       position / kPositionBlock * kPositionBlock * head_dim_ + position % kPositionBlock;
-  if (type_ == PSLM_KV_F16) {
+  if (type_ != PSLM_KV_I8) {
     uint16_t half[1024];  // head_dim is at most this
     kernels_.to_f16(key, head_dim_, half);
     uint16_t* column = reinterpret_cast<uint16_t*>(keys) + at;
@@ -41,17 +54,17 @@ void KvCache::store(size_t layer, size_t head, size_t position, const float* key
     scales[position] = kernels_.to_i8(key, head_dim_, codes);
     for (size_t d = 0; d < head_dim_; ++d)
       keys[at + d * kPositionBlock] = static_cast<uint8_t>(codes[d]);
-    scales[padded_ + position] =
+    scales[positions_ + position] =
         kernels_.to_i8(value, head_dim_, reinterpret_cast<int8_t*>(values));
   }
 }
 
 void KvCache::describe(size_t layer, size_t head, AttentionJob& job) const {
-  job.keys = data_.data() + key_index(layer, head) * width_;
-  job.values = data_.data() + (key_index(layer, head) + head_elements()) * width_;
+  job.keys = keys(layer, head);
+  job.values = values(layer, head);
   const float* scales = scales_.data();
   job.key_scales = scales ? scales + scale_index(layer, head) : nullptr;
-  job.value_scales = scales ? scales + scale_index(layer, head) + padded_ : nullptr;
+  job.value_scales = scales ? scales + scale_index(layer, head) + positions_ : nullptr;
 }
 
 // Calls copy(pointer, bytes) for every run of bytes that belongs to the first positions. Whole key

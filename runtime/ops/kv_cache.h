@@ -12,7 +12,11 @@ namespace pocketslm {
 
 class KvCache {
  public:
+  // PSLM_KV_CALLER: fp16 in memory that bind() names.
   KvCache(const ModelFile& model, const Kernels& kernels, size_t context, pslm_kv_type type);
+
+  // Keys and values of each layer in turn, [kv_heads][positions][head_dim] each.
+  void bind(void* const* places, size_t positions);
 
   size_t bytes() const { return data_.bytes() + scales_.bytes(); }
   pslm_kv_type type() const { return type_; }
@@ -29,12 +33,15 @@ class KvCache {
 
  private:
   // Elements of one head's keys or values; scales of the same.
-  size_t head_elements() const { return padded_ * head_dim_; }
-  size_t key_index(size_t layer, size_t head) const {
-    return (first_[layer] + head) * 2 * head_elements();
+  size_t head_elements() const { return positions_ * head_dim_; }
+  uint8_t* keys(size_t layer, size_t head) const {
+    return places_[2 * layer] + head * head_elements() * width_;
+  }
+  uint8_t* values(size_t layer, size_t head) const {
+    return places_[2 * layer + 1] + head * head_elements() * width_;
   }
   size_t scale_index(size_t layer, size_t head) const {
-    return (first_[layer] + head) * 2 * padded_;
+    return (first_[layer] + head) * 2 * positions_;
   }
   template <typename Copy>
   void visit_saved(size_t positions, Copy&& copy) const;
@@ -42,8 +49,10 @@ class KvCache {
   const Kernels& kernels_;
   const pslm_kv_type type_;
   const std::vector<size_t> first_;  // KV heads before each layer's, then all
-  const size_t head_dim_, padded_, width_;
-  Buffer<uint8_t> data_;   // [layer][head]{keys, values}, fp16 or int8
+  const size_t head_dim_, width_;
+  size_t positions_;              // room for each head
+  std::vector<uint8_t*> places_;  // keys and values of each layer, [head][positions][head_dim]
+  Buffer<uint8_t> data_;   // [layer]{keys, values}, fp16 or int8
   Buffer<float> scales_;   // int8 only: [layer][head]{keys, values}[position]
 };
 

@@ -32,7 +32,7 @@ std::string describe(const Section& s) {
 }  // namespace
 
 ModelFile::~ModelFile() {
-  if (data_) munmap(const_cast<uint8_t*>(data_), bytes_);
+  if (mapped_) munmap(const_cast<uint8_t*>(data_), bytes_);
 }
 
 Failure ModelFile::open(const char* path) {
@@ -42,17 +42,22 @@ Failure ModelFile::open(const char* path) {
   struct stat info;
   void* mapped = MAP_FAILED;
   const bool regular = fstat(file, &info) == 0 && S_ISREG(info.st_mode);
-  if (regular && info.st_size >= static_cast<off_t>(sizeof(FileHeader))) {
-    bytes_ = static_cast<size_t>(info.st_size);
-    mapped = mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, file, 0);
-  }
+  const size_t bytes = regular ? static_cast<size_t>(info.st_size) : 0;
+  if (bytes) mapped = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, file, 0);
   const int map_error = errno;
   ::close(file);
   if (!regular) return {PSLM_ERROR_FILE, std::string(path) + " is not a regular file"};
-  if (!bytes_) return format_error("shorter than its header");
-  if (mapped == MAP_FAILED)
+  if (bytes && mapped == MAP_FAILED)
     return {PSLM_ERROR_FILE, "cannot map " + std::string(path) + ": " + std::strerror(map_error)};
-  data_ = static_cast<const uint8_t*>(mapped);
+  mapped_ = bytes != 0;
+  return view(mapped, bytes);
+}
+
+Failure ModelFile::view(const void* data, size_t bytes) {
+  data_ = static_cast<const uint8_t*>(data);
+  bytes_ = bytes;
+  if (bytes < sizeof(FileHeader)) return format_error("shorter than its header");
+  if (reinterpret_cast<uintptr_t>(data) % 64) return format_error("not aligned to 64 bytes");
   std::memcpy(&config, data_, sizeof config);
   if (Failure failure = check_header()) return failure;
   if (Failure failure = take_sections()) return failure;

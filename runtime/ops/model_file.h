@@ -91,6 +91,8 @@ class ModelFile {
 
   // Maps the file and checks all of it before anything is used.
   Failure open(const char* path);
+  // The same for a whole file in the caller's memory, which must outlive this.
+  Failure view(const void* data, size_t bytes);
 
   FileHeader config{};
   Matrix embedding, head;
@@ -113,6 +115,7 @@ class ModelFile {
 
   const uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
+  bool mapped_ = false;
 };
 
 }  // namespace pocketslm

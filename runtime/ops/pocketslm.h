@@ -32,7 +32,11 @@ typedef enum {
   PSLM_ERROR_ISA = 6 /* the named kernel path is unknown or this CPU lacks it */
 } pslm_status;
 
-typedef enum { PSLM_KV_F16 = 0, PSLM_KV_I8 = 1 } pslm_kv_type;
+typedef enum {
+  PSLM_KV_F16 = 0,
+  PSLM_KV_I8 = 1,
+  PSLM_KV_CALLER = 2 /* fp16 in the caller's memory: see pslm_bind_cache */
+} pslm_kv_type;
 typedef enum { PSLM_LOGITS_NONE = 0, PSLM_LOGITS_LAST = 1, PSLM_LOGITS_ALL = 2 } pslm_logits;
 
 typedef struct pslm_model pslm_model;
@@ -71,8 +75,14 @@ PSLM_API uint32_t pslm_abi_version(void);
 PSLM_API const char* const* pslm_isa_names(void);
 
 PSLM_API pslm_status pslm_model_open(const char* path, pslm_model** model, pslm_error error);
+/* The same for the bytes of a model.slm in the caller's memory, 64-byte aligned, which must outlive
+ * the model. */
+PSLM_API pslm_status pslm_model_view(const void* data, size_t bytes, pslm_model** model,
+                                     pslm_error error);
 PSLM_API void pslm_model_close(pslm_model* model);
 PSLM_API pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info);
+/* Layers may differ in width: the KV heads of one, 0 where there is no such layer. */
+PSLM_API uint32_t pslm_layer_kv_heads(const pslm_model* model, uint32_t layer);
 /* An opaque section of the file, such as the tokenizer; null and 0 where the file has none. */
 PSLM_API const void* pslm_model_blob(const pslm_model* model, uint32_t role, size_t* bytes);
 
@@ -80,6 +90,12 @@ PSLM_API const void* pslm_model_blob(const pslm_model* model, uint32_t role, siz
 PSLM_API pslm_status pslm_session_open(const pslm_model* model, const pslm_options* options,
                                        pslm_session** session, pslm_error error);
 PSLM_API void pslm_session_close(pslm_session* session);
+/* For a session of PSLM_KV_CALLER, before its first call and whenever the memory or what it holds
+ * is another: `tensors` are keys and values of each layer in turn, fp16
+ * [kv_heads][positions][head_dim], whose first `length` positions this library has filled. How they
+ * lie inside is private; the context is `positions`, rounded down to a multiple of 16. */
+PSLM_API pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t count,
+                                     size_t positions, size_t length, pslm_error error);
 PSLM_API pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info);
 
 /* Appends `count` tokens to the context. `logits` receives vocab_size floats (LAST) or

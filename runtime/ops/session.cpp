@@ -66,7 +66,7 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
                  pslm_kv_type kv_type, unsigned threads, bool pin)
     : model_(model),
       kernels_(kernels),
-      context_(context),
+      context_(kv_type == PSLM_KV_CALLER ? 0 : context),
       cache_(model, kernels, context, kv_type),
       members_(threads),
       pool_(threads, pin) {
@@ -172,6 +172,13 @@ void Session::share(unsigned m, size_t total, size_t chunk, F&& f) {
   pool_.share(m, total, chunk, f, [&] {
     if (ahead.asked < ahead.used + kMaxLeadLines) ask_lines(ahead, kIdleLines);
   });
+}
+
+void Session::bind_cache(void* const* places, size_t positions) {
+  cache_.bind(places, positions);
+  context_ = std::min<size_t>(positions / kPositionBlock * kPositionBlock,
+                              model_.config.max_context);
+  length_ = 0;
 }
 
 void Session::forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits) {
@@ -430,7 +437,7 @@ void Session::attend_one(unsigned m, size_t index) {
         job.queries = member.queries.data(), job.limits = limits;
         job.out = member.attended.data(), job.maximum = maximum, job.weight = weight;
         cache_.describe(index, head, job);
-        (cache_.type() == PSLM_KV_F16 ? kernels_.attend_f16 : kernels_.attend_i8)(job);
+        (cache_.type() == PSLM_KV_I8 ? kernels_.attend_i8 : kernels_.attend_f16)(job);
         for (size_t i = 0; i < rows; ++i) {
           const size_t piece = (query_head + i) * spans_ + span;
           std::memcpy(&piece_out_[piece * dim], job.out + i * dim, dim * sizeof(float));
@@ -481,7 +488,7 @@ void Session::attend_many(unsigned m, size_t index) {
         job.queries = member.queries.data(), job.limits = limits;
         job.out = member.attended.data(), job.maximum = maximum, job.weight = weight;
         cache_.describe(index, head, job);
-        (cache_.type() == PSLM_KV_F16 ? kernels_.attend_f16 : kernels_.attend_i8)(job);
+        (cache_.type() == PSLM_KV_I8 ? kernels_.attend_i8 : kernels_.attend_f16)(job);
         for (size_t t = first; t < last; ++t)
           for (size_t h = 0; h < heads; ++h) {
             const size_t row = (t - first) * heads + h;

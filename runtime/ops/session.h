@@ -35,6 +35,8 @@ class Session {
   size_t context() const { return context_; }
   size_t length() const { return length_; }
   void set_length(size_t length) { length_ = length; }
+  // PSLM_KV_CALLER: see pslm_bind_cache.
+  void bind_cache(void* const* places, size_t positions);
 
  private:
   // What one thread needs for itself.
@@ -83,7 +85,7 @@ class Session {
 
   const ModelFile& model_;
   const Kernels& kernels_;
-  const size_t context_;
+  size_t context_;
   size_t length_ = 0;
   KvCache cache_;
 

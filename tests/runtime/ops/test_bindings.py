@@ -1,0 +1,233 @@
+"""The same numbers through every door: the library itself, onnxruntime and its generator."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from native_support import mixed_kinds, tiny_config, write_tiny
+
+from pocketslm.errors import BackendError, ExportError
+from pocketslm.export.lower import onnx_native
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.recipe import Recipe
+from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.config import LayerSize, ModelConfig
+from pocketslm.runtime.backends import open_session
+from pocketslm.runtime.backends.native import NativeModel, library_path
+from pocketslm.runtime.bundle import open_bundle
+from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.model import Model
+
+TOKENS = np.random.default_rng(3).integers(0, 100, 90)
+CAPACITY = 100  # positions of a cache, not a multiple of the 16 of a block
+
+
+class OnnxGraph:
+    """``pocketslm.onnx`` in onnxruntime; caches begin as NaN, which nothing may read."""
+
+    def __init__(self, folder: Path, config: ModelConfig, *, threads: str = "2") -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        options.register_custom_ops_library(str(library_path()))
+        options.add_session_config_entry("pocketslm.threads", threads)
+        self.session = ort.InferenceSession(str(folder / onnx_native.GRAPH_FILE), options)
+        self.names = [n for v in self.session.get_inputs() if (n := v.name).startswith("past")]
+        self.caches = {
+            name: np.full(
+                (1, config.layers[i // 2].num_key_value_heads, CAPACITY, config.head_dim),
+                np.nan,
+                np.float16,
+            )
+            for i, name in enumerate(self.names)
+        }
+        self.length = 0
+
+    def feeds(self, tokens: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+        return {
+            "input_ids": tokens[None].astype(np.int64),
+            "attention_mask": np.ones((1, self.length + len(tokens)), np.int64),
+            "logits_to_keep": np.array([rows]),
+            **self.caches,
+        }
+
+    def forward(self, tokens: np.ndarray, rows: int = 1) -> np.ndarray:
+        logits, *present = self.session.run(None, self.feeds(tokens, rows))
+        self.caches = dict(zip(self.names, present, strict=True))
+        self.length += len(tokens)
+        return logits[0]
+
+
+def write_graph(folder: Path, config: ModelConfig) -> OnnxGraph:
+    write_tiny(folder / "model.slm", config, mixed_kinds)
+    onnx_native.lower(config, folder)
+    return OnnxGraph(folder, config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(), tiny_config().with_layer_sizes([LayerSize(4, 2, 96), LayerSize(2, 1, 64)])],
+    ids=["plain", "layers of two widths"],
+)
+def test_onnxruntime_gives_the_bits_of_the_library(config: ModelConfig, tmp_path: Path) -> None:
+    graph = write_graph(tmp_path, config)
+    native = NativeModel(tmp_path / "model.slm").session(threads=2)
+    np.testing.assert_array_equal(graph.forward(TOKENS[:37]), native.forward(TOKENS[:37]))
+    for token in TOKENS[37:50, None]:
+        np.testing.assert_array_equal(graph.forward(token), native.forward(token))
+    part = TOKENS[50:60]
+    native.forward(part[:6])
+    expected = native.forward(part[6:], all_logits=True)
+    np.testing.assert_array_equal(graph.forward(part, rows=4), expected)
+    # Going back is a matter of the mask.
+    graph.length = 20
+    native.truncate(20)
+    np.testing.assert_array_equal(graph.forward(part), native.forward(part))
+
+
+def test_a_cache_is_written_in_place_where_past_is_present(tmp_path: Path) -> None:
+    config = tiny_config()
+    graph = write_graph(tmp_path, config)
+    binding = graph.session.io_binding()
+    for name, value in graph.feeds(TOKENS[:9], 1).items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
+    shared = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in graph.caches.items()}
+    binding.bind_output("logits")
+    for name, value in shared.items():
+        binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+    graph.session.run_with_iobinding(binding)
+    copied = graph.forward(TOKENS[:9])
+    np.testing.assert_array_equal(binding.get_outputs()[0].numpy()[0], copied)
+    for name, value in shared.items():
+        np.testing.assert_array_equal(value.numpy(), graph.caches[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": np.zeros((2, 3), np.int64)}, "only a batch of 1"),
+        ({"input_ids": np.zeros((1, 0), np.int64)}, "from 0 to the tokens given"),
+        ({"input_ids": np.array([[1, 2, 100]])}, "token 100 is outside the vocabulary of 100"),
+        ({"input_ids": np.array([[1, 2, -1]])}, "token -1 is outside"),
+        ({"attention_mask": np.array([[0, 1, 1]])}, "padding is not supported"),
+        ({"attention_mask": np.ones((1, 2), np.int64)}, "ones for all tokens so far"),
+        ({"attention_mask": np.ones((1, CAPACITY + 1), np.int64)}, "has room for 100 positions"),
+        ({"attention_mask": np.ones((1, CAPACITY), np.int64)}, "do not fit the context of 96"),
+        ({"logits_to_keep": np.array([4])}, "from 0 to the tokens given"),
+        ({"logits_to_keep": np.array([-1])}, "from 0 to the tokens given"),
+        ({"past_key_values.1.value": np.zeros((1, 2, 90, 16), np.float16)}, "cache tensor 3"),
+    ],
+)
+def test_faulty_inputs_are_errors(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    graph = write_graph(tmp_path, tiny_config())
+    expected = graph.forward(TOKENS[:3])
+    graph.length = 0
+    with pytest.raises(Exception, match=message):
+        graph.session.run(None, graph.feeds(TOKENS[:3], 1) | change)
+    np.testing.assert_array_equal(graph.forward(TOKENS[:3]), expected)
+
+
+def test_faulty_models_and_settings_are_errors(tmp_path: Path) -> None:
+    config = tiny_config()
+    write_graph(tmp_path, config)
+    with pytest.raises(Exception, match='pocketslm.threads is "many", expected 1 to 64'):
+        OnnxGraph(tmp_path, config, threads="many")
+    content = bytearray((tmp_path / "model.slm").read_bytes())
+    content[0] ^= 1
+    (tmp_path / "model.slm").write_bytes(content)
+    with pytest.raises(Exception, match="wrong magic bytes"):
+        OnnxGraph(tmp_path, config)
+    (tmp_path / "model.slm").write_bytes(content[:-64])
+    with pytest.raises(Exception, match="file_length"):
+        OnnxGraph(tmp_path, config)
+
+
+@pytest.fixture(scope="module")
+def bundle_path(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bindings") / "bundle"
+    targets = ("native", "onnx", "onnx-pocketslm")
+    export_bundle(open_checkpoint(tiny_hf), out, Recipe(targets=targets))
+    return out
+
+
+def test_a_bundle_runs_it_as_a_backend(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bundle = open_bundle(bundle_path)
+    graph = bundle.graph("onnx-pocketslm")
+    assert bundle.graph_bytes(graph) > (bundle_path / "model.slm").stat().st_size
+    native = open_session(bundle, "native", threads=2, context=70)
+    session = open_session(bundle, "onnx-pocketslm", threads=2, context=70)
+    assert session.backend == f"onnxruntime {ort.__version__} + pocketslm"
+    assert session.context == 70
+    for run in (native, session):
+        run.forward(TOKENS[:20])
+        run.truncate(11)
+    expected = native.forward(TOKENS[:58], all_logits=True).copy()
+    np.testing.assert_array_equal(session.forward(TOKENS[:58], all_logits=True), expected)
+    last = native.forward(TOKENS[:1]).copy()
+    np.testing.assert_array_equal(session.forward(TOKENS[:1]), last)
+    monkeypatch.setenv("POCKETSLM_LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(BackendError, match="onnxruntime cannot use the native operators"):
+        open_session(bundle, "onnx-pocketslm")
+    with pytest.raises(ExportError, match="add the target native"):
+        Recipe(targets=("onnx-pocketslm",))
+
+
+def genai_tokens(folder: Path, prompt: list[int], count: int) -> list[int]:
+    """As the documentation says: the library beside the graph, and an overlay that names both."""
+    og = pytest.importorskip("onnxruntime_genai")
+    library = folder / "libpocketslm.so"
+    if not library.exists():
+        os.link(library_path(), library)
+    settings = {
+        "custom_ops_library": library.name,
+        "intra_op_num_threads": 1,
+        "pocketslm.threads": "2",
+    }
+    decoder = {"filename": onnx_native.GRAPH_FILE, "session_options": settings}
+    config = og.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": decoder}}))
+    model = og.Model(config)
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + count, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+
+
+def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
+    """Ours, without the token that ends an answer, which genai does not list."""
+    config = GenerationConfig(max_new_tokens=count)
+    steps = model.engine.generate(prompt, config, model.tokenizer.eos_token_ids)
+    return [step.token for step in steps if step.finish != "eos"]
+
+
+def test_genai_runs_the_native_operators(bundle_path: Path) -> None:
+    prompt = [int(token) for token in TOKENS[:24]]
+    model = Model.load(bundle_path, "native", threads=2)
+    assert genai_tokens(bundle_path, prompt, 40) == greedy(model, prompt, 40)
+
+
+@pytest.mark.real
+def test_the_real_model_gives_the_same_numbers(smollm2_bundle: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(smollm2_bundle)
+    assert bundle.manifest is not None
+    os.link(smollm2_bundle / "model.slm", tmp_path / "model.slm")
+    config = ModelConfig.from_dict(bundle.manifest.architecture)
+    onnx_native.lower(config, tmp_path)
+    graph = OnnxGraph(tmp_path, config)
+    native = NativeModel(tmp_path / "model.slm").session(threads=2)
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, 60)
+    np.testing.assert_array_equal(graph.forward(tokens), native.forward(tokens))
+    for token in tokens[:8, None]:
+        np.testing.assert_array_equal(graph.forward(token), native.forward(token))
