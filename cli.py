@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import pocketslm.export.cli
 import pocketslm.models.cli
 import pocketslm.profiling.cli
+import pocketslm.profiling.devices.cli
 import pocketslm.runtime.assistant.cli
 import pocketslm.runtime.cli
 from pocketslm import __version__
@@ -25,6 +26,7 @@ FOLDERS = (
     pocketslm.runtime.cli,
     pocketslm.runtime.assistant.cli,
     pocketslm.profiling.cli,
+    pocketslm.profiling.devices.cli,
 )
 
 

@@ -47,3 +47,7 @@ class DocumentError(PocketSlmError):
 
 class UsageError(PocketSlmError):
     """An option or argument has a value that makes no sense."""
+
+
+class DeviceError(PocketSlmError):
+    """A device is out of reach, refuses, is full, or its connection or program was lost."""

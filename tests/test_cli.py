@@ -32,6 +32,9 @@ COMMANDS = (
     "doc suggest",
     "doc rewrite",
     "bench",
+    "device list",
+    "device info",
+    "device clean",
 )
 Captured = pytest.CaptureFixture[str]
 
@@ -65,6 +68,8 @@ USER_ERRORS = {
     "bad sampling": (["run", "BUNDLE", "hi", "--top-p", "7"], "top_p is 7.0"),
     "bad backend": (["run", "BUNDLE", "hi", "--backend", "tpu"], "'tpu' is unknown"),
     "prompt too long": (["run", "BUNDLE", "x" * 300], "do not fit the context of 256"),
+    "no such device": (["device", "info", "usb:1"], "device is 'usb:1', expected local"),
+    "bad ssh address": (["device", "info", "ssh:a@b:c"], "expected [user@]host[:port]"),
     "no document": (["doc", "summarize", "BUNDLE", "--document", "nowhere.txt"], "nowhere.txt"),
     "no room": (["doc", "summarize", "BUNDLE", "-n", "200"], "shorten it or export with"),
     "not a text": (["eval", "BUNDLE", "--source", "HF", "--text", "BUNDLE"], "cannot read"),

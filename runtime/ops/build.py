@@ -199,10 +199,13 @@ def library() -> Path:
     return built_library() or build_library(cache_directory())
 
 
-def runner() -> Path:
-    """``pocketslm-run`` for this machine and these sources: from the cache, or compiled now."""
-    path = cache_directory() / f"pocketslm-run-{source_hash()}"
-    return path if path.is_file() else build_runner(path)
+def runner(target: str | None = None) -> Path:
+    """``pocketslm-run`` for a target (see :func:`find_toolchain`) and these sources.
+
+    From the cache, or compiled now.
+    """
+    path = cache_directory() / "-".join(filter(None, ("pocketslm-run", target, source_hash())))
+    return path if path.is_file() else build_runner(path, target)
 
 
 def main() -> int:

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
+#include <tuple>
 
 #include "model_file.h"
 
@@ -77,6 +78,14 @@ void drop_from_page_cache(const std::string& path) {
   close(file);
 }
 
+// Of this process so far: user and system time, page faults that had to read from storage.
+std::pair<uint64_t, uint64_t> cpu_ns_and_faults() {
+  rusage used{};
+  getrusage(RUSAGE_SELF, &used);
+  return {nanoseconds(used.ru_utime) + nanoseconds(used.ru_stime),
+          static_cast<uint64_t>(used.ru_majflt)};
+}
+
 }  // namespace
 
 Usage read_usage() {
@@ -87,11 +96,7 @@ Usage read_usage() {
                                        {"RssFile", &usage.file_backed}});
   read_kilobytes("/proc/self/smaps_rollup",
                  {{"Pss", &usage.proportional}, {"Pss_File", &usage.proportional_file}});
-  rusage used{};
-  if (getrusage(RUSAGE_SELF, &used) == 0) {
-    usage.cpu_ns = nanoseconds(used.ru_utime) + nanoseconds(used.ru_stime);
-    usage.major_faults = static_cast<uint64_t>(used.ru_majflt);
-  }
+  std::tie(usage.cpu_ns, usage.major_faults) = cpu_ns_and_faults();
   return usage;
 }
 
@@ -339,11 +344,19 @@ std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size
       mark = Clock::now();
       return std::chrono::duration_cast<std::chrono::nanoseconds>(mark - before).count();
     };
+    auto used = cpu_ns_and_faults();
+    const auto spend = [&used](std::vector<int64_t>& cpu_ns, std::vector<int64_t>& faults) {
+      const auto before = used;
+      used = cpu_ns_and_faults();
+      cpu_ns.push_back(static_cast<int64_t>(used.first - before.first));
+      faults.push_back(static_cast<int64_t>(used.second - before.second));
+    };
     if (!prompt.empty()) {
       if (pslm_forward(session_, prompt.data(), prompt.size(), PSLM_LOGITS_LAST, logits.data(),
                        logits.size(), error.argument()) != PSLM_OK)
         return error.text;
       times.prefill_ns.push_back(lap());
+      spend(times.prefill_cpu_ns, times.prefill_faults);
       token = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
     }
     int64_t decode_ns = 0;
@@ -354,7 +367,10 @@ std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size
       times.step_ns.push_back(lap());
       decode_ns += times.step_ns.back();
     }
-    if (fresh) times.decode_ns.push_back(decode_ns);
+    if (fresh) {
+      times.decode_ns.push_back(decode_ns);
+      spend(times.decode_cpu_ns, times.decode_faults);
+    }
     if (!go_on()) return "cancelled";
   }
   reset();

@@ -48,9 +48,11 @@ struct Outcome {
   float last_logprob = 0;
 };
 
-// Nanoseconds of every prompt, of every run of new tokens after one, and of each of those tokens.
+// Nanoseconds of every prompt, of every run of new tokens after one, and of each of those tokens;
+// of the first two also processor time, and page faults that had to read from storage.
 struct Times {
   std::vector<int64_t> prefill_ns, decode_ns, step_ns;
+  std::vector<int64_t> prefill_cpu_ns, decode_cpu_ns, prefill_faults, decode_faults;
 };
 
 // The strings of a chat template around the messages of a conversation that alternates.

@@ -367,10 +367,20 @@ class Server {
     const auto go_on = [&] { return !reader_.cancelled(id) && somebody_reads(); };
     if (std::string failure = engine_.bench(tokens, fresh, repeats, go_on, times); !failure.empty())
       return failure;
-    emit("{\"event\":\"bench\",\"prompt_tokens\":%zu,\"new_tokens\":%u,\"prefill_ns\":%s,"
-         "\"decode_ns\":%s,\"step_ns\":%s}",
-         tokens.size(), fresh, numbers(times.prefill_ns).c_str(), numbers(times.decode_ns).c_str(),
-         numbers(times.step_ns).c_str());
+    std::string lists;
+    for (const auto& [name, values] : std::initializer_list<
+             std::pair<const char*, const std::vector<int64_t>*>>{
+             {"prefill_ns", &times.prefill_ns},
+             {"decode_ns", &times.decode_ns},
+             {"step_ns", &times.step_ns},
+             {"prefill_cpu_ns", &times.prefill_cpu_ns},
+             {"decode_cpu_ns", &times.decode_cpu_ns},
+             {"prefill_faults", &times.prefill_faults},
+             {"decode_faults", &times.decode_faults},
+         })
+      lists += ",\"" + std::string(name) + "\":" + numbers(*values);
+    emit("{\"event\":\"bench\",\"prompt_tokens\":%zu,\"new_tokens\":%u%s}", tokens.size(), fresh,
+         lists.c_str());
     return "";
   }
 

@@ -1,0 +1,166 @@
+"""``pocketslm-run --json`` on a device: put there, started, asked, ended."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from threading import Timer
+from types import TracebackType
+from typing import Any, Self
+
+from pocketslm.errors import BackendError, DeviceError
+from pocketslm.profiling.devices.device import Device, Progress, file_sha256, last_words
+from pocketslm.profiling.machine import Machine
+from pocketslm.runtime.ops import build
+
+PROGRAM = "pocketslm-run"
+_EXIT_TIMEOUT_S = 10.0
+_NOT_EXECUTABLE = 126  # sh's status where the kernel does not take the program
+
+
+def install(device: Device, machine: Machine, model: Path, progress: Progress) -> str:
+    """Put the runner and a ``model.slm`` on the device, where they are not there already.
+
+    Returns the model's path there. It is named by its hash, so that models do not push each other
+    out. Raises DeviceError, also where no runner exists for the device's processor.
+    """
+    program = device.push(runner_for(machine), PROGRAM, progress)
+    device.shell(f"chmod 755 {shlex.quote(program)}")
+    return device.push(model, f"model-{file_sha256(model)[:16]}.slm", progress)
+
+
+def runner_for(machine: Machine) -> Path:
+    """The static runner for a machine, from the cache or built now."""
+    arch = build.MACHINES.get(machine.arch)
+    if arch is None:
+        raise DeviceError(
+            f"the device's processor is {machine.arch}, the runner exists for aarch64 and x86_64; "
+            "install a 64-bit system on it"
+        )
+    try:
+        return build.runner(f"{arch}-linux")
+    except build.BuildError as error:
+        last = str(error).splitlines()[-1]
+        raise DeviceError(f"cannot build the runner for {arch}: {last}") from None
+
+
+class RunnerProcess:
+    """A running runner; used with ``with``, which leaves no process on the device.
+
+    An error that the runner reports is a BackendError; an end of the process or the connection,
+    or no answer within ``timeout_s``, is a DeviceError.
+    """
+
+    def __init__(self, device: Device, timeout_s: float) -> None:
+        self._device, self._timeout_s, self._timed_out = device, timeout_s, False
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        folder = shlex.quote(device.folder)
+        # A shell of its own waits for the program, and tells by its status what ended it.
+        start = f"echo $$; exec ./{PROGRAM} --json"
+        self._process = device.stream(f"cd {folder} && sh -c '{start}'; exit $?", self._stderr)
+        self.pid = 0
+        try:
+            answer = self._read_line(timeout_s)
+            if not answer.strip().isdecimal():
+                raise self._why_it_ended()
+            self.pid = int(answer)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the runner: kindly, then by force, on the device as well as here."""
+        try:
+            with suppress(OSError, ValueError):
+                assert self._process.stdin is not None
+                self._process.stdin.write('{"op": "cancel"}\n{"op": "quit"}\n')
+                self._process.stdin.close()
+            try:
+                self._process.wait(1)
+            except subprocess.TimeoutExpired:
+                if self.pid:
+                    with suppress(DeviceError):
+                        self._device.shell(f"kill -9 {self.pid}", _EXIT_TIMEOUT_S)
+        finally:
+            self._process.kill()
+            self._process.wait()
+            if self._process.stdout is not None:
+                self._process.stdout.close()
+            self._stderr.close()
+
+    def ask(self, op: str, **request: Any) -> dict[str, Any]:
+        """One request, one answer."""
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps({"op": op} | request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._why_it_ended() from None
+        line = self._read_line(self._timeout_s)
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            raise (
+                self._why_it_ended()
+                if not line.endswith("\n")
+                else DeviceError(
+                    f"the runner on {self._device.name} answered {line[:80]!r}, expected JSON"
+                )
+            ) from None
+        if answer["event"] == "error":
+            raise BackendError(f"the runner on {self._device.name}: {answer['message']}")
+        assert isinstance(answer, dict)
+        return answer
+
+    def _read_line(self, timeout_s: float) -> str:
+        assert self._process.stdout is not None
+        timer = Timer(timeout_s, self._give_up)
+        timer.start()
+        try:
+            return self._process.stdout.readline()
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        self._timed_out = True
+        self._process.kill()
+
+    def _why_it_ended(self) -> DeviceError:
+        name = self._device.name
+        if self._timed_out:
+            return DeviceError(
+                f"the runner on {name} gave no answer within {self._timeout_s:g} s and was "
+                "stopped; ask for fewer tokens or a longer --timeout"
+            )
+        try:
+            status = self._process.wait(_EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return DeviceError(f"the runner on {name} closed its output and runs on")
+        self._stderr.seek(0)
+        output = self._stderr.read()
+        text = output.decode(errors="replace").strip()
+        last = last_words(text)
+        if reason := self._device.lost(status, text):
+            return DeviceError(f"{name}: {reason}")
+        if status == _NOT_EXECUTABLE or re.search("[Ee]xec format|not executable", text):
+            return DeviceError(f"{name} cannot execute the runner ({last}): wrong processor?")
+        if status > 128:
+            hint = ", often for want of memory" if status == 128 + 9 else ""
+            return DeviceError(f"the runner on {name} was ended by signal {status - 128}{hint}")
+        return DeviceError(f"the runner on {name} ended with status {status}: {last}")
