@@ -13,7 +13,10 @@ SPECS = "local, ssh:[user@]host[:port], adb or adb:SERIAL"
 
 def add_commands(commands: Commands) -> None:
     device = commands.group("device", "list, look at and clean the devices to measure on")
-    device.add("list", _list, "list what adb sees, with its state", "pocketslm device list")
+    parser = device.add(
+        "list", _list, "list what adb sees, with its state", "pocketslm device list --json"
+    )
+    add_json(parser)
     parser = device.add(
         "info",
         _info,
@@ -33,7 +36,9 @@ def _list(arguments: argparse.Namespace) -> None:
     from pocketslm.profiling.devices.adb import attached
 
     rows = attached()
-    if rows:
+    if arguments.json:
+        print_json([dict(zip(("serial", "state", "model"), row, strict=True)) for row in rows])
+    elif rows:
         print_columns([("adb:" + serial, state, model) for serial, state, model in rows])
     else:
         say("adb sees no device; any machine that ssh reaches is one too: ssh:user@host")
