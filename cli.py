@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import pocketslm.android.cli
 import pocketslm.export.cli
 import pocketslm.models.cli
 import pocketslm.profiling.cli
@@ -27,6 +28,7 @@ FOLDERS = (
     pocketslm.runtime.assistant.cli,
     pocketslm.profiling.cli,
     pocketslm.profiling.devices.cli,
+    pocketslm.android.cli,
 )
 
 

@@ -35,6 +35,7 @@ COMMANDS = (
     "device list",
     "device info",
     "device clean",
+    "app",
 )
 Captured = pytest.CaptureFixture[str]
 
@@ -66,6 +67,7 @@ USER_ERRORS = {
     "bad method": (["export", "HF", "OUT", "--method", "magic"], "'magic', expected one of rtn"),
     "no recipe": (["export", "HF", "OUT", "--recipe", "nowhere.toml"], "cannot read nowhere.toml"),
     "bad sampling": (["run", "BUNDLE", "hi", "--top-p", "7"], "top_p is 7.0"),
+    "bad window": (["app", "--size", "tiny"], "expected one such as 412x860"),
     "bad backend": (["run", "BUNDLE", "hi", "--backend", "tpu"], "'tpu' is unknown"),
     "prompt too long": (["run", "BUNDLE", "x" * 300], "do not fit the context of 256"),
     "no such device": (["device", "info", "usb:1"], "device is 'usb:1', expected local"),

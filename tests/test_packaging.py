@@ -18,7 +18,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 
 def test_every_package_folder_is_listed() -> None:
-    top = ("models", "export", "runtime", "profiling")
+    top = ("models", "export", "runtime", "profiling", "android")
     found = {"pocketslm", "optimum.commands.register"}
     for name in top:
         for init in (ROOT / name).rglob("__init__.py"):

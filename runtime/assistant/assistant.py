@@ -227,6 +227,8 @@ class _Run:
             elif self.cancelled():
                 break
         records.close()  # type: ignore[attr-defined]
+        if not seen:  # cancelled while the prompt was read
+            return
         first, last = seen[0], seen[-1]
         seconds = (last.time_ns - first.time_ns) / 1e9
         self._answer = replace(

@@ -1,0 +1,41 @@
+"""Models, off the UI thread: which engine runs them, what they need, and work in the background."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketslm.errors import BackendError
+from pocketslm.runtime.model import Model, TextModel
+
+# Engine -> (strings key of its name, strings key of where it was tried). See docs/android.md.
+ENGINES = {
+    "auto": ("engine_auto", ""),
+    "runner": ("engine_runner", "tested_runner"),
+    "native": ("engine_native", "tested_desktop"),
+    "onnx": ("engine_onnx", "tested_desktop"),
+    "onnx_aar": ("engine_onnx_aar", "tested_stand_in"),
+    "executorch_aar": ("engine_executorch_aar", "tested_stand_in"),
+}
+ON_PHONE = ("auto", "runner", "onnx_aar", "executorch_aar")
+ON_DESKTOP = ("auto", "runner", "native", "onnx")
+
+
+def open_model(path: Path, engine: str, threads: int, *, phone: bool) -> TextModel:
+    """Load a bundle with the engine of the settings; "auto" is the runner on a phone.
+
+    Raises PocketSlmError.
+    """
+    if engine == "auto":
+        engine = "runner" if phone else "auto"
+    # A bundle's files are compared with their SHA-256 when it is imported, once.
+    if engine == "executorch_aar":
+        from pocketslm.android.engine.executorch_aar import ExecuTorchModel
+
+        return ExecuTorchModel.load(path)
+    if engine == "onnx_aar":
+        from pocketslm.android.engine.onnx_aar import load
+
+        return load(path, threads)
+    if engine not in ("auto", "native", "onnx", "runner"):
+        raise BackendError(f"engine {engine!r} is unknown, expected one of {', '.join(ENGINES)}")
+    return Model.load(path, engine, threads or None, verify=False)

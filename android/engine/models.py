@@ -1,0 +1,172 @@
+"""The models on this device: import of bundles, and what each needs before it is loaded."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pocketslm.android.engine.meter import free_bytes, read_bandwidth
+from pocketslm.errors import BundleError
+from pocketslm.runtime.bundle import MANIFEST, Bundle, open_bundle, read_manifest
+
+# Beside weights and cache: code, buffers, the tokenizer, a document.
+OVERHEAD_BYTES = 60 << 20
+# Up to this part of the free memory a model fits; up to all of it, it is tight.
+COMFORTABLE = 0.6
+MAX_BUNDLE_BYTES = 16 << 30
+MAX_FILES = 64
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a person wants to know of a model before it is loaded; sizes in bytes."""
+
+    path: Path
+    name: str
+    size_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    context: int
+    top1: float | None  # agreement with the source, 0 to 1
+
+    @property
+    def need_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + OVERHEAD_BYTES
+
+    def fit(self, free: int | None = None) -> Literal["fits", "tight", "too_large"]:
+        """Whether it fits the memory that is free now."""
+        free = free_bytes() if free is None else free
+        if self.need_bytes > free:
+            return "too_large"
+        return "fits" if self.need_bytes <= COMFORTABLE * free else "tight"
+
+    def bound_tps(self, bytes_per_second: float) -> float:
+        """No engine writes faster: each token reads all the weights once."""
+        return bytes_per_second / max(1, self.weights_bytes)
+
+
+class Models:
+    """A folder of bundles."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._bandwidth = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*"):  # of an import that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second, measured once."""
+        self._bandwidth = self._bandwidth or read_bandwidth()
+        return self._bandwidth
+
+    def list(self) -> list[ModelCard]:
+        """Every model that is whole, by name."""
+        cards = []
+        for path in sorted(self.folder.iterdir()):
+            try:
+                cards.append(describe(open_bundle(path, verify=False)))
+            except BundleError:
+                continue
+        return cards
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def remove(self, name: str) -> None:
+        shutil.rmtree(self.folder / _plain(name), ignore_errors=True)
+
+    def import_bundle(self, source: Path) -> Iterator[str]:
+        """Copy a bundle folder, or unpack a zip of one; the last thing yielded is its name.
+
+        It is written aside, checked against its SHA-256s, then renamed. Raises BundleError for
+        what is no bundle, is altered, or would write outside its folder or more than it says.
+        """
+        aside = self.folder / f".{source.stem}"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            if source.is_dir():
+                manifest = open_bundle(source, verify=False).manifest
+                names = [MANIFEST, *manifest.files] if manifest else None
+                if names is None:
+                    raise BundleError(f"{source} has no {MANIFEST}; import a pocketslm bundle")
+                for name in names:
+                    (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source / name, aside / name)
+                    yield name
+            else:
+                yield from _unpack(source, aside)
+            bundle = open_bundle(aside, verify=True)
+            name = _plain(bundle.name)
+            target = self.folder / name
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+        except OSError as error:
+            raise BundleError(f"{source.name} cannot be imported: {error.strerror}") from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        yield name
+
+
+def describe(bundle: Bundle) -> ModelCard:
+    """The card of a bundle, from its manifest and the sizes of its files."""
+    manifest = bundle.manifest
+    dimensions: dict[str, Any] = manifest.architecture if manifest else {}
+    graph = bundle.graphs[0]
+    kv_width = 2 if graph.kv_cache != "int8" else 1
+    kv = 2 * graph.context * kv_width
+    for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"):
+        kv *= int(dimensions.get(name, 1))
+    quality = (manifest.quality or {}) if manifest else {}
+    return ModelCard(
+        path=bundle.path,
+        name=bundle.path.name,
+        size_bytes=manifest.size_bytes if manifest else bundle.graph_bytes(graph),
+        weights_bytes=bundle.graph_bytes(graph),
+        kv_bytes=kv,
+        context=graph.context,
+        top1=quality.get("top1_agreement", quality.get("top1")),
+    )
+
+
+def _plain(name: str) -> str:
+    """A name for a folder: nothing in it leads elsewhere."""
+    kept = "".join(c if c.isalnum() or c in "-_. " else "_" for c in name).strip(". ")
+    return kept or "model"
+
+
+def _unpack(source: Path, aside: Path) -> Iterator[str]:
+    """The files that the zip's manifest lists, each exactly as large as it says."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+            found = [name for name in entries if PurePosixPath(name).name == MANIFEST]
+            if len(found) != 1 or len(entries) > MAX_FILES:
+                raise BundleError(f"{source.name} holds no single bundle ({MANIFEST})")
+            root = found[0][: -len(MANIFEST)]
+            if entries[found[0]].file_size > 1 << 20:
+                raise BundleError(f"{source.name}: its {MANIFEST} is too large")
+            aside.mkdir(parents=True)
+            (aside / MANIFEST).write_bytes(archive.read(found[0]))
+            manifest = read_manifest(aside)  # its names stay inside the folder
+            if not 0 < manifest.size_bytes <= MAX_BUNDLE_BYTES:
+                raise BundleError(f"{source.name} says it unpacks to {manifest.size_bytes} bytes")
+            for name, expected in manifest.files.items():
+                entry = entries.get(root + name)
+                if entry is None or entry.file_size != expected.bytes:
+                    raise BundleError(f"{source.name}: {name} is missing or of another size")
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(entry) as packed, (aside / name).open("wb") as file:
+                    # A zip may lie about sizes: never more than was promised.
+                    left = expected.bytes
+                    while left and (block := packed.read(min(left, 1 << 20))):
+                        file.write(block)
+                        left -= len(block)
+                yield name
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+        raise BundleError(f"{source.name} is not a zip that can be read: {error}") from None

@@ -1,0 +1,46 @@
+"""Actions that a model may propose and only a person sets off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# Each action is a JSON schema: what a call must look like. Kinds of slots: text, number, choice.
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "set_reminder": {
+        "properties": {
+            "title": {"type": "string", "minLength": 1, "maxLength": 80},
+            "day": {"type": "string", "enum": ["today", "tomorrow"]},
+            "hour": {"type": "integer", "minimum": 0, "maximum": 23},
+            "minute": {"type": "integer", "minimum": 0, "maximum": 59},
+        },
+    },
+    "share_text": {
+        "properties": {"text": {"type": "string", "minLength": 1, "maxLength": 400}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Action:
+    """A call: the name of a schema and a value for each of its properties."""
+
+    name: str
+    arguments: dict[str, str | int]
+
+    def valid(self) -> bool:
+        """Whether it is exactly what its schema allows."""
+        schema = SCHEMAS.get(self.name)
+        if schema is None or set(self.arguments) != set(schema["properties"]):
+            return False
+        return all(_fits(self.arguments[name], rule) for name, rule in schema["properties"].items())
+
+
+def _fits(value: Any, rule: dict[str, Any]) -> bool:
+    if rule["type"] == "integer":
+        return type(value) is int and rule["minimum"] <= value <= rule["maximum"]
+    if not isinstance(value, str):
+        return False
+    if "enum" in rule:
+        return value in rule["enum"]
+    return rule["minLength"] <= len(value) <= rule["maxLength"]

@@ -1,0 +1,33 @@
+"""A desktop in place of a phone: files are chosen in the app, actions are only shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pocketslm.android.intents import Action
+from pocketslm.android.phone import OnFile
+
+
+class Desktop:
+    is_phone = False
+
+    def __init__(self) -> None:
+        self.done: list[Action] = []
+
+    def data_folder(self) -> Path:
+        base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+        return Path(base) / "pocketslm"
+
+    def pick(self, kind: str, title: str, endings: tuple[str, ...], chosen: OnFile) -> None:
+        from pocketslm.android.widgets.sheet import FileSheet
+
+        FileSheet(title, endings, kind == "model", Path.cwd(), chosen).open()
+
+    def do(self, action: Action) -> None:
+        self.done.append(action)
+
+    def watch(self, opened: OnFile, describe: Callable[[], list[Any]]) -> None:
+        pass

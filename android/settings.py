@@ -1,0 +1,70 @@
+"""What the app remembers beside its library: one JSON file, replaced whole at every change."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "theme": "light",
+    "language": "en",
+    "engine": "auto",
+    "threads": 0,  # 0: the engine decides
+    "model": "",
+    "measured": {},  # model name -> {"prefill", "decode"} in tokens/s
+    "screen": "library",
+    "document": 0,
+    "drafts": {},  # document -> what was typed and not yet sent
+    "pending": None,  # a task that runs: {"document", "task", "request", "text"}
+}
+_CHOICES = {
+    "theme": ("light", "dark"),
+    "language": ("en", "de", "ar"),
+    "engine": ("auto", "native", "runner", "onnx", "onnx_aar", "executorch_aar"),
+}
+
+
+class Settings:
+    """Values by name; a file that is missing, cut short or strange gives the defaults."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._values = dict(DEFAULTS)
+        self._watchers: list[Callable[[str], None]] = []
+        try:
+            data = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            data = {}
+        for name, default in DEFAULTS.items():
+            value = data.get(name, default) if isinstance(data, dict) else default
+            same = default is None or type(value) is type(default)
+            if same and value in _CHOICES.get(name, (value,)):
+                self._values[name] = value
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self._values[name] == value:
+            return
+        self._values[name] = value
+        self.save()
+        for watcher in self._watchers:
+            watcher(name)
+
+    def watch(self, watcher: Callable[[str], None]) -> None:
+        """Call with the name of a value when it has changed."""
+        self._watchers.append(watcher)
+
+    def save(self) -> None:
+        """Written aside, then renamed: a crash leaves the old file or the new one."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._path.with_suffix(".new")
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(self._values, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self._path)

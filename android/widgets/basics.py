@@ -1,0 +1,141 @@
+"""Rows that mirror, cards, things to tap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kivy.app import App
+from kivy.core.text import Label as CoreLabel
+from kivy.metrics import dp, sp
+from kivy.properties import BooleanProperty, ColorProperty, NumericProperty, StringProperty
+from kivy.uix.behaviors import ButtonBehavior
+from kivy.uix.boxlayout import BoxLayout
+from kivy.uix.scrollview import ScrollView
+from kivy.uix.stacklayout import StackLayout
+from kivy.uix.widget import Widget
+
+from pocketslm.android import strings
+from pocketslm.android.widgets.text import font_for
+
+
+class Row(BoxLayout):
+    """Children side by side; from right to left where the language runs so.
+
+    fixed: the height; where it is negative, what the children need.
+    """
+
+    fixed = NumericProperty(-1)
+    rtl = BooleanProperty(False)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        app = App.get_running_app()
+        if app is not None:
+            self.rtl = app.rtl
+            app.fbind("rtl", self.setter("rtl"))
+        self.fbind("rtl", self._trigger_layout)
+
+    def do_layout(self, *arguments: Any) -> None:
+        super().do_layout(*arguments)
+        if self.rtl and self.orientation == "horizontal":
+            for child in self.children:
+                child.x = self.x + self.right - child.right
+
+
+class Column(BoxLayout):
+    """Children below each other, as high as they are together."""
+
+
+class Flow(StackLayout):
+    """Children in lines that wrap, as high as they need."""
+
+    rtl = BooleanProperty(False)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        app = App.get_running_app()
+        if app is not None:
+            self.rtl = app.rtl
+            app.fbind("rtl", self.setter("rtl"))
+
+
+class Card(Column):
+    """A rounded surface around what belongs together."""
+
+
+class Page(ScrollView):
+    """A page that scrolls."""
+
+
+class Tappable(ButtonBehavior, Widget):
+    """What can be tapped. ``label``: what a screen reader says; ``role``: what it is."""
+
+    label = StringProperty("")
+    role = "button"
+
+
+class Tap(ButtonBehavior, Row):
+    """A row that can be tapped."""
+
+    label = StringProperty("")
+    role = "button"
+
+
+class TapCard(ButtonBehavior, Card):
+    """A card that can be tapped."""
+
+    label = StringProperty("")
+    role = "button"
+
+
+class Push(Tap):
+    """A button with a text and perhaps an icon; ``kind``: filled, soft or plain."""
+
+    text = StringProperty("")
+    icon = StringProperty("")
+    kind = StringProperty("soft")
+
+
+class Chip(Tap):
+    """A question to tap: as wide as its text, but no wider than ``widest``, where it wraps."""
+
+    text = StringProperty("")
+    marked = BooleanProperty(False)
+    widest = NumericProperty(400)
+    natural = NumericProperty(0)
+
+    def on_text(self, *_: Any) -> None:
+        label = CoreLabel(font_name=font_for(self.text), font_size=sp(14))
+        self.natural = label.get_extents(strings.shaped(self.text))[0] + dp(32)
+
+
+class IconButton(Tappable):
+    icon = StringProperty("add")
+    color = ColorProperty("#000000")
+    ground = ColorProperty("#00000000")
+
+
+class Choice(Tap):
+    """One of several; the chosen one is marked."""
+
+    text = StringProperty("")
+    note = StringProperty("")
+    chosen = BooleanProperty(False)
+    role = "radio"
+
+
+class Navigation(ButtonBehavior, BoxLayout):
+    """A place to go, with icon and name, in the bar or rail."""
+
+    text = StringProperty("")
+    icon = StringProperty("library")
+    chosen = BooleanProperty(False)
+    label = StringProperty("")
+    role = "tab"
+
+
+class Meter(Widget):
+    """A bar that is filled by ``value`` (0 to 1)."""
+
+    value = NumericProperty(0)
+    color = ColorProperty("#000000")
