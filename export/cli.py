@@ -129,6 +129,16 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "--target",
         help="native, onnx, onnx-pocketslm or several (default: native,onnx where they cover it)",
     )
+    fit = parser.add_argument_group("search under a budget, by measurement on this machine")
+    fit.add_argument(
+        "--fit",
+        metavar="BUDGET",
+        help="find the recipe nearest to the source within limits, such as "
+        "ram=120MB,decode=250tps,ttft=1s@512,kl=0.05; the search is kept in OUT.plan",
+    )
+    fit.add_argument("--trials", type=int, default=16, help="recipes to try (default: 16)")
+    fit.add_argument("--text", default="lee", help="what quality is measured on (default: lee)")
+    fit.add_argument("--storage", metavar="URL", help="Optuna's database (default: in OUT.plan)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     add_json(parser)
 
@@ -154,6 +164,9 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def export(arguments: argparse.Namespace) -> None:
+    if arguments.fit is not None:
+        _export_fitting(arguments)
+        return
     from pocketslm.export.pipeline import export_bundle
     from pocketslm.export.prune.vocabulary import format_ranges, tokens_of
     from pocketslm.export.recipe import read_recipe
@@ -182,6 +195,43 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {manifest.size_bytes / 1e6:.1f} MB in {seconds:.1f} s ({weights})")
     for note in manifest.notes:
         print(f"note: {note}")
+
+
+def _export_fitting(arguments: argparse.Namespace) -> None:
+    """Search for the recipe, keep the search beside the bundle, export what fits best."""
+    from pocketslm.export import plan
+    from pocketslm.export.evaluate import evaluate_bundle
+    from pocketslm.export.pipeline import export_bundle
+    from pocketslm.export.recipe import Recipe
+    from pocketslm.models.catalog import resolve
+    from pocketslm.models.checkpoint import open_checkpoint
+
+    budget = plan.parse_budget(arguments.fit)
+    source = resolve(arguments.model, say)
+    text = resolve(arguments.text, say)
+    checkpoint = open_checkpoint(source)
+    base = Recipe(context=arguments.context, kv_cache=arguments.kv_cache, targets=("native",))
+    work = arguments.out.with_name(f"{arguments.out.name}.plan")
+    trials = plan.search(
+        checkpoint,
+        text,
+        budget,
+        work,
+        calibration=arguments.calibration or arguments.text,
+        base=base,
+        vocabulary=resolve(arguments.vocabulary, say) if arguments.vocabulary else None,
+        trials=arguments.trials,
+        storage=arguments.storage,
+        say=say,
+    )
+    plan.write_report(trials, budget, work)
+    chosen = plan.choose(trials)
+    targets = tuple(arguments.target.split(",")) if arguments.target else ("native",)
+    recipe = replace(chosen.recipe, targets=targets)
+    export_bundle(checkpoint, arguments.out, recipe, overwrite=arguments.overwrite)
+    evaluate_bundle(arguments.out, source=source, text=text, window=plan.window_of(checkpoint))
+    print((work / plan.REPORT).read_text())
+    print(f"{arguments.out}: trial {chosen.number}, {plan.describe(chosen.recipe)}")
 
 
 def _heal(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,365 @@
+"""Search under a budget: which recipe fits a device best, by measurement.
+
+Optuna proposes recipes, each is exported, held against the source and measured; what breaks the
+budget is given up as early as it shows. All trials lie in a database, so that a search can be
+stopped, taken up again, or shared by several workers on one storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pocketslm.errors import ExportError, UsageError
+from pocketslm.export.evaluate import Ids, evaluate, windows_of
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.prune.vocabulary import format_ranges, parse_ranges, tokens_of
+from pocketslm.export.recipe import Recipe
+from pocketslm.models.checkpoint import HEAD, Checkpoint, checkpoint_sha256
+from pocketslm.models.tensors import QuantTensor
+from pocketslm.runtime.backends import open_session
+from pocketslm.runtime.bundle import open_bundle
+from pocketslm.runtime.tokenizer import load_tokenizer
+
+# What a budget can limit: its unit, and whether more is better.
+METRICS: dict[str, tuple[str, bool]] = {
+    "size": ("MB", False),
+    "ram": ("MB", False),
+    "kl": ("", False),
+    "perplexity": ("", False),
+    "ttft": ("s", False),
+    "prefill": ("tps", True),
+    "decode": ("tps", True),
+}
+OBJECTIVES = ("kl", "ram", "decode")
+REPORT, PICTURE = "plan.md", "pareto.svg"
+QUICK_WINDOWS = 2  # enough to see that a recipe is hopeless
+HOPELESS = 2.0  # times the KL allowed, after those
+
+Metrics = dict[str, float]
+Measure = Callable[[Path, "Budget"], Metrics]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits by metric; ``prompt`` is how many tokens TTFT and prefill are measured with."""
+
+    limits: Mapping[str, float]
+    prompt: int = 512
+
+    def broken(self, metrics: Mapping[str, float]) -> list[str]:
+        """The limits that a trial breaks, in words; what was not measured breaks none."""
+        return [
+            f"{name} {_shown(name, metrics[name])} (limit {_shown(name, limit)})"
+            for name, limit in self.limits.items()
+            if name in metrics and not self._kept(name, metrics[name], limit)
+        ]
+
+    @staticmethod
+    def _kept(name: str, value: float, limit: float) -> bool:
+        return value >= limit if METRICS[name][1] else value <= limit
+
+
+def parse_budget(text: str) -> Budget:
+    """``ram=120MB,decode=250tps,ttft=1s@512,kl=0.05``; UsageError says what is wrong."""
+    limits: dict[str, float] = {}
+    prompt = 512
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([a-z]+)=(\d+(?:\.\d+)?)([a-zA-Z]*)(?:@(\d+))?\s*", part)
+        if match is None or match[1] not in METRICS:
+            raise UsageError(
+                f"--fit: {part.strip()!r} is not a limit such as ram=120MB; expected some of "
+                f"{', '.join(METRICS)}"
+            )
+        name, number, unit, tokens = match.groups()
+        if unit not in ("", METRICS[name][0]):
+            raise UsageError(f"--fit: {name} is in {METRICS[name][0] or 'no unit'}, not {unit!r}")
+        if tokens is not None:
+            if name not in ("ttft", "prefill") or not int(tokens):
+                raise UsageError(f"--fit: {part.strip()!r}: @TOKENS belongs to ttft and prefill")
+            prompt = int(tokens)
+        limits[name] = float(number)
+    return Budget(limits, prompt)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe that was tried; ``broken`` says why it is out, empty where it fits."""
+
+    number: int
+    recipe: Recipe
+    metrics: Metrics
+    broken: tuple[str, ...]
+
+
+def pareto(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other beats in KL, memory and decode speed at once, by rising KL."""
+
+    def costs(trial: Trial) -> tuple[float, ...]:
+        signs = (-1.0 if METRICS[name][1] else 1.0 for name in OBJECTIVES)
+        return tuple(
+            sign * trial.metrics[name] for sign, name in zip(signs, OBJECTIVES, strict=True)
+        )
+
+    whole = [trial for trial in trials if set(OBJECTIVES) <= trial.metrics.keys()]
+    front = []
+    for one in whole:
+        mine = costs(one)
+        others = (costs(other) for other in whole if other is not one)
+        if not any(
+            all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine
+            for other in others
+        ):
+            front.append(one)
+    return sorted(front, key=costs)
+
+
+def best(trials: Sequence[Trial]) -> Trial | None:
+    """Of the trials within the budget the one nearest to the source; None where there is none."""
+    fitting = [trial for trial in trials if not trial.broken and "kl" in trial.metrics]
+    return min(fitting, key=lambda trial: trial.metrics["kl"], default=None)
+
+
+def search(
+    checkpoint: Checkpoint,
+    text: Path,
+    budget: Budget,
+    work: Path,
+    *,
+    calibration: str = "lee",
+    base: Recipe | None = None,
+    vocabulary: Path | None = None,
+    trials: int = 16,
+    windows: int = 8,
+    storage: str | None = None,
+    seed: int = 0,
+    measure: Measure | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> list[Trial]:
+    """Try recipes until ``trials`` of them are in the study, earlier ones counted; all of them.
+
+    ``text``: what quality is measured on, by its first ``windows`` windows of 512 tokens; methods
+    that calibrate see the end of ``calibration``, a file or catalog name. ``work``: a folder for
+    the database (unless ``storage`` names another of Optuna's) and the bundle being tried.
+    ``base``: the recipe whose other fields every trial shares. ``vocabulary``: also try to keep
+    only this text's tokens. ``measure``: speed and memory of a bundle, by default on this machine.
+    Raises UsageError, CheckpointError, ExportError.
+    """
+    import optuna
+
+    if trials < 1:
+        raise UsageError(f"{trials} trials, expected at least 1")
+    work.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    kept = None if vocabulary is None else format_ranges(tokens_of(checkpoint, vocabulary))
+    space = _Space(checkpoint, base or Recipe(targets=("native",)), calibration, kept)
+    facts = [checkpoint_sha256(checkpoint), hashlib.sha256(text.read_bytes()).hexdigest()]
+    facts += [str(windows), str(budget.prompt), str(kept), space.base.to_toml()]
+    study = optuna.create_study(
+        storage=storage or f"sqlite:///{work / 'trials.db'}",
+        study_name=hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16],
+        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8),
+        directions=["maximize" if METRICS[name][1] else "minimize" for name in OBJECTIVES],
+        load_if_exists=True,
+    )
+    if not study.trials:
+        for parameters in space.first:
+            study.enqueue_trial(parameters)
+    bench = _Bench(checkpoint, text, windows, budget, work, measure or measure_here)
+    while len(done := _finished(study, budget)) < trials:
+        proposed = study.ask()
+        recipe = space.recipe(proposed)
+        known = next((trial for trial in done if trial.recipe == recipe), None)
+        metrics = dict(known.metrics) if known else bench.run(recipe)
+        proposed.set_user_attr("recipe", json.dumps(recipe.to_dict()))
+        proposed.set_user_attr("metrics", metrics)
+        if set(OBJECTIVES) <= metrics.keys():
+            study.tell(proposed, [metrics[name] for name in OBJECTIVES])
+        else:
+            study.tell(proposed, state=optuna.trial.TrialState.PRUNED)
+        broken = budget.broken(metrics)
+        shown = ", ".join(f"{name} {_shown(name, value)}" for name, value in metrics.items())
+        say(
+            f"{len(done) + 1}/{trials} {describe(recipe)}: {shown}"
+            + (f"; out: {'; '.join(broken)}" if broken else "")
+        )
+    return done
+
+
+def window_of(checkpoint: Checkpoint) -> int:
+    """Tokens of a window that quality is measured on."""
+    return min(512, checkpoint.config.max_position_embeddings)
+
+
+class _Space:
+    """The recipes that a search may try, as Optuna's parameters."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, base: Recipe, calibration: str, vocabulary: str | None
+    ) -> None:
+        self.base, self.calibration, self.vocabulary = base, calibration, vocabulary
+        quantized = isinstance(checkpoint.weight("model.layers.0.mlp.up_proj.weight"), QuantTensor)
+        head = isinstance(checkpoint.weight(HEAD), QuantTensor)
+        self.weights = ["keep"] * quantized + ["int4", "int8"]
+        self.head = ["keep"] * head + ["int8", "int4"]
+        # What a person would try first.
+        int4 = {"weights": "int4", "group_size": 32, "grid": "min", "method": "search+gptq"}
+        self.first: list[dict[str, Any]] = [
+            {"weights": self.weights[0], "head": self.head[0], "vocabulary": False}
+            | {key: value for key, value in int4.items() if self.weights[0] == "int4"},
+            int4 | {"head": "int4", "vocabulary": vocabulary is not None},
+        ]
+
+    def recipe(self, trial: Any) -> Recipe:
+        weights = trial.suggest_categorical("weights", self.weights)
+        fields: dict[str, Any] = {"weights": weights}
+        fields["head"] = trial.suggest_categorical("head", self.head)
+        if weights == "int4":
+            fields["group_size"] = trial.suggest_categorical("group_size", [32, 64, 128])
+            fields["grid"] = trial.suggest_categorical("grid", ["min", "sym"])
+            method = trial.suggest_categorical("method", ["rtn", "search", "search+gptq"])
+            fields["method"] = method
+            if method != "rtn":
+                fields["calibration"] = self.calibration
+        if self.vocabulary is not None and trial.suggest_categorical("vocabulary", [False, True]):
+            fields["vocabulary"] = self.vocabulary
+        return replace(self.base, **fields)
+
+
+class _Bench:
+    """Exports and measures one recipe after the other, giving up early on hopeless ones."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        text: Path,
+        windows: int,
+        budget: Budget,
+        work: Path,
+        measure: Measure,
+    ) -> None:
+        self.checkpoint, self.text, self.budget = checkpoint, text, budget
+        self.windows, self.measure = windows, measure
+        self.window = window_of(checkpoint)
+        self.bundle = work / "trial"
+
+    def run(self, recipe: Recipe) -> Metrics:
+        """What was measured before a limit broke, or all of it."""
+        metrics: Metrics = {}
+        try:
+            export_bundle(self.checkpoint, self.bundle, recipe, overwrite=self.bundle.exists())
+            bundle = open_bundle(self.bundle, verify=False)
+            metrics["size"] = (self.bundle / bundle.graph("auto").file).stat().st_size / 1e6
+            ram = self.budget.limits.get("ram")
+            if self.budget.broken(metrics) or (ram is not None and metrics["size"] > ram):
+                return metrics
+            ids = self._ids(self.window * self.windows)
+            kl = self.budget.limits.get("kl")
+            if kl is not None and self.windows > QUICK_WINDOWS:
+                quick = self._quality(recipe, ids[: self.window * QUICK_WINDOWS])
+                if quick["kl"] > HOPELESS * kl:
+                    return metrics | quick
+            metrics |= self._quality(recipe, ids)
+            return metrics | self.measure(self.bundle, self.budget)
+        finally:
+            shutil.rmtree(self.bundle, ignore_errors=True)
+
+    def _ids(self, count: int) -> Sequence[int]:
+        content = self.text.read_text(encoding="utf-8")[: 8 * count]
+        return load_tokenizer(self.bundle).encode(content)[:count]
+
+    def _quality(self, recipe: Recipe, ids: Sequence[int]) -> Metrics:
+        session = open_session(open_bundle(self.bundle, verify=False), context=self.window)
+        pieces: list[Ids] = windows_of(ids, self.window, self.windows)
+        kept = None if recipe.vocabulary is None else parse_ranges(recipe.vocabulary)
+        quality = evaluate(self.checkpoint, session, pieces, self.text, kept=kept)
+        return {"kl": quality.kl, "perplexity": quality.perplexity}
+
+
+def measure_here(bundle: Path, budget: Budget) -> Metrics:
+    """Speed and memory on this machine: a prompt of the budget's length, then 64 tokens."""
+    from pocketslm.profiling.bench import bench
+
+    rows = bench(bundle, n_prompt=[budget.prompt], n_gen=[64], repetitions=3)
+    prefill, decode = rows
+    return {
+        "ttft": statistics.median(prefill.ttft_ns) / 1e9,
+        "prefill": statistics.median(prefill.prefill_tps),
+        "decode": statistics.median(decode.decode_tps),
+        "ram": max(row.peak_rss_bytes or 0 for row in rows) / 1e6,
+    }
+
+
+def _finished(study: Any, budget: Budget) -> list[Trial]:
+    trials = []
+    for trial in study.trials:
+        if trial.state.is_finished() and "recipe" in trial.user_attrs:
+            metrics = trial.user_attrs["metrics"]
+            recipe = Recipe.from_dict(json.loads(trial.user_attrs["recipe"]))
+            trials.append(Trial(trial.number, recipe, metrics, tuple(budget.broken(metrics))))
+    return trials
+
+
+def describe(recipe: Recipe) -> str:
+    """The fields that a search varies, in a few words."""
+    words = [f"weights {recipe.weights}", f"head {recipe.head}"]
+    if recipe.weights == "int4":
+        words[0] += f" g{recipe.group_size} {recipe.grid} {recipe.method}"
+    if recipe.vocabulary is not None:
+        words.append("vocabulary trimmed")
+    return ", ".join(words)
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """Every trial as Markdown, those of the Pareto front marked, by rising KL."""
+    front = {trial.number for trial in pareto(trials)}
+    names = list(METRICS)
+    lines = ["| trial | recipe | " + " | ".join(names) + " | |"]
+    lines.append("| ---: | --- |" + " ---: |" * len(names) + " --- |")
+    for trial in sorted(trials, key=lambda trial: trial.metrics.get("kl", float("inf"))):
+        cells = [
+            _shown(name, trial.metrics[name]) if name in trial.metrics else "" for name in names
+        ]
+        mark = "; ".join(trial.broken) or ("front" if trial.number in front else "")
+        lines.append(
+            f"| {trial.number} | {describe(trial.recipe)} | {' | '.join(cells)} | {mark} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _shown(name: str, value: float) -> str:
+    unit = METRICS[name][0]
+    return f"{value:.4g} {unit}".rstrip()
+
+
+def choose(trials: Sequence[Trial]) -> Trial:
+    """:func:`best`, or ExportError that names the nearest miss."""
+    found = best(trials)
+    if found is not None:
+        return found
+    whole = [trial for trial in trials if "kl" in trial.metrics] or list(trials)
+    if not whole:
+        raise ExportError("no trial was made")
+    nearest = min(whole, key=lambda trial: (len(trial.broken), trial.metrics.get("kl", 99.0)))
+    raise ExportError(
+        f"no recipe of {len(trials)} fits; the nearest ({describe(nearest.recipe)}) breaks "
+        f"{'; '.join(nearest.broken)}: loosen the budget or try more with --trials"
+    )
+
+
+def write_report(trials: Sequence[Trial], budget: Budget, work: Path) -> None:
+    """``plan.md`` and a recipe file for every trial of the Pareto front."""
+    limits = ", ".join(f"{name} {_shown(name, limit)}" for name, limit in budget.limits.items())
+    text = f"# Search for: {limits}\n\n{table(trials)}"
+    for trial in pareto(trials):
+        (work / f"trial-{trial.number}.toml").write_text(trial.recipe.to_toml())
+    aside = work / f".{REPORT}.part"
+    aside.write_text(text)
+    aside.replace(work / REPORT)

@@ -1,0 +1,137 @@
+"""The search under a budget: what fits, what is given up early, what a stopped search keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketslm.errors import ExportError, UsageError
+from pocketslm.export import plan
+from pocketslm.export.plan import Budget, Metrics, Trial, parse_budget
+from pocketslm.export.recipe import Recipe, read_recipe
+from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
+from pocketslm.runtime.bundle import open_bundle
+
+QUICK = Recipe(targets=("native",), calibration_tokens=512, calibration_window=64)
+
+
+def test_budgets_are_read() -> None:
+    budget = parse_budget("ram=120MB, decode=250tps,ttft=1.5s@800,kl=0.05")
+    assert budget == Budget({"ram": 120, "decode": 250, "ttft": 1.5, "kl": 0.05}, prompt=800)
+    assert budget.broken({"ram": 120, "decode": 250, "ttft": 1.5, "kl": 0.05}) == []
+    broken = budget.broken({"ram": 121, "decode": 249, "ttft": 1.6, "kl": 0.06})
+    assert [text.split()[0] for text in broken] == ["ram", "decode", "ttft", "kl"]
+    assert budget.broken({"kl": float("nan")})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "ram", "ram=MB", "ram=1GB", "speed=3", "kl=0.1nats", "ram=-1MB", "ram=9MB@4", "ttft=1s@0"],
+)
+def test_budgets_that_say_nothing_are_errors(text: str) -> None:
+    with pytest.raises(UsageError, match="--fit"):
+        parse_budget(text)
+
+
+def trial(number: int, kl: float, ram: float, decode: float, *broken: str) -> Trial:
+    return Trial(number, Recipe(), {"kl": kl, "ram": ram, "decode": decode}, broken)
+
+
+def test_the_front_holds_what_no_other_beats() -> None:
+    trials = [
+        trial(0, 0.01, 150, 100),
+        trial(1, 0.05, 100, 150),
+        trial(2, 0.06, 120, 140),  # beaten by 1
+        trial(3, 0.50, 90, 90),
+        Trial(4, Recipe(), {"size": 80.0}, ("size",)),
+    ]
+    assert [one.number for one in plan.pareto(trials)] == [0, 1, 3]
+    assert "| 2 |" in plan.table(trials)
+    assert plan.table(trials).count("| front |") == 3
+
+
+def test_the_best_is_the_nearest_to_the_source_that_fits() -> None:
+    trials = [trial(0, 0.01, 150, 100, "ram 150 MB"), trial(1, 0.05, 100, 150), trial(2, 0.2, 1, 9)]
+    assert plan.choose(trials).number == 1
+    with pytest.raises(ExportError, match="no recipe of 1 fits.*ram 150 MB"):
+        plan.choose(trials[:1])
+
+
+@pytest.fixture(scope="module")
+def source(tiny_hf: Path) -> Checkpoint:
+    return open_checkpoint(tiny_hf)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 900)
+    return path
+
+
+def measured(folder: Path, budget: Budget) -> Metrics:
+    """A device on which smaller is faster."""
+    size = (folder / "model.slm").stat().st_size
+    return {"ram": size / 1e3, "decode": 1e8 / size, "prefill": 1.0, "ttft": 1.0}
+
+
+def test_a_stopped_search_goes_on(source: Checkpoint, text: Path, tmp_path: Path) -> None:
+    budget = parse_budget("ram=200MB,kl=9")
+    said: list[str] = []
+    options: dict[str, Any] = {
+        "calibration": str(text),
+        "base": QUICK,
+        "windows": 1,
+        "measure": measured,
+    }
+    options["say"] = said.append
+    first = plan.search(source, text, budget, tmp_path, trials=2, **options)
+    assert len(first) == len(said) == 2
+    both = plan.search(source, text, budget, tmp_path, trials=5, **options)
+    assert both[:2] == first
+    assert len(both) == 5
+    assert not (tmp_path / "trial").exists()
+    chosen = plan.choose(both)
+    assert chosen.metrics["kl"] == min(one.metrics["kl"] for one in both if not one.broken)
+    plan.write_report(both, budget, tmp_path)
+    assert plan.describe(chosen.recipe) in (tmp_path / plan.REPORT).read_text()
+    assert read_recipe(tmp_path / f"trial-{chosen.number}.toml") == chosen.recipe
+
+
+def test_what_breaks_the_budget_is_given_up_before_it_is_measured(
+    source: Checkpoint, text: Path, tmp_path: Path
+) -> None:
+    def never(folder: Path, budget: Budget) -> Metrics:
+        raise AssertionError("measured although it cannot fit")
+
+    options: dict[str, Any] = {
+        "calibration": str(text),
+        "base": QUICK,
+        "trials": 2,
+        "measure": never,
+    }
+    for index, limit in enumerate(("size=0.001MB", "ram=0.001MB", "kl=0.0")):
+        work = tmp_path / str(index)
+        trials = plan.search(source, text, parse_budget(limit), work, **options)
+        assert all("decode" not in one.metrics for one in trials)
+        with pytest.raises(ExportError, match="no recipe of 2 fits"):
+            plan.choose(trials)
+
+
+def test_the_command_ends_in_a_bundle_that_fits(
+    tiny_gguf: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pocketslm.cli import main
+
+    out = tmp_path / "out"
+    budget = "ram=2000MB,decode=1tps,ttft=60s@32"
+    options = ["--fit", budget, "--trials", "2", "--text", str(text)]
+    assert main(["export", str(tiny_gguf), str(out), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "| front |" in printed
+    bundle = open_bundle(out)
+    assert bundle.manifest is not None
+    assert bundle.manifest.quality is not None
+    assert bundle.manifest.recipe["targets"] == ["native"]
