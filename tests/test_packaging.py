@@ -53,6 +53,8 @@ def test_the_runtime_installs_alone(tiny_bundle: Path, tmp_path: Path) -> None:
     code = f"""
 import importlib.util, pathlib, pocketslm
 assert importlib.util.find_spec("torch") is None
+from pocketslm.runtime.ops import build
+assert build.library().is_relative_to(pathlib.Path(pocketslm.__file__).parent)
 assert not pathlib.Path(pocketslm.__file__).is_relative_to({str(ROOT)!r})
 from pocketslm.runtime.model import Model
 from pocketslm.runtime.assistant.assistant import sample_document

@@ -1,9 +1,9 @@
 """Compile the native operators with whatever C++17 compiler there is, and nothing else.
 
 ``python -m pocketslm.runtime.ops.build`` builds the shared library; ``--runner`` builds the static
-program ``pocketslm-run``, with ``--target aarch64-linux`` for phones and boards. The build of the
-package calls :func:`build_library`; the backend calls :func:`library`, which compiles on first use
-where no library for these sources lies in the package or the cache.
+program ``pocketslm-run``, with ``--target aarch64-linux`` for phones and boards. The package's
+``setup.py`` calls :func:`build_library`; the backend calls :func:`library`, which compiles on first
+use where no library for these sources lies in the package or the cache.
 """
 
 from __future__ import annotations
