@@ -17,7 +17,7 @@ import numpy as np
 
 from pocketslm import __version__
 from pocketslm.profiling.machine import installed_version
-from pocketslm.runtime.backends import BACKENDS, open_session
+from pocketslm.runtime.backends import BACKENDS, TopSession, open_session
 from pocketslm.runtime.bundle import open_bundle
 
 
@@ -131,7 +131,11 @@ class _SessionEngine:
         return self._run(np.array(ids, np.int64))
 
     def step(self) -> int:
-        return self._run(self._next)
+        if not isinstance(self._session, TopSession):
+            return self._run(self._next)
+        # As the peers do, which return the token and not its logits.
+        self._next[0] = self._session.step_greedy(int(self._next[0]))
+        return int(self._next[0])
 
     def _run(self, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> int:
         self._next[0] = self._session.forward(tokens)[0].argmax()

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from pocketslm.errors import ContextOverflowError, UsageError
-from pocketslm.runtime.backends import Logits, Session
+from pocketslm.runtime.backends import Logits, Session, TopSession
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.sampling import log_probability, processors_for, sampler_for
+from pocketslm.runtime.sampling import (
+    highest_needed,
+    log_sum_exp,
+    processors_for,
+    sampler_for,
+)
 
 # Why a generation ended: the model said so, a stop string came, max_new_tokens or the context.
 Finish = Literal["eos", "stop", "length", "context"]
@@ -45,6 +51,19 @@ class SelfDriven(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Logits of the tokens that may come next.
+
+    tokens: their ids, in ascending order; None where there is a logit for each of the vocabulary.
+    log_total: the logarithm of the sum of exp over all logits of the vocabulary.
+    """
+
+    logits: Logits
+    tokens: npt.NDArray[np.int32] | None
+    log_total: float
+
+
 class Engine:
     """A session that remembers which tokens its cache holds, and reuses them.
 
@@ -75,27 +94,28 @@ class Engine:
     ) -> Iterator[Step]:
         start = time.perf_counter_ns()
         processors, sample = processors_for(config, len(ids)), sampler_for(config)
-        logits = self.prefill(ids)
+        score = self._scorer(highest_needed(config))
+        scores = score(self._rewind(ids))
         for count in range(1, limit + 1):
-            processed = logits.copy() if processors else logits
+            processed = scores.logits.copy() if processors else scores.logits
             for process in processors:
                 processed = process(ids, processed)
-            token = sample(processed)
+            choice = sample(processed)
+            token = choice if scores.tokens is None else int(scores.tokens[choice])
             finish: Finish | None = None
             if token in eos and not config.ignore_eos:
                 finish = "eos"
             elif count == limit:
                 finish = "length" if config.max_new_tokens else "context"
-            yield Step(
-                token, log_probability(logits, token), time.perf_counter_ns() - start, finish
-            )
+            logprob = float(scores.logits[choice]) - scores.log_total
+            yield Step(token, logprob, time.perf_counter_ns() - start, finish)
             if finish:
                 return
             ids.append(token)
-            logits = self._forward([token])[0]
+            scores = score([token])
 
-    def prefill(self, ids: Sequence[int]) -> Logits:
-        """Bring the cache to exactly ``ids`` and return the logits [V] of the last one."""
+    def _rewind(self, ids: Sequence[int]) -> Sequence[int]:
+        """Cut the cache to what it shares with ``ids``; the rest of them, at least one."""
         shared = 0
         for ours, theirs in zip(self.cached, ids, strict=False):
             if ours != theirs:
@@ -104,13 +124,28 @@ class Engine:
         keep = min(shared, len(ids) - 1)  # the last token must run, for its logits
         self.session.truncate(keep)
         del self.cached[keep:]
-        logits: Logits = self._forward(ids[keep:])[0]
-        return logits
+        return ids[keep:]
 
-    def _forward(self, ids: Sequence[int]) -> Logits:
-        logits = self.session.forward(np.asarray(ids, np.int64))
-        self.cached.extend(ids)
-        return logits
+    def _scorer(self, highest: int | None) -> Callable[[Sequence[int]], Scores]:
+        """A function that appends tokens and scores the next one, by the ``highest`` logits only
+        where that is enough and the session's head picks them out by itself."""
+        session = self.session
+
+        def all_of_them(ids: Sequence[int]) -> Scores:
+            logits = session.forward(np.asarray(ids, np.int64))[0]
+            self.cached.extend(ids)
+            return Scores(logits, None, log_sum_exp(logits))
+
+        def top(ids: Sequence[int]) -> Scores:
+            assert isinstance(session, TopSession)
+            assert highest is not None
+            tokens, logits, log_total = session.forward_top(np.asarray(ids, np.int64), highest)
+            self.cached.extend(ids)
+            order = np.argsort(tokens)  # as in the vocabulary, so that a seed draws the same
+            return Scores(logits[order], tokens[order], log_total)
+
+        fused = isinstance(session, TopSession) and highest is not None
+        return top if fused else all_of_them
 
     def _limit(self, prompt: int, config: GenerationConfig) -> int:
         """How many tokens may be generated."""

@@ -114,6 +114,13 @@ def sampler_for(config: GenerationConfig) -> Sampler:
     return multinomial(config.seed) if config.do_sample else greedy
 
 
+def highest_needed(config: GenerationConfig) -> int | None:
+    """How many of the highest logits decide the next token; None where all of them may."""
+    if config.repetition_penalty != 1.0:
+        return None
+    return (config.top_k or None) if config.do_sample else 1
+
+
 def softmax(logits: Array) -> npt.NDArray[np.float64]:
     """Probabilities in fp64, so that a cumulative sum over a vocabulary is exact enough."""
     wide = logits.astype(np.float64)
@@ -123,8 +130,8 @@ def softmax(logits: Array) -> npt.NDArray[np.float64]:
     return wide
 
 
-def log_probability(logits: Array, token: int) -> float:
-    """Natural log of the softmax probability of ``token``."""
+def log_sum_exp(logits: Array) -> float:
+    """A token's logit less this is the natural log of its probability."""
     top = logits.max()
     total = np.exp(logits - top, dtype=np.float32).sum(dtype=np.float64)
-    return float(logits[token] - top - np.log(total))
+    return float(top + np.log(total))

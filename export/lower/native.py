@@ -39,6 +39,7 @@ KIND = {
     (8, "sym"): 5,
     (8, "min"): 6,
     (8, "zp"): 7,
+    (8, "split"): 8,
 }
 VECTOR, BLOB = 16, 17
 
@@ -122,8 +123,12 @@ def _to_half(values: Array) -> tuple[Array, bool]:
     return half, bool((half.astype(np.float32) != values.astype(np.float32)).any())
 
 
-def pack_matrix(weight: Weight) -> tuple[int, npt.NDArray[np.uint8], bool]:
-    """A matrix [N, K] in the packed layout: kind, bytes, and whether scales were rounded."""
+def pack_matrix(weight: Weight, *, head: bool = False) -> tuple[int, npt.NDArray[np.uint8], bool]:
+    """A matrix [N, K] in the packed layout: kind, bytes, and whether scales were rounded.
+
+    Symmetric 8-bit codes of an output ``head`` are split, so that most of the low nibbles need not
+    be read where the most probable token is all that is asked for.
+    """
     n, k = weight.shape
     rows = -(-n // BLOCK_ROWS) * BLOCK_ROWS
     blocks = rows // BLOCK_ROWS
@@ -140,10 +145,22 @@ def pack_matrix(weight: Weight) -> tuple[int, npt.NDArray[np.uint8], bool]:
     groups = k // GROUP
     repeat = weight.group_size // GROUP
     codes = _pad_rows(weight.unpacked(), rows)
-    if weight.bits == 4:
+    scheme = "min" if weight.minimums is not None else "sym"
+    scheme = "zp" if weight.zero_points is not None else scheme
+    if head and (weight.bits, scheme) == (8, "sym"):
+        scheme = "split"
+
+    def nibbles(values: Array) -> Array:
         # Low nibbles hold the even quads of columns, high nibbles the odd ones.
-        quads = codes.reshape(blocks, BLOCK_ROWS, groups, 4, 2, 4)
-        codes = (quads[..., 0, :] | quads[..., 1, :] << 4).transpose(0, 2, 3, 1, 4)
+        quads = values.reshape(blocks, BLOCK_ROWS, groups, 4, 2, 4)
+        packed: Array = (quads[..., 0, :] | quads[..., 1, :] << 4).transpose(0, 2, 3, 1, 4)
+        return packed
+
+    rest: list[Array] = []
+    if scheme == "split":
+        codes, rest = nibbles(codes >> 4), [nibbles(codes & 15)]
+    elif weight.bits == 4:
+        codes = nibbles(codes)
     else:
         codes = codes.reshape(blocks, BLOCK_ROWS, groups, 8, 4).transpose(0, 2, 3, 1, 4)
 
@@ -152,16 +169,13 @@ def pack_matrix(weight: Weight) -> tuple[int, npt.NDArray[np.uint8], bool]:
         return _aligned(spread.reshape(blocks, BLOCK_ROWS, groups).transpose(0, 2, 1))
 
     scales, lossy = _to_half(weight.scales)
-    parts = [_aligned(codes), per_group(scales)]
-    scheme = "sym"
+    parts = [_aligned(codes), per_group(scales), *map(_aligned, rest)]
     if weight.minimums is not None:
         minimums, rounded = _to_half(weight.minimums)
         lossy |= rounded
         parts.append(per_group(minimums))
-        scheme = "min"
     elif weight.zero_points is not None:
         parts.append(per_group(weight.zero_points))
-        scheme = "zp"
     return KIND[weight.bits, scheme], np.concatenate(parts, axis=1).reshape(-1), lossy
 
 
@@ -194,7 +208,8 @@ def _sections(
     def matrix(role: str, layer: int, name: str) -> Section:
         weight = weights(name, shapes[role])
         assert weight.shape == shapes[role], (name, weight.shape)
-        kind, data, lossy = pack_matrix(weight)
+        is_head = role == "head" or (role == "embedding" and config.tie_word_embeddings)
+        kind, data, lossy = pack_matrix(weight, head=is_head)
         scheme = weight.scheme if isinstance(weight, QuantTensor) else str(weight.dtype)
         report.kinds[scheme] = report.kinds.get(scheme, 0) + 1
         if lossy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,22 @@ class Session(Protocol):
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens of the cache."""
+        ...
+
+
+@runtime_checkable
+class TopSession(Session, Protocol):
+    """A session whose output head picks out the most probable tokens by itself."""
+
+    def forward_top(
+        self, tokens: npt.NDArray[np.int64], count: int
+    ) -> tuple[npt.NDArray[np.int32], Logits, float]:
+        """Append tokens [n]; the ``count`` most probable next ones, or all where there are fewer,
+        their logits, and the logarithm of the sum of exp over all logits."""
+        ...
+
+    def step_greedy(self, token: int) -> int:
+        """Append one token; the most probable next one, as soon as that is certain."""
         ...
 
 

@@ -117,6 +117,10 @@ def load_library() -> ctypes.CDLL:
         "session_close": (None, (pointer,)),
         "session_describe": (ctypes.c_int, (pointer, p(_SessionInfo))),
         "forward": (ctypes.c_int, (pointer, pointer, _size, ctypes.c_int, pointer, _size, _Error)),
+        "forward_top": (
+            ctypes.c_int,
+            (pointer, pointer, _size, _size, pointer, pointer, p(ctypes.c_double), _Error),
+        ),
         "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), _Error)),
         "set_profiling": (ctypes.c_int, (pointer, _u32)),
         "read_times": (ctypes.c_int, (pointer, p(_Times))),
@@ -302,8 +306,32 @@ class NativeSession:
         self._error.check(status)
         return out
 
+    def forward_top(
+        self, tokens: npt.NDArray[np.integer[Any]], count: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], float]:
+        """See :class:`pocketslm.runtime.backends.TopSession`."""
+        ids = np.asarray(tokens)
+        check_tokens(self, ids)
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        count = min(count, self.vocab_size)
+        best, logits = np.empty(count, np.int32), np.empty(count, np.float32)
+        log_total = ctypes.c_double()
+        status = self._library.pslm_forward_top(
+            self._handle,
+            ids.ctypes.data,
+            ids.size,
+            count,
+            best.ctypes.data,
+            logits.ctypes.data,
+            ctypes.byref(log_total),
+            self._error.argument,
+        )
+        self._error.check(status)
+        return best, logits, log_total.value
+
     def step_greedy(self, token: int) -> int:
-        """Append one token; the most probable next one. No logits are copied."""
+        """Append one token; the most probable next one. No logits are copied, and of a split 8-bit
+        head only the rows that may win are read in full (see ``runtime/ops/head.cpp``)."""
         status = self._library.pslm_step_greedy(
             self._handle, token, ctypes.byref(self._next), self._error.argument
         )

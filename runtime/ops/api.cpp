@@ -103,7 +103,10 @@ pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info) 
   info->intermediate_size = c.intermediate_size, info->vocab_size = c.vocab_size;
   info->max_context = c.max_context, info->file_bytes = c.file_bytes;
   const Matrix& head = file.head.data ? file.head : file.embedding;
-  info->bytes_per_token = head.bytes();
+  // Of a split head the greedy token needs the high nibbles and the scales.
+  info->bytes_per_token = head.kind == WeightKind::q8_split
+                              ? head.blocks() * block_layout(WeightKind::q4_sym, head.cols).bytes
+                              : head.bytes();
   info->head_macs = uint64_t{head.rows} * head.cols;
   for (const Layer& layer : file.layers)
     for (const Matrix* w : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate,
@@ -221,6 +224,24 @@ pslm_status pslm_read_times(const pslm_session* session, pslm_times* times) {
   if (!session || !times) return PSLM_ERROR_ARGUMENT;
   *times = session->engine.clock().times();
   return PSLM_OK;
+}
+
+pslm_status pslm_forward_top(pslm_session* session, const int32_t* tokens, size_t count, size_t top,
+                             int32_t* best, float* logits, double* log_total, pslm_error error) {
+  if (!session || (count && !tokens) || !best || !logits || !log_total)
+    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no tokens");
+  Session& engine = session->engine;
+  const uint32_t vocabulary = engine.model().config.vocab_size;
+  if (top == 0 || top > vocabulary)
+    return report(error, PSLM_ERROR_ARGUMENT,
+                  "the " + std::to_string(top) + " most probable tokens of " +
+                      std::to_string(vocabulary));
+  if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
+  return guarded(error, [&] {
+    *log_total = engine.forward_top(tokens, count, top, best, logits);
+    return PSLM_OK;
+  });
 }
 
 size_t pslm_length(const pslm_session* session) { return session ? session->engine.length() : 0; }

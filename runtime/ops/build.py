@@ -25,7 +25,10 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
 
-COMMON = ("api", "cpu", "kv_cache", "model_file", "probes", "session", "thread_pool")
+COMMON = (
+    *("api", "attention", "cpu", "head", "kv_cache", "model_file", "probes", "read_plan"),
+    *("session", "thread_pool"),
+)
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
 RUNNER = ("engine", "json", "main", "protocol", "sampler", "tokenizer", "unicode")

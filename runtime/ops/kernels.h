@@ -110,6 +110,10 @@ struct Kernels {
   void (*to_f16)(const float* x, size_t n, uint16_t* out);  // n % 16 == 0
   // Symmetric int8 with one scale, which is returned.
   float (*to_i8)(const float* x, size_t n, int8_t* out);  // n % 16 == 0
+  // out[r] = sum over groups of scales[g][r]^2 * weights[g], for 16 fp16 scales a group.
+  void (*weigh_scales)(const uint16_t* scales, const float* weights, size_t groups, float* out);
+  // Sum of exp(x - shift).
+  float (*sum_exp)(const float* x, size_t n, float shift);
   // Fills registers with the path's int8 dot product; returns multiply-accumulates done.
   uint64_t (*int8_probe)(size_t iterations);
 };

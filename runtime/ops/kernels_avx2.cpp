@@ -85,17 +85,27 @@ inline __m256i load_line(const uint8_t* p) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-// The code vectors of one group for eight rows, unsigned.
+// The code vectors of one group for eight rows, unsigned; `low` is where split codes have their
+// low nibbles.
 template <WeightKind K>
-inline void load_codes(const uint8_t* p, __m256i (&w)[8]) {
-  if constexpr (code_bits(K) == 8) {
+inline void load_codes(const uint8_t* p, const uint8_t* low, __m256i (&w)[8]) {
+  if constexpr (K == WeightKind::q8_split) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int j = 0; j < 4; ++j) {
+      const __m256i high = load_line(p + 64 * j), rest = load_line(low + 64 * j);
+      w[2 * j] = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(high, mask), 4),
+                                 _mm256_and_si256(rest, mask));
+      w[2 * j + 1] = _mm256_or_si256(_mm256_andnot_si256(mask, high),
+                                     _mm256_and_si256(_mm256_srli_epi16(rest, 4), mask));
+    }
+  } else if constexpr (code_bits(K) == 8) {
     for (int j = 0; j < 8; ++j) w[j] = load_line(p + 64 * j);
   } else {
-    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i mask = _mm256_set1_epi8(15);
     for (int j = 0; j < 4; ++j) {
       const __m256i packed = load_line(p + 64 * j);
-      w[2 * j] = _mm256_and_si256(packed, low);
-      w[2 * j + 1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
+      w[2 * j] = _mm256_and_si256(packed, mask);
+      w[2 * j + 1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
     }
   }
 }
@@ -139,17 +149,17 @@ template <WeightKind K, int M>
 void matmul_part(const uint8_t* block, size_t cols, const ActivationTile& tile, size_t first,
                  float* out, size_t out_stride) {
   constexpr Offset offset = offset_of(K);
-  constexpr size_t group_bytes = kGroup * kBlockRows * code_bits(K) / 8;
   const BlockLayout layout = block_layout(K, cols);
   for (size_t half = 0; half < 2; ++half) {
     const uint8_t* codes = block + half * 32;
     const uint8_t* scales = block + layout.scales + half * 16;
     const uint8_t* offsets = block + layout.offsets + half * (offset == Offset::minimum ? 16 : 8);
+    const uint8_t* low = block + layout.offsets + half * 32;
     __m256 acc[M];
     for (int t = 0; t < M; ++t) acc[t] = _mm256_setzero_ps();
     for (size_t g = 0; g < cols / kGroup; ++g) {
       __m256i w[8];
-      load_codes<K>(codes + g * group_bytes, w);
+      load_codes<K>(codes + g * group_bytes(K), low + g * group_bytes(K), w);
       const __m256 scale = load_half8(scales + g * 32);
       __m256 minimum{};
       if constexpr (offset == Offset::minimum) minimum = load_half8(offsets + g * 32);
@@ -208,7 +218,7 @@ const Kernels kAvx2Kernels = {
     "avx2",
     {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
      matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
-     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>},
+     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},
     rms_norm,
     quantize,
     silu_mul,
@@ -216,6 +226,8 @@ const Kernels kAvx2Kernels = {
     attend_i8,
     to_f16,
     to_i8,
+    weigh_scales,
+    sum_exp,
     int8_probe,
 };
 

@@ -71,17 +71,25 @@ inline __m512 load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// The eight code vectors of one group, unsigned.
+// The eight code vectors of one group, unsigned; `low` is where split codes have their low nibbles.
 template <WeightKind K>
-inline void load_codes(const uint8_t* p, __m512i (&w)[8]) {
-  if constexpr (code_bits(K) == 8) {
+inline void load_codes(const uint8_t* p, const uint8_t* low, __m512i (&w)[8]) {
+  if constexpr (K == WeightKind::q8_split) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int j = 0; j < 4; ++j) {
+      const __m512i high = _mm512_load_si512(p + 64 * j), rest = _mm512_load_si512(low + 64 * j);
+      // Bitwise choice: 0xca takes the second operand where the first is set, else the third.
+      w[2 * j] = _mm512_ternarylogic_epi32(mask, rest, _mm512_slli_epi16(high, 4), 0xca);
+      w[2 * j + 1] = _mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(rest, 4), high, 0xca);
+    }
+  } else if constexpr (code_bits(K) == 8) {
     for (int j = 0; j < 8; ++j) w[j] = _mm512_load_si512(p + 64 * j);
   } else {
-    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i mask = _mm512_set1_epi8(15);
     for (int j = 0; j < 4; ++j) {
       const __m512i packed = _mm512_load_si512(p + 64 * j);
-      w[2 * j] = _mm512_and_si512(packed, low);
-      w[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
+      w[2 * j] = _mm512_and_si512(packed, mask);
+      w[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
     }
   }
 }
@@ -90,7 +98,6 @@ template <WeightKind K, int M>
 void matmul_tile(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
                  float* out, size_t out_stride) {
   constexpr Offset offset = offset_of(K);
-  constexpr size_t group_bytes = kGroup * kBlockRows * code_bits(K) / 8;
   const BlockLayout layout = block_layout(K, cols);
   const size_t groups = cols / kGroup;
   const size_t block_lines = layout.bytes / 64, group_lines = (block_lines + groups - 1) / groups;
@@ -109,7 +116,7 @@ void matmul_tile(const uint8_t* blocks, size_t count, size_t cols, const Activat
         lines_left -= lines;
       }
       __m512i w[8];
-      load_codes<K>(codes + g * group_bytes, w);
+      load_codes<K>(codes + g * group_bytes(K), offsets + g * group_bytes(K), w);
       const __m512 scale = load_f16(scales + g * 32);
       __m512 minimum{};
       if constexpr (offset == Offset::minimum) minimum = load_f16(offsets + g * 32);
@@ -170,7 +177,7 @@ const Kernels kAvx512VnniKernels = {
     "avx512_vnni",
     {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
      matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
-     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>},
+     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},
     rms_norm,
     quantize,
     silu_mul,
@@ -178,6 +185,8 @@ const Kernels kAvx512VnniKernels = {
     attend_i8,
     to_f16,
     to_i8,
+    weigh_scales,
+    sum_exp,
     int8_probe,
 };
 

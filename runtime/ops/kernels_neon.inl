@@ -89,11 +89,23 @@ constexpr size_t kMaxRegisterRows = 6;
 
 #include "kernels_vector.inl"
 
+// The codes of one group; split ones have their low nibbles elsewhere.
+struct GroupCodes {
+  const uint8_t *codes, *low;
+};
+
 // A line's part for four rows and two quads of columns, as signed bytes. 8-bit codes lose 128 here,
 // which start_dot makes up for.
 template <WeightKind K>
-inline void load_quads(const uint8_t* group, int pair, int rows, int8x16_t& even, int8x16_t& odd) {
-  if constexpr (code_bits(K) == 8) {
+inline void load_quads(const GroupCodes& at, int pair, int rows, int8x16_t& even, int8x16_t& odd) {
+  const uint8_t* group = at.codes;
+  if constexpr (K == WeightKind::q8_split) {
+    const uint8x16_t flip = vdupq_n_u8(128);
+    const uint8x16_t high = vld1q_u8(group + pair * 64 + rows * 16);
+    const uint8x16_t low = vld1q_u8(at.low + pair * 64 + rows * 16);
+    even = vreinterpretq_s8_u8(veorq_u8(vsliq_n_u8(low, high, 4), flip));
+    odd = vreinterpretq_s8_u8(veorq_u8(vsriq_n_u8(high, low, 4), flip));
+  } else if constexpr (code_bits(K) == 8) {
     const uint8x16_t flip = vdupq_n_u8(128);
     const uint8_t* p = group + pair * 128 + rows * 16;
     even = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), flip));
@@ -116,19 +128,19 @@ inline int32_t start_dot(int32_t correction) {
 
 // dot[t][i] += rows 4i..4i+3 of the group's codes times token t, for eight rows.
 template <WeightKind K, int M>
-inline void group_dots(const uint8_t* group, const int8_t* x, int32x4_t (&dot)[M][2]);
+inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]);
 
 // Tokens [first, first + M) of the tile for one block, eight rows at a time.
 template <WeightKind K, int M>
 void matmul_part(const uint8_t* block, size_t cols, const ActivationTile& tile, size_t first,
                  float* out, size_t out_stride) {
   constexpr Offset offset = offset_of(K);
-  constexpr size_t group_bytes = kGroup * kBlockRows * code_bits(K) / 8;
   const BlockLayout layout = block_layout(K, cols);
   for (size_t half = 0; half < 2; ++half) {
     const uint8_t* codes = block + half * 32;
     const uint8_t* scales = block + layout.scales + half * 16;
     const uint8_t* offsets = block + layout.offsets + half * (offset == Offset::minimum ? 16 : 8);
+    const uint8_t* low = block + layout.offsets + half * 32;
     float32x4_t acc[M][2];
     for (auto& pair : acc) pair[0] = pair[1] = vdupq_n_f32(0.0f);
     for (size_t g = 0; g < cols / kGroup; ++g) {
@@ -136,7 +148,8 @@ void matmul_part(const uint8_t* block, size_t cols, const ActivationTile& tile, 
       int32x4_t dot[M][2];
       for (int t = 0; t < M; ++t)
         dot[t][0] = dot[t][1] = vdupq_n_s32(start_dot<K>(tile.corrections[at + t]));
-      group_dots<K, M>(codes + g * group_bytes, tile.codes + at * kGroup, dot);
+      group_dots<K, M>({codes + g * group_bytes(K), low + g * group_bytes(K)},
+                       tile.codes + at * kGroup, dot);
       for (int i = 0; i < 2; ++i) {
         const float32x4_t scale = load_half4(scales + g * 32 + i * 8);
         float32x4_t minimum{};
@@ -175,7 +188,7 @@ void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTi
 
 // Four rows times sixteen columns of one token: the lanes of x are its four quads.
 template <WeightKind K, int M>
-inline void dot_by_lanes(const uint8_t* group, const int8_t* x, int32x4_t (&dot)[M][2]) {
+inline void dot_by_lanes(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
   for (int half = 0; half < 2; ++half) {
     int8x16_t columns[M];
     for (int t = 0; t < M; ++t) columns[t] = vld1q_s8(x + t * 32 + half * 16);

@@ -9,7 +9,7 @@ namespace {
 #include "kernels_neon.inl"
 
 template <WeightKind K, int M>
-inline void group_dots(const uint8_t* group, const int8_t* x, int32x4_t (&dot)[M][2]) {
+inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
   dot_by_lanes<K, M>(group, x, dot);
 }
 
@@ -31,7 +31,7 @@ const Kernels kNeonDotprodKernels = {
     "neon_dotprod",
     {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
      matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
-     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>},
+     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},
     rms_norm,
     quantize,
     silu_mul,
@@ -39,6 +39,8 @@ const Kernels kNeonDotprodKernels = {
     attend_i8,
     to_f16,
     to_i8,
+    weigh_scales,
+    sum_exp,
     int8_probe,
 };
 

@@ -10,7 +10,7 @@ namespace {
 
 // smmla multiplies two rows of eight columns by two tokens: {r0t0, r0t1, r1t0, r1t1}.
 template <WeightKind K, int M>
-inline void group_dots(const uint8_t* group, const int8_t* x, int32x4_t (&dot)[M][2]) {
+inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
   if constexpr (M == 1) {
     dot_by_lanes<K, M>(group, x, dot);
   } else {
@@ -62,7 +62,7 @@ const Kernels kNeonI8mmKernels = {
     "neon_i8mm",
     {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
      matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
-     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>},
+     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},
     rms_norm,
     quantize,
     silu_mul,
@@ -70,6 +70,8 @@ const Kernels kNeonI8mmKernels = {
     attend_i8,
     to_f16,
     to_i8,
+    weigh_scales,
+    sum_exp,
     int8_probe,
 };
 

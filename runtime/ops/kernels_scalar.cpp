@@ -26,16 +26,17 @@ void matmul_float(const uint8_t* blocks, size_t count, size_t cols, const Activa
 }
 
 template <WeightKind K>
-int code_at(const uint8_t* group, size_t row, size_t k) {
-  if (code_bits(K) == 8) return group[k / 4 * 64 + row * 4 + k % 4];
-  const uint8_t byte = group[k / 8 * 64 + row * 4 + k % 4];
-  return k / 4 % 2 ? byte >> 4 : byte & 15;
+int code_at(const uint8_t* group, const uint8_t* low, size_t row, size_t k) {
+  if (K != WeightKind::q8_split && code_bits(K) == 8) return group[k / 4 * 64 + row * 4 + k % 4];
+  const size_t at = k / 8 * 64 + row * 4 + k % 4;
+  const int shift = k / 4 % 2 ? 4 : 0;
+  const int code = group[at] >> shift & 15;
+  return K == WeightKind::q8_split ? code << 4 | (low[at] >> shift & 15) : code;
 }
 
 template <WeightKind K>
 void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
             float* out, size_t out_stride) {
-  constexpr size_t group_bytes = kGroup * kBlockRows * code_bits(K) / 8;
   const BlockLayout layout = block_layout(K, cols);
   for (size_t b = 0; b < count; ++b, blocks += layout.bytes) {
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(blocks + layout.scales);
@@ -50,7 +51,7 @@ void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTi
           if (offset_of(K) == Offset::zero_point) zero = offsets[entry];
           int dot = 0;
           for (size_t k = 0; k < kGroup; ++k)
-            dot += (code_at<K>(blocks + g * group_bytes, r, k) - zero) * x[k];
+            dot += (code_at<K>(blocks + g * group_bytes(K), offsets + g * group_bytes(K), r, k) - zero) * x[k];
           const float scale = half_to_float(scales[entry]);
           sum += static_cast<float>(dot) * (scale * tile.scales[g * tile.tokens + t]);
           if (offset_of(K) == Offset::minimum)
@@ -103,6 +104,22 @@ void to_f16(const float* x, size_t n, uint16_t* out) {
   for (size_t i = 0; i < n; ++i) out[i] = float_to_half(x[i]);
 }
 
+void weigh_scales(const uint16_t* scales, const float* weights, size_t groups, float* out) {
+  for (size_t r = 0; r < kBlockRows; ++r) {
+    out[r] = 0;
+    for (size_t g = 0; g < groups; ++g) {
+      const float scale = half_to_float(scales[g * kBlockRows + r]);
+      out[r] += scale * scale * weights[g];
+    }
+  }
+}
+
+float sum_exp(const float* x, size_t n, float shift) {
+  float sum = 0;
+  for (size_t i = 0; i < n; ++i) sum += std::exp(x[i] - shift);
+  return sum;
+}
+
 template <typename T>
 void attend(const AttentionJob& job) {
   const T* keys = static_cast<const T*>(job.keys);
@@ -148,7 +165,7 @@ const Kernels kScalarKernels = {
     "scalar",
     {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
      matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
-     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>},
+     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},
     rms_norm,
     quantize,
     silu_mul,
@@ -156,6 +173,8 @@ const Kernels kScalarKernels = {
     attend<int8_t>,
     to_f16,
     to_i8,
+    weigh_scales,
+    sum_exp,
     int8_probe,
 };
 

@@ -67,6 +67,27 @@ float to_i8(const float* x, size_t n, int8_t* out) {
   return peak / 127.0f;
 }
 
+void weigh_scales(const uint16_t* scales, const float* weights, size_t groups, float* out) {
+  V16 sum = zero();
+  for (size_t g = 0; g < groups; ++g) {
+    const V16 scale = load_kv(scales + g * 16);
+    sum = fma(mul(scale, scale), set1(weights[g]), sum);
+  }
+  store(out, sum);
+}
+
+float sum_exp(const float* x, size_t n, float shift) {
+  const size_t whole = n / 16 * 16;
+  V16 total = zero();
+  for (size_t i = 0; i < whole; i += 16) total = add(total, exp16(sub(load(x + i), set1(shift))));
+  float rest[16], sum = reduce_add(total);
+  for (size_t i = whole; i < n; ++i) {
+    store(rest, exp16(set1(x[i] - shift)));
+    sum += rest[0];
+  }
+  return sum;
+}
+
 // acc[r][w] (+)= sum over i of a[r][i] * b[w][i][0..15]: both products of attention are this shape,
 // with b the keys (16 positions wide) or the values (16 of head_dim wide). R * W accumulators must
 // both fit the registers and be enough to hide the latency of an FMA.

@@ -51,7 +51,7 @@ typedef struct {
   uint32_t hidden_size, layers, heads, kv_heads, head_dim, intermediate_size, vocab_size;
   uint32_t max_context; /* what the model was trained for */
   uint64_t file_bytes;
-  uint64_t bytes_per_token; /* weight bytes that one decoded token reads */
+  uint64_t bytes_per_token; /* weight bytes that one greedy token reads */
   uint64_t macs_per_token;  /* multiply-accumulates of one token in the layers, attention apart */
   uint64_t head_macs;       /* the same in the output head */
 } pslm_model_info;
@@ -103,7 +103,14 @@ PSLM_API pslm_status pslm_session_describe(const pslm_session* session, pslm_ses
 PSLM_API pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t count,
                                   pslm_logits which, float* logits, size_t capacity,
                                   pslm_error error);
-/* Appends one token and gives the most probable next one: no logits leave the engine. */
+/* Appends `count` tokens and gives the `top` most probable next ones, the most probable first (the
+ * lower token of equals), with their logits, and the logarithm of the sum of exp over all logits:
+ * a token's log-probability is its logit less this. */
+PSLM_API pslm_status pslm_forward_top(pslm_session* session, const int32_t* tokens, size_t count,
+                                      size_t top, int32_t* best, float* logits,
+                                      double* log_total, pslm_error error);
+/* Appends one token and gives the most probable next one: no logits leave the engine, and of a
+ * split 8-bit head only the rows that may win are read in full. */
 PSLM_API pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                                       pslm_error error);
 

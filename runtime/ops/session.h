@@ -1,7 +1,7 @@
 // A context that grows: the forward pass over a model file, its buffers and its KV cache.
 #pragma once
 
-#include <utility>
+#include <algorithm>
 #include <vector>
 
 #include "buffers.h"
@@ -9,12 +9,31 @@
 #include "kv_cache.h"
 #include "model_file.h"
 #include "operator_clock.h"
+#include "read_plan.h"
 #include "thread_pool.h"
 
 namespace pocketslm {
 
 constexpr size_t kBatch = 256;         // tokens of a prompt that go through a layer together
 constexpr size_t kScratchBlocks = 16;  // blocks of 16 outputs that a matmul call may fill
+constexpr size_t kMaxSpans = 64;       // pieces that attention of one token is cut into
+
+struct Candidate {
+  float logit;
+  int32_t token;
+  // The higher logit comes first, of equals the lower token.
+  bool operator<(const Candidate& other) const {
+    return logit != other.logit ? logit > other.logit : token < other.token;
+  }
+};
+
+// What threads do at a barrier: ask for a few lines between two looks at whether it is over.
+struct ReadWhileWaiting {
+  ReadAhead& ahead;
+  void operator()() const {
+    if (ahead.asked < ahead.used + kMaxLeadLines) ask_lines(ahead, 4);
+  }
+};
 
 class Session {
  public:
@@ -24,6 +43,9 @@ class Session {
   // Arguments are checked by the caller; logits as in pslm_forward.
   void forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits);
   int32_t step_greedy(int32_t token);
+  // The `top` most probable tokens after these, with their logits; returns the logarithm of the sum
+  // of exp over all logits.
+  double forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best, float* logits);
 
   const ModelFile& model() const { return model_; }
   const Kernels& kernels() const { return kernels_; }
@@ -39,6 +61,12 @@ class Session {
   void bind_cache(void* const* places, size_t positions);
 
  private:
+  // What screening a split head by its high nibbles takes of the activations, by group.
+  struct Screen {
+    std::vector<int32_t> corrections;
+    std::vector<float> energies;
+    void prepare(const ActivationTile& input);
+  };
   // What one thread needs for itself.
   struct Member {
     Buffer<float> normed;     // one token's activations, up to the widest
@@ -46,14 +74,14 @@ class Session {
     Buffer<float> outputs;    // [tile][blocks * 16] of a matmul, twice: gate and up
     Buffer<float> queries;    // [12][head_dim]
     Buffer<float> attended;   // [12][head_dim]
-    // The weights of this thread's share in the order of reading, and where each phase starts.
-    std::vector<ReadSpan> spans;
-    std::vector<std::pair<const ReadSpan*, uint64_t>> phases;  // span, lines before it
-    ReadAhead ahead{};
-    float best_logit = 0;
-    int32_t best_token = 0;
+    ReadPlan plan;
+    uint64_t read_bytes = 0;  // of weights, since shares were balanced
+    // Of the head: the highest logits that this thread saw, a heap, and the sum of all.
+    std::vector<Candidate> top;
+    float peak = 0, sum = 0;  // sum of exp(logit - peak)
+    Screen screen;
   };
-  enum class Head { none, last_logits, all_logits, greedy };
+  enum class Head { none, last_logits, all_logits, greedy, top };
 
   void run(const int32_t* tokens, size_t count, Head head, float* logits);
   void prepare_rotation(size_t count);
@@ -62,7 +90,13 @@ class Session {
   void attend_many(unsigned m, size_t index);
   void rotate(float* head, size_t token) const;
   void prepare_queries(size_t token, const float* q, size_t heads, float* out);
+  const Matrix& head_matrix() const {
+    return model_.head.data ? model_.head : model_.embedding;
+  }
   void run_head(unsigned m, Head head, float* logits);
+  void offer(Member& member, const float* logits, size_t count, size_t first_token, bool total);
+  void screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end);
+  void settle(const ActivationTile& input);
 
   const Panel& normalized_row(unsigned m, const float* x, const float* weight);
   const Panel& normalized(unsigned m, const float* weight);
@@ -75,10 +109,11 @@ class Session {
   void add_projection(unsigned m, const Matrix& w, const Panel& panel);
   template <typename F>
   void share(unsigned m, size_t total, size_t chunk, F&& f);
-  void barrier(unsigned m);
+  template <typename F>
+  void share_weights(unsigned m, size_t total, size_t unit_bytes, F&& f);
+  void barrier(unsigned m) { pool_.barrier(ReadWhileWaiting{members_[m].plan.ahead}); }
   size_t chunk(size_t total, size_t unit_bytes) const;
-  void plan_reading(unsigned m);
-  void start_phase(unsigned m, size_t phase);
+  void balance();
   void mark(unsigned m, uint64_t pslm_times::* counter) {
     if (m == 0) clock_.mark(counter);
   }
@@ -91,7 +126,6 @@ class Session {
 
   // State of the batch in progress, [token][...].
   size_t count_ = 0;
-  uint64_t runs_ = 0;  // passes over all weights so far
   Buffer<float> x_, normed_, q_, k_, v_, attended_, hidden_;
   Buffer<float> cosines_, sines_;
   Panel panel_, hidden_panel_;
@@ -99,9 +133,61 @@ class Session {
   size_t span_ = 0, spans_ = 0;
   Buffer<float> piece_out_, piece_maximum_, piece_weight_;
 
+  size_t top_count_ = 1;  // tokens wanted of the head
+  Buffer<float> highest_;  // what the logits of each block of a split head may reach
+
   OperatorClock clock_;
+  std::vector<uint64_t> work_;
   std::vector<Member> members_;
   ThreadPool pool_;
 };
+
+// Units that a thread takes at a time. Decoding, about a microsecond of reading, so that threads
+// reach the barrier together; for a batch more, since each unit is much work.
+inline size_t Session::chunk(size_t total, size_t unit_bytes) const {
+  constexpr size_t bytes = 16384;
+  if (count_ > 1) return std::clamp<size_t>(total / (pool_.size() * 6), 2, kScratchBlocks);
+  return std::clamp<size_t>(bytes / unit_bytes, 1, kScratchBlocks);
+}
+
+template <typename F>
+void Session::share(unsigned m, size_t total, size_t chunk, F&& f) {
+  pool_.share(m, total, chunk, f, ReadWhileWaiting{members_[m].plan.ahead});
+}
+
+template <typename F>
+void Session::share_weights(unsigned m, size_t total, size_t unit_bytes, F&& f) {
+  share(m, total, chunk(total, unit_bytes), [&](size_t begin, size_t end) {
+    members_[m].read_bytes += (end - begin) * unit_bytes;
+    f(begin, end);
+  });
+}
+
+// Calls sink(first token, tokens, first block, blocks, outputs) with outputs [token][blocks * 16].
+template <typename Sink>
+void Session::project_blocks(unsigned m, const Matrix& w, const Panel& panel, size_t begin,
+                             size_t end, Sink&& sink) {
+  const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(w.kind)];
+  float* outputs = members_[m].outputs.data();
+  // Two blocks of weights stay in the first-level cache while a batch's tiles pass.
+  const size_t step = panel.tokens() == 1 ? kScratchBlocks : 2;
+  for (size_t b = begin; b < end; b += step) {
+    const size_t blocks = std::min(step, end - b);
+    for (size_t t = 0; t < panel.tokens();) {
+      ActivationTile tile = panel.tile(t);
+      if (t == 0) tile.ahead = &members_[m].plan.ahead;
+      matmul(w.data + b * w.block_bytes, blocks, w.cols, tile, outputs, blocks * kBlockRows);
+      sink(t, tile.tokens, b, blocks, outputs);
+      t += tile.tokens;
+    }
+  }
+}
+
+template <typename Sink>
+void Session::project(unsigned m, const Matrix& w, const Panel& panel, Sink&& sink) {
+  share_weights(m, w.blocks(), w.block_bytes, [&](size_t begin, size_t end) {
+    project_blocks(m, w, panel, begin, end, sink);
+  });
+}
 
 }  // namespace pocketslm

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <numeric>
 #include <utility>
 
 namespace pocketslm {
@@ -21,6 +22,9 @@ inline void pause() {
 // A member that waits at a barrier gives its CPU away after this many pauses: with more threads
 // than CPUs the one it waits for may need it.
 constexpr unsigned kBarrierSpins = 2000;
+// Shares follow the work done over about this many calls, in steps of this many parts of kWhole.
+constexpr double kSmoothing = 1.0 / 16;
+constexpr size_t kStep = 16;
 // Between two calls, such as two decode steps, workers stay awake this long.
 constexpr auto kIdleSpin = std::chrono::microseconds(300);
 
@@ -63,7 +67,9 @@ std::vector<int> cpus_by_speed() {
   return cpus;
 }
 
-ThreadPool::ThreadPool(unsigned threads, bool pin) : size_(threads), slots_(threads) {
+ThreadPool::ThreadPool(unsigned threads, bool pin)
+    : size_(threads), slots_(threads), speeds_(threads, 1.0 / threads), bounds_(threads + 1) {
+  for (unsigned member = 0; member <= size_; ++member) bounds_[member] = kWhole * member / size_;
   const std::vector<int> cpus = pin ? cpus_by_speed() : std::vector<int>();
   const auto cpu_of = [&](unsigned member) {
     return cpus.empty() ? -1 : cpus[member % cpus.size()];
@@ -81,6 +87,27 @@ ThreadPool::~ThreadPool() {
   }
   wake_.notify_all();
   for (auto& worker : workers_) worker.join();
+}
+
+bool ThreadPool::balance(const std::vector<uint64_t>& work) {
+  const uint64_t total = std::accumulate(work.begin(), work.end(), uint64_t{0});
+  if (size_ == 1 || total == 0) return false;
+  bool changed = false;
+  double before = 0;
+  for (unsigned member = 0; member + 1 < size_; ++member) {
+    const double part = static_cast<double>(work[member]) / static_cast<double>(total);
+    speeds_[member] += kSmoothing * (part - speeds_[member]);
+    before += speeds_[member];
+    const auto bound = static_cast<size_t>(before * kWhole);
+    // Small moves are not worth a new plan.
+    if (std::max(bound, bounds_[member + 1]) - std::min(bound, bounds_[member + 1]) > kStep)
+      changed = true;
+  }
+  if (!changed) return false;
+  before = 0;
+  for (unsigned member = 0; member + 1 < size_; ++member)
+    bounds_[member + 1] = static_cast<size_t>((before += speeds_[member]) * kWhole);
+  return true;
 }
 
 void ThreadPool::relax(unsigned spins) {

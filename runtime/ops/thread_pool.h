@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace pocketslm {
@@ -44,9 +45,19 @@ class ThreadPool {
     }
   }
 
+  // The contiguous part of [0, total) that is a member's to begin with.
+  std::pair<size_t, size_t> share_of(unsigned member, size_t total) const {
+    return {total * bounds_[member] / kWhole, total * bounds_[member + 1] / kWhole};
+  }
+
+  // Outside run(): moves the shares towards the part of the work that each member did since the
+  // last call, told by work[member]: cores differ in speed, and so do neighbours of virtual ones.
+  // True where the shares changed.
+  bool balance(const std::vector<uint64_t>& work);
+
   // Inside run(): calls f(begin, end) for chunks of [0, total) until none are left, and ends with a
-  // barrier. A member takes chunks of its own contiguous share first, so that it streams through
-  // memory, and then helps those that are behind.
+  // barrier. A member streams through its own share from the front; then it helps those that are
+  // behind, from the back of their shares, which they have not begun to read ahead.
   template <typename F, typename Idle>
   void share(unsigned member, size_t total, size_t chunk, F&& f, Idle&& idle) {
     if (size_ == 1) {
@@ -57,14 +68,18 @@ class ThreadPool {
     const unsigned bank = own.phase & 1;
     ++own.phase;
     // Nobody touches the other bank now: its phase ended with the last barrier.
-    own.taken[bank ^ 1].store(0, std::memory_order_relaxed);
+    own.banks[bank ^ 1].taken.store(0, std::memory_order_relaxed);
+    own.banks[bank ^ 1].stolen.store(0, std::memory_order_relaxed);
     for (unsigned i = 0; i < size_; ++i) {
       const unsigned owner = (member + i) % size_;
-      const size_t first = total * owner / size_, last = total * (owner + 1) / size_;
-      for (;;) {
-        const size_t begin =
-            first + slots_[owner].taken[bank].fetch_add(chunk, std::memory_order_relaxed);
-        if (begin >= last) break;
+      const auto [first, last] = share_of(owner, total);
+      const size_t chunks = (last - first + chunk - 1) / chunk;
+      Bank& from = slots_[owner].banks[bank];
+      // A ticket says that a chunk is left; the owner's are the first ones, those of others the last.
+      for (size_t next = 0; from.taken.fetch_add(1, std::memory_order_relaxed) < chunks; ++next) {
+        const size_t at =
+            i == 0 ? next : chunks - 1 - from.stolen.fetch_add(1, std::memory_order_relaxed);
+        const size_t begin = first + at * chunk;
         f(begin, begin + chunk < last ? begin + chunk : last);
       }
     }
@@ -73,10 +88,14 @@ class ThreadPool {
 
  private:
   using Erased = void (*)(void*, unsigned);
+  struct Bank {
+    std::atomic<size_t> taken{0}, stolen{0};  // chunks
+  };
   struct alignas(64) Slot {
-    std::atomic<size_t> taken[2] = {{0}, {0}};
+    Bank banks[2];
     unsigned phase = 0;
   };
+  static constexpr size_t kWhole = 1024;
 
   static void relax(unsigned spins);
   void run_erased(Erased function, void* context);
@@ -84,6 +103,8 @@ class ThreadPool {
 
   const unsigned size_;
   std::vector<Slot> slots_;
+  std::vector<double> speeds_;   // each member's part of the work, smoothed
+  std::vector<size_t> bounds_;   // [members + 1] where shares begin, of kWhole
   std::vector<std::thread> workers_;
 
   alignas(64) std::atomic<unsigned> arrived_{0};

@@ -6,11 +6,14 @@
 //   codes   4 bits: [group][4][16 rows][4 bytes]: a 64-byte line holds for each row columns
 //                   8j..8j+3 in its low nibbles and 8j+4..8j+7 in its high ones
 //           8 bits: [group][8][16 rows][4 bytes]: columns 4j..4j+3, stored as unsigned
+//           8 bits split: the codes' high nibbles as 4 bits, and their low nibbles, in the same
+//                   order, after the scales
 //   scales  fp16 [group][16], padded to 64 bytes
 //   offsets minimum: fp16 [group][16], padded; zero point: uint8 [group][16], padded; else absent
 //
 // so that one 64-byte line times four broadcast activations is one dot-product instruction of
 // AVX-512 VNNI, two steps of AVX2, four of NEON. W = scale * (code - zero) + minimum.
+// A split block begins as a symmetric 4-bit block does: read as one, it is the matrix to four bits.
 // A float block is [cols][16 rows].
 #pragma once
 
@@ -31,8 +34,9 @@ enum class WeightKind : uint16_t {
   q8_sym = 5,
   q8_min = 6,
   q8_zp = 7,
+  q8_split = 8,
 };
-constexpr uint32_t kWeightKinds = 8;
+constexpr uint32_t kWeightKinds = 9;
 
 enum class Offset { none, minimum, zero_point };
 
@@ -46,11 +50,16 @@ static constexpr Offset offset_of(WeightKind kind) {
                                                                   : Offset::none;
 }
 
+// Bytes from one group's codes to the next one's.
+static constexpr size_t group_bytes(WeightKind kind) {
+  return kGroup * kBlockRows * (kind == WeightKind::q8_split ? 4 : code_bits(kind)) / 8;
+}
+
 static constexpr size_t round_up(size_t value, size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Byte offsets inside one block of 16 rows.
+// Byte offsets inside one block of 16 rows. Split codes have their low nibbles at `offsets`.
 struct BlockLayout {
   size_t scales, offsets, bytes;
 };
@@ -58,8 +67,9 @@ struct BlockLayout {
 static constexpr BlockLayout block_layout(WeightKind kind, size_t cols) {
   if (!is_quantized(kind)) return {0, 0, cols * kBlockRows * (kind == WeightKind::f32 ? 4 : 2)};
   const size_t groups = cols / kGroup;
-  const size_t scales = groups * kGroup * kBlockRows * code_bits(kind) / 8;
+  const size_t scales = groups * group_bytes(kind);
   const size_t offsets = scales + round_up(groups * kBlockRows * 2, 64);
+  if (kind == WeightKind::q8_split) return {scales, offsets, offsets + scales};
   const Offset offset = offset_of(kind);
   const size_t offset_bytes = offset == Offset::minimum      ? 2
                               : offset == Offset::zero_point ? 1

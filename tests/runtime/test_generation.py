@@ -15,7 +15,7 @@ import torch
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
-from pocketslm.runtime import sampling
+from pocketslm.runtime import generation, sampling
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.generation import Step
 from pocketslm.runtime.model import Model, _with_text
@@ -116,6 +116,28 @@ def test_a_seed_draws_the_same_and_another_does_not(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "top_k": 5, "seed": 3},
+        {"do_sample": True, "top_k": 50, "top_p": 0.8, "temperature": 1.7, "seed": 3},
+        {"do_sample": True, "top_k": 10_000, "min_p": 0.01, "seed": 4},
+    ],
+)
+def test_the_native_head_s_own_choice_draws_the_same(
+    options: dict[str, Any], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most probable tokens alone lead to the tokens and probabilities that all logits do."""
+    config = GenerationConfig(max_new_tokens=20, ignore_eos=True, **options)
+    model = Model.load(tiny_bundle, backend="native")
+    fused = [(r.token, r.logprob) for r in model.generate(PROMPT, config)]
+    monkeypatch.setattr(generation, "highest_needed", lambda _: None)
+    whole = [(r.token, r.logprob) for r in model.generate(PROMPT, config)]
+    assert [token for token, _ in fused] == [token for token, _ in whole]
+    assert [p for _, p in fused] == pytest.approx([p for _, p in whole], abs=1e-4)
+
+
+@pytest.mark.parametrize(
     "bad",
     [
         {"temperature": 0.0},
@@ -182,13 +204,18 @@ def test_the_end_of_sequence_ends(model: Model) -> None:
 def test_a_shared_prefix_is_not_prefilled_again(tiny_bundle: Path) -> None:
     engine = Model.load(tiny_bundle, threads=1).engine
     runs: list[int] = []
-    forward = engine.session.forward
 
-    def counting(tokens: Any, **options: bool) -> Any:
-        runs.append(len(tokens))
-        return forward(tokens, **options)
+    def counted(method: str) -> None:
+        inner = getattr(engine.session, method)
 
-    engine.session.forward = counting  # type: ignore[method-assign]
+        def counting(tokens: Any, *options: Any, **more: Any) -> Any:
+            runs.append(len(tokens))
+            return inner(tokens, *options, **more)
+
+        setattr(engine.session, method, counting)
+
+    counted("forward")
+    counted("forward_top")
     config = GenerationConfig(max_new_tokens=3, ignore_eos=True)
     document = list(range(50))
     first = list(engine.generate([*document, 7], config, ()))

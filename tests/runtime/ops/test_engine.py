@@ -17,6 +17,7 @@ from native_support import (
 )
 
 from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.export.lower.native import lower
 from pocketslm.models.config import LayerSize
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
@@ -25,12 +26,18 @@ from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_na
 # largest error; quantized ones add int8 activations, an int8 cache about as much again.
 FLOAT_TOLERANCE = 2e-3
 INT8_TOLERANCE = 0.05
+LOG_TOTAL_TOLERANCE = 1e-5  # of a sum of at most a few thousand fp32 exponentials
 
 TOKENS = np.random.default_rng(1).integers(0, 100, 600)
 
 
 def q4_min(name: str, values: np.ndarray) -> Weight:
     return quantize(values, 8, "sym") if "embed" in name else quantize(values, 4, "min")
+
+
+def q4_min_8_head(name: str, values: np.ndarray) -> Weight:
+    is_head = "lm_head" in name or "embed" in name
+    return quantize(values, 8, "sym") if is_head else quantize(values, 4, "min")
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -138,6 +145,53 @@ def test_greedy_step_agrees_with_logits(q4_model: tuple[NativeModel, np.ndarray]
     session, other = model.session(threads=2), model.session(threads=2)
     for token in TOKENS[:50]:
         assert session.step_greedy(int(token)) == int(other.forward([int(token)])[0].argmax())
+
+
+@pytest.mark.parametrize("isa", isa_names())
+@pytest.mark.parametrize("tied", [True, False])
+def test_screened_head_gives_the_greedy_token(isa: str, tied: bool, tmp_path: Path) -> None:
+    """Random 8-bit heads of several thousand rows: only part of their low nibbles is read."""
+    config = tiny_config(vocab_size=4003, tie_word_embeddings=tied)
+    write_tiny(tmp_path / "m.slm", config, q4_min_8_head)
+    model = NativeModel(tmp_path / "m.slm")
+    screened = model.session(isa=isa, threads=2)
+    whole = model.session(isa=isa, threads=1)
+    for token in range(0, 4000, 40):
+        assert screened.step_greedy(token) == int(whole.forward([token])[0].argmax())
+
+
+def test_screening_test_can_fail(tmp_path: Path) -> None:
+    """Without the low nibbles the greedy token of such a head is often another one."""
+    config = tiny_config(vocab_size=4003, tie_word_embeddings=False)
+    _, weights = write_tiny(tmp_path / "m.slm", config, q4_min_8_head)
+
+    def high_nibbles(name: str, shape: tuple[int, ...]) -> Weight:
+        weight = weights(name, shape)
+        if name != "lm_head.weight":
+            return weight
+        assert isinstance(weight, QuantTensor)
+        return QuantTensor(weight.codes & 240 | 7, weight.scales, 8, 32)
+
+    lower(config, high_nibbles, tmp_path / "low.slm")
+    sessions = [NativeModel(tmp_path / name).session(threads=1) for name in ("m.slm", "low.slm")]
+    found = [[s.step_greedy(token) for token in range(0, 4000, 40)] for s in sessions]
+    assert found[0] != found[1]
+
+
+def test_forward_top_agrees_with_logits(q4_model: tuple[NativeModel, np.ndarray]) -> None:
+    model, _ = q4_model
+    for isa, count in itertools.product(isa_names(), (1, 7, 100, 1000)):
+        session, other = model.session(threads=3, isa=isa), model.session(threads=1, isa=isa)
+        for piece in np.split(TOKENS[:300], [280, 281, 290]):
+            logits = other.forward(piece)[0]
+            tokens, values, log_total = session.forward_top(piece, count)
+            order = np.lexsort((np.arange(logits.size), -logits))[:count]
+            np.testing.assert_array_equal(tokens, order)
+            np.testing.assert_array_equal(values, logits[order])
+            exact = np.log(np.exp(logits.astype(np.float64)).sum())
+            assert abs(log_total - exact) <= LOG_TOTAL_TOLERANCE
+    with pytest.raises(UsageError, match="most probable"):
+        model.session().forward_top(TOKENS[:1], 0)
 
 
 def test_simd_paths_give_the_same_bits(q4_model: tuple[NativeModel, np.ndarray]) -> None:

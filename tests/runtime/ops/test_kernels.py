@@ -23,7 +23,7 @@ SUM_TOLERANCE = 4 * EPS
 # Half a step of an int8 activation, and a little for the rounding of its scale.
 ACTIVATION_STEP = 0.5 * 1.001 / 127
 
-SCHEMES = ["f32", "f16", "q4 sym", "q4 min", "q4 zp", "q8 sym", "q8 min", "q8 zp"]
+SCHEMES = ["f32", "f16", "q4 sym", "q4 min", "q4 zp", "q8 sym", "q8 min", "q8 zp", "q8 split"]
 ROWS = [1, 15, 16, 17, 40]
 COLS = [32, 96, 288]
 TOKENS = [1, 2, 3, 7, 16, 21]
@@ -47,6 +47,10 @@ def make_weight(scheme: str, rows: int, cols: int, rng: np.random.Generator) -> 
         zero_points=rng.integers(0, 2**bits, shape, dtype=np.uint8) if kind == "zp" else None,
         minimums=rng.normal(size=shape).astype(np.float16) if kind == "min" else None,
     )
+
+
+def pack(weight: Weight, scheme: str) -> tuple[int, np.ndarray]:
+    return pack_matrix(weight, head=scheme == "q8 split")[:2]
 
 
 def make_activations(tokens: int, cols: int, rng: np.random.Generator) -> np.ndarray:
@@ -120,7 +124,7 @@ def test_scalar_path_matches_float64(scheme: str, rows: int) -> None:
         if isinstance(weight, QuantTensor):
             peaks = np.abs(x).reshape(tokens, -1, 32).max(2).astype(np.float64)
             tolerance += (peaks * ACTIVATION_STEP).repeat(32, 1) @ np.abs(w).T
-        out = matmul("scalar", pack_matrix(weight)[:2], rows, x)
+        out = matmul("scalar", pack(weight, scheme), rows, x)
         assert_close(out, x.astype(np.float64) @ w.T, tolerance)
 
 
@@ -131,7 +135,7 @@ def test_simd_paths_match_scalar(isa: str, scheme: str) -> None:
     for rows, cols, tokens in itertools.product(ROWS, COLS, TOKENS):
         weight = make_weight(scheme, rows, cols, rng)
         x = make_activations(tokens, cols, rng)
-        packed = pack_matrix(weight)[:2]
+        packed = pack(weight, scheme)
         # The integer sums are the same; only float additions may round differently.
         terms = cols if scheme in ("f32", "f16") else cols // 32 * 3
         tolerance = SUM_TOLERANCE * terms * magnitude(weight, x)
@@ -144,7 +148,7 @@ def test_simd_paths_agree_to_the_bit(scheme: str) -> None:
     rng = np.random.default_rng(SEED)
     weight = make_weight(scheme, 48, 288, rng)
     x = make_activations(7, 288, rng)
-    packed = pack_matrix(weight)[:2]
+    packed = pack(weight, scheme)
     first, *others = (matmul(isa, packed, 48, x) for isa in SIMD_PATHS)
     for other in others:
         np.testing.assert_array_equal(first, other)
@@ -166,7 +170,7 @@ def test_extreme_codes_do_not_saturate(isa: str) -> None:
         )
         x = np.full((5, 96), sign * 127.0, np.float32)
         expected = x.astype(np.float64) @ dense(weight).T
-        out = matmul(isa, pack_matrix(weight)[:2], 16, x)
+        out = matmul(isa, pack(weight, scheme), 16, x)
         assert_close(out, expected, 1e-5 * np.abs(expected))
 
 

@@ -1,0 +1,174 @@
+// The output head of a session: logits, the most probable tokens, and a shortcut to the greedy one.
+//
+// A split head (weight_layout.h) gives the greedy token without reading all of it. Its high nibbles
+// give each logit up to an error, the product of the low nibbles, less their mean, with the
+// activations. Low nibbles of rounded weights are as good as uniform on 0..15, with a variance of
+// (16^2 - 1) / 12, so the error has a known standard deviation. Blocks of rows whose logits may
+// still be highest, within kDeviations of these, are then computed in full.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "session.h"
+
+namespace pocketslm {
+namespace {
+
+constexpr float kMeanNibble = 7.5f;
+constexpr float kNibbleVariance = 255.0f / 12.0f;
+// A row is lost with a probability of 10^-12.
+constexpr float kDeviations = 7.0f;
+
+}  // namespace
+
+int32_t Session::step_greedy(int32_t token) {
+  top_count_ = 1;
+  for (Member& member : members_) member.top.reserve(1);
+  run(&token, 1, Head::greedy, nullptr);
+  Candidate best{-std::numeric_limits<float>::infinity(), 0};
+  for (const Member& member : members_)
+    for (const Candidate& found : member.top) best = std::min(best, found);
+  return best.token;
+}
+
+double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best,
+                            float* logits) {
+  top_count_ = top;
+  for (Member& member : members_) member.top.reserve(top);
+  for (size_t done = 0; done < count;) {
+    const size_t part = std::min(kBatch, count - done);
+    run(tokens + done, part, done + part == count ? Head::top : Head::none, nullptr);
+    done += part;
+  }
+  std::vector<Candidate> found;
+  float peak = -std::numeric_limits<float>::infinity();
+  for (const Member& member : members_) {
+    found.insert(found.end(), member.top.begin(), member.top.end());
+    peak = std::max(peak, member.peak);
+  }
+  double total = 0;
+  for (const Member& member : members_)
+    if (member.sum > 0) total += static_cast<double>(member.sum) * std::exp(member.peak - peak);
+  std::sort(found.begin(), found.end());
+  for (size_t i = 0; i < top; ++i) best[i] = found[i].token, logits[i] = found[i].logit;
+  return peak + std::log(total);
+}
+
+// Keeps the highest of these logits and, where asked for, their part of the sum over all.
+void Session::offer(Member& member, const float* logits, size_t count, size_t first_token,
+                    bool total) {
+  for (size_t i = 0; i < count; ++i) {
+    // Chunks taken from another thread may come out of order, hence the whole comparison.
+    const Candidate found{logits[i], static_cast<int32_t>(first_token + i)};
+    if (member.top.size() == top_count_) {
+      if (!(found < member.top.front())) continue;
+      std::pop_heap(member.top.begin(), member.top.end());
+      member.top.pop_back();
+    }
+    member.top.push_back(found);
+    std::push_heap(member.top.begin(), member.top.end());
+  }
+  if (!total) return;
+  const float peak = *std::max_element(logits, logits + count);
+  if (peak > member.peak) {
+    member.sum *= std::exp(member.peak - peak);
+    member.peak = peak;
+  }
+  member.sum += kernels_.sum_exp(logits, count, member.peak);
+}
+
+void Session::run_head(unsigned m, Head head, float* logits) {
+  const FileHeader& c = model_.config;
+  const Matrix& w = head_matrix();
+  Member& member = members_[m];
+  const bool screened = head == Head::greedy && w.kind == WeightKind::q8_split;
+  if (screened || w.kind != WeightKind::q8_split)
+    member.plan.start(model_.layers.size() * kLayerPhases);
+  else
+    member.plan.start_whole_head();
+  member.top.clear();
+  member.peak = -std::numeric_limits<float>::infinity();
+  member.sum = 0;
+  const Panel& input =
+      head == Head::all_logits
+          ? normalized(m, model_.final_norm)
+          : normalized_row(m, &x_[(count_ - 1) * c.hidden_size], model_.final_norm);
+  if (screened) {
+    const ActivationTile tile = input.tile(0);
+    member.screen.prepare(tile);
+    share_weights(m, w.blocks(), block_layout(WeightKind::q4_sym, w.cols).bytes,
+                  [&](size_t begin, size_t end) { screen_blocks(m, tile, begin, end); });
+    if (m == 0) settle(tile);
+  } else {
+    project(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, const float* y) {
+      const size_t first = b * kBlockRows, width = blocks * kBlockRows;
+      const size_t live = std::min(width, c.vocab_size - first);
+      if (head == Head::greedy || head == Head::top) {
+        offer(member, y, live, first, head == Head::top);
+        return;
+      }
+      for (size_t i = 0; i < tokens; ++i)
+        std::memcpy(logits + (t + i) * c.vocab_size + first, y + i * width, live * sizeof(float));
+    });
+  }
+  mark(m, &pslm_times::head_ns);
+}
+
+// The zero point that makes up for the low nibbles' mean, and the squared lengths of the groups.
+void Session::Screen::prepare(const ActivationTile& input) {
+  for (size_t g = 0; g < energies.size(); ++g) {
+    int sum = 0, squares = 0;
+    for (size_t k = 0; k < kGroup; ++k) {
+      const int code = input.codes[g * kGroup + k];
+      sum += code, squares += code * code;
+    }
+    corrections[g] = static_cast<int32_t>(
+        std::lrint(static_cast<float>(sum) * (kMeanNibble / 16.0f - 8.0f)));
+    energies[g] = input.scales[g] * input.scales[g] * static_cast<float>(squares);
+  }
+}
+
+// highest_[block]: what the logits of these blocks may reach, judged by the high nibbles.
+void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end) {
+  const Matrix& w = head_matrix();
+  const Screen& screen = members_[m].screen;
+  ActivationTile tile = input;
+  tile.corrections = screen.corrections.data();
+  tile.ahead = &members_[m].plan.ahead;
+  const BlockLayout layout = block_layout(w.kind, w.cols);
+  const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(WeightKind::q4_sym)];
+  alignas(64) float high[kBlockRows], variance[kBlockRows];
+  for (size_t b = begin; b < end; ++b) {
+    const uint8_t* block = w.data + b * w.block_bytes;
+    matmul(block, 1, w.cols, tile, high, kBlockRows);
+    kernels_.weigh_scales(reinterpret_cast<const uint16_t*>(block + layout.scales),
+                          screen.energies.data(), w.cols / kGroup, variance);
+    float highest = -std::numeric_limits<float>::infinity();
+    for (size_t r = 0; r < kBlockRows; ++r)
+      highest = std::max(
+          highest, 16.0f * high[r] + kDeviations * std::sqrt(kNibbleVariance * variance[r]));
+    highest_[b] = highest;
+  }
+}
+
+// The greedy token: the most promising block first, then whatever may still exceed what was found.
+void Session::settle(const ActivationTile& input) {
+  const Matrix& w = head_matrix();
+  const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(w.kind)];
+  Member& member = members_[0];
+  const auto compute = [&](size_t b) {
+    float logits[kBlockRows];
+    matmul(w.data + b * w.block_bytes, 1, w.cols, input, logits, kBlockRows);
+    const size_t first = b * kBlockRows;
+    offer(member, logits, std::min<size_t>(kBlockRows, w.rows - first), first, false);
+  };
+  const float* highest = highest_.data();
+  const size_t likely = static_cast<size_t>(
+      std::max_element(highest, highest + w.blocks()) - highest);
+  compute(likely);
+  for (size_t b = 0; b < w.blocks(); ++b)
+    if (b != likely && highest[b] >= member.top.front().logit) compute(b);
+}
+
+}  // namespace pocketslm
