@@ -67,6 +67,11 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--source", help="the checkpoint it was made from (default: by SHA-256)")
     parser.add_argument("--text", default="lee", help="a UTF-8 file or catalog text (default: lee)")
+    parser.add_argument(
+        "--task", type=Path, metavar="FILE.jsonl", help="score multiple-choice items instead"
+    )
+    parser.add_argument("--sample", type=int, help="items of the task, drawn (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--window", type=int, default=512, help="tokens a window (default: 512)")
     parser.add_argument("--windows", type=int, default=16, help="how many windows (default: 16)")
     add_backend(parser)
@@ -257,7 +262,38 @@ def _heal(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: KL {first:.3f} -> {last:.3f} nats on its text in {seconds:.0f} s")
 
 
+def _eval_task(arguments: argparse.Namespace) -> None:
+    from pocketslm.export.tasks import evaluate_task, read_items
+    from pocketslm.runtime.backends import open_session
+    from pocketslm.runtime.bundle import open_bundle
+    from pocketslm.runtime.tokenizer import load_tokenizer
+
+    items = read_items(arguments.task)
+    session = open_session(open_bundle(arguments.bundle), arguments.backend, arguments.threads)
+    with Progress() as progress:
+        result = evaluate_task(
+            session,
+            load_tokenizer(arguments.bundle).encode,
+            arguments.task.stem,
+            items,
+            sample=arguments.sample,
+            seed=arguments.seed,
+            progress=lambda done, total: progress("score", done / total),
+        )
+    if arguments.json:
+        print_json(result.to_dict())
+        return
+    for name in ("acc", "acc_norm"):
+        value, error, ci = (getattr(result, name + part) for part in ("", "_stderr", "_ci95"))
+        interval = f", of all {result.total} items ± {ci:.4f} (95 %)" if ci else ""
+        print(f"{name:8} {value:.4f} ± {error:.4f}{interval}")
+    print(f"over {result.items} of {result.total} items of {result.task}")
+
+
 def _eval(arguments: argparse.Namespace) -> None:
+    if arguments.task is not None:
+        _eval_task(arguments)
+        return
     from pocketslm.export.evaluate import evaluate_bundle
     from pocketslm.models.catalog import resolve
 

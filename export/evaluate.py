@@ -165,13 +165,11 @@ def compare(source: torch.Tensor, bundle: torch.Tensor, ids: Ids) -> npt.NDArray
     """
     p = torch.log_softmax(source.double(), -1)
     q = torch.log_softmax(bundle.double(), -1)
-    following = torch.from_numpy(ids[1:])[:, None]
-    return np.array(
-        [
-            -p[:-1].gather(1, following).sum(),
-            -q[:-1].gather(1, following).sum(),
-            (p.exp() * (p - q)).sum(),
-            (source.argmax(-1) == bundle.argmax(-1)).sum(),
-        ],
-        np.float64,
+    following = torch.from_numpy(ids[1:])[:, None].to(p.device)
+    sums = (
+        -p[:-1].gather(1, following).sum(),
+        -q[:-1].gather(1, following).sum(),
+        (p.exp() * (p - q)).sum(),
+        (source.argmax(-1) == bundle.argmax(-1)).sum(),
     )
+    return np.array([float(total) for total in sums])

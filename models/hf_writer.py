@@ -17,7 +17,7 @@ _CLASS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
     """Write config.json, model.safetensors (fp32, dequantized) and the tokenizer's files.
 
-    ``model``: the same architecture with other weights, by default the checkpoint's own.
+    ``model``: the same architecture with other weights or sizes, by default the checkpoint's own.
     Raises CheckpointError where the checkpoint cannot be read, OSError where it cannot be written.
     """
     from safetensors.torch import save_file
@@ -30,7 +30,7 @@ def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     generation = json.loads(files.get("generation_config.json", b"{}"))
-    config = hf_config(checkpoint.config) | {
+    config = hf_config(model.config) | {
         key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketslm.export.quantize.grid import Fit, Spec
+from pocketslm.export.quantize import rtn
+from pocketslm.export.quantize.grid import Spec
 
 Share = Callable[[Tensor], Tensor]
 _EXPONENTS = tuple(step / 10 for step in range(11))  # 0 changes nothing
 
 
-def rescale(layer: Any, hessians: dict[str, Tensor], spec: Spec, fit: Fit, head_dim: int) -> None:
+def rescale(layer: Any, hessians: dict[str, Tensor], spec: Spec, head_dim: int) -> None:
     """Move factors between the parameters of a Llama layer, in place; its output stays the same.
 
     ``hessians``: ``X^T X`` of the inputs of self_attn.q_proj and o_proj, mlp.gate_proj and
@@ -33,7 +34,7 @@ def rescale(layer: Any, hessians: dict[str, Tensor], spec: Spec, fit: Fit, head_
         return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
 
     def search(site: str, readers: Sequence[Any], share: Share = lambda factors: factors) -> Tensor:
-        factors = _factors([r.weight for r in readers], hessians[site], spec, fit, share)
+        factors = _factors([r.weight for r in readers], hessians[site], spec, share)
         for reader in readers:
             reader.weight *= factors
         return factors
@@ -53,29 +54,26 @@ def _divide_rows(linear: Any, factors: Tensor) -> None:
         linear.bias /= factors
 
 
-def _factors(
-    weights: Sequence[Tensor], hessian: Tensor, spec: Spec, fit: Fit, share: Share
-) -> Tensor:
+def _factors(weights: Sequence[Tensor], hessian: Tensor, spec: Spec, share: Share) -> Tensor:
     """Column factors [K] for matrices [N, K] that read one input with ``hessian`` [K, K].
 
-    (root mean square of the input)^a, with the a of least output error after rounding.
+    (root mean square of the input)^a, with the a of least output error after rounding to nearest.
     """
     magnitude = hessian.diagonal().clamp(min=1e-12).sqrt()
     best, least = torch.ones_like(magnitude), float("inf")
     for exponent in _EXPONENTS:
         factors = share(magnitude.pow(exponent))
         factors = factors / (factors.max() * factors.min()).sqrt()
-        error = sum(_output_error(weight, factors, hessian, spec, fit) for weight in weights)
+        error = sum(_output_error(weight, factors, hessian, spec) for weight in weights)
         if error < least:
             best, least = factors, error
     return best
 
 
-def _output_error(weight: Tensor, factors: Tensor, hessian: Tensor, spec: Spec, fit: Fit) -> float:
+def _output_error(weight: Tensor, factors: Tensor, hessian: Tensor, spec: Spec) -> float:
     """``|X (Q(W s) / s - W)^T|^2`` from the Hessian of X."""
     groups = spec.split(weight * factors)
-    importance = (hessian.diagonal() / factors.square()).reshape(groups.shape[1:])
-    grid = fit(groups, spec, importance)
+    grid = rtn.fit(groups, spec)
     rounded = grid.values(grid.codes(groups)).reshape(weight.shape)
     difference = rounded / factors - weight
     return float(((difference @ hessian) * difference).sum())

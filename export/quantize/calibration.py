@@ -74,22 +74,28 @@ def quantize_layers(
         if use_awq and specs[0] is not None and None not in specs:
             hessians: dict[str, Tensor] = {}
             _with_inputs(layer, hessians.__setitem__, run)
-            awq.rescale(layer, hessians, specs[0], fit, model.config.head_dim)
+            awq.rescale(layer, hessians, specs[0], model.config.head_dim)
             for name, parameter in layer.named_parameters():
                 if parameter.dim() == 1:
                     stored[prefix + name] = parameter.cpu().numpy()
 
         def round_site(site: str, hessian: Tensor, layer: Any = layer, at: str = prefix) -> None:
+            by_spec: dict[Spec, list[str]] = {}
             for name in SITES[site]:
-                spec, parameter = spec_of(f"{at}{name}.weight"), layer.get_submodule(name).weight
-                if spec is None:
-                    continue
+                if (spec := spec_of(f"{at}{name}.weight")) is not None:
+                    by_spec.setdefault(spec, []).append(name)
+            for spec, names in by_spec.items():
+                parameters = [layer.get_submodule(name).weight for name in names]
+                stacked = torch.cat(parameters)  # rows are rounded alike, so all in one go
                 if use_gptq:
-                    rounded = gptq.quantize(parameter, hessian, spec, fit)
+                    rounded = gptq.quantize(stacked, hessian, spec, fit)
                 else:
-                    rounded = round_to_grid(parameter, spec, fit, hessian.diagonal())
-                parameter.copy_(torch.from_numpy(rounded.dequantize()))
-                stored[f"{at}{name}.weight"] = rounded
+                    rounded = round_to_grid(stacked, spec, fit, hessian.diagonal())
+                start = 0
+                for name, parameter in zip(names, parameters, strict=True):
+                    rows = rounded.rows(slice(start, start := start + len(parameter)))
+                    parameter.copy_(torch.from_numpy(rows.dequantize()))
+                    stored[f"{at}{name}.weight"] = rows
 
         x = _with_inputs(layer, round_site, run)
         progress((index + 1) / len(model.model.layers))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -69,10 +70,13 @@ class Grid:
     zeros: Tensor
     minimums: Tensor
 
+    @cached_property
+    def inverse(self) -> Tensor:
+        return torch.where(self.scales != 0, 1 / self.scales, 0)
+
     def codes(self, groups: Tensor) -> Tensor:
         """The nearest code of each weight, as floats."""
-        inverse = torch.where(self.scales != 0, 1 / self.scales, 0)
-        codes = ((groups - self.minimums) * inverse).round() + self.zeros
+        codes = ((groups - self.minimums) * self.inverse).round() + self.zeros
         return codes.clamp(0, self.spec.top)
 
     def values(self, codes: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pocketslm.export.quantize.grid import (
 )
 
 # Shares of the range that candidates span; clipping the extremes pays off down to about 0.7.
-_SHARES = tuple(1.05 - 0.025 * step for step in range(15))
+_SHARES = tuple(1.05 - 0.04 * step for step in range(10))
 
 
 def fit(groups: Tensor, spec: Spec, importance: Tensor | None = None) -> Grid:
@@ -30,16 +30,16 @@ def fit(groups: Tensor, spec: Spec, importance: Tensor | None = None) -> Grid:
     error = _error(best, groups, weights)
     for share in _SHARES:
         for start in _candidates(groups, spec, share):
-            for candidate in (start, _solved(start, groups, weights)):
-                found = _error(candidate, groups, weights)
-                better = found < error
-                error = torch.where(better, found, error)
-                best = Grid(
-                    spec,
-                    torch.where(better, candidate.scales, best.scales),
-                    torch.where(better, candidate.zeros, best.zeros),
-                    torch.where(better, candidate.minimums, best.minimums),
-                )
+            candidate = _solved(start, groups, weights)
+            found = _error(candidate, groups, weights)
+            better = found < error
+            error = torch.where(better, found, error)
+            best = Grid(
+                spec,
+                torch.where(better, candidate.scales, best.scales),
+                torch.where(better, candidate.zeros, best.zeros),
+                torch.where(better, candidate.minimums, best.minimums),
+            )
     return best
 
 

@@ -177,7 +177,7 @@ def test_awq_changes_nothing_in_fp32(tmp_path: Path) -> None:
         inputs = {s: torch.randn(300, k, generator=generator) for s, k in widths.items()}
         skewed = {s: x * torch.arange(1, x.shape[1] + 1) ** 2 for s, x in inputs.items()}
         hessians = {s: x.T @ x / 300 for s, x in skewed.items()}
-        awq.rescale(layer, hessians, Spec(4, 32, "sym"), rtn.fit, config.head_dim)
+        awq.rescale(layer, hessians, Spec(4, 32, "sym"), config.head_dim)
     changed = [n for n, value in model.named_parameters() if not torch.equal(value, before[n])]
     assert len(changed) == 2 * (2 + 7 + 1)  # the norms, every matrix, the values' bias
     got, _ = model(IDS, model.empty_cache(8))

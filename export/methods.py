@@ -1,0 +1,267 @@
+"""Compression methods beside each other on one model: the tables of docs/compression.md.
+
+Weights alone are compressed; the forward pass is the fp32 reference, on a GPU where torch finds
+one. Rows are appended to a file as they come, and a row that is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pocketslm.errors import UsageError
+from pocketslm.export.evaluate import Ids, compare, windows_of
+from pocketslm.export.prune import depth, width
+from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
+from pocketslm.export.recipe import GROUP_SIZES, Recipe
+from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
+from pocketslm.models.reference import load_reference
+from pocketslm.models.tensors import QuantTensor
+from pocketslm.runtime.tokenizer import load_tokenizer_files
+
+TABLES = ("quantize", "depth", "width")
+METHODS = ("rtn", "search", "hqq", "gptq", "search+gptq", "awq", "awq+search+gptq")
+_WITHOUT_DATA = ("rtn", "hqq")
+GRIDS = ("sym", "min")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method measured. ``size_mb``: of all weights as stored; ``seconds``: of the method."""
+
+    table: str
+    method: str
+    detail: str
+    perplexity: float
+    change: float
+    kl: float
+    top1: float
+    size_mb: float
+    seconds: float
+
+
+class Workbench:
+    """The model, its own logits on the test windows, and the calibration windows."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, text: Path, calibration: Path, *, windows: int, tokens: int
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.window = 512
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+        encode = load_tokenizer_files(files).encode
+        try:
+            ids = encode(text.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from None
+        self.windows: list[Ids] = windows_of(ids, self.window, windows)
+        if text == calibration and len(ids) < windows * self.window + tokens:
+            raise UsageError(
+                f"{text} has {len(ids)} tokens, expected {windows * self.window} to measure with "
+                f"and {tokens} others to calibrate with"
+            )
+        self.calibration = last_tokens(calibration, encode, tokens, self.window).to(self.device)
+        self.identity = {
+            "model": checkpoint_sha256(checkpoint),
+            "text": text.name,
+            "windows": windows,
+            "calibration": calibration.name,
+            "tokens": tokens,
+        }
+        self.source = [self._logits(self.model(), window) for window in self.windows]
+
+    def model(self, checkpoint: Checkpoint | None = None) -> Any:
+        return load_reference(checkpoint or self.checkpoint, self.window).to(self.device)
+
+    def measure(self, model: Any, **about: Any) -> Row:
+        sums = np.zeros(4)
+        for source, window in zip(self.source, self.windows, strict=True):
+            sums += compare(source, self._logits(model, window), window)
+        source_nll, nll, kl, agreements = sums
+        positions = self.window * len(self.windows)
+        predicted = positions - len(self.windows)
+        return Row(
+            perplexity=float(np.exp(nll / predicted)),
+            change=float(np.exp((nll - source_nll) / predicted) - 1),
+            kl=float(kl / positions),
+            top1=float(agreements / positions),
+            **about,
+        )
+
+    @torch.no_grad()
+    def _logits(self, model: Any, window: Ids) -> Tensor:
+        ids = torch.from_numpy(window)[None].to(self.device)
+        logits: Tensor = model(ids, model.empty_cache())[0][0]
+        return logits
+
+
+def rows(
+    bench: Workbench, results: Path, tables: Sequence[str], say: Callable[[str], None]
+) -> list[Row]:
+    """Every row of ``tables``, those not yet in ``results`` measured now.
+
+    Raises UsageError where ``results`` is of another model, text or setting.
+    """
+    done = _read(results, bench.identity)
+    if not done:
+        results.write_text(json.dumps(bench.identity) + "\n")
+    makers = {"quantize": _quantized, "depth": _shallow, "width": _narrow}
+    found = []
+    for table in tables:
+        for method, detail, make in makers[table](bench):
+            key = table, method, detail
+            if key not in done:
+                say(" ".join(key))
+                row = make(method, detail)
+                with results.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
+                done[key] = row
+            found.append(done[key])
+    return found
+
+
+Maker = Callable[[str, str], Row]
+
+
+def _quantized(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
+    def make(method: str, detail: str) -> Row:
+        kind, group = detail.split(" g")
+        recipe = Recipe(
+            weights="int4",
+            grid=kind,  # type: ignore[arg-type]
+            group_size=int(group),
+            method=method,
+            calibration="given",
+        )
+        model = bench.model()
+        start = time.perf_counter()
+        stored = quantize_layers(
+            model,
+            bench.calibration if method not in _WITHOUT_DATA else bench.calibration[:1, :2],
+            lambda name: recipe.spec(name, quantized=False),
+            recipe.fit,
+            use_awq=recipe.use_awq,
+            use_gptq=recipe.use_gptq,
+        )
+        seconds = time.perf_counter() - start
+        size = 0
+        for name, parameter in model.named_parameters():
+            weight = stored.get(name)
+            if weight is None:
+                weight = bench.checkpoint.weight(name)
+            size += weight.nbytes if isinstance(weight, QuantTensor) else parameter.numel() * 4
+        about = {"table": "quantize", "method": method, "detail": detail}
+        return bench.measure(model, **about, size_mb=size / 1e6, seconds=seconds)
+
+    for group in GROUP_SIZES:
+        for kind in GRIDS:
+            for method in METHODS:
+                if method != "hqq" or kind == "min":
+                    yield method, f"{kind} g{group}", make
+
+
+def _shallow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
+    count = bench.checkpoint.config.num_hidden_layers
+    ids = bench.calibration[:4]  # 2048 tokens
+    cache: dict[str, list[int]] = {}
+
+    def make(method: str, detail: str) -> Row:
+        remove = int(detail.split()[0])
+        model = bench.model()
+        start = time.perf_counter()
+        if method == "last":
+            removed = depth.last(count, remove)
+        elif method == "block influence":
+            removed = depth.least_influence(depth.block_influence(model, ids), remove)
+        else:  # greedy: fewer removals are the beginning of more
+            if len(cache.get(method, ())) < remove:
+                cache[method] = depth.sleb(model, ids, remove)
+            removed = cache[method][:remove]
+        seconds = time.perf_counter() - start
+        pruned = bench.model(depth.WithoutLayers(bench.checkpoint, removed))
+        about = {"table": "depth", "method": f"{method}: {sorted(removed)}", "detail": detail}
+        return bench.measure(pruned, **about, size_mb=_fp32_mb(pruned), seconds=seconds)
+
+    for share in (0.1, 0.2):
+        for method in ("last", "block influence", "sleb"):
+            yield method, f"{round(share * count)} of {count} layers", make
+
+
+def _narrow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
+    c = bench.checkpoint.config
+    ids = bench.calibration[:8]
+    targets: dict[str, dict[str, int]] = {
+        "neurons 7/8": {"neurons": c.intermediate_size * 7 // 8},
+        "neurons 3/4": {"neurons": c.intermediate_size * 3 // 4},
+        "channels 15/16": {"channels": c.hidden_size * 15 // 16},
+    }
+    if c.num_key_value_heads > 1:
+        targets["one KV head less"] = {"groups": c.num_key_value_heads - 1}
+
+    def make(method: str, detail: str) -> Row:
+        model = bench.model()
+        start = time.perf_counter()
+        if method == "minitron":
+            importance = width.activation_importance(model, ids)
+        elif method == "magnitude":
+            importance = width.magnitude_importance(model)
+        else:
+            importance = width.random_importance(c, SEED)
+        kept = width.keep_top(importance, **targets[detail])
+        seconds = time.perf_counter() - start
+        pruned = bench.model(width.Narrowed(bench.checkpoint, kept))
+        about = {"table": "width", "method": method, "detail": detail}
+        return bench.measure(pruned, **about, size_mb=_fp32_mb(pruned), seconds=seconds)
+
+    for detail in targets:
+        for method in ("random", "magnitude", "minitron"):
+            yield method, detail, make
+
+
+def _fp32_mb(model: Any) -> float:
+    count: int = sum(parameter.numel() for parameter in model.parameters())
+    return count * 4 / 1e6
+
+
+def _read(results: Path, identity: dict[str, Any]) -> dict[tuple[str, str, str], Row]:
+    if not results.exists():
+        return {}
+    lines = results.read_text().splitlines()
+    try:
+        first, *others = (json.loads(line) for line in lines)
+        found = [Row(**other) for other in others]
+    except (ValueError, TypeError):
+        raise UsageError(f"{results} is not a file of results; choose another") from None
+    if first != identity:
+        raise UsageError(f"{results} holds results of another model or setting; choose another")
+    return {(row.table, row.method.split(":")[0], row.detail): row for row in found}
+
+
+def markdown(found: Sequence[Row]) -> str:
+    """A table for each of the tables that have rows."""
+    parts = []
+    for table in TABLES:
+        chosen = [row for row in found if row.table == table]
+        if not chosen:
+            continue
+        lines = [
+            "| what | method | perplexity | change | KL, nats | top-1 | MB | s |",
+            "|---|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {row.detail} | {row.method} | {row.perplexity:.2f} | {row.change:+.2%} "
+            f"| {row.kl:.4f} | {row.top1:.3f} | {row.size_mb:.1f} | {row.seconds:.0f} |"
+            for row in chosen
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)

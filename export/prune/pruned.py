@@ -1,0 +1,30 @@
+"""A checkpoint of which parts are left out, as a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketslm.models.checkpoint import Checkpoint
+from pocketslm.models.config import ModelConfig
+from pocketslm.models.tensors import Weight
+
+
+class Pruned:
+    """``whole`` with another ``config``; what is left of each weight, a subclass says."""
+
+    def __init__(self, whole: Checkpoint, config: ModelConfig, note: str) -> None:
+        self.whole, self.config = whole, config
+        self.path, self.format, self.name = whole.path, whole.format, whole.name
+        self.licence, self.notes = whole.licence, [*whole.notes, note]
+
+    def files(self) -> list[Path]:
+        return self.whole.files()
+
+    def stored_bytes(self) -> dict[str, int]:
+        return self.whole.stored_bytes()
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return self.whole.tokenizer_files()
+
+    def weight(self, name: str) -> Weight:
+        raise NotImplementedError
