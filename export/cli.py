@@ -34,6 +34,57 @@ def add_commands(commands: Commands) -> None:
     add_export_options(parser)
 
     parser = commands.add(
+        "prune",
+        _prune,
+        "take whole layers, or parts of every layer, out of a checkpoint",
+        "pocketslm prune smollm2-135m-instruct pruned --layers 3",
+    )
+    parser.add_argument("model", help="a Hugging Face folder, .gguf file or catalog name")
+    parser.add_argument("out", type=Path, help="the Hugging Face folder to write")
+    parser.add_argument("--layers", type=int, default=0, help="how many layers to remove")
+    parser.add_argument(
+        "--by",
+        choices=("sleb", "influence", "last"),
+        default="sleb",
+        help="the loss without them, one by one (default), their influence, or their place",
+    )
+    parser.add_argument(
+        "--kv-heads", type=int, help="how many each layer keeps, with their queries"
+    )
+    parser.add_argument("--neurons", type=int, help="how many MLP neurons each layer keeps")
+    parser.add_argument("--channels", type=int, help="how many hidden channels the model keeps")
+    parser.add_argument(
+        "--text", default="lee", help="a UTF-8 file or catalog text whose end shows what matters"
+    )
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text (default: 4096)")
+    add_json(parser)
+
+    parser = commands.add(
+        "methods",
+        _methods,
+        "compare compression methods on a model: quality and size, as tables",
+        "pocketslm methods smollm2-135m-instruct --table depth",
+    )
+    parser.add_argument("model", help="a Hugging Face folder, .gguf file or catalog name")
+    parser.add_argument(
+        "--table",
+        choices=("quantize", "depth", "width", "all"),
+        default="all",
+        help="which methods (default: all)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("methods.jsonl"),
+        help="where rows are kept; a run goes on from it (default: methods.jsonl)",
+    )
+    parser.add_argument("--text", default="lee", help="to measure with: its start (default: lee)")
+    parser.add_argument("--calibration", default="lee", help="its end shows what matters")
+    parser.add_argument("--windows", type=int, default=16, help="of 512 tokens (default: 16)")
+    parser.add_argument("--tokens", type=int, default=8192, help="to calibrate (default: 8192)")
+    add_json(parser)
+
+    parser = commands.add(
         "heal",
         _heal,
         "train a pruned or rounded model on the answers of the one it was made from",
@@ -237,6 +288,58 @@ def _export_fitting(arguments: argparse.Namespace) -> None:
     evaluate_bundle(arguments.out, source=source, text=text, window=plan.window_of(checkpoint))
     print((work / plan.REPORT).read_text())
     print(f"{arguments.out}: trial {chosen.number}, {plan.describe(chosen.recipe)}")
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    from pocketslm.export.prune.folder import PruneConfig, prune_folder
+    from pocketslm.models.catalog import resolve
+    from pocketslm.models.checkpoint import open_checkpoint
+
+    config = PruneConfig(
+        layers=arguments.layers,
+        by=arguments.by,
+        kv_heads=arguments.kv_heads,
+        neurons=arguments.neurons,
+        channels=arguments.channels,
+        tokens=arguments.tokens,
+    )
+    source = open_checkpoint(resolve(arguments.model, say))
+    text = resolve(arguments.text, say)
+    with Progress() as progress:
+        pruned = prune_folder(
+            source, arguments.out, config, text, lambda fraction: progress("prune", fraction)
+        )
+    if arguments.json:
+        print_json({"out": str(arguments.out), "config": pruned.config.to_dict()})
+        return
+    for note in pruned.notes:
+        print(f"note: {note}")
+    print(
+        f"{arguments.out}: {pruned.config.num_hidden_layers} layers, "
+        f"hidden size {pruned.config.hidden_size}"
+    )
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from pocketslm.export import methods
+    from pocketslm.models.catalog import resolve
+    from pocketslm.models.checkpoint import open_checkpoint
+
+    bench = methods.Workbench(
+        open_checkpoint(resolve(arguments.model, say)),
+        resolve(arguments.text, say),
+        resolve(arguments.calibration, say),
+        windows=arguments.windows,
+        tokens=arguments.tokens,
+    )
+    tables = methods.TABLES if arguments.table == "all" else (arguments.table,)
+    found = methods.rows(bench, arguments.results, tables, say)
+    if arguments.json:
+        print_json([asdict(row) for row in found])
+    else:
+        print(methods.markdown(found))
 
 
 def _heal(arguments: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ METHODS = ("rtn", "search", "hqq", "gptq", "search+gptq", "awq", "awq+search+gpt
 _WITHOUT_DATA = ("rtn", "hqq")
 GRIDS = ("sym", "min")
 SEED = 0
+_DEPTH_SHARES = (0.1, 0.2)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,6 @@ def _quantized(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
 def _shallow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
     count = bench.checkpoint.config.num_hidden_layers
     ids = bench.calibration[:4]  # 2048 tokens
-    cache: dict[str, list[int]] = {}
 
     def make(method: str, detail: str) -> Row:
         remove = int(detail.split()[0])
@@ -183,18 +183,16 @@ def _shallow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
             removed = depth.last(count, remove)
         elif method == "block influence":
             removed = depth.least_influence(depth.block_influence(model, ids), remove)
-        else:  # greedy: fewer removals are the beginning of more
-            if len(cache.get(method, ())) < remove:
-                cache[method] = depth.sleb(model, ids, remove)
-            removed = cache[method][:remove]
+        else:
+            removed = depth.sleb(model, ids, remove)
         seconds = time.perf_counter() - start
         pruned = bench.model(depth.WithoutLayers(bench.checkpoint, removed))
         about = {"table": "depth", "method": f"{method}: {sorted(removed)}", "detail": detail}
         return bench.measure(pruned, **about, size_mb=_fp32_mb(pruned), seconds=seconds)
 
-    for share in (0.1, 0.2):
+    for remove in sorted({max(round(share * count), 1) for share in _DEPTH_SHARES}):
         for method in ("last", "block influence", "sleb"):
-            yield method, f"{round(share * count)} of {count} layers", make
+            yield method, f"{remove} of {count} layers", make
 
 
 def _narrow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:

@@ -54,9 +54,11 @@ def sleb(
     """The layers to remove, first to go first, by the loss on windows of tokens ``ids`` [B, S].
 
     The first and the last layer stay. Of n alive layers n - 2 are tried each time, from the stored
-    input of the layer that is left out.
+    input of the layer that is left out. Raises ExportError where more are to go.
     """
     alive = list(range(len(model.model.layers)))
+    if remove > len(alive) - 2:
+        raise ExportError(f"{remove} layers to remove, at most {len(alive) - 2} of {len(alive)}")
     removed: list[int] = []
     for _ in range(remove):
         inputs = [model.model.embed_tokens(ids)]

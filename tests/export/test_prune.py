@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import pytest
 import torch
 
 import support
-from pocketslm.errors import ExportError
+from pocketslm.cli import main
+from pocketslm.errors import ExportError, UsageError
 from pocketslm.export.prune import depth, width
+from pocketslm.export.prune.folder import RECORD_FILE, PruneConfig
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.config import LayerSize, ModelConfig
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor
+from pocketslm.runtime.backends import open_session
+from pocketslm.runtime.bundle import open_bundle
 
+MAX_GRAPH_ERROR = 0.02  # of float weights over an fp16 cache and an 8-bit head
 MAX_LOGIT_ERROR = 1e-4  # of a model with parts masked against one without them, in fp32
 SIX = ModelConfig(**{**support.TINY.__dict__, "num_hidden_layers": 6})
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 264, (3, 40)))
@@ -88,6 +94,37 @@ def test_depth_pruning_carries_blocks(tiny_gguf: Path) -> None:
 
 def test_last_layers() -> None:
     assert depth.last(30, 3) == [27, 28, 29]
+
+
+def test_the_command_writes_a_smaller_model_that_exports(six: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "pruned"
+    text.write_text("All happy families are alike. " * 60)
+    options = ["--layers", "2", "--neurons", "64", "--kv-heads", "1", "--channels", "32"]
+    command = ["prune", str(six), str(out), "--text", str(text), "--tokens", "1024", *options]
+    assert main(command) == 0
+    record = json.loads((out / RECORD_FILE).read_text())
+    assert len(record["removed_layers"]) == 2
+    assert main(command) == 2  # it exists already
+    assert main(["export", str(out), str(tmp_path / "bundle"), "--weights", "float"]) == 0
+    bundle = open_bundle(tmp_path / "bundle")
+    assert bundle.manifest is not None
+    config = ModelConfig.from_dict(bundle.manifest.architecture)
+    assert (config.hidden_size, config.layers) == (32, (LayerSize(2, 1, 64),) * 4)
+    expected = logits(load_reference(open_checkpoint(out)))[0]
+    for graph in bundle.graphs:
+        got = open_session(bundle, graph.backend, threads=1).forward(
+            IDS[0].numpy(), all_logits=True
+        )
+        assert float((torch.from_numpy(got) - expected).std() / expected.std()) < MAX_GRAPH_ERROR
+
+
+def test_prune_refuses_what_makes_no_sense(six: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to prune"):
+        PruneConfig()
+    with pytest.raises(UsageError, match="'guess'"):
+        PruneConfig(layers=1, by="guess")  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="at most 4 of 6"):
+        depth.sleb(load_reference(open_checkpoint(six)), IDS, 5)
 
 
 @pytest.mark.parametrize("removed", [[6], [-1], list(range(6))])

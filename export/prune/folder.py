@@ -1,0 +1,89 @@
+"""A pruned checkpoint as a Hugging Face folder, which everything else reads, heals and exports."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from pocketslm.errors import UsageError
+from pocketslm.export.prune import depth, width
+from pocketslm.export.quantize.calibration import last_tokens
+from pocketslm.models.checkpoint import Checkpoint
+from pocketslm.models.hf_writer import save_hf
+from pocketslm.models.reference import load_reference
+from pocketslm.runtime.tokenizer import load_tokenizer_files
+
+DepthMethod = Literal["sleb", "influence", "last"]
+RECORD_FILE = "pruning.json"
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What to take out: ``layers``, chosen by ``by``, then parts of those left.
+
+    ``kv_heads`` (with their query heads), ``neurons`` and ``channels`` are how many each layer or
+    the model keeps, the most important by their activations; None keeps all. Importance is
+    measured on the last ``tokens`` of a text, in windows of ``window``.
+    """
+
+    layers: int = 0
+    by: DepthMethod = "sleb"
+    kv_heads: int | None = None
+    neurons: int | None = None
+    channels: int | None = None
+    tokens: int = 4096
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        if self.by not in get_args(DepthMethod):
+            raise UsageError(f"by is {self.by!r}, expected one of {get_args(DepthMethod)}")
+        if self.layers < 0:
+            raise UsageError(f"{self.layers} layers to remove, expected at least 0")
+        if not (self.layers or self.kv_heads or self.neurons or self.channels):
+            raise UsageError("nothing to prune; give layers, kv_heads, neurons or channels")
+
+
+def prune_folder(
+    checkpoint: Checkpoint,
+    out: Path,
+    config: PruneConfig,
+    text: Path,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> Checkpoint:
+    """Write the pruned checkpoint to ``out``, whole or not at all; what was written.
+
+    ``pruning.json`` there says which layers went. Raises UsageError where ``out`` is in the way or
+    the text is too short, ExportError where there is less than is to be removed or kept.
+    """
+    if out.exists():
+        raise UsageError(f"{out} exists already; choose another")
+    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    ids = last_tokens(text, load_tokenizer_files(files).encode, config.tokens, config.window)
+    pruned, removed = checkpoint, list[int]()
+    if config.layers:
+        model = load_reference(checkpoint, config.window)
+        count = checkpoint.config.num_hidden_layers
+        if config.by == "last":
+            removed = depth.last(count, config.layers)
+        elif config.by == "influence":
+            removed = depth.least_influence(depth.block_influence(model, ids), config.layers)
+        else:
+            removed = depth.sleb(model, ids, config.layers, progress)
+        pruned = depth.WithoutLayers(checkpoint, removed)
+    kept = {"groups": config.kv_heads, "neurons": config.neurons, "channels": config.channels}
+    if any(kept.values()):
+        model = load_reference(pruned, config.window)
+        importance = width.activation_importance(model, ids)
+        pruned = width.Narrowed(pruned, width.keep_top(importance, **kept))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
+        folder = Path(aside) / "model"
+        save_hf(pruned, folder)
+        record = asdict(config) | {"removed_layers": removed, "text": text.name}
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        folder.rename(out)
+    return pruned

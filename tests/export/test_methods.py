@@ -1,0 +1,62 @@
+"""The table of methods: whole, resumable, and never of two settings at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import support
+from pocketslm.errors import UsageError
+from pocketslm.export import methods
+from pocketslm.models.checkpoint import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> methods.Workbench:
+    folder = tmp_path_factory.mktemp("methods")
+    text, model = folder / "letters.txt", folder / "model"
+    support.write_hf(model, replace(support.TINY, num_hidden_layers=6))
+    letters = np.random.default_rng(0).choice(list("etaoin shrdlu"), 3000)
+    text.write_text("".join(letters))
+    return methods.Workbench(open_checkpoint(model), text, text, windows=1, tokens=1024)
+
+
+def test_every_row_is_made_once(
+    bench: methods.Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, few in (("GROUP_SIZES", (32,)), ("GRIDS", ("sym",)), ("METHODS", ("rtn", "gptq"))):
+        monkeypatch.setattr(methods, name, few)
+    results, said = tmp_path / "rows.jsonl", list[str]()
+    found = methods.rows(bench, results, methods.TABLES, said.append)
+    assert len(said) == len(found) == 2 + 3 + 12
+    assert {row.table for row in found} == set(methods.TABLES)
+    plain = {(row.method, row.detail): row for row in found}
+    assert plain["gptq", "sym g32"].kl < plain["rtn", "sym g32"].kl
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join(lines[:5]) + "\n")
+    again = list[str]()
+    methods.rows(bench, results, ("quantize", "depth"), again.append)
+    assert again == said[4:5]
+    table = methods.markdown(found)
+    assert table.count("\n\n") == 2
+    assert "| sym g32 | gptq |" in table
+
+
+def test_results_of_another_setting_are_refused(bench: methods.Workbench, tmp_path: Path) -> None:
+    results = tmp_path / "rows.jsonl"
+    results.write_text('{"model": "another"}\n')
+    with pytest.raises(UsageError, match="another model or setting"):
+        methods.rows(bench, results, ("depth",), print)
+    results.write_text("nonsense")
+    with pytest.raises(UsageError, match="not a file of results"):
+        methods.rows(bench, results, ("depth",), print)
+
+
+def test_test_and_calibration_text_stay_apart(tiny_hf: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("x" * 1200)
+    with pytest.raises(UsageError, match="512 to measure with and 1024 others"):
+        methods.Workbench(open_checkpoint(tiny_hf), text, text, windows=1, tokens=1024)
