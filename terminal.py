@@ -60,6 +60,19 @@ def numbers(text: str) -> list[int]:
     return [] if values == [0] else values
 
 
+def depths(text: str) -> list[int]:
+    """As :func:`numbers`, but 0 is a depth like any other."""
+    return numbers(text) or [0]
+
+
+def pair(text: str) -> tuple[int, int]:
+    """``512,128`` as llama-bench's -pg takes it."""
+    first, *rest = numbers(text) or [0]
+    if len(rest) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a pair such as 512,128")
+    return first, rest[0]
+
+
 class Progress:
     """One line on stderr that is rewritten on a terminal, or one line a step elsewhere."""
 

@@ -13,124 +13,143 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pocketslm import __version__
 from pocketslm.errors import BackendError, BundleError, UsageError
-from pocketslm.profiling.engine import Job, PocketSlm, Runtime
-from pocketslm.profiling.machine import software, this_machine
-from pocketslm.profiling.peers import parse_peer
+from pocketslm.profiling.cost import Cost
+from pocketslm.profiling.engine import Job, Peer, PocketSlm, Runtime
+from pocketslm.profiling.machine import limits, software, this_machine
+from pocketslm.profiling.peers import choose_peers
+from pocketslm.profiling.plan import Test, at_least, plan
 from pocketslm.profiling.process import Loaded, Sample, Worker
 from pocketslm.profiling.records import Measurement, append_records
 from pocketslm.runtime.backends import usable_cores
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Bundle, open_bundle
 
 Progress = Callable[[str, float], None]
+Say = Callable[[str], None]
 
-SEED = 0
 TIMEOUT_S = 600.0
 # Before each repetition: the others' threads spin for some 20 ms after their work, then park.
 SETTLE_S = 0.1
 
 
 def bench(
-    path: str | Path,
-    *,
+    *bundles: str | Path,
     n_prompt: Sequence[int] = (512,),
     n_gen: Sequence[int] = (128,),
-    n_depth: int | None = None,
+    n_depth: Sequence[int] | None = None,
+    n_both: Sequence[tuple[int, int]] = (),
+    tests: Sequence[Test] | None = None,
     repetitions: int = 5,
+    runs: int = 1,
     threads: Sequence[int] = (),
-    backend: str = "auto",
+    backends: Sequence[str] = ("auto",),
+    cold: bool = False,
     context: int | None = None,
     peers: Sequence[str] = (),
     source: Path | None = None,
     timeout_s: float = TIMEOUT_S,
     record: Path | None = None,
+    say: Say = lambda message: None,
     progress: Progress = lambda step, fraction: None,
 ) -> list[Measurement]:
-    """Measure a bundle and, beside it, peers: ours first for each test and number of threads.
+    """Measure bundles and, beside them, peers, in that order for each test and number of threads.
 
     n_prompt, n_gen: lengths to test; an empty one leaves that kind of test out. n_depth: tokens in
-    the cache before generation, by default the longest prompt tested, else none. repetitions:
-    counted ones, after one that is not. threads: empty takes every core that this process may use.
-    context: a KV cache larger than the tests need. peers: ``NAME`` or ``NAME=ARTEFACT``; without
-    an artefact it is made of ``source``, the checkpoint that the bundle was exported from.
-    timeout_s: for one repetition, or for loading and the warm-up. record: a file that rows are
-    appended to as soon as they are measured. progress is called with what is
-    being done and the fraction of all that is done.
+    the cache before generation, by default the longest prompt tested, else none. n_both: prompts
+    with generation after them. tests: in place of all these. repetitions: counted ones, after one
+    that is not. runs: how often all of it is done, in new processes. threads: empty takes every
+    core that this process may use. cold: drop each artefact from the page cache before loading it.
+    context: a KV cache larger than the tests need. peers: ``NAME`` or ``NAME=ARTEFACT``, or "all"
+    that can run here; without an artefact it is made of ``source``, the checkpoint that the first
+    bundle was exported from. timeout_s: for one repetition, or for loading and the warm-up.
+    record: a file that rows are appended to as soon as they are measured. say gets which of all
+    peers are left out, and why; progress what is being done and the fraction of all that is done.
 
-    Every runtime gets the same random token ids (seed 0). Raises UsageError, BundleError,
-    BackendError, CheckpointError.
+    Every runtime gets the same token ids. Raises UsageError, BundleError, BackendError,
+    CheckpointError.
     """
-    bundle = open_bundle(path, verify=False)
-    tests = _plan(n_prompt, n_gen, n_depth, bundle, context)
+    opened = [open_bundle(path, verify=False) for path in bundles]
+    if tests is None:
+        tests = plan(
+            min(map(_vocab_size, opened)),
+            n_prompt=n_prompt,
+            n_gen=n_gen,
+            n_depth=n_depth,
+            n_both=n_both,
+            context=context,
+        )
     threads = tuple(threads) or (usable_cores(),)
-    _at_least("threads", 1, *threads)
-    _at_least("repetitions", 1, repetitions)
+    at_least("threads", 1, threads)
+    at_least("repetitions", 1, [repetitions])
+    at_least("runs", 1, [runs])
     if not timeout_s > 0:
         raise UsageError(f"timeout is {timeout_s}, expected seconds above 0")
-    contenders = [_ours(bundle, backend), *_prepare_peers(peers, source, bundle, progress)]
-    session = _Session(backend, repetitions, timeout_s, progress, len(tests) * len(threads))
     if record is not None:
         append_records(record, ())  # where it cannot be written, say so before measuring
+    contenders = [_ours(bundle, backend) for bundle in opened for backend in backends]
+    contenders += _prepare_peers(peers, source, opened[0], say, progress)
+    session = _Session(
+        repetitions, timeout_s, cold, progress, groups=len(tests) * len(threads) * runs
+    )
     rows = []
-    for count in threads:
-        for test in tests:
-            measured = session.measure(contenders, test, count)
-            rows += measured
-            if record is not None:
-                append_records(record, measured)
+    for _ in range(runs):
+        session.start_run()
+        for count in threads:
+            for test in tests:
+                measured = session.measure(contenders, test, count)
+                rows += measured
+                if record is not None:
+                    append_records(record, measured)
     return rows
 
 
 @dataclass(frozen=True)
-class _Test:
-    """Fields as in Measurement; ids: see Job."""
-
-    n_prompt: int
-    n_gen: int
-    n_depth: int
-    context: int
-    ids: list[int]
-
-
-@dataclass(frozen=True)
 class _Contender:
-    """A runtime with what it runs."""
+    """A runtime with what it runs; fields as in Measurement, backend as in Job."""
 
     runtime: Runtime
     path: Path
     model: str
     sha256: str
     size_bytes: int
+    backend: str = "auto"
     quality: dict[str, Any] | None = None
+    cost: Cost | None = None
+    bytes_per_token: int | None = None
 
 
 class _Session:
     """The rows of one call of :func:`bench`."""
 
     def __init__(
-        self, backend: str, repetitions: int, timeout_s: float, progress: Progress, groups: int
+        self, repetitions: int, timeout_s: float, cold: bool, progress: Progress, *, groups: int
     ) -> None:
-        self._backend, self._repetitions, self._timeout_s = backend, repetitions, timeout_s
+        self._repetitions, self._timeout_s, self._cold = repetitions, timeout_s, cold
         self._progress, self._groups, self._done = progress, groups, 0
+        self._limits = cache(limits)
         self._common: dict[str, Any] = {
-            "run": uuid.uuid4().hex,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "pocketslm": __version__,
             "machine": this_machine(),
             "software": software(),
+            "cold": cold,
         }
 
-    def measure(self, contenders: list[_Contender], test: _Test, threads: int) -> list[Measurement]:
+    def start_run(self) -> None:
+        """What follows is a run of its own."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._common |= {"run": uuid.uuid4().hex, "started": now}
+
+    def measure(self, contenders: list[_Contender], test: Test, threads: int) -> list[Measurement]:
         """One test of every contender, in turns."""
-        name = f"pp{test.n_prompt}" if test.n_prompt else f"tg{test.n_gen}"
+        name = test.name
+        ceiling = self._limits(threads, contenders[0].bytes_per_token)
         with ExitStack() as stack:
             workers, loads = [], []
             for contender in contenders:
@@ -150,27 +169,28 @@ class _Session:
         self._done += 1
         self._progress(name, self._done / self._groups)
         return [
-            self._row(contender, test, threads, loaded, taken)
+            replace(self._row(contender, test, threads, loaded, taken), limits=ceiling)
             for contender, loaded, taken in zip(contenders, loads, samples, strict=True)
         ]
 
-    def _job(self, contender: _Contender, test: _Test, threads: int) -> Job:
+    def _job(self, contender: _Contender, test: Test, threads: int) -> Job:
         return Job(
             runtime=contender.runtime.name,
             artefact=str(contender.path),
-            backend=self._backend,
+            backend=contender.backend,
             threads=threads,
             context=test.context,
             n_prompt=test.n_prompt,
             n_gen=test.n_gen,
             n_depth=test.n_depth,
             ids=test.ids,
+            cold=self._cold,
         )
 
     def _row(
         self,
         contender: _Contender,
-        test: _Test,
+        test: Test,
         threads: int,
         loaded: Loaded,
         samples: list[Sample],
@@ -189,44 +209,24 @@ class _Session:
             n_gen=test.n_gen,
             n_depth=test.n_depth,
             context=test.context,
+            workload=test.workload,
             samples_ns=tuple(sample.sample_ns for sample in samples),
+            prefill_ns=tuple(s.prefill_ns for s in samples if s.prefill_ns is not None),
             step_ns=tuple(step for sample in samples for step in sample.step_ns),
             load_ns=loaded.load_ns,
             base_rss_bytes=loaded.base_rss_bytes,
             peak_rss_bytes=max(sample.peak_rss_bytes for sample in samples),
             rss_anon_bytes=samples[-1].rss_anon_bytes,
             rss_file_bytes=samples[-1].rss_file_bytes,
+            pss_bytes=samples[-1].pss_bytes,
+            pss_file_bytes=samples[-1].pss_file_bytes,
+            cpu_ns=sum(sample.cpu_ns for sample in samples),
+            major_faults=sum(sample.major_faults for sample in samples),
+            bytes_per_token=contender.bytes_per_token,
+            macs_per_token=contender.cost.layer_macs if contender.cost else None,
+            head_macs=contender.cost.head_macs if contender.cost else None,
             quality=contender.quality,
         )
-
-
-def _plan(
-    n_prompt: Sequence[int],
-    n_gen: Sequence[int],
-    n_depth: int | None,
-    bundle: Bundle,
-    context: int | None,
-) -> list[_Test]:
-    """The tests, each with just the context that it needs unless one is given."""
-    _at_least("n_prompt", 1, *n_prompt)
-    _at_least("n_gen", 1, *n_gen)
-    if not n_prompt and not n_gen:
-        raise UsageError("neither n_prompt nor n_gen has a length, expected at least one test")
-    depth = max(n_prompt, default=0) if n_depth is None else n_depth
-    _at_least("n_depth", 0, depth)
-    counts = [(n, 0, 0, n) for n in n_prompt] + [(0, n, depth, depth + n) for n in n_gen]
-    for prompt, gen, _, needed in counts:
-        if context is not None and needed > context:
-            raise UsageError(
-                f"context is {context} and {f'pp{prompt}' if prompt else f'tg{gen}'} needs "
-                f"{needed} tokens; give a larger context or shorter lengths"
-            )
-    rng = np.random.default_rng(SEED)
-    ids = rng.integers(0, _vocab_size(bundle), max(*n_prompt, depth, 1)).tolist()
-    return [
-        _Test(prompt, gen, deep, context or needed, ids[: prompt or deep or 1])
-        for prompt, gen, deep, needed in counts
-    ]
 
 
 def _vocab_size(bundle: Bundle) -> int:
@@ -242,40 +242,66 @@ def _vocab_size(bundle: Bundle) -> int:
 
 def _ours(bundle: Bundle, backend: str) -> _Contender:
     manifest = bundle.manifest
-    return _Contender(
+    ours = _Contender(
         PocketSlm(),
         bundle.path,
         bundle.name,
         _sha256(bundle.path),
         bundle.graph_bytes(bundle.graph(backend)),
-        manifest.quality if manifest else None,
+        backend,
+    )
+    if manifest is None:
+        return ours
+    cost = Cost.of(manifest.architecture)
+    weights = sum(manifest.weights.values())
+    return replace(
+        ours,
+        quality=manifest.quality,
+        cost=cost,
+        bytes_per_token=round(weights * cost.read_share),
     )
 
 
 def _prepare_peers(
-    peers: Sequence[str], source: Path | None, bundle: Bundle, progress: Progress
+    peers: Sequence[str],
+    source: Path | None,
+    bundle: Bundle,
+    say: Say,
+    progress: Progress,
 ) -> list[_Contender]:
-    wanted = [parse_peer(text) for text in peers]
-    for peer, path in wanted:
-        if reason := peer.available():
-            raise BackendError(f"peer {peer.name}: {reason}")
+    wanted = choose_peers(peers)
+    for peer, path, _ in wanted:
         if path is not None and not path.exists():
             raise UsageError(f"{path} does not exist, expected {peer.artefact} for {peer.name}")
-        if path is None and source is None:
-            raise UsageError(
-                f"peer {peer.name} has nothing to run; give --source CHECKPOINT, or its own "
-                f"artefact as --peer {peer.name}=PATH ({peer.artefact})"
-            )
-    cache: Path | None = None
     ready = []
-    for peer, path in wanted:
-        if path is None:
-            assert source is not None
-            progress(f"prepare {peer.name}", 0.0)
-            cache = cache or _cache(_checked_source(source, bundle))
-            path = peer.prepare(source, cache)
-        ready.append(_Contender(peer, path, bundle.name, _sha256(path), _size(path)))
+    for peer, path, may_lack in wanted:
+        try:
+            if reason := peer.available():
+                raise BackendError(reason)
+            path = path or _artefact(peer, source, bundle, progress)
+        except (BackendError, UsageError) as error:
+            if not may_lack:
+                raise
+            say(f"left out {peer.name}: {error}")
+            continue
+        ready.append(_peer(peer, path, bundle))
     return ready
+
+
+def _peer(peer: Peer, path: Path, bundle: Bundle) -> _Contender:
+    cost = Cost.of(bundle.manifest.architecture) if bundle.manifest else None
+    return _Contender(peer, path, bundle.name, _sha256(path), _size(path), cost=cost)
+
+
+def _artefact(peer: Peer, source: Path | None, bundle: Bundle, progress: Progress) -> Path:
+    """What a peer runs, made of the checkpoint."""
+    if source is None:
+        raise UsageError(
+            f"peer {peer.name} has nothing to run; give --source CHECKPOINT, or its own "
+            f"artefact as --peer {peer.name}=PATH ({peer.artefact})"
+        )
+    progress(f"prepare {peer.name}", 0.0)
+    return peer.prepare(source, _cache(_checked_source(source, bundle)))
 
 
 def _checked_source(source: Path, bundle: Bundle) -> str:
@@ -316,9 +342,3 @@ def _sha256(path: Path) -> str:
             while chunk := opened.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _at_least(name: str, least: int, *values: int) -> None:
-    for value in values:
-        if value < least:
-            raise UsageError(f"{name} is {value}, expected at least {least}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pocketslm.terminal import Commands, Progress, add_backend, numbers, say
+from pocketslm.terminal import Commands, Progress, depths, numbers, pair, say
 
 
 def add_commands(commands: Commands) -> None:
@@ -15,11 +15,21 @@ def add_commands(commands: Commands) -> None:
         "measure speed, memory and load time, perhaps beside other runtimes",
         "pocketslm bench out/smollm2 -p 512 -n 128 -r 5 -t 2 --peer ort-genai",
     )
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, nargs="+")
     parser.add_argument("-p", "--n-prompt", type=numbers, default=[512], help="prompt lengths")
     parser.add_argument("-n", "--n-gen", type=numbers, default=[128], help="generation lengths")
-    parser.add_argument("-d", "--n-depth", type=int, help="tokens cached before generation")
+    parser.add_argument("-d", "--n-depth", type=depths, help="tokens cached before generation")
+    parser.add_argument(
+        "-pg", type=pair, action="append", default=[], metavar="P,N", help="a prompt, then tokens"
+    )
+    parser.add_argument(
+        "--slimlm",
+        action="store_true",
+        help="only the table of the SlimLM paper: prompts of 1 to 800 tokens, each with an answer",
+    )
     parser.add_argument("-r", "--repetitions", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=1, help="all of it again, in new processes")
+    parser.add_argument("--cold", action="store_true", help="load from storage, not page cache")
     parser.add_argument("-t", "--threads", type=numbers, default=[], help="numbers of threads")
     parser.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md")
     parser.add_argument(
@@ -27,7 +37,8 @@ def add_commands(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME[=ARTEFACT]",
-        help="also run ort-genai, llama.cpp or executorch, and print the ratio",
+        help="also run ort-genai, llama.cpp, llama.cpp-q4_0 or executorch, or all that are "
+        "installed, and print the ratio",
     )
     parser.add_argument("--source", help="the checkpoint from which peers make their artefact")
     parser.add_argument("--context", type=int, help="a KV cache larger than the tests need")
@@ -37,28 +48,35 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds a repetition may take"
     )
-    add_backend(parser)
+    parser.add_argument(
+        "--backend", default="auto", help="one or several, as native,onnx (default: the first)"
+    )
 
 
 def _bench(arguments: argparse.Namespace) -> None:
     from pocketslm.models.catalog import resolve
+    from pocketslm.profiling import plan
     from pocketslm.profiling.bench import bench
     from pocketslm.profiling.tables import format_rows
 
     with Progress() as progress:
         rows = bench(
-            arguments.bundle,
-            n_prompt=arguments.n_prompt,
-            n_gen=arguments.n_gen,
+            *arguments.bundle,
+            n_prompt=[] if arguments.slimlm else arguments.n_prompt,
+            n_gen=[] if arguments.slimlm else arguments.n_gen,
             n_depth=arguments.n_depth,
+            n_both=plan.SLIMLM if arguments.slimlm else arguments.pg,
             repetitions=arguments.repetitions,
+            runs=arguments.runs,
             threads=arguments.threads,
-            backend=arguments.backend,
+            backends=arguments.backend.split(","),
+            cold=arguments.cold,
             context=arguments.context,
             timeout_s=arguments.timeout,
             record=arguments.record,
             peers=arguments.peer,
             source=resolve(arguments.source, say) if arguments.source else None,
+            say=say,
             progress=progress,
         )
     print(format_rows(rows, arguments.output), end="")

@@ -26,7 +26,8 @@ class Job:
     """One test for one worker. The counts mean what they mean in a Measurement.
 
     ids: the tokens that go first: the prompt, or what is in the cache before decoding (a single
-    token with ``n_depth`` 0). context: tokens that the KV cache must hold.
+    token with ``n_depth`` 0). context: tokens that the KV cache must hold. cold: drop the artefact
+    from the page cache first.
     """
 
     runtime: str
@@ -38,6 +39,7 @@ class Job:
     n_gen: int
     n_depth: int
     ids: list[int]
+    cold: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pocketslm.errors import BackendError
 from pocketslm.runtime.backends import usable_cores
 
+PROBE_BYTES = 64 << 20  # more than the caches of a phone or board hold
 _SOFTWARE = ("numpy", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "executorch", "torch")
 
 
@@ -63,6 +65,20 @@ def this_machine() -> Machine:
         arch=platform.machine(),
         ram_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         os=platform.platform(terse=True),
+    )
+
+
+def limits(threads: int, buffer_bytes: int | None) -> Limits | None:
+    """This machine's roofline for a model of that size; None without the native operators."""
+    from pocketslm.runtime.backends.native import load_library
+
+    try:
+        library = load_library()
+    except BackendError:
+        return None
+    return Limits(
+        library.pslm_measure_bandwidth(threads, buffer_bytes or PROBE_BYTES),
+        library.pslm_measure_int8_peak(None, threads),
     )
 
 

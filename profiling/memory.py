@@ -7,23 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_ROLLUP = Path("/proc/self/smaps_rollup")
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes. peak_rss: the most that was ever resident; rss_anon, rss_file: resident now, as own
-    pages and as pages of mapped files, None where the system does not tell them apart.
+    pages and as pages of mapped files; pss, pss_file: the same with pages that other processes
+    map too counted in part. None where the system does not tell.
     """
 
     peak_rss_bytes: int
     rss_anon_bytes: int | None = None
     rss_file_bytes: int | None = None
+    pss_bytes: int | None = None
+    pss_file_bytes: int | None = None
 
 
 def memory() -> Memory:
     """Of this process: from /proc on Linux, from getrusage elsewhere."""
     if _STATUS.exists():
-        return parse_status(_STATUS.read_text(encoding="utf-8"))
+        rollup = _ROLLUP.read_text(encoding="utf-8") if _ROLLUP.exists() else ""
+        return parse_status(_STATUS.read_text(encoding="utf-8") + rollup)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -32,7 +37,7 @@ def memory() -> Memory:
 
 
 def parse_status(text: str) -> Memory:
-    """Read ``/proc/<pid>/status``, whose "kB" are KiB.
+    """Read ``/proc/<pid>/status`` and ``smaps_rollup``, whose "kB" are KiB.
 
     VmHWM starts anew with each program, whereas getrusage's maximum survives exec: a small child
     of a large parent would report the parent.
@@ -42,4 +47,6 @@ def parse_status(text: str) -> Memory:
         name, _, value = line.partition(":")
         if value.endswith(" kB"):
             kib[name] = int(value.removesuffix(" kB")) * 1024
-    return Memory(kib["VmHWM"], kib.get("RssAnon"), kib.get("RssFile"))
+    return Memory(
+        kib["VmHWM"], kib.get("RssAnon"), kib.get("RssFile"), kib.get("Pss"), kib.get("Pss_File")
+    )

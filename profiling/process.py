@@ -36,8 +36,13 @@ class Sample:
     sample_ns: int
     step_ns: list[int]
     peak_rss_bytes: int
-    rss_anon_bytes: int | None
-    rss_file_bytes: int | None
+    prefill_ns: int | None = None
+    rss_anon_bytes: int | None = None
+    rss_file_bytes: int | None = None
+    pss_bytes: int | None = None
+    pss_file_bytes: int | None = None
+    cpu_ns: int = 0
+    major_faults: int = 0
 
 
 _Answer = TypeVar("_Answer", Loaded, Sample)

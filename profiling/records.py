@@ -71,7 +71,8 @@ class Measurement:
     peak_rss_bytes includes; rss_anon_bytes, rss_file_bytes, pss_bytes, pss_file_bytes: steady,
     after the last repetition. cpu_ns, major_faults: of the counted repetitions together.
     operator_ns: time by operator over them. bytes_per_token: weights read for one token;
-    macs_per_token: multiply-accumulates of one prompt token, attention and head apart.
+    macs_per_token: multiply-accumulates of one token in the layers, attention apart; head_macs:
+    in the output head.
     quality: as the bundle's manifest has it.
     """
 
@@ -114,6 +115,7 @@ class Measurement:
     throttled: bool | None = None
     bytes_per_token: int | None = None
     macs_per_token: int | None = None
+    head_macs: int | None = None
     limits: Limits | None = None
     quality: dict[str, Any] | None = None
     schema: int = SCHEMA

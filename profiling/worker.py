@@ -2,7 +2,7 @@
 
 Protocol, in JSON lines: the parent writes a Job; the worker loads, warms up and answers
 ``{"backend", "load_ns", "base_rss_bytes"}``; to each further line of the parent it answers with
-one repetition, ``{"sample_ns", "step_ns", "peak_rss_bytes", ...}``; end of input ends it. In place
+one repetition, the fields of process.Sample; end of input ends it. In place
 of any answer ``{"error", "message"}`` may come: the name and text of a pocketslm error.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from time import perf_counter_ns
 from typing import IO, Any
 
@@ -30,8 +32,10 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
         repeat(engine, job)  # warm-up: first touches of memory, not counted
         _write(answers, loaded)
         for _ in requests:
-            sample_ns, step_ns = repeat(engine, job)
-            _write(answers, {"sample_ns": sample_ns, "step_ns": step_ns} | asdict(memory()))
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            times = repeat(engine, job)
+            after = resource.getrusage(resource.RUSAGE_SELF)
+            _write(answers, asdict(times) | asdict(memory()) | _used(before, after))
     except PocketSlmError as error:
         _write(answers, {"error": type(error).__name__, "message": str(error)})
 
@@ -40,6 +44,8 @@ def load(job: Job) -> tuple[Engine, dict[str, Any]]:
     """Open the job's engine, and say what that took."""
     runtime = runtime_named(job.runtime)
     runtime.import_library(job)
+    if job.cold:
+        _drop_from_page_cache(Path(job.artefact))
     base = memory().peak_rss_bytes
     start = perf_counter_ns()
     engine = runtime.open(job)
@@ -47,24 +53,43 @@ def load(job: Job) -> tuple[Engine, dict[str, Any]]:
     return engine, {"backend": engine.backend, "load_ns": load_ns, "base_rss_bytes": base}
 
 
-def repeat(engine: Engine, job: Job) -> tuple[int, list[int]]:
-    """Time one repetition from an empty cache: nanoseconds in all, and of each decode step."""
+@dataclass(frozen=True)
+class Times:
+    """Nanoseconds of one repetition; fields as in process.Sample."""
+
+    sample_ns: int
+    prefill_ns: int | None
+    step_ns: list[int]
+
+
+def repeat(engine: Engine, job: Job) -> Times:
+    """Time one repetition from an empty cache."""
     engine.reset()
-    if job.n_prompt:
-        start = perf_counter_ns()
-        engine.prefill(job.ids)
-        return perf_counter_ns() - start, []
     if job.n_depth:
         engine.prefill(job.ids)
     marks = [perf_counter_ns()]
-    if not job.n_depth:  # nothing precedes: the first step is that of the first token
+    if not job.n_depth:  # of a generation from nothing, the first step is that of the first token
         engine.prefill(job.ids)
         marks.append(perf_counter_ns())
-    while len(marks) <= job.n_gen:
+    for _ in range(job.n_gen - (0 if job.n_prompt or job.n_depth else 1)):
         engine.step()
         marks.append(perf_counter_ns())
-    steps = [after - before for before, after in pairwise(marks)]
-    return marks[-1] - marks[0], steps
+    laps = [after - before for before, after in pairwise(marks)]
+    if job.n_prompt and job.n_gen:
+        return Times(sum(laps), laps[0], laps[1:])
+    return Times(sum(laps), None, laps if job.n_gen else [])
+
+
+def _used(before: resource.struct_rusage, after: resource.struct_rusage) -> dict[str, int]:
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu_ns": round(seconds * 1e9), "major_faults": after.ru_majflt - before.ru_majflt}
+
+
+def _drop_from_page_cache(path: Path) -> None:
+    """Of a file or a folder's files; the system may keep pages that others have mapped."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _write(answers: IO[str], answer: dict[str, Any]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from pocketslm.errors import UsageError
+from pocketslm.errors import BackendError, UsageError
 from pocketslm.profiling.engine import Peer, PocketSlm, Runtime
 from pocketslm.profiling.peers.executorch import ExecuTorch
 from pocketslm.profiling.peers.llama_cpp import LlamaCpp
 from pocketslm.profiling.peers.ort_genai import OrtGenai
 
-_ALL: tuple[Peer, ...] = (OrtGenai(), LlamaCpp(), ExecuTorch())
+_ALL: tuple[Peer, ...] = (OrtGenai(), LlamaCpp(), LlamaCpp("Q4_0"), ExecuTorch())
+ALL = "all"
 PEERS = {peer.name: peer for peer in _ALL}
 
 
@@ -32,3 +34,19 @@ def parse_peer(text: str) -> tuple[Peer, Path | None]:
             + ", ".join(f"{peer.name} ({peer.artefact})" for peer in _ALL)
         )
     return PEERS[name], Path(path) if path else None
+
+
+def choose_peers(texts: Sequence[str]) -> list[tuple[Peer, Path | None, bool]]:
+    """Peers with their artefact, and whether they are there because of "all".
+
+    BackendError for one that is named and cannot run here, UsageError for an unknown one.
+    """
+    named = [parse_peer(text) for text in texts if text != ALL]
+    for peer, _ in named:
+        if reason := peer.available():
+            raise BackendError(f"peer {peer.name}: {reason}")
+    chosen = [(peer, path, False) for peer, path in named]
+    if ALL in texts:
+        names = {peer.name for peer, _ in named}
+        chosen += [(peer, None, True) for peer in _ALL if peer.name not in names]
+    return chosen

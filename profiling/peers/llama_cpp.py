@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ _DISTRIBUTION = "llama-cpp-python"
 
 
 class LlamaCpp:
-    """llama.cpp on a GGUF file as it is."""
+    """llama.cpp on a GGUF file as it is, or rounded again by its own tool to another type."""
 
-    name = "llama.cpp"
     artefact = "a .gguf file"
+
+    def __init__(self, kind: str | None = None) -> None:
+        self._kind = kind
+        self.name = f"llama.cpp-{kind.lower()}" if kind else "llama.cpp"
 
     def version(self) -> str:
         return library_version(_DISTRIBUTION)
@@ -32,7 +36,7 @@ class LlamaCpp:
                 f"{source} is not a .gguf file, which is what llama.cpp runs; convert it with "
                 f"llama.cpp's convert_hf_to_gguf.py and give it as --peer {self.name}=FILE.gguf"
             )
-        return files[0]
+        return _rounded(files[0], self._kind, cache) if self._kind else files[0]
 
     def import_library(self, job: Job) -> None:
         import llama_cpp
@@ -41,6 +45,28 @@ class LlamaCpp:
 
     def open(self, job: Job) -> Engine:
         return _Engine(job)
+
+
+def _rounded(source: Path, kind: str, cache: Path) -> Path:
+    """What ``llama-quantize --allow-requantize SOURCE OUT KIND`` writes, once for a checkpoint."""
+    import llama_cpp
+
+    target = cache / f"{source.stem.rpartition('.')[0] or source.stem}.{kind}.gguf"
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    options.allow_requantize = True
+    with tempfile.TemporaryDirectory(prefix=".rounding.", dir=cache) as aside:
+        file = Path(aside, target.name)
+        status = llama_cpp.llama_model_quantize(
+            str(source).encode(), str(file).encode(), ctypes.byref(options)
+        )
+        if status:
+            raise BackendError(f"llama.cpp cannot round {source} to {kind}: status {status}")
+        file.replace(target)
+    return target
 
 
 class _Engine:

@@ -45,7 +45,8 @@ class FakeWorker:
         count = len([turn for turn in FakeWorker.turns if turn == self.job.runtime])
         # The peak is a middle repetition's, to see that it is kept.
         peak = 30 if count == 2 else 20
-        return Sample(count * 100, [25] * self.job.n_gen, peak, None, None)
+        prefill = 50 if self.job.n_prompt and self.job.n_gen else None
+        return Sample(count * 100, [25] * self.job.n_gen, peak, prefill)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_end_to_end(tiny_bundle: Path, tmp_path: Path) -> None:
         n_gen=(4,),
         repetitions=2,
         threads=(1, 2),
-        backend="onnx",
+        backends=("onnx",),
         record=record,
         progress=lambda step, fraction: steps.append((step, fraction)),
     )
@@ -107,7 +108,7 @@ def test_damaged_graph(tiny_bundle: Path, tmp_path: Path) -> None:
     graph = copy / "model.onnx"
     graph.write_bytes(b"\0" * graph.stat().st_size)
     with pytest.raises(BackendError, match="cannot load"):
-        bench(copy, n_prompt=(4,), n_gen=(), repetitions=1, backend="onnx")
+        bench(copy, n_prompt=(4,), n_gen=(), repetitions=1, backends=("onnx",))
 
 
 @pytest.mark.usefixtures("anything_goes")
@@ -149,13 +150,19 @@ def test_everyone_gets_the_same(tiny_bundle: Path, workers: type[FakeWorker]) ->
 
 @pytest.mark.parametrize(
     ("n_prompt", "n_depth", "expected", "tokens"),
-    [((), None, 0, 1), ((8, 16), None, 16, 16), ((8,), 0, 0, 1), ((8,), 5, 5, 5), ((), 5, 5, 5)],
+    [
+        ((), None, 0, 1),
+        ((8, 16), None, 16, 16),
+        ((8,), (0,), 0, 1),
+        ((8,), (5,), 5, 5),
+        ((), (2, 5), 5, 5),
+    ],
 )
 def test_depth_of_generation(
     tiny_bundle: Path,
     workers: type[FakeWorker],
     n_prompt: tuple[int, ...],
-    n_depth: int | None,
+    n_depth: tuple[int, ...] | None,
     expected: int,
     tokens: int,
 ) -> None:
@@ -163,6 +170,19 @@ def test_depth_of_generation(
     assert row.n_depth == expected
     assert row.context == expected + 3
     assert len(workers.jobs[-1].ids) == tokens
+
+
+def test_a_prompt_with_generation_after_it(tiny_bundle: Path, workers: type[FakeWorker]) -> None:
+    (row,) = bench(tiny_bundle, n_prompt=(), n_gen=(), n_both=((6, 4),), repetitions=1)
+    assert (row.test, row.context) == ("pp6+tg4", 10)
+    assert len(workers.jobs[-1].ids) == 6
+
+
+def test_every_run_has_processes_and_a_name_of_its_own(
+    tiny_bundle: Path, workers: type[FakeWorker]
+) -> None:
+    rows = bench(tiny_bundle, n_prompt=(4,), n_gen=(), repetitions=1, runs=3)
+    assert len({row.run for row in rows}) == len(rows) == len(workers.jobs) == 3
 
 
 def test_context_may_be_larger(tiny_bundle: Path, workers: type[FakeWorker]) -> None:
@@ -187,10 +207,10 @@ def test_quality_is_carried_along(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_prompt": (), "n_gen": ()}, "neither n_prompt nor n_gen"),
+        ({"n_prompt": (), "n_gen": ()}, "no length of a prompt or a generation"),
         ({"n_prompt": (0,)}, "n_prompt is 0, expected at least 1"),
         ({"n_gen": (-3,)}, "n_gen is -3"),
-        ({"n_depth": -1}, "n_depth is -1"),
+        ({"n_depth": (-1,)}, "n_depth is -1"),
         ({"repetitions": 0}, "repetitions is 0"),
         ({"threads": (2, 0)}, "threads is 0"),
         ({"timeout_s": 0}, "timeout is 0"),
@@ -216,7 +236,7 @@ def test_not_a_bundle(tmp_path: Path) -> None:
 
 def test_unknown_backend(tiny_bundle: Path) -> None:
     with pytest.raises(BundleError, match="no graph for backend 'abacus'"):
-        bench(tiny_bundle, backend="abacus", n_prompt=(4,), n_gen=(), repetitions=1)
+        bench(tiny_bundle, backends=("abacus",), n_prompt=(4,), n_gen=(), repetitions=1)
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -259,5 +279,7 @@ def test_names() -> None:
     assert parse_peer("llama.cpp") == (PEERS["llama.cpp"], None)
     assert parse_peer("llama.cpp=a=b.gguf") == (PEERS["llama.cpp"], Path("a=b.gguf"))
     assert runtime_named("pocketslm").name == "pocketslm"
-    with pytest.raises(UsageError, match="expected one of: ort-genai, llama.cpp, executorch"):
+    with pytest.raises(
+        UsageError, match="one of: ort-genai, llama.cpp, llama.cpp-q4_0, executorch"
+    ):
         runtime_named("vllm")

@@ -49,32 +49,41 @@ def job(n_prompt: int = 0, n_gen: int = 0, n_depth: int = 0) -> Job:
 
 def test_prompt_is_one_call() -> None:
     engine = Recorder()
-    sample_ns, step_ns = worker.repeat(engine, job(n_prompt=3))
+    times = worker.repeat(engine, job(n_prompt=3))
     assert engine.calls == ["reset", [0, 1, 2]]
-    assert sample_ns > 0
-    assert step_ns == []
+    assert times.sample_ns > 0
+    assert times.step_ns == []
 
 
 def test_generation_after_a_prompt() -> None:
     engine = Recorder()
-    sample_ns, step_ns = worker.repeat(engine, job(n_gen=3, n_depth=2))
+    times = worker.repeat(engine, job(n_gen=3, n_depth=2))
     assert engine.calls == ["reset", [0, 1], "step", "step", "step"]
-    assert len(step_ns) == 3
-    assert sum(step_ns) == sample_ns
+    assert len(times.step_ns) == 3
+    assert sum(times.step_ns) == times.sample_ns
 
 
 def test_generation_from_nothing_runs_as_many_tokens() -> None:
     engine = Recorder()
-    sample_ns, step_ns = worker.repeat(engine, job(n_gen=3))
+    times = worker.repeat(engine, job(n_gen=3))
     assert engine.calls == ["reset", [0], "step", "step"]
-    assert len(step_ns) == 3
-    assert sum(step_ns) == sample_ns
+    assert len(times.step_ns) == 3
+    assert sum(times.step_ns) == times.sample_ns
 
 
 def serve(requests: list[str]) -> list[dict[str, Any]]:
     answers = io.StringIO()
     worker.serve(iter(requests), answers)  # type: ignore[arg-type]
     return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+def test_a_prompt_with_tokens_after_it_is_timed_in_parts() -> None:
+    engine = Recorder()
+    times = worker.repeat(engine, job(n_prompt=3, n_gen=2))
+    assert engine.calls == ["reset", [0, 1, 2], "step", "step"]
+    assert times.prefill_ns is not None
+    assert len(times.step_ns) == 2
+    assert times.prefill_ns + sum(times.step_ns) == times.sample_ns
 
 
 def test_serve(monkeypatch: pytest.MonkeyPatch) -> None:
