@@ -39,19 +39,23 @@ class Spec:
     def top(self) -> int:
         return (1 << self.bits) - 1
 
-    def split(self, weight: Tensor) -> Tensor:
-        """``weight`` [N, K] in its groups [N, K / group, group].
+    def size(self, k: int) -> int:
+        """The group for rows of ``k``: ``group_size``, or the largest part of it that divides k.
 
-        Where ``group_size`` does not divide K, the largest group that does is taken. Raises
-        ExportError for NaN, infinity or a K that no group divides.
+        Raises ExportError where there is none.
         """
-        n, k = weight.shape
         group = math.gcd(self.group_size, k)
         if group < _MIN_GROUP:
             raise ExportError(
                 f"rows of {k} weights do not divide into groups of {self.group_size} or any power "
                 f"of two from {_MIN_GROUP}"
             )
+        return group
+
+    def split(self, weight: Tensor) -> Tensor:
+        """``weight`` [N, K] as groups [N, K / group, group]; ExportError for NaN or infinity."""
+        n, k = weight.shape
+        group = self.size(k)
         if not torch.isfinite(weight).all():
             raise ExportError("a weight is NaN or infinite; the checkpoint is damaged")
         return weight.float().reshape(n, k // group, group)
