@@ -11,7 +11,7 @@ def run(
 ) -> None:
     """Open the window and return when it is closed."""
     os.environ.setdefault("KIVY_NO_ARGS", "1")
-    os.environ.setdefault("KIVY_NO_CONSOLELOG", "1")
+    os.environ.setdefault("KIVY_LOG_MODE", "PYTHON")  # else it takes standard error for itself
     from kivy.config import Config
 
     Config.set("graphics", "width", str(size[0]))

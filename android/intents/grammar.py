@@ -21,6 +21,8 @@ from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model, TextModel
 from pocketslm.runtime.sampling import log_probability
 
+CALL_TOKENS = 120  # that the longest usual call takes
+
 _EXAMPLES = """\
 Remind me to call Ana at 18:30 -> {"name": "set_reminder", "title": "call Ana", "day": "today", \
 "hour": 18, "minute": 30}
@@ -43,7 +45,7 @@ def propose(model: TextModel, request: str) -> Action:
     inner = getattr(model, "model", model)
     if not isinstance(inner, Model):
         raise BackendError("this engine gives no probabilities; choose another in the settings")
-    writer = _Writer(inner, f"{_EXAMPLES}{request} -> {{")
+    writer = _Writer(inner, _prompt(inner, request))
     names = list(SCHEMAS)
     name = names[writer.choose([f'"name": "{name}"' for name in names])]
     arguments: dict[str, str | int] = {}
@@ -53,6 +55,16 @@ def propose(model: TextModel, request: str) -> Action:
     action = Action(name, arguments)
     assert action.valid()
     return action
+
+
+def _prompt(model: Model, request: str) -> str:
+    """The request after as many examples as leave room for the call."""
+    examples = _EXAMPLES.splitlines(keepends=True)
+    while True:
+        text = f"{''.join(examples)}{request} -> {{"
+        if not examples or len(model.tokenizer.encode(text)) + CALL_TOKENS <= model.context:
+            return text
+        examples.pop(0)
 
 
 def _value(writer: _Writer, rule: dict[str, Any], request: str) -> str | int:
@@ -78,7 +90,7 @@ class _Writer:
         self._text += text
 
     def choose(self, options: Sequence[str]) -> int:
-        """The option that the model finds most probable per token; it is written."""
+        """The option that the model finds most probable; it is written."""
         scores = [self._score(option) for option in options]
         best = int(np.argmax(scores))
         self.write(options[best])
@@ -118,7 +130,7 @@ class _Writer:
         return made
 
     def _score(self, option: str) -> float:
-        """Mean log-probability of the option's tokens after the text."""
+        """Log-probability of the option after the text."""
         before = self._ids(self._text)
         whole = self._ids(self._text + option)
         common = 0
@@ -127,7 +139,7 @@ class _Writer:
         total = 0.0
         for at in range(common, len(whole)):
             total += log_probability(self._logits(whole[:at]), whole[at])
-        return total / max(1, len(whole) - common)
+        return total
 
     def _logits(self, ids: list[int]) -> Any:
         return self._model.engine.prefill(ids)

@@ -233,8 +233,9 @@ class DocumentScreen(Screen):
     def tick(self) -> None:
         """What the line above the question says now."""
         app = App.get_running_app()
-        app_status = app.engine_status(self.busy)
-        self.status = app_status
+        self.status = app.engine_status(self.busy)
+        if self.busy:
+            app.settings.save()  # the answer as far as it has come
 
     _job: Job | None = None
 

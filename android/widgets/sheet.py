@@ -14,7 +14,7 @@ from kivy.metrics import dp
 from kivy.properties import StringProperty
 from kivy.uix.modalview import ModalView
 
-from pocketslm.android.widgets.basics import Row
+from pocketslm.android.widgets.basics import Row, Tap
 
 
 class Notice(Row):
@@ -71,6 +71,13 @@ def confirm(
     sheet.open()
 
 
+class FileLine(Tap):
+    """A file or folder to tap."""
+
+    icon = StringProperty("document")
+    text = StringProperty("")
+
+
 class FileSheet(Sheet):
     """Choose a file, or a folder where ``folders`` is true, by walking through folders."""
 
@@ -85,16 +92,16 @@ class FileSheet(Sheet):
         super().__init__()
         self._title, self._endings, self._folders = title, tuple(endings), folders
         self._chosen = chosen
-        self.walk(start)
+        self.enter(start)
 
-    def walk(self, folder: Path) -> None:
+    def enter(self, folder: Path) -> None:
         """Show what a folder holds."""
         t = App.get_running_app().t
         body = self.ids.body
         body.clear_widgets()
         self.add(Factory.Heading(content=self._title))
         self.add(Factory.Caption(content=str(folder)))
-        self._line("up", t("up"), lambda: self.walk(folder.parent))
+        self._line("up", t("up"), lambda: self.enter(folder.parent))
         try:
             found = sorted(folder.iterdir(), key=lambda p: (not p.is_dir(), p.name.lower()))
         except OSError:
@@ -103,7 +110,7 @@ class FileSheet(Sheet):
             if path.name.startswith("."):
                 continue
             if path.is_dir():
-                self._line("folder", path.name, lambda path=path: self.walk(path))
+                self._line("folder", path.name, lambda path=path: self.enter(path))
             elif path.suffix.lower() in self._endings:
                 self._line("document", path.name, lambda path=path: self._take(path))
         actions = [(t("cancel"), "plain", lambda: None)]
@@ -112,7 +119,7 @@ class FileSheet(Sheet):
         self.buttons(*actions)
 
     def _line(self, icon: str, text: str, action: Callable[[], None]) -> None:
-        line = Factory.FileLine(icon=icon, text=text)
+        line = FileLine(icon=icon, text=text)
         line.bind(on_release=lambda _: action())
         self.add(line)
 

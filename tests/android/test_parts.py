@@ -1,0 +1,274 @@
+"""What the app is made of, without a window: words, settings, models, actions."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import support
+from pocketslm.android import strings
+from pocketslm.android.engine import meter
+from pocketslm.android.engine.models import Models, describe
+from pocketslm.android.engine.worker import Job, Worker
+from pocketslm.android.intents import SCHEMAS, Action
+from pocketslm.android.intents.grammar import propose
+from pocketslm.android.settings import DEFAULTS, Settings
+from pocketslm.errors import BackendError, BundleError, UsageError
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.runtime.bundle import open_bundle
+from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.model import Model
+
+REQUESTS = 60
+SEED = 3
+
+
+# Words
+
+
+def _places(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+@pytest.mark.parametrize("language", strings.LANGUAGES)
+def test_each_language_says_everything(language: str) -> None:
+    english, theirs = strings.table("en"), strings.table(language)
+    assert theirs.keys() == english.keys()
+    for key, text in theirs.items():
+        assert _places(text) == _places(english[key]), key
+        assert text.strip()
+
+
+def test_arabic_is_joined_and_put_into_visual_order() -> None:
+    # "كتاب" (book): the joined forms of Unicode's table, last letter leftmost.
+    assert strings.visual("كتاب") == "\ufe8f\ufe8e\ufe98\ufedb"
+    # Numbers and Latin words keep their own direction inside.
+    assert strings.visual("כתב 123 abc") == "abc 123 בתכ"
+    assert strings.visual("abc כתב") == "abc בתכ"
+
+
+def test_lines_break_in_logical_order() -> None:
+    text = "אחת שתיים שלוש ארבע"
+    lines = strings.visual(text, 9, len).split("\n")
+    assert [line[::-1] for line in lines] == ["אחת שתיים", "שלוש ארבע"]
+    assert strings.visual("a b\nc", 1, len) == "a\nb\nc"
+
+
+def test_a_paragraph_runs_as_its_first_letter_does() -> None:
+    assert strings.runs_rtl("1. שלום abc")
+    assert not strings.runs_rtl("1. abc שלום")
+    assert strings.runs_rtl("12", otherwise=True)
+
+
+# Settings
+
+
+def test_settings_survive_and_strange_files_give_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "settings.json"
+    settings = Settings(path)
+    changed: list[str] = []
+    settings.watch(changed.append)
+    settings["theme"] = "dark"
+    settings["theme"] = "dark"
+    assert changed == ["theme"]
+    assert Settings(path)["theme"] == "dark"
+    for bad in ("", "{", "[]", '{"theme": "pink", "threads": "4"}', '{"language": 3}'):
+        path.write_text(bad)
+        again = Settings(path)
+        assert {name: again[name] for name in DEFAULTS} == DEFAULTS
+
+
+# The worker
+
+
+def test_work_runs_elsewhere_and_its_events_arrive_here(tmp_path: Path) -> None:
+    worker, seen = Worker("test"), []
+    threads: list[int] = []
+
+    def work(cancel: threading.Event) -> Iterator[int]:
+        threads.append(threading.get_ident())
+        for number in range(1000):
+            if cancel.is_set():
+                return
+            yield number
+            time.sleep(0.001)
+
+    def fail(_: threading.Event) -> Iterator[int]:
+        raise UsageError("nothing to do")
+        yield
+
+    def bug(_: threading.Event) -> Iterator[int]:
+        yield 1 // 0
+
+    job = worker.submit(Job(work, seen.append, seen.append, lambda: seen.append("end")))
+    _poll_until(worker, lambda: 3 in seen)
+    job.cancel.set()
+    _poll_until(worker, lambda: "end" in seen)
+    assert len(seen) < 1000
+    assert threads != [threading.get_ident()]
+    seen.clear()
+    for broken in (fail, bug):
+        worker.submit(Job(broken, seen.append, seen.append, lambda: None))
+    _poll_until(worker, lambda: len(seen) == 2)
+    assert seen[0] == "nothing to do"
+    assert seen[1].startswith("ZeroDivisionError")
+    worker.close()
+
+
+def _poll_until(worker: Worker, holds) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(1000):
+        worker.poll()
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("the worker did not answer")
+
+
+# Models
+
+
+def test_a_bundle_is_imported_as_a_folder_and_as_a_zip(tiny_bundle: Path, tmp_path: Path) -> None:
+    models = Models(tmp_path / "models")
+    *_, name = models.import_bundle(tiny_bundle)
+    packed = _zip(tiny_bundle, tmp_path / "x.zip", "inside/")
+    *_, again = models.import_bundle(packed)
+    assert name == again == open_bundle(tiny_bundle).name
+    (card,) = models.list()
+    manifest = open_bundle(tiny_bundle).manifest
+    assert manifest is not None
+    assert card.size_bytes == manifest.size_bytes
+    dims = manifest.architecture
+    heads, size = dims["num_key_value_heads"], dims["head_dim"]
+    assert card.kv_bytes == 2 * 2 * dims["num_hidden_layers"] * heads * size * card.context
+    assert card.fit(free=card.need_bytes - 1) == "too_large"
+    assert card.fit(free=card.need_bytes) == "tight"
+    assert card.fit(free=2 * card.need_bytes) == "fits"
+    assert card.bound_tps(card.weights_bytes * 7.0) == 7.0
+    models.remove("../models")
+    models.remove(name)
+    assert models.list() == []
+
+
+def _zip(
+    folder: Path, target: Path, prefix: str = "", replaced: dict[str, bytes] | None = None
+) -> Path:
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in folder.iterdir():
+            data = (replaced or {}).get(path.name, path.read_bytes())
+            archive.writestr(prefix + path.name, data)
+    return target
+
+
+def test_hostile_bundles_are_refused_and_leave_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    models = Models(tmp_path / "models")
+    manifest = json.loads((tiny_bundle / "pocketslm.json").read_text())
+    escaping = json.dumps(manifest | {"files": {"../../evil": {"sha256": "0", "bytes": 1}}})
+    altered = bytearray((tiny_bundle / "model.slm").read_bytes())
+    altered[-1] ^= 1
+    bad = tmp_path / "bad.zip"
+    bad.write_bytes(b"PK\x03\x04 nothing")
+    empty = tmp_path / "empty.zip"
+    zipfile.ZipFile(empty, "w").close()
+
+    def changed(target: str, name: str, data: bytes) -> Path:
+        return _zip(tiny_bundle, tmp_path / target, replaced={name: data})
+
+    faults = {
+        bad: "not a zip",
+        empty: "no single bundle",
+        changed("a.zip", "pocketslm.json", escaping.encode()): "outside",
+        changed("b.zip", "tokenizer.json", b"{}"): "of another size",
+        changed("c.zip", "model.slm", bytes(altered)): "does not match its SHA-256",
+        tmp_path / "nowhere.zip": "cannot be imported",
+    }
+    for path, message in faults.items():
+        with pytest.raises(BundleError, match=message):
+            list(models.import_bundle(path))
+    assert list(models.folder.iterdir()) == []
+    assert not (tmp_path / "evil").exists()
+
+
+def test_memory_is_that_of_the_kernel(tiny_bundle: Path) -> None:
+    import psutil
+
+    ours = meter.resident_bytes()
+    assert abs(ours - psutil.Process().memory_info().rss) < 0.2 * ours
+    assert meter.resident_bytes(2**22 + 1) == 0
+    assert meter.free_bytes() > 0
+    assert describe(open_bundle(tiny_bundle)).weights_bytes > 0
+
+
+def test_the_meter_changes_no_token(tiny_bundle: Path) -> None:
+    model = Model.load(tiny_bundle, threads=1)
+    metered = meter.Metered(model)
+    config = GenerationConfig(max_new_tokens=9, ignore_eos=True)
+    expected = [record.token for record in model.generate("the inner", config)]
+    assert [record.token for record in metered.generate("the inner", config)] == expected
+    assert metered.tokens == 9
+    assert metered.tps > 0
+
+
+# Actions
+
+
+def test_every_call_of_a_random_model_is_valid(tmp_path: Path) -> None:
+    """A model that knows nothing writes only valid calls: the grammar does it."""
+    config = replace(support.TINY, max_position_embeddings=1024)
+    export_bundle(open_checkpoint(support.write_hf(tmp_path / "hf", config)), tmp_path / "bundle")
+    model = Model.load(tmp_path / "bundle", threads=1)
+    rng = random.Random(SEED)
+    alphabet = 'abc "\\{}\n9:,' + "é"
+    for _ in range(REQUESTS):
+        action = propose(model, "x" + "".join(rng.choices(alphabet, k=rng.randint(0, 8))))
+        assert action.valid(), action
+        assert Action(action.name, json.loads(json.dumps(action.arguments))).valid()
+
+
+@pytest.mark.real
+def test_the_real_model_chooses_the_function(smollm2_bundle: Path) -> None:
+    model = Model.load(smollm2_bundle, threads=2, verify=False)
+    expected = {
+        "Remind me tomorrow at 7 to feed the cat": "set_reminder",
+        "Share with Eva that dinner is ready": "share_text",
+    }
+    for request, name in expected.items():
+        action = propose(model, request)
+        assert action.valid()
+        assert action.name == name
+    assert propose(model, "Remind me at 18:45 to call Tom").arguments["hour"] == 18
+
+
+def test_actions_that_break_their_schema_are_seen() -> None:
+    good = {"title": "read", "day": "today", "hour": 9, "minute": 0}
+    assert Action("set_reminder", good).valid()
+    bad = [
+        {"hour": 24},
+        {"hour": True},
+        {"minute": "0"},
+        {"day": "never"},
+        {"title": ""},
+        {"title": "x" * 81},
+        {"extra": 1},
+    ]
+    for change in bad:
+        assert not Action("set_reminder", good | change).valid(), change
+    assert not Action("fly", {}).valid()
+    assert not Action("share_text", {}).valid()
+    assert set(SCHEMAS) == {"set_reminder", "share_text"}
+
+
+def test_faults_of_a_proposal(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to do"):
+        propose(Model.load(tiny_bundle, threads=1), " \n")
+    with pytest.raises(BackendError, match="gives no"):
+        propose(object(), "x")  # type: ignore[arg-type]

@@ -1,0 +1,220 @@
+"""Through every screen of the app, as a person goes; and the pictures of it.
+
+    python tests/android/walk.py BUNDLE docs/screenshots
+
+makes the pictures again (under ``xvfb-run -s "-screen 0 1280x1024x24"`` where there is no screen).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+PHONE, TABLET = (412, 860), (1200, 800)
+QUESTION = "When was Apollo 8 launched?"
+ENTER, ESCAPE = 13, 27
+
+
+def main(work: Path, bundle: Path, shots: Path | None) -> None:
+    """work: an empty folder; everything is written there."""
+    os.environ |= {"KIVY_HOME": str(work / "kivy"), "KIVY_NO_ARGS": "1", "KIVY_NO_FILELOG": "1"}
+    os.environ.setdefault("KIVY_LOG_MODE", "PYTHON")  # else it takes standard error for itself
+    from kivy.config import Config
+
+    for name, value in (("width", PHONE[0]), ("height", PHONE[1]), ("multisamples", 4)):
+        Config.set("graphics", name, str(value))
+    from kivy.core.window import Window
+    from person import Person, Walk
+
+    from pocketslm.android.app import PocketApp
+    from pocketslm.runtime.assistant.assistant import sample_document
+
+    files = work / "files"
+    files.mkdir()
+    shutil.copy(sample_document(), files / "Apollo 8.txt")
+    (files / "broken.pdf").write_bytes(b"%PDF-1.7 and nothing else")
+    (files / "model").symlink_to(bundle, target_is_directory=True)
+    os.chdir(files)
+    app = PocketApp(work / "data")
+    me = Person(app, shots)
+
+    def documents() -> Walk:
+        yield from me.wait(lambda: me.says("Nothing here yet"), "the empty library")
+        yield from me.shot("library-empty")
+        yield from me.tap("Add a document")
+        yield from me.tap("broken.pdf")
+        yield from me.wait(lambda: me.says("could not be opened"), "the refusal of a broken file")
+        yield from me.tap("Add a document")
+        yield from me.tap("Apollo 8.txt")
+        yield from me.wait(lambda: me.says("Ask a question"), "the document")
+        yield from me.tap("Summarise")
+        yield from me.wait(lambda: me.says("No model yet"), "a sentence about the missing model")
+
+    def models() -> Walk:
+        yield from me.tap("Models")
+        assert me.says("No model yet")
+        yield from me.tap("Import a model")
+        yield from me.tap("model")
+        yield from me.tap("Choose this folder")
+        yield from me.wait(lambda: app.ready(), "the import")
+        yield 0.3
+        (name,) = [card.name for card in app.models.list()]
+        assert me.says("MB free: fits")
+        assert me.says("at most")
+        yield from me.tap(f"Measure speed: {name}")
+        yield from me.wait(lambda: me.says("writes"), "the measurement")
+        yield 4.6  # until the notice has gone
+        yield from me.shot("models")
+
+    def answers() -> Walk:
+        yield from me.tap("Library")
+        yield from me.tap("Open: Apollo 8")
+        yield from me.tap("Summarise")
+        yield from me.answered()
+        assert me.says("tokens · ")
+        yield from me.tap("Ask about this document")
+        yield from me.type(QUESTION)
+        yield from me.key(ENTER)
+        yield from me.answered()
+        assert "1968" in _last(app).text
+        yield from me.shot("answer")
+        citation = _last(app).citations[0]
+        assert "1968" in app.screen("document").document.text[citation.start : citation.end]
+        app.screen("document").ids.answers.scroll_y = 0
+        yield from me.tap("Passage 1")
+        yield 0.3
+        assert app.screen("document").part == "document"
+        marked = [p for p in app.screen("document").ids.reader._passages() if p.marks]
+        assert marked
+        yield from me.shot("citation")
+        yield from me.tap("Assistant")
+        yield from me.tap("Questions")
+        yield from me.answered()
+        assert len(_last(app).items) == 3
+        yield from me.shot("suggestions")
+        yield from me.tap(_last(app).items[0])
+        yield from me.answered()
+        assert _last(app).task == "ask"
+
+    def stopping() -> Walk:
+        screen = app.screen("document")
+        yield from me.tap("Summarise")
+        card = screen.ids.history.children[0]
+        before = me.frames
+        yield from me.wait(lambda: card.live and len(card.body) > 20, "the first words")
+        assert me.frames > before + 3, "the window stood still while the model worked"
+        yield from me.tap("Stop")
+        yield from me.wait(lambda: not screen.busy, "the stop")
+        assert _last(app).finish in ("cancelled", "stop", "eos")
+        assert app.settings["pending"] is None
+
+    def actions() -> Walk:
+        yield from me.tap("Ask about this document")
+        yield from me.type("Remind me tomorrow at 9 to read the Apollo report")
+        yield from me.tap("Action")
+        yield from me.wait(lambda: me.says("Do this?"), "the proposal")
+        yield 0.4
+        yield from me.shot("action")
+        assert app.phone.done == []
+        yield from me.tap("Do it")
+        (action,) = app.phone.done
+        assert action.valid()
+        yield from me.wait(lambda: me.says("On a phone this would"), "what would have happened")
+
+    def languages() -> Walk:
+        yield from me.tap("Settings")
+        yield from me.shot("settings")
+        yield from me.tap("Dark")
+        yield from me.tap("Deutsch")
+        assert me.says("Einstellungen")
+        yield from me.tap("Bibliothek")
+        yield from me.shot("library-dark-german")
+        yield from me.tap("Einstellungen")
+        yield from me.tap("العربية")
+        assert app.rtl
+        yield from me.tap("المكتبة")
+        yield from me.tap("فتح: Apollo 8")
+        yield 0.3
+        yield from me.shot("arabic-dark")
+        yield from me.tap("الإعدادات")
+        yield from me.tap("English")
+        yield from me.tap("Light")
+
+    def engines() -> Walk:
+        yield from me.tap("Own process")
+        yield from me.tap("1")  # thread
+        yield from me.tap("Library")
+        yield from me.tap("Open: Apollo 8")
+        yield from _ask(me, QUESTION)
+        assert "1968" in _last(app).text
+        assert app.model().backend.startswith("runner")
+        me.kill_engine()
+        yield from _ask(me, QUESTION)
+        assert me.says("it starts again with the next request")
+        yield from _ask(me, QUESTION)
+        assert "1968" in _last(app).text
+
+    def turning() -> Walk:
+        """Rotation, background and low memory lose nothing."""
+        yield from me.tap("Ask about this document")
+        yield from me.type("Who was")
+        Window.size = TABLET
+        yield from me.wait(lambda: app.wide, "the wide layout")
+        yield 0.5
+        app.screen("document").show(app.library.history(1)[-1].answer.citations[0])
+        yield 0.5
+        yield from me.shot("tablet")
+        assert app.on_pause()
+        app.low_memory()
+        yield from me.wait(lambda: not app.loaded(), "the model's memory back")
+        app.on_resume()
+        assert me.find("Ask about this document").text == "Who was"
+        yield from me.type(" the commander?")
+        yield from me.tap("Send")
+        yield from me.answered()
+        assert _last(app).request == "Who was the commander?"
+        Window.size = PHONE
+        yield from me.wait(lambda: not app.wide, "the narrow layout")
+
+    def removing() -> Walk:
+        yield from me.key(ESCAPE)
+        assert app.place == "library"
+        yield from me.tap("Remove: Apollo 8")
+        yield from me.tap("Cancel")
+        yield 0.4
+        assert len(app.library.entries()) == 1
+        yield from me.tap("Remove: Apollo 8")
+        yield from me.tap("Remove")
+        yield 0.4
+        assert me.says("Nothing here yet")
+
+    def walk() -> Walk:
+        for part in (documents, models, answers, stopping, actions):
+            yield from part()
+            print(part.__name__, flush=True)
+        for part in (languages, engines, turning, removing):
+            yield from part()
+            print(part.__name__, flush=True)
+
+    me.run(walk())
+
+
+def _ask(me, question):  # type: ignore[no-untyped-def]
+    yield from me.tap("Ask about this document")
+    yield from me.type(question)
+    yield from me.tap("Send")
+    yield from me.answered()
+
+
+def _last(app):  # type: ignore[no-untyped-def]
+    """The newest answer of the history, as it is kept."""
+    return app.library.history(app.settings["document"])[-1].answer
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        bundle, *rest = (Path(argument).resolve() for argument in sys.argv[1:])
+        main(Path(folder), bundle, rest[0] if rest else None)
