@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pocketslm.profiling.devices import cli as devices
 from pocketslm.terminal import Commands, Progress, depths, numbers, pair, say
 
 
@@ -51,9 +52,13 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--backend", default="auto", help="one or several, as native,onnx (default: the first)"
     )
+    devices.add_bench_options(parser)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.device:
+        devices.bench(arguments)
+        return
     from pocketslm.models.catalog import resolve
     from pocketslm.profiling import plan
     from pocketslm.profiling.bench import bench

@@ -1,4 +1,4 @@
-"""``pocketslm device``: what is attached, what it is, what lies on it."""
+"""``pocketslm device``, and what ``pocketslm bench`` does on one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from pocketslm.terminal import Commands, add_json, print_columns, print_json, say
+from pocketslm.terminal import Commands, Progress, add_json, print_columns, print_json, say
 
 SPECS = "local, ssh:[user@]host[:port], adb or adb:SERIAL"
 
@@ -30,6 +30,80 @@ def add_commands(commands: Commands) -> None:
         "clean", _clean, "remove what benchmarks left on a device", "pocketslm device clean adb"
     )
     parser.add_argument("device", help=SPECS)
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """What ``pocketslm bench`` takes to run on a device."""
+    group = parser.add_argument_group("on a device")
+    group.add_argument("--device", help=f"run the native graph there: {SPECS}")
+    group.add_argument("--pin", help="cores to use: big, little, prime, all, or CPUs such as 4-7")
+    group.add_argument(
+        "--sustained", type=float, default=0.0, metavar="S", help="repeat each test for so long"
+    )
+    group.add_argument(
+        "--pause", type=float, metavar="S", help="between tests (local 0, ssh 10, adb 60)"
+    )
+    group.add_argument(
+        "--idle", type=float, default=10.0, metavar="S", help="to watch a battery at rest first"
+    )
+    group.add_argument(
+        "--interval", type=float, default=1.0, metavar="S", help="between polls of the sensors"
+    )
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """``pocketslm bench --device``: rows are printed and recorded even when a run is cut short."""
+    from pocketslm.errors import UsageError
+    from pocketslm.profiling.devices import open_device
+    from pocketslm.profiling.devices.bench import Conditions, bench_on_device
+    from pocketslm.profiling.plan import SLIMLM, plan
+    from pocketslm.profiling.records import Measurement, append_records
+    from pocketslm.profiling.tables import format_rows
+    from pocketslm.runtime.bundle import open_bundle
+
+    if arguments.peer or arguments.backend not in ("auto", "native"):
+        raise UsageError("on a device only the native graph runs: leave out --peer and --backend")
+    conditions = Conditions(
+        repetitions=arguments.repetitions,
+        pin=arguments.pin,
+        sustained_s=arguments.sustained,
+        cold=arguments.cold,
+        pause_s=arguments.pause,
+        idle_s=arguments.idle,
+        interval_s=arguments.interval,
+        timeout_s=arguments.timeout,
+    )
+    manifests = [open_bundle(path, verify=False).manifest for path in arguments.bundle]
+    tests = plan(
+        min(one.architecture["vocab_size"] if one else 1 for one in manifests),
+        n_prompt=[] if arguments.slimlm else arguments.n_prompt,
+        n_gen=[] if arguments.slimlm else arguments.n_gen,
+        n_depth=arguments.n_depth,
+        n_both=SLIMLM if arguments.slimlm else arguments.pg,
+        context=arguments.context,
+    )
+    rows: list[Measurement] = []
+
+    def keep(row: Measurement) -> None:
+        rows.append(row)
+        if arguments.record:
+            append_records(arguments.record, [row])
+
+    try:
+        with Progress() as progress, open_device(arguments.device) as device:
+            bench_on_device(
+                device,
+                arguments.bundle,
+                tests=tests,
+                threads=arguments.threads,
+                runs=arguments.runs,
+                conditions=conditions,
+                keep=keep,
+                progress=progress,
+            )
+    finally:
+        if rows:
+            print(format_rows(rows, arguments.output), end="", flush=True)
 
 
 def _list(arguments: argparse.Namespace) -> None:

@@ -7,8 +7,8 @@ import shlex
 import subprocess
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Timer
 from types import TracebackType
@@ -171,13 +171,9 @@ class Device(ABC):
             assert process.stdin is not None
             try:
                 while chunk := source.read(_CHUNK):
-                    stall = Timer(STALL_TIMEOUT_S, process.kill)
-                    stall.start()
-                    try:
+                    with watchdog(STALL_TIMEOUT_S, process.kill):
                         process.stdin.write(chunk)
                         process.stdin.flush()
-                    finally:
-                        stall.cancel()
                     offset += len(chunk)
                     progress(offset)
                 process.stdin.close()
@@ -206,6 +202,18 @@ class Device(ABC):
             if done.returncode != 0:
                 stderr.seek(0)
                 raise self.failure(done.returncode, stderr.read())
+
+
+@contextmanager
+def watchdog(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Calls ``act`` where what it guards takes longer; it never keeps the process alive."""
+    timer = Timer(seconds, act)
+    timer.daemon = True
+    try:
+        timer.start()
+        yield
+    finally:
+        timer.cancel()
 
 
 def last_words(text: str) -> str:

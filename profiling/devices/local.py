@@ -5,6 +5,8 @@ from __future__ import annotations
 from pocketslm.profiling.devices.device import Device
 from pocketslm.runtime.ops.build import cache_directory
 
+FOLDER = str(cache_directory() / "device")
+
 
 class LocalDevice(Device):
     """``local``."""
@@ -12,7 +14,7 @@ class LocalDevice(Device):
     kind, name, pause_s = "local", "local", 0.0
 
     def __init__(self) -> None:
-        self.folder = str(cache_directory().parent / "device")
+        self.folder = FOLDER
 
     def command(self, script: str) -> list[str]:
         return ["sh", "-c", script]

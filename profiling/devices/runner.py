@@ -9,18 +9,19 @@ import subprocess
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from threading import Timer
 from types import TracebackType
 from typing import Any, Self
 
 from pocketslm.errors import BackendError, DeviceError
-from pocketslm.profiling.devices.device import Device, Progress, file_sha256, last_words
+from pocketslm.profiling.devices.device import Device, Progress, file_sha256, last_words, watchdog
 from pocketslm.profiling.machine import Machine
 from pocketslm.runtime.ops import build
 
 PROGRAM = "pocketslm-run"
 _EXIT_TIMEOUT_S = 10.0
 _NOT_EXECUTABLE = 126  # sh's status where the kernel does not take the program
+# What shells say of a program for another processor; some try it as a script.
+_NOT_A_PROGRAM = re.compile(rf"[Ee]xec format|not executable|{PROGRAM}:.*([Ss]yntax|not found)")
 
 
 def install(device: Device, machine: Machine, model: Path, progress: Progress) -> str:
@@ -130,12 +131,8 @@ class RunnerProcess:
 
     def _read_line(self, timeout_s: float) -> str:
         assert self._process.stdout is not None
-        timer = Timer(timeout_s, self._give_up)
-        timer.start()
-        try:
+        with watchdog(timeout_s, self._give_up):
             return self._process.stdout.readline()
-        finally:
-            timer.cancel()
 
     def _give_up(self) -> None:
         self._timed_out = True
@@ -158,7 +155,7 @@ class RunnerProcess:
         last = last_words(text)
         if reason := self._device.lost(status, text):
             return DeviceError(f"{name}: {reason}")
-        if status == _NOT_EXECUTABLE or re.search("[Ee]xec format|not executable", text):
+        if status == _NOT_EXECUTABLE or _NOT_A_PROGRAM.search(text):
             return DeviceError(f"{name} cannot execute the runner ({last}): wrong processor?")
         if status > 128:
             hint = ", often for want of memory" if status == 128 + 9 else ""

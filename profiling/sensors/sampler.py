@@ -11,12 +11,11 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Timer
 from types import TracebackType
 from typing import Self
 
 from pocketslm.errors import DeviceError
-from pocketslm.profiling.devices.device import Device
+from pocketslm.profiling.devices.device import Device, watchdog
 from pocketslm.profiling.machine import Cluster
 from pocketslm.profiling.records import TracePoint
 from pocketslm.profiling.sensors import cpufreq, power, thermal
@@ -108,24 +107,21 @@ class Sampler:
             if self.lost:
                 return
             lines: list[str] = []
-            timer = Timer(POLL_TIMEOUT_S, self._shell.kill)
-            timer.start()
             asked = time.monotonic_ns()
+            assert self._shell.stdin is not None
+            assert self._shell.stdout is not None
             try:
-                assert self._shell.stdin is not None
-                assert self._shell.stdout is not None
-                self._shell.stdin.write("go\n")
-                self._shell.stdin.flush()
-                while (line := self._shell.stdout.readline()).rstrip() != _END:
-                    if not line:
-                        self.lost = True
-                        return
-                    lines.append(line)
+                with watchdog(POLL_TIMEOUT_S, self._shell.kill):
+                    self._shell.stdin.write("go\n")
+                    self._shell.stdin.flush()
+                    while (line := self._shell.stdout.readline()).rstrip() != _END:
+                        if not line:
+                            self.lost = True
+                            return
+                        lines.append(line)
             except (BrokenPipeError, ValueError):
                 self.lost = True
                 return
-            finally:
-                timer.cancel()
             at_ns = (asked + time.monotonic_ns()) // 2
             self.polls.append(Poll(at_ns, parse("".join(lines))))
 

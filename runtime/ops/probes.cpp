@@ -108,13 +108,21 @@ double pslm_measure_int8_peak(const char* isa, uint32_t threads) {
   try {
     ThreadPool pool(threads, false);
     double best = 0;
-    for (int repeat = 0; repeat < 5; ++repeat) {
+    // Rounds long enough to measure, and no longer: an emulated CPU is a hundred times slower.
+    constexpr double kLeastSeconds = 0.005;
+    size_t count = 50000;
+    for (int repeat = 0; repeat < 5;) {
       std::atomic<uint64_t> macs{0};
       const auto start = std::chrono::steady_clock::now();
-      auto multiply = [&](unsigned) { macs.fetch_add(kernels->int8_probe(2000000)); };
+      auto multiply = [&](unsigned) { macs.fetch_add(kernels->int8_probe(count)); };
       pool.run(multiply);
-      const double rate = static_cast<double>(macs.load()) / seconds_since(start);
+      const double seconds = seconds_since(start);
+      const double rate = static_cast<double>(macs.load()) / seconds;
       if (rate > best) best = rate;
+      if (seconds < kLeastSeconds)
+        count *= 2;
+      else
+        ++repeat;
     }
     return best;
   } catch (const std::exception&) {

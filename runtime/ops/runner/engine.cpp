@@ -74,6 +74,7 @@ std::string run_on(const std::vector<int>& cpus) {
 void drop_from_page_cache(const std::string& path) {
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file < 0) return;  // opening the model says why
+  fsync(file);  // pages that were not written yet would stay
   posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
   close(file);
 }

@@ -20,7 +20,7 @@ def runner_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def arm_runner_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def arm_runner_path() -> Path:
     """The runner as a phone executes it; skips where it cannot be built or run here."""
     if shutil.which("qemu-aarch64-static") is None:
         pytest.skip("needs qemu-user-static")
@@ -28,7 +28,7 @@ def arm_runner_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build.find_toolchain("aarch64-linux")
     except build.BuildError as error:
         pytest.skip(str(error))
-    return build.build_runner(tmp_path_factory.mktemp("arm") / "pocketslm-run", "aarch64-linux")
+    return build.runner("aarch64-linux")
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,27 @@ def test_a_bench_that_nobody_reads_ends(runner_path: Path, chat_model: Path) -> 
         runner.process.wait(60)
 
 
+def test_a_cold_load_reads_storage(runner_path: Path, chat_model: Path) -> None:
+    kind = subprocess.run(
+        ["stat", "-f", "-c", "%T", chat_model], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if kind == "tmpfs":
+        pytest.skip("the model lies in memory")
+    read = {}
+    for cold in (False, True):
+        with running([str(runner_path)]) as runner:
+            runner.ask(op="stats")
+            counters = Path(f"/proc/{runner.process.pid}/io")
+            before = re.search(r"^read_bytes: (\d+)", counters.read_text(), re.MULTILINE)
+            runner.ask(op="load", path=str(chat_model), threads=1, cold=cold)
+            after = re.search(r"^read_bytes: (\d+)", counters.read_text(), re.MULTILINE)
+            assert before
+            assert after
+            read[cold] = int(after[1]) - int(before[1])
+    assert read[False] == 0
+    assert read[True] >= chat_model.stat().st_size / 2
+
+
 def test_threads_stay_on_the_cpus_asked_for(runner_path: Path, chat_model: Path) -> None:
     allowed = os.sched_getaffinity(0)
     some = min(allowed)
