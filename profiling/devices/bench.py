@@ -184,7 +184,7 @@ class _Session:
             self._progress(f"power at rest, {self._conditions.idle_s:g} s", 0.0)
             self._idle_watts = idle_watts(self._device, self._seen, self._conditions.idle_s)
 
-    def measure(self, test: Test, threads: int, run: dict[str, str], done: float) -> None:
+    def measure(self, test: Test, threads: int, run: dict[str, Any], done: float) -> None:
         """One test; its row is kept even when it is cut short. run: the row's fields of its run."""
         limits = self._probe(threads)
         with RunnerProcess(self._device, self._conditions.timeout_s) as runner:
@@ -263,7 +263,7 @@ class _Session:
         return Energy(joules, source.name, label)
 
     def _row(
-        self, test: Test, counted: _Counted, sampler: Sampler, run: dict[str, str]
+        self, test: Test, counted: _Counted, sampler: Sampler, run: dict[str, Any]
     ) -> Measurement:
         trace = sampler.trace(counted.windows_ns[0][0])
         stats = counted.stats
