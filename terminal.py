@@ -39,7 +39,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        help="native, onnx, onnx-pocketslm or runner (default: the bundle's first)",
+        help="native, onnx, onnx-pocketslm, executorch or runner (default: the bundle's first)",
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,11 @@ def export_bundle(
     ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
     """
     recipe = (recipe or Recipe()).resolved(checkpoint.config)
+    if "executorch" in (recipe.targets or ()) and find_spec("executorch") is None:
+        raise ExportError(
+            "target 'executorch' needs ExecuTorch; install it with "
+            "`pip install pocketslm[executorch]` or leave the target out"
+        )
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     with _replacing(out, overwrite) as folder:
@@ -230,18 +238,64 @@ def _lower_onnx_native(
     return Graph("onnx-pocketslm", onnx_native.GRAPH_FILE, recipe.context, "fp16")
 
 
+def _lower_executorch(
+    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+) -> Graph:
+    """``model.pte``, which ExecuTorch's LLM runner takes with the ``tokenizer.json`` beside it."""
+    from pocketslm.export.lower.trace import trace
+    from pocketslm.runtime.tokenizer import load_tokenizer
+
+    assert recipe.context is not None
+    progress("trace", 0.0)
+    traced = trace(config, recipe.context)
+    progress("trace", 1.0)
+    eos = sorted(load_tokenizer(folder).eos_token_ids)
+    with _no_warnings():
+        from pocketslm.export.lower import executorch
+
+        weights.notes += executorch.lower(
+            traced,
+            config,
+            weights,
+            folder / executorch.GRAPH_FILE,
+            context=recipe.context,
+            bos=_generation(folder).get("bos_token_id", eos[0] if eos else 0),
+            eos=eos,
+            progress=lambda done, total: progress("lower to executorch", done / total),
+        )
+    return Graph("executorch", executorch.GRAPH_FILE, recipe.context, "fp32")
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """ExecuTorch and torchao warn of what concerns only their developers."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 # In this order: a later one may use what an earlier one wrote.
 _LOWERINGS = {
     "native": _lower_native,
     "onnx": _lower_onnx,
     "onnx-pocketslm": _lower_onnx_native,
+    "executorch": _lower_executorch,
 }
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """``generation_config.json``, where the model has one."""
+    path = folder / "generation_config.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, Any]:
     """onnxruntime-genai's description of the graph; sampling defaults from generation_config."""
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
+    generation = _generation(folder)
     eos = generation.get("eos_token_id", 0)
     pad = generation.get("pad_token_id")
     first_eos = eos[0] if isinstance(eos, list) else eos

@@ -27,7 +27,7 @@ RECIPE_FILE = "recipe.toml"
 FITS: dict[str, Fit] = {"rtn": rtn.fit, "search": search.fit, "hqq": hqq.fit}
 _WITH = ("gptq", "awq")
 GROUP_SIZES = (32, 64, 128)
-TARGETS = ("native", "onnx", "onnx-pocketslm")  # in the order in which "auto" prefers them
+TARGETS = ("native", "onnx", "onnx-pocketslm", "executorch")  # as "auto" prefers them
 _BY_DEFAULT = ("native", "onnx")
 
 
@@ -52,6 +52,7 @@ class Recipe:
     ``targets``: ``native`` (model.slm for the C++ operators and pocketslm-run) and
     ``onnx`` (model.onnx for onnxruntime and onnxruntime-genai); None: both, where they cover the
     model. ``onnx-pocketslm``: model.slm once more, through onnxruntime with our operators in it.
+    ``executorch``: model.pte for ExecuTorch and its LLM runner.
     """
 
     weights: Scheme = "keep"
@@ -145,7 +146,8 @@ class Recipe:
         scheme = self.scheme(name, quantized=quantized)
         if not scheme.startswith("int"):
             return None
-        return Spec(int(scheme[3:]), self.group_size, self.grid)
+        plain = "executorch" in (self.targets or ())
+        return Spec(int(scheme[3:]), self.group_size, self.grid, plain_scales=plain)
 
     def apply(self, name: str, weight: Weight) -> Weight:
         """The weight as this recipe stores it without calibration; vectors stay as they are."""

@@ -65,7 +65,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle; ``manifest`` is None for a foreign folder."""
+    """An opened bundle; ``manifest`` is None for a foreign folder or file."""
 
     path: Path
     graphs: tuple[Graph, ...]
@@ -103,10 +103,13 @@ class Bundle:
 def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     """Open and check a bundle folder, or a folder made by onnxruntime-genai's builder.
 
+    A ``.pte`` file with its tokenizer beside it, such as ExecuTorch's export_llm makes, opens too.
     ``verify`` also compares every file with its SHA-256 (about 0.1 s for 100 MB). Raises
     BundleError for what is missing, altered, unknown or outside the folder.
     """
     path = Path(path)
+    if path.suffix == ".pte" and path.is_file():
+        return Bundle(path.parent, (_bare_graph(path),), head_dim=0)
     if not path.is_dir():
         hint = "export it first with `pocketslm export`" if path.suffix == ".gguf" else "no folder"
         raise BundleError(f"{path} is not a bundle folder ({hint})")
@@ -198,6 +201,18 @@ def _genai_graph(folder: Path) -> tuple[Graph, int]:
     if not (folder / file).is_file():
         raise BundleError(f"{folder / file} is missing")
     return Graph("onnx", file, context, "as the graph says"), head_dim
+
+
+def _bare_graph(path: Path) -> Graph:
+    """The one graph of a .pte file, which only ExecuTorch itself can read."""
+    try:
+        from pocketslm.runtime.backends.executorch import bare_graph
+    except ImportError as error:
+        raise BundleError(
+            f"reading {path} needs ExecuTorch ({error}); "
+            "install it with `pip install pocketslm[executorch]`"
+        ) from None
+    return bare_graph(path)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

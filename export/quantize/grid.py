@@ -29,15 +29,21 @@ class Spec:
     """What a matrix is rounded to: ``bits`` a weight, in groups of ``group_size`` along a row.
 
     ``kind``: ``sym`` has no offset, ``zp`` an integer zero point, ``min`` a float minimum.
+    ``plain_scales``: positive and with the 8 significant bits of bfloat16, as XNNPACK wants them.
     """
 
     bits: int = 4
     group_size: int = 32
     kind: Kind = "sym"
+    plain_scales: bool = False
 
     @property
     def top(self) -> int:
         return (1 << self.bits) - 1
+
+    def held(self, scales: Tensor) -> Tensor:
+        """Scales as they are stored, still as float32."""
+        return half(scales.bfloat16().float() if self.plain_scales else scales)
 
     def size(self, k: int) -> int:
         """The group for rows of ``k``: ``group_size``, or the largest part of it that divides k.
@@ -106,18 +112,20 @@ Fit = Callable[[Tensor, Spec, Tensor | None], Grid]
 
 def symmetric_grid(spec: Spec, scales: Tensor) -> Grid:
     zero = torch.full_like(scales, 2 ** (spec.bits - 1))
-    return Grid(spec, half(scales), zero, torch.zeros_like(scales))
+    if spec.plain_scales:  # turned round, the far end of the codes is one step nearer
+        scales = torch.where(scales < 0, -scales * zero / (zero - 1), scales)
+    return Grid(spec, spec.held(scales), zero, torch.zeros_like(scales))
 
 
 def zero_point_grid(spec: Spec, scales: Tensor, low: Tensor) -> Grid:
     """Code 0 stands near ``low``; the zero is rounded to a whole code for the rounded scale."""
-    scales = half(scales)
+    scales = spec.held(scales)
     zeros = torch.where(scales != 0, -low / scales, 0).round().clamp(0, spec.top)
     return Grid(spec, scales, zeros, torch.zeros_like(scales))
 
 
 def minimum_grid(spec: Spec, scales: Tensor, low: Tensor) -> Grid:
-    return Grid(spec, half(scales), torch.zeros_like(scales), half(low))
+    return Grid(spec, spec.held(scales), torch.zeros_like(scales), half(low))
 
 
 def round_to_grid(

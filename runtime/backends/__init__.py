@@ -19,6 +19,7 @@ BACKENDS = {
     "native": ("pocketslm.runtime.backends.native", "runtime"),
     "onnx": ("pocketslm.runtime.backends.onnx", "runtime"),
     "onnx-pocketslm": ("pocketslm.runtime.backends.onnx", "runtime"),
+    "executorch": ("pocketslm.runtime.backends.executorch", "executorch"),
     "runner": ("pocketslm.runtime.backends.runner", "runtime"),
 }
 # A backend reads the graph of its own name, but for these.
