@@ -10,24 +10,41 @@ KV cache of what it read does not read them again for the next task.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 from pocketslm.errors import ContextOverflowError, UsageError
-from pocketslm.runtime.assistant.answer import Answer, Event, Finish, Progress, Task
+from pocketslm.runtime.assistant.answer import Answer, Citation, Event, Finish, Progress, Task
 from pocketslm.runtime.assistant.citing import cite
 from pocketslm.runtime.assistant.document import Chunk, Document
 from pocketslm.runtime.assistant.prompts import prompt
-from pocketslm.runtime.assistant.retrieval import search
+from pocketslm.runtime.assistant.retrieval import answers, search
+from pocketslm.runtime.assistant.salience import (
+    common_names,
+    condense,
+    is_answered,
+    key_sentences,
+)
+from pocketslm.runtime.assistant.words import sentences
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Record, TextModel
 
-NOT_FOUND = "The document does not say."
+SUGGESTIONS = 3
+# What the questions begin with, in turn, so that they are not all alike.
+QUESTION_WORDS = ("What", "Who", "How", "When", "Why", "Where")
+NEW_TOKENS: dict[Task, int] = {"summarize": 160, "ask": 80, "suggest": 32, "rewrite": 320}
+# Of English; a part of a document is first taken to have the most, and counted then.
+CHARACTERS_A_TOKEN, MOST_CHARACTERS_A_TOKEN = 4, 8
+# Tokens left free for a forced beginning and for joints that tokenize apart.
+RESERVE = 16
+LEAST_READ = 16
+QUOTE = 240
 
 
 def sample_document() -> Path:
@@ -46,10 +63,11 @@ class Assistant:
     DEFAULTS = GenerationConfig(
         repetition_penalty=1.1, penalize_prompt=False, stop_strings=("</document>", "</text>")
     )
-    NEW_TOKENS: ClassVar = {"summarize": 160, "ask": 120, "suggest": 40, "rewrite": 320}
     # A small model reads this many tokens of a document well; of a longer one it gets passages.
     READ_TOKENS = 1200
     PASSAGES = 3
+    # A document of more parts than this is cut to its telling sentences before it is summarised.
+    MOST_PARTS = 12
 
     def __init__(self, model: TextModel, config: GenerationConfig = DEFAULTS) -> None:
         self.model, self.config = model, config
@@ -60,21 +78,20 @@ class Assistant:
         """What the document says, in a few sentences; of a long one, by summaries of its parts."""
         run = _Run(self, "summarize", cancel=cancel)
         budget = self._budget("summarize", self._prompt("combine"))
-        text, level = document.text, "summarize"
+        most = self.MOST_PARTS * budget * CHARACTERS_A_TOKEN
+        text = document.text if len(document.text) <= most else condense(document, most)
+        name = "summarize"
         while len(parts := self._parts(text, budget)) > 1 and not run.cancelled():
             notes = []
             for done, part in enumerate(parts):
                 yield Progress(done, len(parts) + 1)
-                for _ in run.pieces(self._ids(part, self._prompt(level))):
-                    pass
-                notes.append(run.text.strip())
-                run.text = ""
+                notes.append(run.take(self._ids(part, self._prompt(name))))
             shorter = "\n".join(notes)
-            if len(shorter) >= len(text):  # summaries that do not get shorter never end
-                shorter = shorter[: len(text) // 2]
-            text, level = shorter, "combine"
-        yield from run.pieces(self._ids(parts[0], self._prompt(level)))
-        yield run.answer(citations=cite(document, document.chunks, run.text))
+            # Where a model's notes are as long as what it read, half of them must do.
+            text = shorter if len(shorter) < len(text) // 2 else shorter[: len(text) // 2]
+            name = "combine"
+        yield from run.pieces(self._ids(parts[0], self._prompt(name)))
+        yield run.answer(citations=self._sources(document, run.text))
 
     def ask(
         self, document: Document, question: str, cancel: threading.Event | None = None
@@ -83,35 +100,49 @@ class Assistant:
         if not (question := " ".join(question.split())):
             raise UsageError("the question is empty")
         run = _Run(self, "ask", question, cancel)
-        request = self._prompt("ask").replace("{question}", question)
         hits = search(document, question, self.PASSAGES)
-        if not hits:
-            yield NOT_FOUND
-            run.text = NOT_FOUND
-            yield run.answer(found=False)
+        if not answers(document, question, hits):
+            yield (text := self._prompt("not-found"))
+            yield run.answer(text=text, found=False)
             return
-        text, chunks = self._context(document, [hit.chunk for hit in hits], "ask", request)
-        yield from run.pieces(self._ids(text, request))
+        found = [hit.chunk for hit in hits]
+        evidence = _quote(document, found[0], cite(document, found, question))
+        request = self._request("ask", evidence=evidence, question=question)
+        text, chunks = self._context(document, found, "ask", request)
+        ids = self._ids(text, request, begin=self._prompt("ask-begin"))
+        yield from run.pieces(ids, stop=("\n",), capital=True)
         yield run.answer(citations=cite(document, chunks, run.text, question))
 
     def suggest(self, document: Document, cancel: threading.Event | None = None) -> Iterator[Event]:
-        """Three questions that the document answers; ``items`` of the answer are always three."""
+        """Three questions that the document answers; ``items`` are always three.
+
+        Each is asked for with one telling sentence, and kept if that sentence holds its words.
+        Where too few remain, a name that the document has fills the place.
+        """
         run = _Run(self, "suggest", cancel=cancel)
-        request = self._prompt("suggest")
-        text, _ = self._context(document, document.chunks, "suggest", request)
-        ids = self._ids(text, request)
-        items: list[str] = []
-        for number, begin in enumerate(("What", "Who", "When"), 1):
-            ids += self.model.tokenizer.encode(f"{number}. {begin}")
-            run.text = ""
-            for _ in run.pieces(ids, stop=("\n", "?")):
-                pass
-            item = f"{begin}{run.text.rstrip('?')}?"
-            items.append(" ".join(item.split()))
-            ids += self.model.tokenizer.encode(f"{run.text}?\n")
-            yield f"{number}. {items[-1]}\n"
-        run.text = "".join(f"{number}. {item}\n" for number, item in enumerate(items, 1))
-        yield run.answer(items=tuple(items))
+        items: dict[str, Citation] = {}  # by the question
+        spans = key_sentences(document, 3 * SUGGESTIONS)
+        for at, (start, end) in enumerate(spans):
+            if len(items) == SUGGESTIONS or run.cancelled():
+                break
+            sentence = document.text[start:end]
+            chunk = next(chunk for chunk in document.chunks if chunk.start <= start < chunk.end)
+            request = self._request("suggest", evidence=sentence)
+            text, _ = self._context(document, [chunk], "suggest", request)
+            begin = QUESTION_WORDS[at % len(QUESTION_WORDS)]
+            rest = run.take(self._ids(text, request, begin=begin), stop=("\n", "?"))
+            question = f"{begin} {rest}?"
+            if is_answered(question, sentence) and question not in items:
+                items[question] = Citation(chunk.index, start, end)
+                yield f"{len(items)}. {question}\n"
+        for question, citation in self._plain_questions(document):
+            if len(items) == SUGGESTIONS:
+                break
+            if question not in items:
+                items[question] = citation
+                yield f"{len(items)}. {question}\n"
+        text = "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
+        yield run.answer(text=text, items=tuple(items), citations=tuple(items.values()))
 
     def rewrite(
         self,
@@ -123,8 +154,8 @@ class Assistant:
         if not passage.strip():
             raise UsageError("the passage is empty")
         run = _Run(self, "rewrite", instruction, cancel)
-        request = self._prompt("rewrite").replace("{instruction}", instruction)
-        if len(self._parts(passage, self._budget("rewrite", request))) > 1:
+        request = self._request("rewrite", instruction=instruction)
+        if not self._fits(passage, self._budget("rewrite", request)):
             raise ContextOverflowError("the passage is too long to rewrite at once; take a part")
         yield from run.pieces(self._ids(passage, request, frame="passage"))
         yield run.answer()
@@ -132,25 +163,50 @@ class Assistant:
     def _context(
         self, document: Document, chunks: Sequence[Chunk], task: Task, request: str
     ) -> tuple[str, Sequence[Chunk]]:
-        """What of the document goes into the prompt: all of a short one, else these chunks."""
+        """What of the document goes into the prompt: all of a short one, else the first of these
+        chunks that fit, in the document's order."""
         budget = self._budget(task, request)
-        if len(self._parts(document.text, budget)) == 1:
+        if self._fits(document.text, budget):
             return document.text, document.chunks
         kept: list[Chunk] = []
         for chunk in chunks:
-            if sum(self._tokens(document.passage(other)) for other in [*kept, chunk]) > budget:
+            more = sorted([*kept, chunk], key=lambda chunk: chunk.index)
+            if not self._fits(_join(document, more), budget):
                 break
-            kept.append(chunk)
-        kept.sort(key=lambda chunk: chunk.index)
-        return "\n\n".join(document.passage(chunk) for chunk in kept), kept
+            kept = more
+        if not kept:  # even one is too long for a tiny context
+            return self._parts(document.passage(chunks[0]), budget)[0], chunks[:1]
+        return _join(document, kept), kept
+
+    def _sources(self, document: Document, summary: str) -> tuple[Citation, ...]:
+        """For each sentence of a summary the one that it rests on most."""
+        found: dict[Citation, None] = {}
+        for start, end in sentences(summary):
+            sentence = summary[start:end]
+            hits = search(document, sentence, self.PASSAGES)
+            for citation in cite(document, [hit.chunk for hit in hits], sentence)[:1]:
+                found[citation] = None
+        return tuple(found)
+
+    def _plain_questions(self, document: Document) -> Iterator[tuple[str, Citation]]:
+        """Questions that need no model: about the commonest names, or about any document."""
+        start = document.chunks[0]
+        for name, (chunk, at) in common_names(document, SUGGESTIONS).items():
+            question = self._request("suggest-name", name=name)
+            yield question, Citation(chunk.index, at, at + len(name))
+        for question in self._prompt("suggest-any").splitlines():
+            yield question, Citation(start.index, start.start, start.end)
+
+    def _fits(self, text: str, budget: int) -> bool:
+        return len(text) <= budget * MOST_CHARACTERS_A_TOKEN and self._tokens(text) <= budget
 
     def _parts(self, text: str, budget: int) -> list[str]:
         """The text in parts of at most ``budget`` tokens, cut between paragraphs or words."""
         parts: list[str] = []
         while text:
-            end = min(len(text), budget * 8)
+            end = min(len(text), budget * MOST_CHARACTERS_A_TOKEN)
             while (tokens := self._tokens(text[:end])) > budget:
-                end = min(end - 1, int(end * budget / tokens * 0.98))
+                end = min(end - 1, int(end * budget / tokens))
             if end < len(text):
                 for mark in ("\n\n", "\n", ". ", " "):
                     if (at := text.rfind(mark, end // 2, end)) > 0:
@@ -165,25 +221,47 @@ class Assistant:
 
     def _budget(self, task: Task, request: str) -> int:
         """How many tokens of a document fit beside a request and what is to be generated."""
-        used = len(self._ids("", request)) + 2 * self._new_tokens(task)
+        used = len(self._ids("", request)) + self._new_tokens(task) + RESERVE
         room = self.model.context - used
-        if room < 16:
+        if room < LEAST_READ:
             raise ContextOverflowError(
                 f"the request takes {used} tokens of the context of {self.model.context}; shorten "
-                "it or export with a longer --context"
+                "it, lower --max-new-tokens or export with a longer --context"
             )
         return min(room, self.READ_TOKENS)
 
     def _new_tokens(self, task: Task) -> int:
-        return self.config.max_new_tokens or min(self.NEW_TOKENS[task], self.model.context // 4)
+        return self.config.max_new_tokens or min(NEW_TOKENS[task], self.model.context // 4)
 
-    def _ids(self, text: str, request: str, frame: str = "document") -> list[int]:
+    def _ids(
+        self, text: str, request: str, *, frame: str = "document", begin: str = ""
+    ) -> list[int]:
+        """The prompt's tokens; ``begin``: how the answer is made to begin."""
         before, _, after = self._prompt(frame).partition("{document}")
         content = before + text + after.replace("{request}", request)
-        return self.model.tokenizer.apply_chat_template([{"role": "user", "content": content}])
+        tokenizer = self.model.tokenizer
+        return [
+            *tokenizer.apply_chat_template([{"role": "user", "content": content}]),
+            *tokenizer.encode(begin),
+        ]
+
+    def _request(self, name: str, /, **values: str) -> str:
+        """A prompt with its {names} filled in; braces in the values stay what they are."""
+        return re.sub(r"\{(\w+)\}", lambda found: values[found[1]], self._prompt(name))
 
     def _prompt(self, name: str) -> str:
         return prompt(name, self.model.name)
+
+
+def _join(document: Document, chunks: Sequence[Chunk]) -> str:
+    return "\n\n".join(document.passage(chunk) for chunk in chunks)
+
+
+def _quote(document: Document, chunk: Chunk, citations: Sequence[Citation]) -> str:
+    """The sentence cited first, or the beginning of the chunk; at most QUOTE characters."""
+    span = (citations[0].start, citations[0].end) if citations else (chunk.start, chunk.end)
+    text = " ".join(document.text[slice(*span)].split())
+    return text if len(text) <= QUOTE else text[: text.rfind(" ", 0, QUOTE)]
 
 
 class _Run:
@@ -205,8 +283,13 @@ class _Run:
     def cancelled(self) -> bool:
         return self._cancel.is_set()
 
-    def pieces(self, ids: Sequence[int], stop: tuple[str, ...] = ()) -> Iterator[str]:
-        """Generate, add to the text and yield its pieces."""
+    def pieces(
+        self, ids: Sequence[int], stop: tuple[str, ...] = (), *, capital: bool = False
+    ) -> Iterator[str]:
+        """Generate, add to the text and yield its pieces, without space before the first.
+
+        capital: the text, which continues a forced beginning, shall begin a sentence.
+        """
         config = self._assistant.config
         config = config.but(
             max_new_tokens=self._assistant._new_tokens(self._task),
@@ -214,37 +297,46 @@ class _Run:
         )
         if self.cancelled():
             return
-        records = self._assistant.model.generate(ids, config)
         seen: list[Record] = []
         finish: Finish = "cancelled"
-        for record in records:
-            seen.append(record)
-            self.text += record.text
-            if record.text:
-                yield record.text
-            if record.finish:
-                finish = record.finish
-            elif self.cancelled():
-                break
-        records.close()  # type: ignore[attr-defined]
+        records = self._assistant.model.generate(ids, config)
+        try:
+            for record in records:
+                seen.append(record)
+                piece = record.text if self.text else record.text.lstrip()
+                if capital and not self.text:
+                    piece = piece[:1].upper() + piece[1:]
+                self.text += piece
+                if piece:
+                    yield piece
+                if record.finish:
+                    finish = record.finish
+                elif self.cancelled():
+                    break
+        finally:
+            records.close()
         if not seen:  # cancelled while the prompt was read
             return
-        first, last = seen[0], seen[-1]
-        seconds = (last.time_ns - first.time_ns) / 1e9
+        seconds = (seen[-1].time_ns - seen[0].time_ns) / 1e9
         self._answer = replace(
             self._answer,
             finish=finish,
             prompt_tokens=len(ids),
             new_tokens=len(seen),
-            ttft_ms=first.time_ns / 1e6,
+            ttft_ms=seen[0].time_ns / 1e6,
             decode_tps=(len(seen) - 1) / seconds if seconds else None,
         )
 
-    def answer(self, **changes: object) -> Answer:
+    def take(self, ids: Sequence[int], stop: tuple[str, ...] = ()) -> str:
+        """Generate a text of its own, which is no part of the answer."""
+        for _ in self.pieces(ids, stop):
+            pass
+        text, self.text = self.text.strip(), ""
+        return text
+
+    def answer(self, **changes: Any) -> Answer:
         """The end of the task."""
-        return replace(
-            self._answer,
-            text=self.text.strip(),
-            seconds=time.perf_counter() - self._start,
-            **({"finish": "cancelled"} if self.cancelled() else {}) | changes,  # type: ignore[arg-type]
+        answer = replace(
+            self._answer, text=self.text.strip(), seconds=time.perf_counter() - self._start
         )
+        return replace(answer, **changes | ({"finish": "cancelled"} if self.cancelled() else {}))

@@ -89,9 +89,9 @@ def make_source(title: str, kind: str, blocks: Iterable[Block]) -> Source:
         if not text:
             continue
         page = block.page or page
+        if first and body and (block.level or end - first[0] > CHUNK_CHARACTERS // 2):
+            close()
         if block.level:
-            if body:
-                close()
             path = [(level, name) for level, name in path if level < block.level]
             path.append((block.level, " ".join(text.split())[:HEADING_CHARACTERS]))
         for start, stop in _pieces(text):

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pocketslm.runtime.assistant.document import Chunk, Document
-from pocketslm.runtime.assistant.words import terms
+from pocketslm.runtime.assistant.words import terms, words
 
 K1, B = 1.2, 0.75  # as SQLite's FTS5 and Lucene have them
-# Walks begin at this many of the best chunks, and a walk's end counts so much of its beginning.
-SEEDS, WALK = 4, 0.5
+# Walks begin at this many of the best chunks; WALK is what a walk's end gains for each name that
+# it shares, times the score of its beginning, the rarity of the name, and TRUST plus the part of
+# the question that the end itself holds.
+SEEDS, WALK, TRUST = 3, 0.4, 0.3
 # A name in more of the chunks than this says nothing about which belong together.
-COMMON = 0.2
+COMMON = 0.05
+# The graph cannot lift a chunk by more than this many names.
+MOST_NAMES = 4
+
+# What of a question's weight a passage must hold to answer it; in a long document more words meet
+# by chance, so every tenfold of chunks raises it.
+LEAST_COVERAGE, COVERAGE_RISE = 0.2, 0.08
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,17 @@ def search(document: Document, question: str, k: int = 3, *, walk: bool = True) 
     return [Hit(document.chunks[chunk], score[chunk], covered[chunk]) for chunk in best]
 
 
+def answers(document: Document, question: str, hits: Sequence[Hit]) -> bool:
+    """Whether the hits of a question can hold its answer.
+
+    No where they share too little with it, or where no name in it is anywhere in the document.
+    """
+    least = LEAST_COVERAGE + COVERAGE_RISE * math.log10(max(1, len(document.chunks)))
+    names = list({word.term for word in words(question) if word.named})
+    known = not names or bool(document.library.postings(document.id, names))
+    return known and max((hit.coverage for hit in hits), default=0.0) >= least
+
+
 def _idf(holding: int, count: int) -> float:
     return math.log1p((count - holding + 0.5) / (holding + 0.5))
 
@@ -63,23 +83,33 @@ def _idf(holding: int, count: int) -> float:
 def _walk(
     document: Document, score: dict[int, float], covered: dict[int, float], wanted: set[str]
 ) -> dict[int, float]:
-    """Scores with what reaches a chunk from the best ones over names that the question lacks."""
+    """Scores with what comes over shared names from the best chunks; the best one stays first.
+
+    Of several walks to a chunk the best counts.
+    """
     seeds = sorted(score, key=lambda chunk: (-score[chunk], chunk))[:SEEDS]
-    bridges: dict[str, list[int]] = defaultdict(list)
+    if not seeds:
+        return score
+    begins: dict[str, list[int]] = defaultdict(list)
     for name, chunk in document.library.names(document.id, seeds):
         if name not in wanted:
-            bridges[name].append(chunk)
-    count = len(document.chunks)
+            begins[name].append(chunk)
     ends: dict[str, list[int]] = defaultdict(list)
-    for name, chunk, *_ in document.library.postings(document.id, list(bridges)):
+    for name, chunk, *_ in document.library.postings(document.id, list(begins)):
         ends[name].append(chunk)
-    walked = dict(score)
+    count = len(document.chunks)
+    shared: dict[tuple[int, int], float] = defaultdict(float)  # (begin, end) -> weight of names
     for name, chunks in ends.items():
-        if len(chunks) < 2 or len(chunks) > max(2, COMMON * count):
-            continue
-        for start in bridges[name]:
-            for end in chunks:
-                if end != start:
-                    gain = WALK * score[start] * _idf(len(chunks), count) / _idf(1, count)
-                    walked[end] = walked.get(end, 0.0) + gain * covered.get(end, 0.0)
+        if len(chunks) <= max(2, COMMON * count):
+            rarity = _idf(len(chunks), count) / _idf(1, count)
+            for begin in begins[name]:
+                for end in chunks:
+                    shared[begin, end] += rarity
+    gain: dict[int, float] = defaultdict(float)
+    for (begin, end), weight in shared.items():
+        if begin != end:
+            walk = score[begin] * min(weight, MOST_NAMES) * (TRUST + covered.get(end, 0.0))
+            gain[end] = max(gain[end], WALK * walk)
+    walked = {end: score.get(end, 0.0) + gain[end] for end in {*score, *gain}}
+    walked[seeds[0]] = max(walked.values())
     return walked

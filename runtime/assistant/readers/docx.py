@@ -72,6 +72,6 @@ class _Body:
             self._begins = self.pages
 
     def _end_block(self) -> None:
-        text = "".join(self._parts).strip(" |\t\n")
+        text = re.sub(r" +\| ", " | ", "".join(self._parts)).strip(" |\t\n")
         self.blocks.append(Block(text, self._level, self._begins))
         self._parts, self._level, self._begins = [], 0, self.pages
