@@ -76,7 +76,7 @@ USER_ERRORS = {
     "no such device": (["device", "info", "usb:1"], "device is 'usb:1', expected local"),
     "bad ssh address": (["device", "info", "ssh:a@b:c"], "expected [user@]host[:port]"),
     "no document": (["doc", "summarize", "BUNDLE", "--document", "nowhere.txt"], "nowhere.txt"),
-    "no room": (["doc", "summarize", "BUNDLE", "-n", "200"], "shorten it or export with"),
+    "no room": (["doc", "summarize", "BUNDLE", "-n", "200"], "lower --max-new-tokens"),
     "not a text": (["eval", "BUNDLE", "--source", "HF", "--text", "BUNDLE"], "cannot read"),
     "wrong source": (["eval", "BUNDLE", "--source", "GGUF", "--text", "TEXT"], "SHA-256 differs"),
     "short text": (["eval", "BUNDLE", "--source", "HF", "--text", "TEXT"], "at least one window"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -30,14 +31,14 @@ from pocketslm.runtime.assistant.salience import (
     condense,
     is_answered,
     key_sentences,
+    question_words,
 )
 from pocketslm.runtime.assistant.words import sentences
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Record, TextModel
 
 SUGGESTIONS = 3
-# What the questions begin with, in turn, so that they are not all alike.
-QUESTION_WORDS = ("What", "Who", "How", "When", "Why", "Where")
+TRIES = 2  # questions asked for with one sentence
 NEW_TOKENS: dict[Task, int] = {"summarize": 160, "ask": 80, "suggest": 32, "rewrite": 320}
 # Of English; a part of a document is first taken to have the most, and counted then.
 CHARACTERS_A_TOKEN, MOST_CHARACTERS_A_TOKEN = 4, 8
@@ -116,25 +117,24 @@ class Assistant:
     def suggest(self, document: Document, cancel: threading.Event | None = None) -> Iterator[Event]:
         """Three questions that the document answers; ``items`` are always three.
 
-        Each is asked for with one telling sentence, and kept if that sentence holds its words.
-        Where too few remain, a name that the document has fills the place.
+        Each is made of one telling sentence, and kept if its passage holds its words. Where too
+        few remain, questions that need no model take their place.
         """
         run = _Run(self, "suggest", cancel=cancel)
         items: dict[str, Citation] = {}  # by the question
-        spans = key_sentences(document, 3 * SUGGESTIONS)
-        for at, (start, end) in enumerate(spans):
-            if len(items) == SUGGESTIONS or run.cancelled():
-                break
-            sentence = document.text[start:end]
+        used: Counter[str] = Counter()  # question words of the items
+        for start, end in key_sentences(document, 2 * SUGGESTIONS):
+            sentence = " ".join(document.text[start:end].split())
             chunk = next(chunk for chunk in document.chunks if chunk.start <= start < chunk.end)
-            request = self._request("suggest", evidence=sentence)
-            text, _ = self._context(document, [chunk], "suggest", request)
-            begin = QUESTION_WORDS[at % len(QUESTION_WORDS)]
-            rest = run.take(self._ids(text, request, begin=begin), stop=("\n", "?"))
-            question = f"{begin} {rest}?"
-            if is_answered(question, sentence) and question not in items:
-                items[question] = Citation(chunk.index, start, end)
-                yield f"{len(items)}. {question}\n"
+            for begin in sorted(question_words(sentence), key=used.__getitem__)[:TRIES]:
+                if len(items) == SUGGESTIONS or run.cancelled():
+                    break
+                question = f"{begin} {self._question(run, sentence, begin)}?"
+                if is_answered(question, document.passage(chunk)) and question not in items:
+                    items[question] = Citation(chunk.index, start, end)
+                    used[begin] += 1
+                    yield f"{len(items)}. {question}\n"
+                    break
         for question, citation in self._plain_questions(document):
             if len(items) == SUGGESTIONS:
                 break
@@ -196,6 +196,17 @@ class Assistant:
             yield question, Citation(chunk.index, at, at + len(name))
         for question in self._prompt("suggest-any").splitlines():
             yield question, Citation(start.index, start.start, start.end)
+
+    def _question(self, run: _Run, sentence: str, begin: str) -> str:
+        """The rest of a question that a sentence answers."""
+        request = self._request("suggest", evidence=sentence[: 2 * QUOTE])
+        content = [{"role": "user", "content": request}]
+        tokenizer = self.model.tokenizer
+        ids = tokenizer.apply_chat_template(content)
+        ids += tokenizer.encode(f"{self._prompt('suggest-begin')} {begin}")
+        if len(ids) + self._new_tokens("suggest") > self.model.context:
+            return ""
+        return run.take(ids, stop=("\n", "?"))
 
     def _fits(self, text: str, budget: int) -> bool:
         return len(text) <= budget * MOST_CHARACTERS_A_TOKEN and self._tokens(text) <= budget

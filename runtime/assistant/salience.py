@@ -19,7 +19,16 @@ _SELF = re.compile(
     r"\b(?:document|text|sentence|passage|article|author|question)s?\b", re.IGNORECASE
 )
 # The part of a question's terms that its sentence must hold.
-HELD = 0.6
+HELD = 0.75
+MOST_QUESTION_WORDS = 20
+_COUNT = re.compile(
+    r"(?<![\w.,$€£-])(?!(?:19|20)\d\d\b)\d[\d,]* (?!per|January|February|March|April|May|June|"
+    r"July|August|September|October|November|December)[a-z]{3,}"
+)
+_TIME = re.compile(
+    r"\b(?:(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|today|yesterday|in (?:19|20)\d\d|"
+    r"January|February|March|April|June|July|August|September|October|November|December)\b"
+)
 
 
 def key_sentences(document: Document, count: int) -> list[Span]:
@@ -92,10 +101,18 @@ def _names(text: str, chunk: Chunk) -> Iterator[tuple[str, int]]:
         run = [word] if word and word.named else []
 
 
-def is_answered(question: str, sentence: str) -> bool:
-    """Whether a question is whole, about something, and in the words of its sentence."""
+def question_words(sentence: str) -> list[str]:
+    """How questions about a sentence may begin, the most fitting first."""
+    found = ["How many"] if _COUNT.search(sentence) else []
+    found += ["When"] if _TIME.search(sentence) else []
+    return [*found, "What", "Who"]
+
+
+def is_answered(question: str, passage: str) -> bool:
+    """Whether a question is whole, about something, and in the words of its passage."""
     if not re.fullmatch(r"\w[^?\n]+ [^?\n]+\?", question) or _SELF.search(question):
         return False
-    asked = terms(question)
-    held = sum(term in set(terms(sentence)) for term in asked)
-    return len(asked) >= 2 and held >= HELD * len(asked) and len(question.split()) <= 20
+    asked, there = terms(question), set(terms(passage))
+    held = sum(term in there for term in asked)
+    short = len(question.split()) <= MOST_QUESTION_WORDS
+    return short and len(asked) >= 2 and held >= HELD * len(asked)
