@@ -6,7 +6,18 @@ import argparse
 from pathlib import Path
 
 from pocketslm.profiling.devices import cli as devices
-from pocketslm.terminal import Commands, Progress, depths, numbers, pair, say
+from pocketslm.terminal import (
+    Commands,
+    Progress,
+    add_backend,
+    add_json,
+    add_threads,
+    depths,
+    numbers,
+    pair,
+    print_json,
+    say,
+)
 
 
 def add_commands(commands: Commands) -> None:
@@ -54,6 +65,17 @@ def add_commands(commands: Commands) -> None:
     )
     devices.add_bench_options(parser)
 
+    parser = commands.add(
+        "bench-doc",
+        _bench_doc,
+        "measure what the document assistant finds, cites, summarises and suggests",
+        "pocketslm bench-doc out/smollm2 --json",
+    )
+    parser.add_argument("bundle", type=Path)
+    add_backend(parser)
+    add_threads(parser)
+    add_json(parser)
+
 
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.device:
@@ -85,3 +107,20 @@ def _bench(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
     print(format_rows(rows, arguments.output), end="")
+
+
+def _bench_doc(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from pocketslm.models.catalog import fetch
+    from pocketslm.profiling.assistant import format_report, measure
+    from pocketslm.runtime.model import Model
+
+    model = Model.load(arguments.bundle, arguments.backend, arguments.threads)
+    with Progress() as progress:
+        report = measure(model, fetch("lee", say), fetch("wiki", say), progress)
+    if arguments.json:
+        print_json(asdict(report) | {"model": model.name, "backend": model.backend})
+    else:
+        print(f"{model.name}, {model.backend}")
+        print(format_report(report), end="")

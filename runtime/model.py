@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +52,7 @@ class TextModel(Protocol):
 
     def generate(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None
-    ) -> Generator[Record]:
+    ) -> Iterator[Record]:
         """See `Model.generate`."""
         ...
 
@@ -103,7 +103,7 @@ class Model:
 
     def generate(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None
-    ) -> Generator[Record]:
+    ) -> Iterator[Record]:
         """Continue a text or token ids; yields a record for each token as it is made.
 
         The records' texts joined are the generated text: no character is ever split, and a stop
@@ -121,14 +121,14 @@ class Model:
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], config: GenerationConfig | None = None
-    ) -> Generator[Record]:
+    ) -> Iterator[Record]:
         """Answer a conversation ({"role", "content"} messages) through the chat template."""
         return self.generate(self.tokenizer.apply_chat_template(list(messages)), config)
 
 
 def _with_text(
     steps: Iterator[Step], decoder: StreamDecoder, stop_strings: tuple[str, ...]
-) -> Generator[Record]:
+) -> Iterator[Record]:
     held = ""
     for step in steps:
         held += decoder.push(step.token) if step.finish != "eos" else ""

@@ -34,6 +34,7 @@ COMMANDS = (
     "doc suggest",
     "doc rewrite",
     "bench",
+    "bench-doc",
     "device list",
     "device info",
     "device clean",

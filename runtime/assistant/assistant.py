@@ -42,8 +42,8 @@ TRIES = 2  # questions asked for with one sentence
 NEW_TOKENS: dict[Task, int] = {"summarize": 160, "ask": 80, "suggest": 32, "rewrite": 320}
 # Of English; a part of a document is first taken to have the most, and counted then.
 CHARACTERS_A_TOKEN, MOST_CHARACTERS_A_TOKEN = 4, 8
-# Tokens left free for a forced beginning and for joints that tokenize apart.
-RESERVE = 16
+# Tokens left free, because texts joined may be more tokens than apart.
+JOINTS = 8
 LEAST_READ = 16
 QUOTE = 240
 
@@ -107,10 +107,12 @@ class Assistant:
             yield run.answer(text=text, found=False)
             return
         found = [hit.chunk for hit in hits]
-        evidence = _quote(document, found[0], cite(document, found, question))
+        most = min(QUOTE, self.model.context // 4)
+        evidence = _quote(document, found[0], cite(document, found, question), most)
         request = self._request("ask", evidence=evidence, question=question)
-        text, chunks = self._context(document, found, "ask", request)
-        ids = self._ids(text, request, begin=self._prompt("ask-begin"))
+        begin = self._prompt("ask-begin")
+        text, chunks = self._context(document, found, request, begin)
+        ids = self._ids(text, request, begin=begin)
         yield from run.pieces(ids, stop=("\n",), capital=True)
         yield run.answer(citations=cite(document, chunks, run.text, question))
 
@@ -161,11 +163,11 @@ class Assistant:
         yield run.answer()
 
     def _context(
-        self, document: Document, chunks: Sequence[Chunk], task: Task, request: str
+        self, document: Document, chunks: Sequence[Chunk], request: str, begin: str
     ) -> tuple[str, Sequence[Chunk]]:
         """What of the document goes into the prompt: all of a short one, else the first of these
         chunks that fit, in the document's order."""
-        budget = self._budget(task, request)
+        budget = self._budget("ask", request, begin)
         if self._fits(document.text, budget):
             return document.text, document.chunks
         kept: list[Chunk] = []
@@ -230,9 +232,9 @@ class Assistant:
     def _tokens(self, text: str) -> int:
         return len(self.model.tokenizer.encode(text))
 
-    def _budget(self, task: Task, request: str) -> int:
+    def _budget(self, task: Task, request: str, begin: str = "") -> int:
         """How many tokens of a document fit beside a request and what is to be generated."""
-        used = len(self._ids("", request)) + self._new_tokens(task) + RESERVE
+        used = len(self._ids("", request, begin=begin)) + self._new_tokens(task) + JOINTS
         room = self.model.context - used
         if room < LEAST_READ:
             raise ContextOverflowError(
@@ -268,11 +270,11 @@ def _join(document: Document, chunks: Sequence[Chunk]) -> str:
     return "\n\n".join(document.passage(chunk) for chunk in chunks)
 
 
-def _quote(document: Document, chunk: Chunk, citations: Sequence[Citation]) -> str:
-    """The sentence cited first, or the beginning of the chunk; at most QUOTE characters."""
+def _quote(document: Document, chunk: Chunk, citations: Sequence[Citation], most: int) -> str:
+    """The sentence cited first, or the beginning of the chunk; at most ``most`` characters."""
     span = (citations[0].start, citations[0].end) if citations else (chunk.start, chunk.end)
     text = " ".join(document.text[slice(*span)].split())
-    return text if len(text) <= QUOTE else text[: text.rfind(" ", 0, QUOTE)]
+    return text if len(text) <= most else text[: text.rfind(" ", 0, most)]
 
 
 class _Run:
@@ -325,7 +327,7 @@ class _Run:
                 elif self.cancelled():
                     break
         finally:
-            records.close()
+            records.close()  # type: ignore[attr-defined]  # a generator, by `TextModel`
         if not seen:  # cancelled while the prompt was read
             return
         seconds = (seen[-1].time_ns - seen[0].time_ns) / 1e9

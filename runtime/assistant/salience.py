@@ -64,15 +64,17 @@ def rank(document: Document, chunks: Sequence[Chunk]) -> list[Span]:
 
 
 def condense(document: Document, characters: int) -> str:
-    """The document cut to about ``characters``: of each chunk its most telling sentences."""
+    """At most ``characters`` of the document: everywhere its most telling sentences."""
     share = characters / len(document.text)
     kept: list[str] = []
+    left = 0.0  # what a chunk does not take, the next may
     for chunk in document.chunks:
-        left, chosen = (chunk.end - chunk.start) * share, []
+        left += (chunk.end - chunk.start) * share
+        chosen = []
         for start, end in rank(document, [chunk]):
-            if left > 0:
+            if end - start < left:
                 chosen.append((start, end))
-                left -= end - start
+                left -= end - start + 1
         kept += [document.text[start:end] for start, end in sorted(chosen)]
     return "\n".join(kept)
 
