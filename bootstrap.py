@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 BUNDLE = "out/smollm2"
-PACKAGES = ("models", "export", "runtime", "profiling")
+PACKAGES = ("models", "export", "runtime", "profiling", "android")
 MODULES = ("cache", "cli", "errors", "inspection", "terminal", "__main__")
 
 DEMO = f"""

@@ -35,7 +35,7 @@ DARK = {
 }
 
 
-class Theme(EventDispatcher):  # type: ignore[misc]
+class Theme(EventDispatcher):
     """The colours in use; widgets bind to them, so that a change shows at once."""
 
     ground = ColorProperty(LIGHT["ground"])

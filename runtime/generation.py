@@ -89,6 +89,10 @@ class Engine:
             return self.session.generate(tokens, config, eos_token_ids, limit)
         return self._steps(list(tokens), config, eos_token_ids, limit)
 
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
+        return self._scorer(None)(self._rewind(ids)).logits
+
     def _steps(
         self, ids: list[int], config: GenerationConfig, eos: Collection[int], limit: int
     ) -> Iterator[Step]:

@@ -121,7 +121,7 @@ class ExecuTorchModel:
 def _callback(pieces: queue.Queue[str | None]) -> Any:
     from jnius import PythonJavaClass, java_method
 
-    class Callback(PythonJavaClass):  # type: ignore[misc]
+    class Callback(PythonJavaClass):
         __javainterfaces__ = ("org/pytorch/executorch/extension/llm/LlmCallback",)
         __javacontext__ = "app"
 

@@ -143,8 +143,8 @@ class JavaOnnxSession:
         data = result.get("logits").get().getByteBuffer()
         raw = bytearray(data.remaining())
         data.get(raw)
-        kind = np.float32 if len(raw) == 4 * len(ids) * self.vocab_size else np.float16
-        return np.frombuffer(raw, kind).astype(np.float32).reshape(len(ids), self.vocab_size)
+        width = np.float32 if len(raw) == 4 * len(ids) * self.vocab_size else np.float16
+        return np.frombuffer(raw, width).astype(np.float32).reshape(len(ids), self.vocab_size)
 
     def _int64(self, values: npt.NDArray[Any]) -> Any:
         data = values.astype(np.int64).tobytes()

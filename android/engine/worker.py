@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pocketslm.errors import PocketSlmError
@@ -61,12 +62,12 @@ class Worker:
             self.current = job
             try:
                 for event in job.work(job.cancel):
-                    self._events.put(lambda job=job, event=event: job.on_event(event))
+                    self._events.put(partial(job.on_event, event))
             except PocketSlmError as error:
-                self._events.put(lambda job=job, text=str(error): job.on_error(text))
+                self._events.put(partial(job.on_error, str(error)))
             except Exception as error:
                 log.exception("a job failed")
                 text = f"{type(error).__name__}: {error}"
-                self._events.put(lambda job=job, text=text: job.on_error(text))
+                self._events.put(partial(job.on_error, text))
             self.current = None
             self._events.put(job.on_end)

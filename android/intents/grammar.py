@@ -19,7 +19,7 @@ from pocketslm.android.intents import SCHEMAS, Action
 from pocketslm.errors import BackendError, UsageError
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model, TextModel
-from pocketslm.runtime.sampling import log_probability
+from pocketslm.runtime.sampling import log_sum_exp
 
 CALL_TOKENS = 120  # that the longest usual call takes
 
@@ -138,11 +138,12 @@ class _Writer:
             common += 1
         total = 0.0
         for at in range(common, len(whole)):
-            total += log_probability(self._logits(whole[:at]), whole[at])
+            logits = self._logits(whole[:at])
+            total += float(logits[whole[at]]) - log_sum_exp(logits)
         return total
 
     def _logits(self, ids: list[int]) -> Any:
-        return self._model.engine.prefill(ids)
+        return self._model.engine.logits(ids)
 
     def _ids(self, text: str) -> list[int]:
         return self._model.tokenizer.encode(text)

@@ -135,7 +135,7 @@ def _reminder(action: Action) -> Any:
     return intent
 
 
-class _Taps(PythonJavaClass):  # type: ignore[misc]
+class _Taps(PythonJavaClass):
     """A screen reader's double tap becomes a touch."""
 
     __javainterfaces__ = ("org/pocketslm/ScreenReader$Taps",)

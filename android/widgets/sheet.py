@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,9 @@ class FileSheet(Sheet):
             if path.name.startswith("."):
                 continue
             if path.is_dir():
-                self._line("folder", path.name, lambda path=path: self.enter(path))
+                self._line("folder", path.name, partial(self.enter, path))
             elif path.suffix.lower() in self._endings:
-                self._line("document", path.name, lambda path=path: self._take(path))
+                self._line("document", path.name, partial(self._take, path))
         actions = [(t("cancel"), "plain", lambda: None)]
         if self._folders:
             actions.append((t("choose_this"), "filled", lambda: self._chosen(folder)))

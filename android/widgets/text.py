@@ -37,6 +37,7 @@ class Text(Label):
     content = StringProperty("")
     oneline = BooleanProperty(False)
     plain = BooleanProperty(False)
+    centred = BooleanProperty(False)
     fixed = NumericProperty(-1)
     rtl = BooleanProperty(False)
 
@@ -46,7 +47,17 @@ class Text(Label):
         if app is not None:
             self.rtl = app.rtl
             app.fbind("rtl", self.setter("rtl"))
-        for what in ("content", "width", "font_size", "bold", "rtl", "oneline", "plain", "padding"):
+        for what in (
+            "content",
+            "width",
+            "font_size",
+            "bold",
+            "rtl",
+            "oneline",
+            "plain",
+            "centred",
+            "padding",
+        ):
             self.fbind(what, self._lay_out)
         self._lay_out()
 
@@ -54,8 +65,8 @@ class Text(Label):
         content = self.content
         shaped = strings.has_rtl(content)
         self.font_name = font_for(content)
-        if self.halign != "center":
-            self.halign = "right" if strings.runs_rtl(content, self.rtl) else "left"
+        side = "right" if strings.runs_rtl(content, self.rtl) else "left"
+        self.halign = "center" if self.centred else side
         if self.plain:
             self.text_size = (None, None)
             self.text = strings.visual(content) if shaped else content

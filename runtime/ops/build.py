@@ -97,8 +97,9 @@ def find_toolchain(target: str | None = None) -> Toolchain:
     if native:
         names = [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++", *names]
     zig = importlib.util.find_spec("ziglang") is not None
-    if zig and not native:
-        # Preferred for other machines: its musl makes small programs that run on old kernels.
+    if zig and target is not None:
+        # Preferred for a named target: its musl makes small programs that run on old kernels and
+        # keep to system calls that an app on Android may make.
         command = (sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-musl")
         return Toolchain(command, machine, is_zig=True)
     for name in names:

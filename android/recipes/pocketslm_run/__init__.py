@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from pythonforandroid.recipe import Recipe
 
@@ -20,10 +21,10 @@ class PocketslmRunRecipe(Recipe):
     url = None  # the sources are this repository's
     depends = ("python3",)
 
-    def should_build(self, arch):
+    def should_build(self, arch: Any) -> bool:
         return not self.has_libs(arch, LIBRARY)
 
-    def build_arch(self, arch):
+    def build_arch(self, arch: Any) -> None:
         super().build_arch(arch)
         sources = Path(__file__).resolve().parents[3] / "runtime" / "ops"
         output = Path(self.get_build_container_dir(arch.arch)) / LIBRARY
