@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from android import activity, mActivity
 from android.runnable import run_on_ui_thread
 from jnius import PythonJavaClass, autoclass, cast, java_method
 from kivy.clock import Clock, mainthread
 
-from android import activity, mActivity
 from pocketslm.android.intents import Action
 from pocketslm.android.phone import OnFile
 
