@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,7 @@ class _Counted:
     major_faults: int = 0
     windows_ns: list[tuple[int, int]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
+    pss_bytes: int | None = None
     reasons: list[str] = field(default_factory=list)
 
     def add(self, test: Test, answer: dict[str, Any], end_ns: int) -> None:
@@ -200,6 +202,7 @@ class _Session:
                         counted.add(test, answer, time.monotonic_ns())
                         sampler.poll()
                         counted.stats = runner.ask("stats")
+                    counted.pss_bytes = self._pss(runner.pid, counted.stats)
                     counted.reasons = self._reasons()
                 finally:
                     if counted.stats:
@@ -245,6 +248,12 @@ class _Session:
             self._device, self._seen, self.machine.clusters, pid, self._conditions.interval_s
         )
 
+    def _pss(self, pid: int, stats: dict[str, Any]) -> int | None:
+        """As Android counts it, where the kernel is too old to tell the runner itself (4.14)."""
+        if stats["pss_bytes"] or self._device.kind != "adb":
+            return None
+        return total_pss(self._device.shell(f"dumpsys meminfo {pid} || true"))
+
     def _reasons(self) -> list[str]:
         """What the system says about throttling, right after the run."""
         tree = parse(self._device.shell(script((), thermal.COMMANDS)))
@@ -286,7 +295,7 @@ class _Session:
             peak_rss_bytes=stats["peak_rss_bytes"],
             rss_anon_bytes=stats["rss_anon_bytes"],
             rss_file_bytes=stats["rss_file_bytes"],
-            pss_bytes=stats["pss_bytes"] or None,
+            pss_bytes=counted.pss_bytes or stats["pss_bytes"] or None,
             pss_file_bytes=stats["pss_file_bytes"] or None,
             cpu_ns=counted.cpu_ns,
             major_faults=counted.major_faults,
@@ -297,6 +306,12 @@ class _Session:
             macs_per_token=counted.loaded["macs_per_token"],
             limits=counted.limits,
         )
+
+
+def total_pss(text: str) -> int | None:
+    """Bytes, of ``dumpsys meminfo PID``; its figures are KiB, under TOTAL in a column or a row."""
+    match = re.search(r"^\s*TOTAL(?: PSS:)?\s+(\d+)", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 def _repeat(runner: RunnerProcess, test: Test) -> dict[str, Any]:

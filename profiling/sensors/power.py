@@ -182,34 +182,58 @@ def pmic_watts(text: str) -> float | None:
 
 
 def _battery(tree: Tree) -> Source | None:
-    """The battery's outflow. Its unit and sign differ by vendor: both are told by the label."""
+    """The battery's outflow, from its files or, where those are locked, from Android's service."""
     for folder in folders(matching(tree, f"{_BATTERY}/current_now")):
         if tree.get(f"{folder}/type", "Battery") != "Battery":
             continue
         files = (f"{folder}/current_now", f"{folder}/voltage_now")
         current, voltage = (number(tree, path) for path in files)
-        if current is None or not voltage:
-            continue
-        in_milliamperes = 0 < abs(current) < _LEAST_MICROAMPERES
-        amperes = 1e-3 if in_milliamperes else 1e-6
-        volts = 1e-6 if voltage > _LEAST_MICROVOLTS else 1e-3
-        status = tree.get(f"{folder}/status", "")
-        # The kernel's convention is positive into the battery, some vendors have the other: what
-        # the battery does and which sign it shows meanwhile tell which.
-        outflow = 1 if current * {"Discharging": 1, "Charging": -1}.get(status, 0) > 0 else -1
-        charging = status != "Discharging"
-        unit = "mA" if in_milliamperes else "uA"
-        sign = "discharging" if outflow == 1 else "charging"
-        where = "on the cable" if charging else "on battery"
-        return Source(
-            name=f"{folder}/current_now x voltage_now",
-            label=f"whole device {where} ({unit}, positive while {sign})",
-            read=_product(*files, outflow * amperes * volts),
-            files=files,
-            on_battery=True,
-            charging=charging,
-        )
-    return None
+        if current is not None and voltage:
+            unit, label, charging = _convention(current, voltage, tree.get(f"{folder}/status", ""))
+            name = f"{folder}/current_now x voltage_now"
+            read = _product(*files, unit)
+            return Source(name, label, read, files, on_battery=True, charging=charging)
+    command = "dumpsys battery"
+    if (found := _dumpsys(tree)) is None:
+        return None
+    status = {2: "Charging", 3: "Discharging"}.get(found["status"], "")
+    unit, label, charging = _convention(found["current now"], found["voltage"], status)
+
+    def read_service(tree: Tree) -> float | None:
+        now = _dumpsys(tree)
+        return None if now is None else now["current now"] * now["voltage"] * unit
+
+    return Source(
+        f"{command}: current now x voltage",
+        label,
+        read_service,
+        commands=(command,),
+        on_battery=True,
+        charging=charging,
+    )
+
+
+def _dumpsys(tree: Tree) -> dict[str, int] | None:
+    """``dumpsys battery``; the current is in it with some vendors only."""
+    text = tree.get("$ dumpsys battery", "")
+    found = {name: int(value) for name, value in re.findall(r"^([\w ]+): (-?\d+)$", text, re.M)}
+    return found if {"current now", "voltage", "status"} <= found.keys() else None
+
+
+def _convention(current: int, voltage: int, status: str) -> tuple[float, str, bool]:
+    """Watts of outflow for a product of current and voltage, what to say of it, and whether the
+    battery is being charged. Its unit and sign differ by vendor.
+    """
+    in_milliamperes = 0 < abs(current) < _LEAST_MICROAMPERES
+    # The kernel's convention is positive into the battery, some vendors have the other: what the
+    # battery does and which sign it shows meanwhile tell which.
+    outflow = 1 if current * {"Discharging": 1, "Charging": -1}.get(status, 0) > 0 else -1
+    charging = status != "Discharging"
+    unit = "mA" if in_milliamperes else "uA"
+    sign = "discharging" if outflow == 1 else "charging"
+    where = "on the cable" if charging else "on battery"
+    scale = (1e-3 if in_milliamperes else 1e-6) * (1e-6 if voltage > _LEAST_MICROVOLTS else 1e-3)
+    return outflow * scale, f"whole device {where} ({unit}, positive while {sign})", charging
 
 
 def _sum_of(files: Sequence[str], unit: float) -> Callable[[Tree], float | None]:

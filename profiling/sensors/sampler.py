@@ -22,7 +22,7 @@ from pocketslm.profiling.sensors import cpufreq, power, thermal
 from pocketslm.profiling.sensors.tree import Tree, parse, script
 
 FILES = tuple(dict.fromkeys((*cpufreq.FILES, *thermal.FILES, *power.FILES)))
-COMMANDS = (*thermal.COMMANDS, *power.COMMANDS)
+COMMANDS = tuple(dict.fromkeys((*thermal.COMMANDS, *power.COMMANDS)))
 POLL_TIMEOUT_S = 30.0
 _END = "end of poll"
 

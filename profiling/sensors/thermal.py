@@ -14,7 +14,10 @@ FILES = (
     "/sys/class/hwmon/hwmon*/temp*_label",
 )
 POLLED = ("/sys/class/thermal/thermal_zone*/temp", "/sys/class/hwmon/hwmon*/temp*_input")
-COMMANDS = ("vcgencmd measure_temp", "vcgencmd get_throttled", "dumpsys thermalservice")
+COMMANDS = (
+    *("vcgencmd measure_temp", "vcgencmd get_throttled"),
+    *("dumpsys thermalservice", "dumpsys battery"),
+)
 
 # Documentation of vcgencmd: bit of get_throttled -> what happens now.
 _PI_NOW = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
@@ -39,6 +42,8 @@ def celsius(tree: Tree) -> dict[str, float]:
             _add(found, name, number(tree, path))
     if match := re.search(r"temp=([\d.]+)'C", tree.get("$ vcgencmd measure_temp", "")):
         found["vcgencmd"] = float(match[1])
+    if match := re.search(r"^temperature: (\d+)$", tree.get("$ dumpsys battery", ""), re.M):
+        found.setdefault("battery", int(match[1]) / 10)
     service = tree.get("$ dumpsys thermalservice", "").partition("Current temperatures from HAL")[2]
     for match in re.finditer(r"Temperature\{mValue=([-\d.]+), mType=\d+, mName=([^,]+),", service):
         if _COLDEST < float(match[1]) < _HOTTEST and float(match[1]):

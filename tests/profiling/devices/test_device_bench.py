@@ -6,6 +6,7 @@ The figures mean nothing here; that every part of a row is there, and adds up, d
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from pocketslm.errors import DeviceError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
-from pocketslm.profiling.devices import local, open_device
+from pocketslm.profiling.devices import local, open_device, overhead
 from pocketslm.profiling.devices.bench import Conditions, bench_on_device
 from pocketslm.profiling.devices.device import Device
 from pocketslm.profiling.plan import Test as Job  # pytest would take "Test" for a test
@@ -282,6 +283,20 @@ def test_ctrl_c_leaves_nothing_on_the_phone(
     assert "tg50" in table
     assert len(read_records(record)[0].samples_ns) >= 2
     wait_until(lambda: not daemon.phone.running(), "a runner is left on the phone")
+
+
+def test_the_cost_of_measuring_is_a_ratio_with_its_interval(bundle: Path) -> None:
+    with open_device("local") as device:
+        pairs = overhead.measure(device, bundle, 4, rounds=2, interval_s=0.01, threads=1)
+    assert len(pairs) == 2
+    assert all(ns > 0 for pair in pairs for ns in pair)
+    rng = random.Random(1)
+    slower = [
+        (round(1e9 * rng.gauss(1, 0.01)), round(1.1e9 * rng.gauss(1, 0.01))) for _ in range(40)
+    ]
+    median, low, high = overhead.interval(slower)
+    assert low <= median <= high
+    assert low < 1 / 1.1 < high < 1
 
 
 def _runners(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 from devices.phone import RECORDINGS
 
 from pocketslm.errors import DeviceError, UsageError
+from pocketslm.profiling.devices.bench import total_pss
 from pocketslm.profiling.devices.info import machine
 from pocketslm.profiling.machine import Cluster
 from pocketslm.profiling.records import TracePoint
@@ -162,6 +163,35 @@ def test_a_battery_s_units_and_sign(
     assert words in source.label
     assert source.on_battery
     assert source.charging == (status != "Discharging")
+
+
+def test_a_battery_whose_files_are_locked() -> None:
+    tree = recording("mi-6")
+    service = {"$ dumpsys battery": tree["$ dumpsys battery"]}
+    assert power.find_source(service) is None  # no current in it
+    assert thermal.celsius(service) == {"battery": 32.6}
+    # Samsung's has one, in mA.
+    service["$ dumpsys battery"] += "\ncurrent now: 321"
+    source = power.find_source(service)
+    assert source is not None
+    assert source.label == "whole device on the cable (mA, positive while charging)"
+    assert abs((source.read(service) or 0) + 0.321 * 4.063) < 1e-9
+    unplugged = {name: text.replace("status: 2", "status: 3") for name, text in service.items()}
+    source = power.find_source(unplugged)
+    assert source is not None
+    assert source.label == "whole device on battery (mA, positive while discharging)"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("   TOTAL   34105    28652     1024       48   45000    12000 \n", 34105 << 10),
+        ("           TOTAL PSS:    34105            TOTAL RSS:    45000\n", 34105 << 10),
+        ("No process found for: 4711\n", None),
+    ],
+)
+def test_android_s_count_of_memory(text: str, expected: int | None) -> None:
+    assert total_pss(text) == expected
 
 
 def test_a_counter_that_wraps() -> None:
