@@ -24,8 +24,8 @@ _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LINES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
-_LLAMA3 = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}|{_LINES}"
-_QWEN2 = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}|{_LINES}"
+LLAMA3_WORDS = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}|{_LINES}"
+QWEN2_WORDS = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}|{_LINES}"
 _QWEN35 = (
     rf"{_CONTRACTIONS}|{_LEAD}[\p{{L}}\p{{M}}]+|\p{{N}}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,15 +57,15 @@ class _Pre:
 
 _GPT2 = _Pre(gpt2=True)
 _DIGITS = _Pre(digits=True, gpt2=True)
-_LLAMA_BPE = _Pre((_LLAMA3,), ignore_merges=True, add_bos=True)
+_LLAMA_BPE = _Pre((LLAMA3_WORDS,), ignore_merges=True, add_bos=True)
 _PRE = {
     "default": _Pre((r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "exaone4"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2"), _LLAMA_BPE),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), _Pre((_LLAMA3,))),
-    "qwen2": _Pre((_QWEN2,), nfc=True),
-    **dict.fromkeys(("deepseek-r1-qwen", "megrez", "stablelm2"), _Pre((_QWEN2,))),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _Pre((LLAMA3_WORDS,))),
+    "qwen2": _Pre((QWEN2_WORDS,), nfc=True),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez", "stablelm2"), _Pre((QWEN2_WORDS,))),
     "qwen35": _Pre((_QWEN35,), nfc=True),
     "tekken": _Pre((_TEKKEN,), ignore_merges=True, add_bos=True),
     **dict.fromkeys(("gpt-4o", "llama4"), _Pre((_GPT4O,))),

@@ -182,7 +182,8 @@ void Engine::reset() {
 
 std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens) const {
   if (!tokenizer_.loaded()) return "the model file has no tokenizer; pass tokens instead";
-  tokenizer_.encode(text, true, tokens);
+  tokens = tokenizer_.prefix();
+  tokenizer_.encode({{text, true}}, tokens);
   return "";
 }
 
@@ -192,6 +193,7 @@ std::string Engine::encode_chat(const std::vector<Message>& messages,
   if (!tokenizer_.loaded() || !has_chat_)
     return "the model file has no chat template; pass prompt or tokens instead";
   std::string previous;
+  std::vector<TextPart> parts;
   for (const Message& message : messages) {
     const std::string* lead = nullptr;
     if (previous.empty() && message.role == "system") lead = &chat_.start_system;
@@ -202,12 +204,13 @@ std::string Engine::encode_chat(const std::vector<Message>& messages,
     if (!lead)
       return "messages must be an optional system message, then user and assistant in turn; got '" +
              message.role + "' after '" + previous + "'";
-    tokenizer_.encode(*lead, true, tokens);
-    tokenizer_.encode(message.content, false, tokens);
+    parts.push_back({*lead, true});
+    parts.push_back({message.content, false});
     previous = message.role;
   }
   if (previous != "user") return "the last message must be the user's";
-  tokenizer_.encode(chat_.user_to_assistant, true, tokens);
+  parts.push_back({chat_.user_to_assistant, true});
+  tokenizer_.encode(parts, tokens);
   return "";
 }
 
@@ -266,6 +269,7 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   const auto decode_started = Clock::now();
   const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos : generation.eos;
   std::string pending;  // the beginning of a character whose end is in the next token
+  bool at_start = true;
   outcome.reason = "length";
   while (outcome.new_tokens < generation.max_tokens) {
     if (!generation.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end()) {
@@ -275,7 +279,12 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
       break;
     }
     ++outcome.new_tokens;
-    pending += tokenizer_.bytes(token);
+    std::string_view bytes = tokenizer_.bytes(token);
+    if (at_start && !bytes.empty()) {
+      if (tokenizer_.strips_space() && bytes[0] == ' ') bytes.remove_prefix(1);
+      at_start = false;
+    }
+    pending += bytes;
     const bool last = outcome.new_tokens == generation.max_tokens;
     const size_t held = last ? 0 : incomplete_utf8(pending);
     on_token({token, std::string_view(pending).substr(0, pending.size() - held), logprob});

@@ -1,46 +1,66 @@
-"""Write unicode_table.inl: ranges of letters, numbers and white space."""
+"""Write unicode_table.inl (ranges of letters, numbers and white space) and
+normalization_table.inl (canonical decompositions and combining classes)."""
 
 from __future__ import annotations
 
 import sys
 import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# White_Space in Unicode's PropList; str.isspace() has four separators more.
-SPACES = {*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029}
-SPACES |= {0x202F, 0x205F, 0x3000}
+from pocketslm.runtime.tokenizer import unicode_classes
 
 
-def kind(code: int) -> str | None:
-    if code in SPACES:
-        return "S"
-    category = unicodedata.category(chr(code))[0]
-    return category if category in "LN" else None
+def classes() -> Iterator[str]:
+    kinds = {
+        "L": unicode_classes.category("L") or (),
+        "N": unicode_classes.category("N") or (),
+        "S": unicode_classes.WHITE_SPACE,
+    }
+    found = sorted((*span, kind) for kind, spans in kinds.items() for span in spans)
+    return (f"{{{first:#x}, {last:#x}, {kind}}}," for first, last, kind in found)
 
 
-def ranges() -> list[tuple[int, int, str]]:
-    found: list[tuple[int, int, str]] = []
+def decompositions() -> Iterator[str]:
     for code in range(sys.maxunicode + 1):
-        k = kind(code)
-        if k is None:
+        parts = unicodedata.decomposition(chr(code)).split()
+        if not parts or parts[0].startswith("<"):
             continue
-        if found and found[-1][1] == code - 1 and found[-1][2] == k:
-            found[-1] = (found[-1][0], code, k)
-        else:
-            found.append((code, code, k))
-    return found
+        text = "".join(chr(int(part, 16)) for part in parts)
+        composes = int(len(parts) == 2 and unicodedata.normalize("NFC", text) == chr(code))
+        cells = [code, *map(ord, text), *([composes] if len(text) == 2 else [])]
+        yield f"{{{','.join(map(hex, cells))}}},"
 
 
-def main() -> None:
-    cells = [f"{{{first:#x}, {last:#x}, {k}}}," for first, last, k in ranges()]
-    lines, line = [f"// Unicode {unicodedata.unidata_version}"], ""
+def orders() -> Iterator[str]:
+    """Runs of characters of one combining class."""
+    first, previous = 0, 0
+    for code in range(sys.maxunicode + 1):
+        order = unicodedata.combining(chr(code))
+        if order == previous:
+            continue
+        if previous:
+            yield f"{{{first:#x},{code - 1:#x},{previous}}},"
+        first, previous = code, order
+
+
+def wrapped(cells: Iterable[str]) -> str:
+    lines, line = [], ""
     for cell in cells:
         if len(line) + len(cell) > 98:
             lines.append(line.rstrip())
             line = ""
         line += cell + " "
-    Path(__file__).with_name("unicode_table.inl").write_text(
-        "\n".join([*lines, line.rstrip()]) + "\n"
+    return "\n".join([*lines, line.rstrip()]) + "\n"
+
+
+def main() -> None:
+    folder = Path(__file__).parent
+    (folder / "unicode_table.inl").write_text("// Unicode 16\n" + wrapped(classes()))
+    (folder / "normalization_table.inl").write_text(
+        f"// Unicode {unicodedata.unidata_version}\n"
+        f"constexpr Decomposition kDecompositions[] = {{\n{wrapped(decompositions())}}};\n"
+        f"constexpr Combining kCombining[] = {{\n{wrapped(orders())}}};\n"
     )
 
 

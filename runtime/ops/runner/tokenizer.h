@@ -1,13 +1,19 @@
-// Byte-level BPE from the section that export packed out of a tokenizer.json.
+// BPE over bytes or over SentencePiece's characters, from the section that export packed out of a
+// tokenizer.json.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 namespace pocketslm {
+
+// Text of a prompt, and whether the text of special tokens in it means those tokens.
+struct TextPart {
+  std::string_view text;
+  bool special;
+};
 
 class Tokenizer {
  public:
@@ -15,31 +21,53 @@ class Tokenizer {
   std::string load(const void* data, size_t bytes, uint32_t vocabulary);
   bool loaded() const { return count_ != 0; }
 
-  // With `special`, the text of special tokens becomes those tokens.
-  void encode(std::string_view text, bool special, std::vector<int32_t>& out) const;
+  // Neighbouring parts are one text.
+  void encode(const std::vector<TextPart>& parts, std::vector<int32_t>& out) const;
+  // What stands before a prompt that is not a chat, commonly the beginning-of-sequence token.
+  const std::vector<int32_t>& prefix() const { return prefix_; }
 
   // The bytes of one token; empty for special ones.
   std::string_view bytes(int32_t token) const;
+  // Whether one space at the start of an answer is the tokenizer's and not the text's.
+  bool strips_space() const { return flags_ & kStripSpace; }
 
  private:
+  enum class Words : uint32_t { gpt2, gpt2_digits, llama3, qwen2, whole, spaces };
+  enum Flag : uint32_t {
+    kWholeWords = 1,    // a word that is in the vocabulary is not merged
+    kNfc = 2,           // text is normalized to NFC
+    kSpaceAlways = 4,   // a space goes before each text
+    kSpaceAtStart = 8,  // a space goes before a prompt's first text, if it has none
+    kStripSpace = 16,
+  };
   struct Merge {
-    uint32_t rank;
-    int32_t result;
+    uint32_t left, right, rank, result;
+  };
+  struct Added {
+    uint32_t token;
+    bool special;
   };
 
-  void encode_plain(std::string_view text, std::vector<int32_t>& out) const;
-  void encode_words(std::string_view text, std::vector<int32_t>& out) const;
+  void encode_text(std::string text, bool start, std::vector<int32_t>& out) const;
+  size_t word_end(std::string_view text, size_t start) const;
   void merge_word(std::string_view word, std::vector<int32_t>& out) const;
+  void merge(const std::vector<int32_t>& tokens, std::vector<int32_t>& out) const;
+  bool is_marked() const { return words_ == Words::whole || words_ == Words::spaces; }
   const Merge* find(int32_t left, int32_t right) const;
+  const Added* added_at(std::string_view text, bool special) const;
+  int32_t token_of(std::string_view text) const;
   std::string_view stored(uint32_t token) const;
 
-  uint32_t count_ = 0;
-  bool split_digits_ = false;
+  uint32_t count_ = 0, merge_count_ = 0, index_count_ = 0, flags_ = 0;
+  Words words_ = Words::gpt2;
   const uint32_t* offsets_ = nullptr;
+  const Merge* merges_ = nullptr;    // by left and right
+  const uint32_t* index_ = nullptr;  // tokens by their bytes
+  const uint32_t* byte_tokens_ = nullptr;
   const char* text_ = nullptr;
-  int32_t byte_tokens_[256] = {};
-  std::unordered_map<uint64_t, Merge> merges_;
-  std::vector<int32_t> special_;
+  std::vector<int32_t> prefix_;
+  std::vector<Added> added_;
+  bool added_leads_[256] = {};  // bytes that an added token begins with
   std::vector<bool> is_special_;
 };
 
