@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kivy.app import App
+from kivy.clock import Clock
 from kivy.core.text import Label as CoreLabel
 from kivy.graphics import Color, RoundedRectangle
 from kivy.metrics import dp
@@ -137,3 +138,7 @@ class Field(TextInput):
 
     label = StringProperty("")
     fixed = NumericProperty(-1)
+
+    def on_font_name(self, *_: Any) -> None:
+        # Kivy measures the hint before it has the new font: have it measured again.
+        Clock.schedule_once(lambda _: self.property("hint_text").dispatch(self))

@@ -22,6 +22,13 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
     """work: an empty folder; everything is written there."""
     os.environ |= {"KIVY_HOME": str(work / "kivy"), "KIVY_NO_ARGS": "1", "KIVY_NO_FILELOG": "1"}
     os.environ.setdefault("KIVY_LOG_MODE", "PYTHON")  # else it takes standard error for itself
+    sockets: list[str] = []
+
+    def watch(event: str, _: object) -> None:
+        if event in ("socket.connect", "socket.bind", "socket.sendto"):
+            sockets.append(event)
+
+    sys.addaudithook(watch)
     from kivy.config import Config
 
     for name, value in (("width", PHONE[0]), ("height", PHONE[1]), ("multisamples", 4)):
@@ -172,6 +179,11 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         yield from me.wait(lambda: not app.loaded(), "the model's memory back")
         app.on_resume()
         assert me.find("Ask about this document").text == "Who was"
+        # What a start finds where the app was ended in the middle of an answer.
+        pending = {"document": 1, "task": "ask", "request": QUESTION, "text": "Apollo 8 was"}
+        app.settings["pending"] = pending
+        app._keep_interrupted()
+        assert (_last(app).text, _last(app).finish) == ("Apollo 8 was", "cancelled")
         yield from me.type(" the commander?")
         yield from me.tap("Send")
         yield from me.answered()
@@ -200,6 +212,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
             print(part.__name__, flush=True)
 
     me.run(walk())
+    assert sockets == [], "the app used the network"
 
 
 def _ask(me, question):  # type: ignore[no-untyped-def]

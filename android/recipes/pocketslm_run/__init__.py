@@ -30,6 +30,8 @@ class PocketslmRunRecipe(Recipe):
         output = Path(self.get_build_container_dir(arch.arch)) / LIBRARY
         # The interpreter that started buildozer, which has ziglang; not the one for the phone.
         python = os.environ.get("POCKETSLM_PYTHON", sys.executable)
+        # Its musl keeps to old system calls: glibc's clone3 would be the end of it in an app.
+        subprocess.run([python, "-c", "import ziglang"], check=True)
         command = [python, str(sources / "build.py"), "--runner", "--output", str(output)]
         subprocess.run([*command, "--target", TARGETS[arch.arch]], check=True)
         self.install_libs(arch, str(output))
