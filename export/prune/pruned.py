@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from pocketslm.models.checkpoint import Checkpoint
@@ -9,7 +10,7 @@ from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import Weight
 
 
-class Pruned:
+class Pruned(ABC):
     """``whole`` with another ``config``; what is left of each weight, a subclass says."""
 
     def __init__(self, whole: Checkpoint, config: ModelConfig, note: str) -> None:
@@ -26,5 +27,6 @@ class Pruned:
     def tokenizer_files(self) -> dict[str, bytes]:
         return self.whole.tokenizer_files()
 
+    @abstractmethod
     def weight(self, name: str) -> Weight:
-        raise NotImplementedError
+        """What is left of a weight, by its name in the pruned model."""

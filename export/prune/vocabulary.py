@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pocketslm.errors import ExportError
+from pocketslm.export.prune.pruned import Pruned
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.tokenizer import load_tokenizer_files
@@ -28,24 +29,17 @@ from pocketslm.runtime.tokenizer import load_tokenizer_files
 _ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
-class TrimmedVocabulary:
+class TrimmedVocabulary(Pruned):
     """A checkpoint with the tokens ``kept`` alone (sorted ids of the whole one), renumbered."""
 
     def __init__(self, whole: Checkpoint, kept: Sequence[int]) -> None:
         ids = sorted(set(kept))
         if not ids or ids[0] < 0 or ids[-1] >= whole.config.vocab_size:
             raise ExportError(f"kept tokens must lie in 0..{whole.config.vocab_size - 1}")
-        self.whole, self.kept = whole, ids
-        self.path, self.format, self.name = whole.path, whole.format, whole.name
-        self.licence, self.notes = whole.licence, list(whole.notes)
-        self.config = replace(whole.config, vocab_size=len(ids))
-        self.notes.append(f"vocabulary trimmed to {len(ids)} of {whole.config.vocab_size} tokens")
-
-    def files(self) -> list[Path]:
-        return self.whole.files()
-
-    def stored_bytes(self) -> dict[str, int]:
-        return self.whole.stored_bytes()
+        config = replace(whole.config, vocab_size=len(ids))
+        note = f"vocabulary trimmed to {len(ids)} of {whole.config.vocab_size} tokens"
+        super().__init__(whole, config, note)
+        self.kept = ids
 
     def weight(self, name: str) -> Weight:
         weight = self.whole.weight(name)

@@ -21,14 +21,17 @@ def quantize(
     spec: Spec,
     fit: Fit = rtn.fit,
     *,
-    act_order: bool = False,
-    damping: float = 0.01,
+    act_order: bool = True,
+    damping: float = 0.05,
 ) -> QuantTensor:
     """Round ``weight`` [N, K] for inputs with ``hessian`` [K, K].
 
-    Each group's grid is chosen by ``fit`` when its first column comes up, from the weights as they
-    then are; with ``act_order`` columns come by falling diagonal of the Hessian, and all grids are
-    chosen beforehand. ``damping``: share of the mean diagonal that is added to it.
+    With ``act_order`` columns come by falling diagonal of the Hessian, and ``fit`` chooses all
+    grids beforehand. Else columns come as they are, and a group's grid is chosen when its first
+    one comes up, from the weights as they then are; the later ones often outgrow it.
+
+    ``damping``: share of the diagonal that is added to it. The authors add a share of its mean; in
+    small models a few inputs are so large that their share would drown the others' correlations.
     """
     groups = spec.split(weight)
     n, _, size = groups.shape
@@ -77,7 +80,8 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     h = hessian.double().clone()
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1  # an input that was never active
-    diagonal += damping * diagonal.mean()
+    diagonal *= 1 + damping
+    diagonal += 1e-6 * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()

@@ -154,8 +154,9 @@ def test_gptq_with_identity_hessian_is_rtn(kind: Kind, act_order: bool) -> None:
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_lowers_the_output_error(kind: Kind, act_order: bool) -> None:
     spec = Spec(4, 64, kind)
-    plain = output_error(round_to_grid(TENSOR, spec, rtn.fit))
-    assert output_error(gptq.quantize(TENSOR, HESSIAN, spec, act_order=act_order)) < 0.6 * plain
+    plain = output_error(round_to_grid(TENSOR, spec, search.fit))
+    got = gptq.quantize(TENSOR, HESSIAN, spec, search.fit, act_order=act_order)
+    assert output_error(got) < (0.4 if act_order else 0.7) * plain
 
 
 def test_gptq_passes_over_inputs_that_never_come() -> None:
