@@ -39,7 +39,8 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="auto",
-        help="native, onnx, onnx-pocketslm, executorch or runner (default: the bundle's first)",
+        help="native, onnx, executorch, runner, or onnx-pocketslm and executorch-pocketslm: our "
+        "operators inside those (default: the bundle's first)",
     )
 
 

@@ -193,7 +193,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="longest sequence (default: up to 4096)")
     parser.add_argument(
         "--target",
-        help="of native, onnx, onnx-pocketslm, executorch, joined with commas "
+        help="of native, onnx, onnx-pocketslm, executorch, executorch-pocketslm, "
+        "joined with commas "
         "(default: native,onnx where they cover it)",
     )
     fit = parser.add_argument_group("search under a budget, by measurement on this machine")

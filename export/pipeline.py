@@ -44,9 +44,10 @@ def export_bundle(
     ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
     """
     recipe = (recipe or Recipe()).resolved(checkpoint.config)
-    if "executorch" in (recipe.targets or ()) and find_spec("executorch") is None:
+    asked = [target for target in recipe.targets or () if target.startswith("executorch")]
+    if asked and find_spec("executorch") is None:
         raise ExportError(
-            "target 'executorch' needs ExecuTorch; install it with "
+            f"target {asked[0]!r} needs ExecuTorch; install it with "
             "`pip install pocketslm[executorch]` or leave the target out"
         )
     if recipe.vocabulary is not None:
@@ -243,13 +244,12 @@ def _lower_executorch(
 ) -> Graph:
     """``model.pte``, which ExecuTorch's LLM runner takes with the ``tokenizer.json`` beside it."""
     from pocketslm.export.lower.trace import trace
-    from pocketslm.runtime.tokenizer import load_tokenizer
 
     assert recipe.context is not None
     progress("trace", 0.0)
     traced = trace(config, recipe.context)
     progress("trace", 1.0)
-    eos = sorted(load_tokenizer(folder).eos_token_ids)
+    bos, eos = _ends(folder)
     with _no_warnings():
         from pocketslm.export.lower import executorch
 
@@ -259,7 +259,7 @@ def _lower_executorch(
             weights,
             folder / executorch.GRAPH_FILE,
             context=recipe.context,
-            bos=_generation(folder).get("bos_token_id", eos[0] if eos else 0),
+            bos=bos,
             eos=eos,
             progress=lambda done, total: progress("lower to executorch", done / total),
         )
@@ -278,13 +278,42 @@ def _no_warnings() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
+def _lower_executorch_native(
+    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+) -> Graph:
+    """``pocketslm.pte``, with a copy of the ``model.slm`` that is there already."""
+    assert recipe.context is not None
+    bos, eos = _ends(folder)
+    with _no_warnings():
+        from pocketslm.export.lower import executorch_native
+
+        executorch_native.lower(
+            config,
+            folder / "model.slm",
+            folder / executorch_native.GRAPH_FILE,
+            context=recipe.context,
+            bos=bos,
+            eos=eos,
+        )
+    return Graph("executorch-pocketslm", executorch_native.GRAPH_FILE, recipe.context, "fp16")
+
+
 # In this order: a later one may use what an earlier one wrote.
 _LOWERINGS = {
     "native": _lower_native,
     "onnx": _lower_onnx,
     "onnx-pocketslm": _lower_onnx_native,
     "executorch": _lower_executorch,
+    "executorch-pocketslm": _lower_executorch_native,
 }
+
+
+def _ends(folder: Path) -> tuple[int, list[int]]:
+    """The tokens that begin a text and that end an answer."""
+    from pocketslm.runtime.tokenizer import load_tokenizer
+
+    eos = sorted(load_tokenizer(folder).eos_token_ids)
+    return _generation(folder).get("bos_token_id", eos[0] if eos else 0), eos
 
 
 def _generation(folder: Path) -> dict[str, Any]:

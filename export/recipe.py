@@ -27,7 +27,9 @@ RECIPE_FILE = "recipe.toml"
 FITS: dict[str, Fit] = {"rtn": rtn.fit, "search": search.fit, "hqq": hqq.fit}
 _WITH = ("gptq", "awq")
 GROUP_SIZES = (32, 64, 128)
-TARGETS = ("native", "onnx", "onnx-pocketslm", "executorch")  # as "auto" prefers them
+# In the order in which "auto" prefers them.
+TARGETS = ("native", "onnx", "onnx-pocketslm", "executorch", "executorch-pocketslm")
+_OVER_NATIVE = ("onnx-pocketslm", "executorch-pocketslm")
 _BY_DEFAULT = ("native", "onnx")
 
 
@@ -52,7 +54,8 @@ class Recipe:
     ``targets``: ``native`` (model.slm for the C++ operators and pocketslm-run) and
     ``onnx`` (model.onnx for onnxruntime and onnxruntime-genai); None: both, where they cover the
     model. ``onnx-pocketslm``: model.slm once more, through onnxruntime with our operators in it.
-    ``executorch``: model.pte for ExecuTorch and its LLM runner.
+    ``executorch``: model.pte for ExecuTorch and its LLM runner; ``executorch-pocketslm``: the same
+    with model.slm and our operators in it.
     """
 
     weights: Scheme = "keep"
@@ -96,8 +99,9 @@ class Recipe:
             raise ExportError(f"dtype {self.dtype!r}, expected one of {get_args(DType)}")
         if self.targets is not None and not set() < set(self.targets) <= set(TARGETS):
             raise ExportError(f"targets {self.targets}, expected some of {TARGETS}")
-        if self.targets and "onnx-pocketslm" in self.targets and "native" not in self.targets:
-            raise ExportError("target onnx-pocketslm reads model.slm; add the target native")
+        for target in self.targets or ():
+            if target in _OVER_NATIVE and "native" not in (self.targets or ()):
+                raise ExportError(f"target {target} reads model.slm; add the target native")
         if self.context is not None and self.context < 2:
             raise ExportError(f"context {self.context}, expected at least 2 tokens")
 

@@ -64,7 +64,7 @@ config = GenerationConfig(max_new_tokens=5)
 print(len(list(Model.load({str(tiny_bundle)!r}).generate("Hi", config))))
 """
     done = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+        [python, "-I", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert 1 <= int(done.stdout) <= 5

@@ -20,6 +20,7 @@ BACKENDS = {
     "onnx": ("pocketslm.runtime.backends.onnx", "runtime"),
     "onnx-pocketslm": ("pocketslm.runtime.backends.onnx", "runtime"),
     "executorch": ("pocketslm.runtime.backends.executorch", "executorch"),
+    "executorch-pocketslm": ("pocketslm.runtime.backends.executorch", "executorch"),
     "runner": ("pocketslm.runtime.backends.runner", "runtime"),
 }
 # A backend reads the graph of its own name, but for these.

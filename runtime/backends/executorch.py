@@ -36,7 +36,8 @@ _LIBRARIES = (
 def open_session(
     bundle: Bundle, graph: Graph, threads: int | None = None, context: int | None = None
 ) -> ExecuTorchSession:
-    return ExecuTorchSession(bundle.path / graph.file, threads, context)
+    native = graph.backend == "executorch-pocketslm"
+    return ExecuTorchSession(bundle.path / graph.file, threads, context, native)
 
 
 def bare_graph(path: Path) -> Graph:
@@ -59,12 +60,17 @@ class ExecuTorchSession:
     ExecuTorch has one thread pool a process: the last session's ``threads`` count for all.
     """
 
-    def __init__(self, path: Path, threads: int | None, context: int | None) -> None:
+    def __init__(
+        self, path: Path, threads: int | None, context: int | None, native: bool = False
+    ) -> None:
         self.backend = f"executorch {version('executorch')}"
         self.threads = threads or usable_cores()
         self.length = 0
         with _without_log():
             _bindings()._unsafe_reset_threadpool(self.threads)
+        if native:
+            self.backend += " + pocketslm"
+            _load_native_operators()
         self._program = _load_program(path, BackendError)
         try:
             with _without_log():
@@ -76,7 +82,9 @@ class ExecuTorchSession:
         self.vocab_size = int(meta.output_tensor_meta(0).sizes()[-1])
         self.context = min(context or limit, limit)
         # export_llm makes the largest input one less than the length that it declares.
-        self._chunk = min(PREFILL_CHUNK, int(meta.input_tensor_meta(0).sizes()[-1]))
+        self._chunk = int(meta.input_tensor_meta(0).sizes()[-1])
+        if not native:  # our operator cuts a prompt up by itself
+            self._chunk = min(PREFILL_CHUNK, self._chunk)
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
@@ -129,6 +137,16 @@ def _bindings() -> Any:
         for library in _LIBRARIES:
             torch.ops.load_library(root / library)  # type: ignore[no-untyped-call]
     return _portable_lib
+
+
+def _load_native_operators() -> None:
+    """Our kernels, which find ExecuTorch's bindings loaded."""
+    from pocketslm.runtime.ops import build
+
+    try:
+        torch.ops.load_library(build.executorch_library())  # type: ignore[no-untyped-call]
+    except (build.BuildError, OSError) as error:
+        raise BackendError(f"ExecuTorch cannot use the native operators: {error}") from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -131,6 +132,8 @@ def compile_and_link(
     names: Sequence[str],
     flags: Sequence[str],
     link_flags: Sequence[str],
+    *,
+    kernels: bool = True,
 ) -> Path:
     """Compile ``names`` and the kernels side by side, link them, and move the result into place."""
     warnings: tuple[str, ...] = (
@@ -139,7 +142,8 @@ def compile_and_link(
     if toolchain.is_zig or "clang" in Path(toolchain.command[0]).name:
         warnings = ()
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
-    units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
+    if kernels:
+        units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
 
@@ -171,6 +175,34 @@ def build_library(directory: Path, sanitize: str | None = None) -> Path:
     output = directory / f"libpocketslm-{source_hash()}{suffix}.so"
     flags = [] if sanitize is None else sanitizer_flags(sanitize)
     return compile_and_link(output, toolchain, (*COMMON, *BINDINGS), flags, ["-shared"])
+
+
+def executorch_library() -> Path:
+    """Our operators as kernels of the installed ExecuTorch: from the cache, or compiled now.
+
+    It is linked against :func:`library` and ExecuTorch's own Python module, which must be loaded
+    before it.
+    """
+    spec = importlib.util.find_spec("executorch")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError("executorch is not installed; `pip install executorch`")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    module = next(root.glob("extension/pybindings/_portable_lib.*.so"), None)
+    if module is None:
+        raise BuildError(f"{root} has no extension/pybindings/_portable_lib")
+    release = importlib.metadata.version("executorch")
+    output = cache_directory() / f"libpocketslm-executorch-{release}-{source_hash()}.so"
+    if output.is_file():
+        return output
+    include = root / "include"
+    flags = [
+        *("-isystem", str(include)),
+        *("-isystem", str(include / "executorch/runtime/core/portable_type/c10")),
+        "-DC10_USING_CUSTOM_GENERATED_MACROS",
+    ]
+    names = ("bindings/decoder", "bindings/executorch")
+    link = ["-shared", str(library()), str(module)]
+    return compile_and_link(output, find_toolchain(), names, flags, link, kernels=False)
 
 
 def build_runner(output: Path, target: str | None = None, sanitize: str | None = None) -> Path:

@@ -20,7 +20,7 @@ import torch
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as xnn
 
 from pocketslm.export.lower.executorch.filters import holds_bfloat16, product_form, row_form
-from pocketslm.export.lower.executorch.program import ProgramBuilder
+from pocketslm.export.lower.executorch.program import ProgramBuilder, llm_metadata
 from pocketslm.export.lower.executorch.xnnpack import ANY, BACKEND, Filter, Segment
 from pocketslm.export.lower.trace import Traced
 from pocketslm.models import ops
@@ -102,17 +102,7 @@ class _Lowering:
             progress(done, len(nodes))
         logits = nodes[-1].args[0][0]
         self._close()
-        metadata: dict[str, int | bool | list[int]] = {
-            "get_bos_id": bos,
-            "get_eos_ids": eos,
-            "get_vocab_size": self.config.vocab_size,
-            "get_n_layers": self.config.num_hidden_layers,
-            "get_max_seq_len": self.context,
-            "get_max_context_len": self.context,
-            "use_kv_cache": True,
-            "use_sdpa_with_kv_cache": True,
-            "enable_dynamic_shape": True,
-        }
+        metadata = llm_metadata(self.config, self.context, bos, eos)
         self.program.write(path, inputs, [self.outside[logits]], metadata)
 
     def _inputs(self) -> list[int]:

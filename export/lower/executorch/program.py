@@ -16,6 +16,7 @@ from executorch.exir import schema
 from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
 from executorch.exir.scalar_type import ScalarType
 
+from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import Array
 
 _TYPES = {
@@ -255,6 +256,23 @@ class ProgramBuilder:
             )
             total = max(total, end)
         return total
+
+
+def llm_metadata(
+    config: ModelConfig, context: int, bos: int, eos: list[int]
+) -> dict[str, int | bool | list[int]]:
+    """The constant methods that ExecuTorch's LLM runner asks for."""
+    return {
+        "get_bos_id": bos,
+        "get_eos_ids": eos,
+        "get_vocab_size": config.vocab_size,
+        "get_n_layers": config.num_hidden_layers,
+        "get_max_seq_len": context,
+        "get_max_context_len": context,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
 
 
 def _plan(

@@ -1,7 +1,8 @@
-"""The same numbers through every door: the library itself, onnxruntime and its generator."""
+"""The same numbers through every door: the library, onnxruntime, its generator, ExecuTorch."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from native_support import mixed_kinds, tiny_config, write_tiny
 
-from pocketslm.errors import BackendError, ExportError
+from pocketslm.errors import BackendError, ContextOverflowError, ExportError
 from pocketslm.export.lower import onnx_native
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
@@ -149,36 +150,92 @@ def test_faulty_models_and_settings_are_errors(tmp_path: Path) -> None:
         OnnxGraph(tmp_path, config)
 
 
+HAS_EXECUTORCH = importlib.util.find_spec("executorch") is not None
+needs_executorch = pytest.mark.skipif(not HAS_EXECUTORCH, reason="executorch is not installed")
+DOORS = ["onnx-pocketslm", pytest.param("executorch-pocketslm", marks=needs_executorch)]
+
+
 @pytest.fixture(scope="module")
 def bundle_path(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bindings") / "bundle"
     targets = ("native", "onnx", "onnx-pocketslm")
+    if HAS_EXECUTORCH:
+        targets += ("executorch-pocketslm",)
     export_bundle(open_checkpoint(tiny_hf), out, Recipe(targets=targets))
     return out
 
 
-def test_a_bundle_runs_it_as_a_backend(
-    bundle_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("backend", DOORS)
+def test_a_bundle_runs_it_as_a_backend(backend: str, bundle_path: Path) -> None:
     bundle = open_bundle(bundle_path)
-    graph = bundle.graph("onnx-pocketslm")
+    graph = bundle.graph(backend)
     assert bundle.graph_bytes(graph) > (bundle_path / "model.slm").stat().st_size
     native = open_session(bundle, "native", threads=2, context=70)
-    session = open_session(bundle, "onnx-pocketslm", threads=2, context=70)
-    assert session.backend == f"onnxruntime {ort.__version__} + pocketslm"
+    session = open_session(bundle, backend, threads=2, context=70)
+    assert session.backend.endswith(" + pocketslm")
     assert session.context == 70
     for run in (native, session):
         run.forward(TOKENS[:20])
         run.truncate(11)
-    expected = native.forward(TOKENS[:58], all_logits=True).copy()
-    np.testing.assert_array_equal(session.forward(TOKENS[:58], all_logits=True), expected)
-    last = native.forward(TOKENS[:1]).copy()
-    np.testing.assert_array_equal(session.forward(TOKENS[:1]), last)
+    expected = native.forward(TOKENS[:40]).copy()
+    np.testing.assert_array_equal(session.forward(TOKENS[:40]), expected)
+    for token in TOKENS[:19, None]:
+        np.testing.assert_array_equal(session.forward(token), native.forward(token))
+    with pytest.raises(ContextOverflowError):
+        session.forward(TOKENS[:1])
+
+
+def test_all_logits_through_onnxruntime(bundle_path: Path) -> None:
+    bundle = open_bundle(bundle_path)
+    native = open_session(bundle, "native", threads=2)
+    session = open_session(bundle, "onnx-pocketslm", threads=2)
+    expected = native.forward(TOKENS, all_logits=True)
+    np.testing.assert_array_equal(session.forward(TOKENS, all_logits=True), expected)
+
+
+def test_what_is_missing_is_named(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("POCKETSLM_LIBRARY", str(tmp_path / "none.so"))
     with pytest.raises(BackendError, match="onnxruntime cannot use the native operators"):
-        open_session(bundle, "onnx-pocketslm")
-    with pytest.raises(ExportError, match="add the target native"):
-        Recipe(targets=("onnx-pocketslm",))
+        open_session(open_bundle(bundle_path), "onnx-pocketslm")
+    for target in ("onnx-pocketslm", "executorch-pocketslm"):
+        with pytest.raises(ExportError, match=f"target {target} reads .* add the target native"):
+            Recipe(targets=(target,))
+
+
+@needs_executorch
+def test_a_faulty_call_of_executorch_is_an_error_and_changes_nothing(bundle_path: Path) -> None:
+    import torch
+
+    session: Any = open_session(open_bundle(bundle_path), "executorch-pocketslm", threads=2)
+    forward = session._forward  # ExecuTorch's own
+    tokens = torch.from_numpy(TOKENS[None, :5])
+    expected = session.forward(TOKENS[:5]).copy()
+    for ids, start in ((tokens + 300, 0), (tokens, -1), (tokens, 255)):
+        with pytest.raises(RuntimeError):
+            forward((ids, torch.tensor([start])))
+        good = forward((tokens, torch.tensor([0])))[0]
+        np.testing.assert_array_equal(good.numpy(), expected)
+
+
+@needs_executorch
+def test_executorch_programs_do_not_get_each_others_models(tmp_path: Path) -> None:
+    """Decoders outlive programs: a new program may lie where an old one was."""
+    from pocketslm.export.lower import executorch_native
+    from pocketslm.runtime.backends import executorch
+
+    for index, scheme in enumerate((mixed_kinds, lambda name, values: values, mixed_kinds)):
+        config = tiny_config()
+        write_tiny(tmp_path / "model.slm", config, scheme)
+        path = tmp_path / f"{index}.pte"
+        executorch_native.lower(
+            config, tmp_path / "model.slm", path, context=CAPACITY, bos=1, eos=[2]
+        )
+        session = executorch.ExecuTorchSession(path, 2, None, native=True)
+        native = NativeModel(tmp_path / "model.slm").session(threads=2)
+        np.testing.assert_array_equal(session.forward(TOKENS[:9]), native.forward(TOKENS[:9]))
+        del session
 
 
 def genai_tokens(folder: Path, prompt: list[int], count: int) -> list[int]:
@@ -219,7 +276,9 @@ def test_genai_runs_the_native_operators(bundle_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_real_model_gives_the_same_numbers(smollm2_bundle: Path, tmp_path: Path) -> None:
+def test_the_real_model_gives_the_same_numbers_through_all_three(
+    smollm2_bundle: Path, tmp_path: Path
+) -> None:
     bundle = open_bundle(smollm2_bundle)
     assert bundle.manifest is not None
     os.link(smollm2_bundle / "model.slm", tmp_path / "model.slm")
@@ -228,6 +287,17 @@ def test_the_real_model_gives_the_same_numbers(smollm2_bundle: Path, tmp_path: P
     graph = OnnxGraph(tmp_path, config)
     native = NativeModel(tmp_path / "model.slm").session(threads=2)
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, 60)
-    np.testing.assert_array_equal(graph.forward(tokens), native.forward(tokens))
-    for token in tokens[:8, None]:
-        np.testing.assert_array_equal(graph.forward(token), native.forward(token))
+    doors: list[Any] = [graph]
+    if HAS_EXECUTORCH:
+        from pocketslm.export.lower import executorch_native
+        from pocketslm.runtime.backends import executorch
+
+        path = tmp_path / executorch_native.GRAPH_FILE
+        executorch_native.lower(
+            config, tmp_path / "model.slm", path, context=CAPACITY, bos=1, eos=[2]
+        )
+        doors.append(executorch.ExecuTorchSession(path, 2, None, native=True))
+    for part in (tokens, *tokens[:8, None]):
+        expected = native.forward(part)
+        for door in doors:
+            np.testing.assert_array_equal(door.forward(part), expected)
