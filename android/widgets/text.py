@@ -139,6 +139,10 @@ class Field(TextInput):
     label = StringProperty("")
     fixed = NumericProperty(-1)
 
+    def on_text(self, _: Any, text: str) -> None:
+        if not text:
+            self.scroll_x = 0  # else the hint stays where the text was
+
     def on_font_name(self, *_: Any) -> None:
         # Kivy measures the hint before it has the new font: have it measured again.
         Clock.schedule_once(lambda _: self.property("hint_text").dispatch(self))
