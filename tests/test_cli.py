@@ -66,6 +66,7 @@ USER_ERRORS = {
     "unknown name": (["fetch", "gpt-9"], "'gpt-9' is not in the catalog, expected one of"),
     "no name": (["fetch"], "--list"),
     "bad target": (["export", "HF", "OUT", "--target", "tflite"], "tflite"),
+    "not a program": (["run", "TEXT.pte", "hi"], "is not an ExecuTorch program"),
     "bad context": (["export", "HF", "OUT", "--context", "1"], "context 1"),
     "nothing to prune": (["prune", "HF", "OUT", "--text", "TEXT"], "nothing to prune"),
     "bad method": (["export", "HF", "OUT", "--method", "magic"], "'magic', expected one of rtn"),
@@ -94,12 +95,14 @@ def test_user_errors_are_one_line(
     capsys: Captured,
 ) -> None:
     (tmp_path / "text").write_text("short")
+    (tmp_path / "text.pte").write_text("short")
     places = {
         "BUNDLE": tiny_bundle,
         "HF": tiny_hf,
         "GGUF": tiny_gguf,
         "OUT": tmp_path / "out",
         "TEXT": tmp_path / "text",
+        "TEXT.pte": tmp_path / "text.pte",
     }
     arguments, message = USER_ERRORS[name]
     status = main([str(places.get(argument, argument)) for argument in arguments])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -66,14 +68,14 @@ class ExecuTorchSession:
         self.backend = f"executorch {version('executorch')}"
         self.threads = threads or usable_cores()
         self.length = 0
-        with _without_log():
+        with quiet():
             _bindings()._unsafe_reset_threadpool(self.threads)
         if native:
             self.backend += " + pocketslm"
             _load_native_operators()
         self._program = _load_program(path, BackendError)
         try:
-            with _without_log():
+            with quiet():
                 self._forward = self._program.load_method(_FORWARD)
                 limit = int(self._program.load_method(_CONTEXT)(())[0])
         except RuntimeError as error:
@@ -122,7 +124,7 @@ def _check_length(path: Path) -> None:
 
 def _load_program(path: Path, error_type: type[BackendError | BundleError]) -> Any:
     try:
-        with _without_log():
+        with quiet():
             return _bindings()._load_program(str(path))
     except (RuntimeError, ValueError) as error:
         raise error_type(f"ExecuTorch cannot load {path}: {_one_line(error)}") from None
@@ -130,7 +132,7 @@ def _load_program(path: Path, error_type: type[BackendError | BundleError]) -> A
 
 def _bindings() -> Any:
     """ExecuTorch's bindings with every kernel that LLM graphs use."""
-    with _without_log():
+    with quiet():
         from executorch.extension.pybindings import _portable_lib
 
         root = Path(next(iter(executorch.__path__)))
@@ -150,15 +152,18 @@ def _load_native_operators() -> None:
 
 
 @contextmanager
-def _without_log() -> Iterator[None]:
-    """ExecuTorch tells the process's stderr what it reads of /sys; errors come as exceptions."""
+def quiet() -> Iterator[None]:
+    """Without what ExecuTorch logs to stderr and warns of; errors come as exceptions."""
     sys.stderr.flush()
     kept = os.dup(2)
+    logging.disable(logging.WARNING)
     try:
-        with Path(os.devnull).open("wb") as nowhere:
+        with Path(os.devnull).open("wb") as nowhere, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             os.dup2(nowhere.fileno(), 2)
-        yield
+            yield
     finally:
+        logging.disable(logging.NOTSET)
         os.dup2(kept, 2)
         os.close(kept)
 

@@ -1,0 +1,39 @@
+"""The operators of an ExecuTorch program that its delegate does not run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pocketslm.errors import UsageError
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.recipe import Recipe
+from pocketslm.models.checkpoint import open_checkpoint
+
+pytest.importorskip("executorch", reason="executorch is not installed")
+from pocketslm.profiling import delegate
+
+
+@pytest.fixture(scope="module")
+def program(tiny_hf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("delegate") / "bundle"
+    export_bundle(open_checkpoint(tiny_hf), out, Recipe(targets=("executorch",), context=64))
+    return out / "model.pte"
+
+
+def test_every_call_outside_is_counted(program: Path) -> None:
+    calls = delegate.operators_outside(program)
+    assert calls["llama::update_cache.out"] == 4
+    assert calls["llama::custom_sdpa.out"] == 2
+    assert calls["aten::slice_copy.Tensor_out"] == 3  # two rotary tables, the last position
+    assert calls["quantized_decomposed::embedding_byte.dtype_out"] == 1
+
+
+def test_each_operator_runs_alone(program: Path) -> None:
+    shares = delegate.step_shares(program, start=8, steps=2)
+    assert len(shares) == 4
+    assert all(np.isfinite(share) and share >= 0 for share in shares.values())
+    with pytest.raises(UsageError, match="context of 64"):
+        delegate.step_shares(program, start=64, steps=1)
