@@ -45,7 +45,7 @@ CHARACTERS_A_TOKEN, MOST_CHARACTERS_A_TOKEN = 4, 8
 # Tokens left free, because texts joined may be more tokens than apart.
 JOINTS = 8
 LEAST_READ = 16
-QUOTE = 240
+QUOTE = 480  # characters of a sentence that a question is made of
 
 
 def sample_document() -> Path:
@@ -107,9 +107,7 @@ class Assistant:
             yield run.answer(text=text, found=False)
             return
         found = [hit.chunk for hit in hits]
-        most = min(QUOTE, self.model.context // 4)
-        evidence = _quote(document, found[0], cite(document, found, question), most)
-        request = self._request("ask", evidence=evidence, question=question)
+        request = self._request("ask", question=question)
         begin = self._prompt("ask-begin")
         text, chunks = self._context(document, found, request, begin)
         ids = self._ids(text, request, begin=begin)
@@ -201,7 +199,7 @@ class Assistant:
 
     def _question(self, run: _Run, sentence: str, begin: str) -> str:
         """The rest of a question that a sentence answers."""
-        request = self._request("suggest", evidence=sentence[: 2 * QUOTE])
+        request = self._request("suggest", evidence=sentence[:QUOTE])
         content = [{"role": "user", "content": request}]
         tokenizer = self.model.tokenizer
         ids = tokenizer.apply_chat_template(content)
@@ -268,13 +266,6 @@ class Assistant:
 
 def _join(document: Document, chunks: Sequence[Chunk]) -> str:
     return "\n\n".join(document.passage(chunk) for chunk in chunks)
-
-
-def _quote(document: Document, chunk: Chunk, citations: Sequence[Citation], most: int) -> str:
-    """The sentence cited first, or the beginning of the chunk; at most ``most`` characters."""
-    span = (citations[0].start, citations[0].end) if citations else (chunk.start, chunk.end)
-    text = " ".join(document.text[slice(*span)].split())
-    return text if len(text) <= most else text[: text.rfind(" ", 0, most)]
 
 
 class _Run:

@@ -27,7 +27,8 @@ MOST_NAMES = 4
 
 # What of a question's weight a passage must hold to answer it; in a long document more words meet
 # by chance, so every tenfold of chunks raises it.
-LEAST_COVERAGE, COVERAGE_RISE = 0.2, 0.08
+LEAST_COVERAGE, COVERAGE_RISE = 0.25, 0.07
+SHORT = 30  # chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,15 @@ def search(document: Document, question: str, k: int = 3, *, walk: bool = True) 
     for term, *_ in postings:
         chunks_of[term] += 1
     weight = {term: _idf(chunks_of[term], count) for term in wanted}
-    total = sum(weight.values()) or 1.0
+    # As if of a longer document, or in one of few passages a word that is not there would be all.
+    worth = {term: _idf(chunks_of[term], max(count, SHORT)) for term in wanted}
+    total = sum(worth.values()) or 1.0
     score: dict[int, float] = defaultdict(float)
     covered: dict[int, float] = defaultdict(float)
     for term, chunk, often, length in postings:
         norm = K1 * (1 - B + B * length / average)
         score[chunk] += weight[term] * often * (K1 + 1) / (often + norm)
-        covered[chunk] += weight[term] / total
+        covered[chunk] += worth[term] / total
     if walk:
         score = _walk(document, score, covered, set(wanted))
     best = sorted(score, key=lambda chunk: (-score[chunk], chunk))[:k]
