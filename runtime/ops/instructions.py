@@ -68,8 +68,8 @@ def main() -> int:
         return 2
     most = max(counts.values())
     for isa, instructions in counts.items():
-        ratio = most / instructions
-        print(f"{isa:<13}{instructions / 1e6:10.2f} M instructions a token   {ratio:.1f}x fewer")
+        part = f"1/{most / instructions:.1f} of the most"
+        print(f"{isa:<13}{instructions / 1e6:10.2f} M instructions a token   {part}")
     return 0
 
 
