@@ -23,7 +23,7 @@ from pocketslm.android.widgets.text import Field
 Walk = Iterator[float]
 """What a person does: each yield waits so many seconds, while the app goes on."""
 
-PATIENCE = 120.0  # seconds until the app counts as stuck; nothing is timed
+PATIENCE = 300.0  # seconds until the app counts as stuck; nothing is timed
 
 
 class Person:
