@@ -42,7 +42,7 @@ class Conditions:
 
     pin: big, little, prime, all or CPUs such as 4-7; None leaves it to the system. sustained_s:
     repeat without a pause for so long, to see it throttle; 0: ``repetitions`` times. cold: drop
-    the model from the page cache before it is loaded, and count from the first repetition on.
+    the model from the page cache and load it anew before each repetition, which is counted at once.
     pause_s: between tests; None takes the device's own. idle_s: how long to watch a battery's
     drain at rest beforehand. interval_s: between polls of the sensors; 0 leaves them out.
     """
@@ -190,13 +190,16 @@ class _Session:
         """One test; its row is kept even when it is cut short. run: the row's fields of its run."""
         limits = self._probe(threads)
         with RunnerProcess(self._device, self._conditions.timeout_s) as runner:
-            counted = self._load(runner, test, threads, limits)
+            base = runner.ask("stats")["peak_rss_bytes"]
+            counted = _Counted(self._load(runner, test, threads), limits, base)
             if not self._conditions.cold:
                 _repeat(runner, test)  # first touches of memory, not counted
             with self._sampler(runner.pid) as sampler:
                 try:
                     for turn in self._turns():
                         self._progress(f"{test.name}, {threads} threads, {turn + 1}", done)
+                        if self._conditions.cold and turn:
+                            self._load(runner, test, threads)
                         sampler.poll()
                         answer = _repeat(runner, test)
                         counted.add(test, answer, time.monotonic_ns())
@@ -230,10 +233,9 @@ class _Session:
             self._limits[threads] = Limits(probe["bandwidth_bytes_per_s"], probe["int8_macs_per_s"])
         return self._limits[threads]
 
-    def _load(self, runner: RunnerProcess, test: Test, threads: int, limits: Limits) -> _Counted:
-        base = runner.ask("stats")
+    def _load(self, runner: RunnerProcess, test: Test, threads: int) -> dict[str, Any]:
         pinning = {"cpus": self.cpus, "pin": True} if self.cpus else {}
-        loaded = runner.ask(
+        return runner.ask(
             "load",
             path=self._model,
             threads=threads,
@@ -241,7 +243,6 @@ class _Session:
             cold=self._conditions.cold,
             **pinning,
         )
-        return _Counted(loaded, limits, base["peak_rss_bytes"])
 
     def _sampler(self, pid: int) -> Sampler:
         return Sampler(
