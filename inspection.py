@@ -17,6 +17,8 @@ def describe(
     path = Path(name_or_path)
     if (path / MANIFEST).exists() or (path / GENAI_CONFIG).exists():
         return _describe_bundle(path)
+    if path.suffix == ".pte":
+        return _describe_program(path)
     from pocketslm.models.catalog import resolve
 
     return _describe_checkpoint(resolve(name_or_path, say))
@@ -40,6 +42,19 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "quality": manifest.quality or "not measured; see `pocketslm eval`",
         "notes": manifest.notes,
+    }
+
+
+def _describe_program(path: Path) -> dict[str, Any]:
+    graph = open_bundle(path).graphs[0]
+    from pocketslm.profiling.delegate import operators_outside
+
+    return {
+        "kind": "ExecuTorch program",
+        "name": path.name,
+        "size bytes": path.stat().st_size,
+        "context": graph.context,
+        "operators outside the delegate": dict(operators_outside(path)),
     }
 
 

@@ -76,6 +76,9 @@ def bench(
     CheckpointError.
     """
     opened = [open_bundle(path, verify=False) for path in bundles]
+    for path, bundle in zip(bundles, opened, strict=True):
+        if bundle.path != Path(path):
+            raise UsageError(f"{path} is a single file; measure it as --peer executorch={path}")
     if tests is None:
         tests = plan(
             min(map(_vocab_size, opened)),

@@ -67,6 +67,7 @@ USER_ERRORS = {
     "no name": (["fetch"], "--list"),
     "bad target": (["export", "HF", "OUT", "--target", "tflite"], "tflite"),
     "not a program": (["run", "TEXT.pte", "hi"], "is not an ExecuTorch program"),
+    "not a program to inspect": (["inspect", "TEXT.pte"], "is not an ExecuTorch program"),
     "bad context": (["export", "HF", "OUT", "--context", "1"], "context 1"),
     "nothing to prune": (["prune", "HF", "OUT", "--text", "TEXT"], "nothing to prune"),
     "bad method": (["export", "HF", "OUT", "--method", "magic"], "'magic', expected one of rtn"),

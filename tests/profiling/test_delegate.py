@@ -10,7 +10,9 @@ import pytest
 from pocketslm.errors import UsageError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
+from pocketslm.inspection import describe
 from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.profiling.bench import bench
 
 pytest.importorskip("executorch", reason="executorch is not installed")
 from pocketslm.profiling import delegate
@@ -29,6 +31,17 @@ def test_every_call_outside_is_counted(program: Path) -> None:
     assert calls["llama::custom_sdpa.out"] == 2
     assert calls["aten::slice_copy.Tensor_out"] == 3  # two rotary tables, the last position
     assert calls["quantized_decomposed::embedding_byte.dtype_out"] == 1
+
+
+def test_inspect_lists_them(program: Path) -> None:
+    facts = describe(str(program))
+    assert facts["context"] == 64
+    assert facts["operators outside the delegate"]["llama::custom_sdpa.out"] == 2
+
+
+def test_a_file_alone_is_a_peer(program: Path) -> None:
+    with pytest.raises(UsageError, match=r"--peer executorch=.*model\.pte"):
+        bench(program, n_prompt=(4,), n_gen=(2,))
 
 
 def test_each_operator_runs_alone(program: Path) -> None:
