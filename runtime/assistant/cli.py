@@ -141,7 +141,13 @@ def _suggest(arguments: argparse.Namespace) -> None:
 
 def _ask(arguments: argparse.Namespace) -> None:
     def ask(question: str) -> Start:
-        return lambda assistant, document, cancel: assistant.ask(document, question, cancel)
+        def start(
+            assistant: Assistant, document: Document, cancel: threading.Event
+        ) -> Iterator[Event]:
+            say(f"> {question}")
+            return assistant.ask(document, question, cancel)
+
+        return start
 
     _work(arguments, *map(ask, arguments.question))
 
