@@ -76,6 +76,15 @@ def add_commands(commands: Commands) -> None:
     add_threads(parser)
     add_json(parser)
 
+    parser = commands.add(
+        "compare",
+        _compare,
+        "say which tests of two records differ, where the noise allows it",
+        "pocketslm compare before.jsonl after.jsonl",
+    )
+    parser.add_argument("a", help="records of `bench --runs 5 --record`, or llama-bench's JSON")
+    parser.add_argument("b", help="the same, afterwards")
+
 
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.device:
@@ -124,3 +133,13 @@ def _bench_doc(arguments: argparse.Namespace) -> None:
     else:
         print(f"{model.name}, {model.backend}")
         print(format_report(report), end="")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from pocketslm.profiling.compare import LEAST_RUNS, compare, compare_table
+    from pocketslm.profiling.llama_bench import read_rows
+
+    differences = compare(read_rows(arguments.a), read_rows(arguments.b))
+    print(compare_table(differences), end="")
+    if any(one.low is None for one in differences):
+        say(f"fewer than {LEAST_RUNS} runs on a side say nothing: measure with `bench --runs 5`")

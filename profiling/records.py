@@ -262,12 +262,20 @@ class Measurement:
 
 def read_records(path: str | Path) -> list[Measurement]:
     """Every row of a file of records; UsageError names the line that is not one."""
+    return parse_records(read_text(path), path)
+
+
+def read_text(path: str | Path) -> str:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the records {path}: {error}") from None
+
+
+def parse_records(text: str, path: str | Path) -> list[Measurement]:
+    """As :func:`read_records`, of the text of the file at ``path``."""
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 rows.append(Measurement.from_json(line))

@@ -65,7 +65,7 @@ def _ratio(ours: Measurement, peer: Measurement) -> Ratio:
 
 
 def _md(rows: Sequence[Measurement]) -> str:
-    table = _md_table(
+    table = md_table(
         ["model", "size", "backend", "threads", "test", "t/s", "peak RSS", "load"],
         ["l", "r", "l", "r", "r", "r", "r", "r"],
         [_md_row(row) for row in rows],
@@ -73,7 +73,7 @@ def _md(rows: Sequence[Measurement]) -> str:
     compared = ratios(rows)
     if not compared:
         return table
-    return f"{table}\n" + _md_table(
+    return f"{table}\n" + md_table(
         ["ours against", "threads", "test", "ratio", "min .. max of rounds"],
         ["l", "r", "r", "r", "r"],
         [
@@ -101,7 +101,7 @@ def _engine(row: Measurement) -> str:
     return f"{row.runtime} {row.runtime_version} ({row.backend})"
 
 
-def _md_table(head: list[str], sides: list[str], rows: list[list[str]]) -> str:
+def md_table(head: list[str], sides: list[str], rows: list[list[str]]) -> str:
     """Cells padded to equal width, so that the table also reads well as plain text."""
     lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]

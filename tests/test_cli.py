@@ -35,6 +35,7 @@ COMMANDS = (
     "doc rewrite",
     "bench",
     "bench-doc",
+    "compare",
     "device list",
     "device info",
     "device clean",
@@ -61,6 +62,7 @@ def test_help_and_version_are_quick_and_light() -> None:
 
 
 USER_ERRORS = {
+    "no such records": (["compare", "nowhere", "nowhere"], "cannot read the records nowhere"),
     "no such checkpoint": (["inspect", "nowhere/model"], "does not exist"),
     "no such bundle": (["run", "nowhere", "hi"], "nowhere is not a bundle folder"),
     "unknown name": (["fetch", "gpt-9"], "'gpt-9' is not in the catalog, expected one of"),
