@@ -11,6 +11,7 @@ Written from the protocol's description in the Android source, packages/modules/
 
 from __future__ import annotations
 
+import abc
 import base64
 import contextlib
 import hashlib
@@ -163,7 +164,7 @@ class Connection:
         threading.Thread(target=stream.run, daemon=True).start()
 
 
-class Stream:
+class Stream(abc.ABC):
     """One service of a connection: a byte stream each way, one unacknowledged message at most."""
 
     def __init__(self, connection: Connection, local: int, remote: int) -> None:
@@ -215,8 +216,9 @@ class Stream:
             with contextlib.suppress(OSError):
                 self.connection.send(b"CLSE", self.local, self._remote)
 
+    @abc.abstractmethod
     def serve(self) -> None:
-        raise NotImplementedError
+        """Answer until the stream ends."""
 
 
 class Shell(Stream):
