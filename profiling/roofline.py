@@ -1,6 +1,6 @@
 """Speed of a model.slm beside what this machine can do.
 
-``python -m pocketslm.runtime.ops.bench MODEL.slm`` prints prompt and decode speed, every sample,
+``python -m pocketslm.profiling.roofline MODEL.slm`` prints prompt and decode speed, every sample,
 decoding as a share of the measured streaming bandwidth, prompts as a share of the int8 peak.
 """
 
