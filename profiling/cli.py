@@ -1,4 +1,4 @@
-"""``pocketslm bench``."""
+"""``pocketslm bench``, ``compare`` and ``fit``."""
 
 from __future__ import annotations
 
@@ -85,6 +85,28 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("a", help="records of `bench --runs 5 --record`, or llama-bench's JSON")
     parser.add_argument("b", help="the same, afterwards")
 
+    parser = commands.add(
+        "fit",
+        _fit,
+        "predict memory and speed of every catalog model on a device, before exporting any",
+        "pocketslm fit --ram 4GB --bandwidth 30GB/s --int8 300GMAC/s",
+    )
+    parser.add_argument("--ram", help="what the model may use (default: all of the device's)")
+    parser.add_argument("--bandwidth", help="streaming reads, such as 30GB/s (default: measured)")
+    parser.add_argument(
+        "--int8", help="multiply-accumulates, such as 300GMAC/s (default: measured)"
+    )
+    parser.add_argument(
+        "--records",
+        metavar="FILE.jsonl",
+        help="rows of `bench --record` on the device: its limits, what was reached of them, and "
+        "the error of the prediction for each",
+    )
+    parser.add_argument("-c", "--context", type=int, default=2048, help="tokens in the cache")
+    parser.add_argument("-p", "--prompt", type=int, default=512, help="tokens of the prompt")
+    add_threads(parser)
+    add_json(parser)
+
 
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.device:
@@ -143,3 +165,18 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(compare_table(differences), end="")
     if any(one.low is None for one in differences):
         say(f"fewer than {LEAST_RUNS} runs on a side say nothing: measure with `bench --runs 5`")
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    from pocketslm.profiling.fit import fit, fit_dict, format_fit
+
+    found = fit(
+        arguments.ram,
+        arguments.bandwidth,
+        arguments.int8,
+        arguments.records,
+        arguments.threads,
+        arguments.context,
+        arguments.prompt,
+    )
+    print_json(fit_dict(*found)) if arguments.json else print(format_fit(*found), end="")

@@ -1,0 +1,404 @@
+"""Memory and speed of the catalog's models on a device, predicted before anything is exported.
+
+The roofline: a decoded token reads the weights and the keys and values before it, so its time is
+those bytes over the bandwidth; a prompt multiplies, so its time is its multiply-accumulates over
+the int8 peak. What a program reaches of either is measured, in :class:`Reached`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketslm.errors import BackendError, UsageError
+from pocketslm.models.catalog import catalog
+from pocketslm.profiling.cost import Cost
+from pocketslm.profiling.machine import Limits, limits, this_machine
+from pocketslm.profiling.records import OURS, Measurement, read_records
+from pocketslm.profiling.tables import md_table
+from pocketslm.runtime.backends import usable_cores
+
+KV_BYTES = 2  # fp16, the default of the native graph
+_BYTES = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
+_UNITS = {
+    "ram": _BYTES,
+    "bandwidth": {f"{unit}/s": size for unit, size in _BYTES.items()},
+    "int8": {"GMAC/s": 1e9, "TMAC/s": 1e12},
+}
+_EXAMPLES = {"ram": "4GB", "bandwidth": "30GB/s", "int8": "300GMAC/s"}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are stored, in bits with their group's scale; the head is the embedding's.
+
+    integer: whether prompts are multiplied in int8.
+    """
+
+    name: str
+    layer_bits: float
+    head_bits: float
+    integer: bool = True
+
+    def weight_bytes(self, cost: Cost) -> float:
+        """Of the file."""
+        tables = cost.embedding_values * (1 if cost.tied else 2)
+        return (cost.layer_macs * self.layer_bits + tables * self.head_bits) / 8
+
+    def read_bytes(self, cost: Cost) -> float:
+        """Of the weights, for one token."""
+        return (cost.layer_macs * self.layer_bits + cost.head_macs * self.head_bits) / 8
+
+
+# As `export` stores float weights: an fp16 scale, or scale and minimum, for every 32 weights, the
+# head and embedding in int8.
+SCHEMES = (
+    Scheme("int4 g32 sym", 4.5, 8.5),
+    Scheme("int4 g32 min", 5, 8.5),
+    Scheme("int8 g32 sym", 8.5, 8.5),
+    Scheme("fp16", 16, 16, integer=False),
+)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a program makes of a machine. decode: its share of the bandwidth; prefill: of the int8
+    peak; fixed_bytes: peak memory beside weights, keys and values.
+
+    The defaults are what the native backend reached in Python with SmolLM2-135M-Instruct on a
+    2-vCPU AMD EPYC (Zen 4), docs/profiling.md#fit.
+    """
+
+    decode: float = 0.8
+    prefill: float = 0.8
+    fixed_bytes: float = 40e6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one model; prefill_tps is None where int8 has no part in it."""
+
+    model: str
+    scheme: str
+    size_bytes: int
+    ram_bytes: int
+    fits: bool
+    prefill_tps: float | None
+    decode_tps: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measured row beside what was predicted for it from the rows of the other models.
+
+    unit: "t/s" or "MB"; error: predicted / measured - 1.
+    """
+
+    model: str
+    scheme: str
+    test: str
+    unit: str
+    predicted: float
+    measured: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is predicted for, and where the figures come from."""
+
+    ram_bytes: float
+    limits: Limits
+    reached: Reached
+    source: str
+
+
+def quantity(name: str, text: str) -> float:
+    """``4GB``, ``30GB/s``, ``300GMAC/s`` in bytes, bytes a second, multiply-accumulates a second.
+
+    UsageError names the units of ``name``: ram, bandwidth or int8.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z/]+)", text.strip())
+    if match is None or match[2] not in _UNITS[name] or not float(match[1]):
+        raise UsageError(
+            f"--{name} is {text!r}, expected a number above 0 with one of "
+            f"{', '.join(_UNITS[name])}, such as {_EXAMPLES[name]}"
+        )
+    return float(match[1]) * _UNITS[name][match[2]]
+
+
+def device(
+    ram: str | None = None,
+    bandwidth: str | None = None,
+    int8: str | None = None,
+    records: Sequence[Measurement] = (),
+    threads: int | None = None,
+) -> Device:
+    """The device as stated, else as recorded, else this machine, measured now."""
+    if (bandwidth is None) != (int8 is None):
+        raise UsageError("one of --bandwidth and --int8 is missing, expected both or neither")
+    if records and len({(r.machine.cpu, r.machine.product) for r in records}) > 1:
+        raise UsageError("the records are of several machines, expected those of one")
+    used = _usable(records, threads)
+    reached, source = _reached(used), "stated"
+    found: Limits | None
+    ram_bytes = None if ram is None else quantity("ram", ram)
+    if bandwidth is not None and int8 is not None:
+        found = Limits(quantity("bandwidth", bandwidth), quantity("int8", int8))
+    elif records:
+        found, source = _limits(used), f"recorded (-t {used[0].threads})"
+    else:
+        threads = threads or usable_cores()
+        found, source = limits(threads, None), f"measured here (-t {threads})"
+        if found is None:
+            raise BackendError(
+                "the native operators do not run here, expected --bandwidth and --int8 or --records"
+            )
+        ram_bytes = ram_bytes or this_machine().ram_bytes
+    if ram_bytes is None and records:
+        ram_bytes = records[0].machine.ram_bytes
+    if ram_bytes is None:
+        raise UsageError("--ram is missing, expected one such as 4GB beside a stated device")
+    return Device(ram_bytes, found, reached, source)
+
+
+def predict(device: Device, context: int, prompt: int) -> list[Prediction]:
+    """Every catalog model in every scheme, by size; speeds after ``context`` and ``prompt`` tokens.
+
+    The context is at most the model's own; UsageError below 1.
+    """
+    if min(context, prompt) < 1:
+        raise UsageError(f"context is {context} and prompt {prompt}, expected at least 1")
+    found = []
+    for name, cost, most in _models():
+        length = min(context, most)
+        for scheme in SCHEMES:
+            ram = _ram(cost, scheme, length, device.reached)
+            tps = _prefill(cost, min(prompt, most), device.limits, device.reached)
+            found.append(
+                Prediction(
+                    model=name,
+                    scheme=scheme.name,
+                    size_bytes=round(scheme.weight_bytes(cost)),
+                    ram_bytes=round(ram),
+                    fits=ram <= device.ram_bytes,
+                    prefill_tps=tps if scheme.integer else None,
+                    decode_tps=_decode(cost, scheme, length, device.limits, device.reached),
+                )
+            )
+    return sorted(found, key=lambda one: one.size_bytes)
+
+
+def check(records: Sequence[Measurement], threads: int | None = None) -> list[Check]:
+    """Each measured row beside its prediction, which never saw a row of the same model."""
+    checks = []
+    rows = _usable(records, threads)
+    for row in rows:
+        name, cost = _model(row)
+        reached = _reached([other for other in rows if _model(other)[0] != name])
+        scheme = _scheme(row, cost)
+        assert row.limits is not None
+        figures: list[tuple[str, float, float]] = []
+        if row.decode_tps:
+            depth = _mean_depth(row)
+            predicted = _decode(cost, scheme, depth, row.limits, reached)
+            figures.append(("t/s", predicted, statistics.median(row.decode_tps)))
+        elif scheme.integer:
+            predicted = _prefill(cost, row.n_prompt, row.limits, reached)
+            figures.append(("t/s", predicted, statistics.median(row.prefill_tps)))
+        if row.peak_rss_bytes and row.context:
+            ram = _ram(cost, scheme, row.context, reached)
+            figures.append(("MB", ram / 1e6, row.peak_rss_bytes / 1e6))
+        checks += [
+            Check(name, scheme.name, row.test, unit, predicted, measured, predicted / measured - 1)
+            for unit, predicted, measured in figures
+        ]
+    return checks
+
+
+def fit(
+    ram: str | None,
+    bandwidth: str | None,
+    int8: str | None,
+    records: str | Path | None,
+    threads: int | None,
+    context: int,
+    prompt: int,
+) -> tuple[Device, list[Prediction], list[Check]]:
+    """What ``pocketslm fit`` prints."""
+    rows = [] if records is None else read_records(records)
+    target = device(ram, bandwidth, int8, rows, threads)
+    return target, predict(target, context, prompt), check(rows, threads) if rows else []
+
+
+def format_fit(target: Device, predictions: Sequence[Prediction], checks: Sequence[Check]) -> str:
+    """Markdown."""
+    speed, peak = target.limits.bandwidth_bytes_s / 1e9, target.limits.int8_macs_s / 1e9
+    text = (
+        f"RAM {target.ram_bytes / 1e9:.1f} GB; {target.source}: bandwidth {speed:.1f} GB/s, int8 "
+        f"{peak:.0f} GMAC/s; reached: {target.reached.decode:.0%} of the bandwidth, "
+        f"{target.reached.prefill:.0%} of the peak, "
+        f"{target.reached.fixed_bytes / 1e6:.0f} MB beside weights and cache\n\n"
+    )
+    text += md_table(
+        ["model", "scheme", "size", "RAM", "fits", "prefill t/s", "decode t/s"],
+        ["l", "l", "r", "r", "l", "r", "r"],
+        [
+            [
+                one.model,
+                one.scheme,
+                f"{one.size_bytes / 1e6:.0f} MB",
+                f"{one.ram_bytes / 1e6:.0f} MB",
+                "yes" if one.fits else "no",
+                "" if one.prefill_tps is None else f"{one.prefill_tps:.1f}",
+                f"{one.decode_tps:.1f}",
+            ]
+            for one in predictions
+        ],
+    )
+    if not checks:
+        return text
+    return f"{text}\n" + md_table(
+        ["measured model", "scheme", "test", "predicted", "measured", "error"],
+        ["l", "l", "r", "r", "r", "r"],
+        [
+            [
+                one.model,
+                one.scheme,
+                one.test,
+                f"{one.predicted:.1f} {one.unit}",
+                f"{one.measured:.1f} {one.unit}",
+                f"{one.error:+.0%}",
+            ]
+            for one in checks
+        ],
+    )
+
+
+def fit_dict(
+    target: Device, predictions: Sequence[Prediction], checks: Sequence[Check]
+) -> dict[str, Any]:
+    return {
+        "device": asdict(target),
+        "predictions": [asdict(one) for one in predictions],
+        "checks": [asdict(one) for one in checks],
+    }
+
+
+def _decode(cost: Cost, scheme: Scheme, depth: float, limits: Limits, reached: Reached) -> float:
+    read = scheme.read_bytes(cost) + cost.kv_bytes(1, KV_BYTES) * depth
+    return limits.bandwidth_bytes_s * reached.decode / read
+
+
+def _prefill(cost: Cost, tokens: int, limits: Limits, reached: Reached) -> float:
+    return limits.int8_macs_s * reached.prefill * tokens / cost.prompt_macs(tokens)
+
+
+def _ram(cost: Cost, scheme: Scheme, context: int, reached: Reached) -> float:
+    cache = cost.kv_bytes(context, KV_BYTES)
+    return scheme.weight_bytes(cost) + cache + reached.fixed_bytes
+
+
+def _models() -> list[tuple[str, Cost, int]]:
+    """Of the catalog: name, cost, longest context."""
+    return [
+        (name, Cost.of(entry.dimensions), int(entry.dimensions["context"]))
+        for name, entry in catalog().items()
+        if entry.dimensions is not None
+    ]
+
+
+def _model(row: Measurement) -> tuple[str, Cost]:
+    """The catalog model of a row, told by its dimensions: a bundle may have any name."""
+    for name, cost, _ in _models():
+        if (row.macs_per_token, row.head_macs) == (cost.layer_macs, cost.head_macs):
+            return name, cost
+    raise LookupError(row.model)
+
+
+def _scheme(row: Measurement, cost: Cost) -> Scheme:
+    assert row.bytes_per_token
+    read = row.bytes_per_token
+    return min(SCHEMES, key=lambda one: abs(math.log(one.read_bytes(cost) / read)))
+
+
+def _usable(records: Sequence[Measurement], threads: int | None) -> list[Measurement]:
+    """Rows of catalog models on the native backend with that many threads, else with the most."""
+    known = {(cost.layer_macs, cost.head_macs) for _, cost, _ in _models()}
+    rows = [
+        row
+        for row in records
+        if row.runtime == OURS
+        and row.backend.startswith("native")
+        and row.limits is not None
+        and row.bytes_per_token
+        and (row.macs_per_token, row.head_macs) in known
+    ]
+    if threads is None:
+        threads = max((row.threads for row in rows), default=None)
+    rows = [row for row in rows if row.threads == threads]
+    if records and not rows:
+        raise UsageError(
+            "the records hold no native row of a catalog model"
+            + ("" if threads is None else f" with {threads} threads")
+            + ", expected some of `pocketslm bench --backend native --record`"
+        )
+    return rows
+
+
+def _limits(rows: Sequence[Measurement]) -> Limits:
+    found = [row.limits for row in rows if row.limits is not None]
+    return Limits(
+        statistics.median(one.bandwidth_bytes_s for one in found),
+        statistics.median(one.int8_macs_s for one in found),
+    )
+
+
+def _mean_depth(row: Measurement) -> float:
+    """Tokens in the cache before a decoded one, on average."""
+    return row.n_prompt + row.n_depth + (row.n_gen - 1) / 2
+
+
+def _reached(rows: Sequence[Measurement]) -> Reached:
+    """The median of rows, by their own limits; the default where no row tells."""
+    default = Reached()
+    return Reached(
+        _median(rows, _reached_decode, default.decode),
+        _median(rows, _reached_prefill, default.prefill),
+        _median(rows, _fixed_bytes, default.fixed_bytes),
+    )
+
+
+def _median(
+    rows: Sequence[Measurement], of: Callable[[Measurement], float | None], default: float
+) -> float:
+    found = [value for row in rows if (value := of(row)) is not None]
+    return statistics.median(found) if found else default
+
+
+def _reached_decode(row: Measurement) -> float | None:
+    if not row.decode_tps or row.limits is None or row.bytes_per_token is None:
+        return None
+    _, cost = _model(row)
+    read = row.bytes_per_token + cost.kv_bytes(1, KV_BYTES) * _mean_depth(row)
+    return statistics.median(row.decode_tps) * read / row.limits.bandwidth_bytes_s
+
+
+def _reached_prefill(row: Measurement) -> float | None:
+    if not row.prefill_tps or row.limits is None:
+        return None
+    _, cost = _model(row)
+    macs = cost.prompt_macs(row.n_prompt) / row.n_prompt
+    return statistics.median(row.prefill_tps) * macs / row.limits.int8_macs_s
+
+
+def _fixed_bytes(row: Measurement) -> float | None:
+    if row.peak_rss_bytes is None or row.context is None:
+        return None
+    _, cost = _model(row)
+    return row.peak_rss_bytes - row.size_bytes - cost.kv_bytes(row.context, KV_BYTES)
