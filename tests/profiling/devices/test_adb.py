@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,9 @@ def test_the_shell_s_status_and_last_words(phone: PhoneDaemon) -> None:
 
 def test_the_phone_checks_our_key(phone: PhoneDaemon) -> None:
     daemon = phone(runs=NO_RUNNER)
+    deadline = time.monotonic() + 20
+    while not daemon.keys and time.monotonic() < deadline:  # adb may still be making its key
+        time.sleep(0.05)
     assert daemon.keys  # accepted once, by a person
     subprocess.run(["adb", "disconnect", daemon.serial], check=True, capture_output=True)
     subprocess.run(["adb", "connect", daemon.serial], check=True, capture_output=True)
