@@ -70,12 +70,12 @@ class Reached:
     """What a program makes of a machine. decode: its share of the bandwidth; prefill: of the int8
     peak; fixed_bytes: peak memory beside weights, keys and values.
 
-    The defaults are what the native backend reached in Python with SmolLM2-135M-Instruct on a
-    2-vCPU AMD EPYC (Zen 4), docs/profiling.md#fit.
+    The defaults are what the native backend reached in Python on one thread of an AMD EPYC (Zen 4)
+    with models of 135M and 360M parameters, docs/profiling.md#fit.
     """
 
     decode: float = 0.8
-    prefill: float = 0.8
+    prefill: float = 0.45
     fixed_bytes: float = 40e6
 
 
