@@ -1,4 +1,4 @@
-"""``pocketslm bench``, ``compare`` and ``fit``."""
+"""``pocketslm bench`` and what is made of its records."""
 
 from __future__ import annotations
 
@@ -107,6 +107,17 @@ def add_commands(commands: Commands) -> None:
     add_threads(parser)
     add_json(parser)
 
+    parser = commands.add(
+        "report",
+        _report,
+        "make a page of records: tables, curves, roofline, memory, energy",
+        "pocketslm report phone.jsonl laptop.jsonl -o report.html",
+    )
+    parser.add_argument("records", nargs="+", help="of `bench --record`, or llama-bench's JSON")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), help="*.html, *.md or *.csv"
+    )
+
 
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.device:
@@ -180,3 +191,10 @@ def _fit(arguments: argparse.Namespace) -> None:
         arguments.prompt,
     )
     print_json(fit_dict(*found)) if arguments.json else print(format_fit(*found), end="")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from pocketslm.profiling.report import write_report
+
+    count = write_report(arguments.records, arguments.output)
+    say(f"{arguments.output}: {count} measurements")

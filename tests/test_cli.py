@@ -37,6 +37,7 @@ COMMANDS = (
     "bench-doc",
     "compare",
     "fit",
+    "report",
     "device list",
     "device info",
     "device clean",
@@ -65,6 +66,7 @@ def test_help_and_version_are_quick_and_light() -> None:
 USER_ERRORS = {
     "no such records": (["compare", "nowhere", "nowhere"], "cannot read the records nowhere"),
     "bad bandwidth": (["fit", "--ram", "4GB", "--bandwidth", "30GB", "--int8", "1TMAC/s"], "30GB"),
+    "no report kind": (["report", "nowhere", "-o", "a.pdf"], "'.pdf', expected one of: .html"),
     "no such checkpoint": (["inspect", "nowhere/model"], "does not exist"),
     "no such bundle": (["run", "nowhere", "hi"], "nowhere is not a bundle folder"),
     "unknown name": (["fetch", "gpt-9"], "'gpt-9' is not in the catalog, expected one of"),
