@@ -355,11 +355,40 @@ def choose(trials: Sequence[Trial]) -> Trial:
 
 
 def write_report(trials: Sequence[Trial], budget: Budget, work: Path) -> None:
-    """``plan.md`` and a recipe file for every trial of the Pareto front."""
+    """``plan.md``, ``pareto.svg`` and a recipe file for every trial of the Pareto front."""
     limits = ", ".join(f"{name} {_shown(name, limit)}" for name, limit in budget.limits.items())
-    text = f"# Search for: {limits}\n\n{table(trials)}"
     for trial in pareto(trials):
         (work / f"trial-{trial.number}.toml").write_text(trial.recipe.to_toml())
-    aside = work / f".{REPORT}.part"
-    aside.write_text(text)
-    aside.replace(work / REPORT)
+    text = f"# Search for: {limits}\n\n![memory and KL of the trials]({PICTURE})\n\n{table(trials)}"
+    for name, content in ((PICTURE, picture(trials)), (REPORT, text)):
+        aside = work / f".{name}.part"
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(work / name)
+
+
+def picture(trials: Sequence[Trial]) -> str:
+    """An SVG file: KL against memory of every whole trial, with its decode speed."""
+    from pocketslm.profiling import charts
+
+    whole = [trial for trial in trials if set(OBJECTIVES) <= trial.metrics.keys()]
+
+    def series(name: str, chosen: Sequence[Trial], colour: int | None) -> charts.Series:
+        points = [(trial.metrics["ram"], trial.metrics["kl"]) for trial in chosen]
+        labels = [
+            f"{trial.number}: {_shown('decode', trial.metrics['decode'])}" for trial in chosen
+        ]
+        return charts.Series(name, points, colour, line=False, labels=labels)
+
+    front = charts.front([(trial.metrics["ram"], trial.metrics["kl"]) for trial in whole])
+    groups = [
+        charts.Series("", front, None, marks=False, dashed=True),
+        series("within the budget", [trial for trial in whole if not trial.broken], 0),
+        series("out", [trial for trial in whole if trial.broken], None),
+    ]
+    chart = charts.plot(
+        groups,
+        charts.Axis("memory, MB", zero=False),
+        charts.Axis("KL to the source, nats", log=True),
+        "KL to the source by memory; beside each trial its number and decode speed",
+    )
+    return charts.standalone(chart)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -50,6 +51,9 @@ def test_the_front_holds_what_no_other_beats() -> None:
     assert [one.number for one in plan.pareto(trials)] == [0, 1, 3]
     assert "| 2 |" in plan.table(trials)
     assert plan.table(trials).count("| front |") == 3
+    drawn = ElementTree.fromstring(plan.picture(trials))
+    texts = {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"0: 100 tps", "1: 150 tps", "2: 140 tps", "3: 90 tps"} <= texts
 
 
 def test_the_best_is_the_nearest_to_the_source_that_fits() -> None:
@@ -97,6 +101,7 @@ def test_a_stopped_search_goes_on(source: Checkpoint, text: Path, tmp_path: Path
     assert chosen.metrics["kl"] == min(one.metrics["kl"] for one in both if not one.broken)
     plan.write_report(both, budget, tmp_path)
     assert plan.describe(chosen.recipe) in (tmp_path / plan.REPORT).read_text()
+    assert (tmp_path / plan.PICTURE).read_text().startswith("<svg ")
     assert read_recipe(tmp_path / f"trial-{chosen.number}.toml") == chosen.recipe
 
 
