@@ -20,7 +20,7 @@ from pocketslm.profiling.llama_bench import read_rows
 from pocketslm.profiling.records import Measurement, TracePoint, percentile
 from pocketslm.profiling.tables import FORMATS, format_rows, ratios
 
-SUFFIXES = (".html", *(f".{style}" for style in FORMATS))
+SUFFIXES = (".html", ".svg", *(f".{style}" for style in FORMATS))
 
 _STYLE = (
     charts.STYLE + "*{box-sizing:border-box}body{margin:0 auto;padding:2rem 1.2rem 4rem;"
@@ -100,7 +100,8 @@ class _Rows:
 
 def write_report(sources: Sequence[str | Path], output: Path) -> int:
     """Read records (ours or llama-bench's) and write the report that the suffix of ``output``
-    names; the number of rows. Raises UsageError; nothing is written then."""
+    names, ``.svg`` the first device's roofline alone; the number of rows. Raises UsageError;
+    nothing is written then."""
     if output.suffix not in SUFFIXES:
         raise UsageError(
             f"{output} ends in {output.suffix!r}, expected one of: {', '.join(SUFFIXES)}"
@@ -108,7 +109,12 @@ def write_report(sources: Sequence[str | Path], output: Path) -> int:
     rows = [row for source in sources for row in read_rows(source)]
     if not rows:
         raise UsageError("there are no records, expected files of `bench --record FILE.jsonl`")
-    text = html(rows) if output.suffix == ".html" else format_rows(rows, output.suffix[1:])
+    if output.suffix == ".html":
+        text = html(rows)
+    elif output.suffix == ".svg":
+        text = roofline(rows)
+    else:
+        text = format_rows(rows, output.suffix[1:])
     aside = output.with_name(f".{output.name}.part")
     try:
         aside.write_bytes(text.encode("utf-8", "replace"))
@@ -134,6 +140,15 @@ def html(rows: Sequence[Measurement]) -> str:
         f"<title>{clean(models)} measured</title><style>{_STYLE}</style></head><body>"
         f"<h1>{clean(models)}</h1><p>{clean(f'{count}, {when}')}</p>{body}</body></html>\n"
     )
+
+
+def roofline(rows: Sequence[Measurement]) -> str:
+    """The roofline of the first device as an SVG file; UsageError where no row has its limits."""
+    data = _Rows(rows)
+    found = next(filter(None, (_roofline_chart(data, device) for device in data.devices)), None)
+    if found is None:
+        raise UsageError("no record has the limits of its device, which `bench` measures")
+    return charts.standalone(found)
 
 
 def _setup(row: Measurement) -> _Setup:
@@ -207,32 +222,38 @@ def _speed(data: _Rows) -> str:
 def _roofline(data: _Rows) -> str:
     text = ""
     for device in data.devices:
-        setups = [setup for setup in data.setups if setup.device == device]
-        roofs: dict[int, list[Point]] = {}
-        for setup in setups:
-            for row in data.by_setup[setup]:
-                roof = row.limits and (row.limits.bandwidth_bytes_s, row.limits.int8_macs_s)
-                if roof and all(0 < _finite(limit) < charts.HUGE for limit in roof):
-                    roofs.setdefault(setup.threads, []).append(roof)
-        dots = [_dots(data, setup) for setup in setups if setup.threads in roofs]
-        dots = [one for one in dots if one.points]
-        if not dots:
-            continue
-        xs = [x for one in dots for x, _ in one.points]
-        lines = [_roof(threads, found, min(xs), max(xs)) for threads, found in roofs.items()]
-        chart = charts.plot(
-            [*lines, *dots],
-            Axis("multiply-accumulates per byte of weights", log=True),
-            Axis("10⁹ multiply-accumulates/s", log=True),
-            f"Roofline of {device}",
-        )
-        text += (f"<h3>{clean(device)}</h3>" if len(data.devices) > 1 else "") + _figure(chart)
+        if chart := _roofline_chart(data, device):
+            heading = f"<h3>{clean(device)}</h3>" if len(data.devices) > 1 else ""
+            text += heading + _figure(chart)
     return text and _section(
         "Roofline",
         "The line is what this device can do, measured on it: memory reads at the left, int8 "
         "arithmetic at the right. A point near it has little left to gain. Weights only: attention "
         "and the cache are left out; a peer's bytes are its file's where nothing else is known.",
         text,
+    )
+
+
+def _roofline_chart(data: _Rows, device: str) -> str:
+    """Empty where no row of the device has its limits."""
+    setups = [setup for setup in data.setups if setup.device == device]
+    roofs: dict[int, list[Point]] = {}
+    for setup in setups:
+        for row in data.by_setup[setup]:
+            roof = row.limits and (row.limits.bandwidth_bytes_s, row.limits.int8_macs_s)
+            if roof and all(0 < _finite(limit) < charts.HUGE for limit in roof):
+                roofs.setdefault(setup.threads, []).append(roof)
+    dots = [_dots(data, setup) for setup in setups if setup.threads in roofs]
+    dots = [one for one in dots if one.points]
+    if not dots:
+        return ""
+    xs = [x for one in dots for x, _ in one.points]
+    lines = [_roof(threads, found, min(xs), max(xs)) for threads, found in roofs.items()]
+    return charts.plot(
+        [*lines, *dots],
+        Axis("multiply-accumulates per byte of weights", log=True),
+        Axis("10⁹ multiply-accumulates/s", log=True),
+        f"Roofline of {device}",
     )
 
 

@@ -175,6 +175,14 @@ def test_markdown_and_csv_by_suffix(make_row: Any, tmp_path: Path) -> None:
     assert len(list(csv.DictReader(lines))) == 8
 
 
+def test_the_roofline_alone_by_suffix(make_row: Any, tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl"
+    append_records(records, full(make_row))
+    write_report([records], tmp_path / "roofline.svg")
+    drawing = ET.fromstring((tmp_path / "roofline.svg").read_text())
+    assert "pp512" in "".join(drawing.itertext())
+
+
 def test_errors_leave_nothing(make_row: Any, tmp_path: Path) -> None:
     empty, records = tmp_path / "empty.jsonl", tmp_path / "records.jsonl"
     empty.write_text("\n")
@@ -182,7 +190,8 @@ def test_errors_leave_nothing(make_row: Any, tmp_path: Path) -> None:
     for sources, name, message in (
         ([empty], "report.html", "holds no records"),
         ([], "report.html", "no records"),
-        ([records], "report.pdf", "'.pdf', expected one of: .html, .md"),
+        ([records], "report.pdf", "'.pdf', expected one of: .html, .svg, .md"),
+        ([records], "report.svg", "no record has the limits"),
         ([records], "nowhere/report.html", "cannot write the report"),
     ):
         with pytest.raises(UsageError, match=re.escape(message)):
