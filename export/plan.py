@@ -211,10 +211,13 @@ class _Space:
         self.head = ["keep"] * head + ["int8", "int4"]
         # What a person would try first.
         int4 = {"weights": "int4", "group_size": 32, "grid": "min", "method": "search+gptq"}
+        as_is: dict[str, Any] = {"weights": self.weights[0], "head": self.head[0]}
+        as_is |= int4 if self.weights[0] == "int4" else {}
+        trim = vocabulary is not None
         self.first: list[dict[str, Any]] = [
-            {"weights": self.weights[0], "head": self.head[0], "vocabulary": False}
-            | {key: value for key, value in int4.items() if self.weights[0] == "int4"},
-            int4 | {"head": "int4", "vocabulary": vocabulary is not None},
+            as_is | {"vocabulary": False},
+            *[as_is | {"vocabulary": True}] * trim,
+            int4 | {"head": "int4", "vocabulary": trim},
         ]
 
     def recipe(self, trial: Any) -> Recipe:
