@@ -15,6 +15,7 @@ import torch
 from pocketslm.errors import UsageError
 from pocketslm.export.pipeline import update_manifest
 from pocketslm.export.prune.vocabulary import parse_ranges
+from pocketslm.export.text import read_text
 from pocketslm.models.catalog import catalog, fetch
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, open_checkpoint
 from pocketslm.models.reference import load_reference
@@ -72,11 +73,8 @@ def evaluate_bundle(
     checkpoint = open_checkpoint(source or _source_in_catalog(bundle.manifest))
     if checkpoint_sha256(checkpoint) != bundle.manifest.source["sha256"]:
         raise UsageError(f"{checkpoint.path} is not what {folder} was made from (SHA-256 differs)")
-    try:
-        # Eight characters a token are more than enough; the rest need not be tokenized.
-        content = text.read_text(encoding="utf-8")[: 8 * window * windows]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from None
+    # Eight characters a token are more than enough; the rest need not be tokenized.
+    content = read_text(text)[: 8 * window * windows]
     ids = load_tokenizer(folder).encode(content)
     session = open_session(bundle, backend, threads, context=min(window, bundle.context))
     vocabulary = bundle.manifest.recipe.get("vocabulary")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pocketslm.errors import UsageError
+from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
@@ -123,10 +124,7 @@ def heal_folder(
     """
     if out.exists():
         raise UsageError(f"{out} exists already; choose another")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from None
+    content = read_text(text)
     files = {name: data.decode() for name, data in student.tokenizer_files().items()}
     ids = np.asarray(load_tokenizer_files(files).encode(content)[held_out:], np.int64)
     work = out.with_name(f".{out.name}.healing")

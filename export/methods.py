@@ -22,6 +22,7 @@ from pocketslm.export.evaluate import Ids, compare, windows_of
 from pocketslm.export.prune import depth, width
 from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
 from pocketslm.export.recipe import GROUP_SIZES, Recipe
+from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor
@@ -61,10 +62,7 @@ class Workbench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
         encode = load_tokenizer_files(files).encode
-        try:
-            ids = encode(text.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from None
+        ids = encode(read_text(text))
         self.windows: list[Ids] = windows_of(ids, self.window, windows)
         if text == calibration and len(ids) < windows * self.window + tokens:
             raise UsageError(

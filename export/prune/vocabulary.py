@@ -22,6 +22,7 @@ import numpy as np
 
 from pocketslm.errors import ExportError
 from pocketslm.export.prune.pruned import Pruned
+from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.tokenizer import load_tokenizer_files
@@ -71,10 +72,7 @@ class TrimmedVocabulary(Pruned):
 
 def tokens_of(checkpoint: Checkpoint, text: Path, count: int | None = None) -> list[int]:
     """:func:`tokens_to_keep` for a UTF-8 text as the checkpoint's own tokenizer reads it."""
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExportError(f"cannot read {text} as UTF-8 text: {error}") from None
+    content = read_text(text)
     files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
     ids = load_tokenizer_files(files).encode(content)
     return tokens_to_keep(json.loads(files["tokenizer.json"]), ids, count)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pocketslm.errors import UsageError
 from pocketslm.export.quantize import awq, gptq
 from pocketslm.export.quantize.grid import Fit, Spec, round_to_grid
+from pocketslm.export.text import read_text
 from pocketslm.models.tensors import Weight
 
 # Matrices that read the same input, by the first of them to run.
@@ -30,10 +31,7 @@ def last_tokens(text: Path, encode: Callable[[str], list[int]], tokens: int, win
     The last, because evaluation takes the first: the two stay disjoint in a text that is long
     enough. Raises UsageError where the text cannot be read or has too few.
     """
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from None
+    content = read_text(text)
     # Tokens are seldom longer than eight characters; the rest need not be tokenized.
     ids = encode(content[-8 * tokens :])
     count = tokens // window
