@@ -6,6 +6,7 @@ one. Rows are appended to a file as they come, and a row that is there already i
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,12 @@ def _quantized(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
 
 def _shallow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
     count = bench.checkpoint.config.num_hidden_layers
-    ids = bench.calibration[:1]  # SLEB runs it hundreds of times
+    ids = bench.calibration[:4]  # SLEB runs it hundreds of times
+    removals = sorted({max(round(share * count), 1) for share in _DEPTH_SHARES})
+
+    @functools.cache  # greedy: the layers to go first are the same for every number of them
+    def sleb() -> list[int]:
+        return depth.sleb(bench.model(), ids, removals[-1])
 
     def make(method: str, detail: str) -> Row:
         remove = int(detail.split()[0])
@@ -182,13 +188,13 @@ def _shallow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
         elif method == "block influence":
             removed = depth.least_influence(depth.block_influence(model, ids), remove)
         else:
-            removed = depth.sleb(model, ids, remove)
+            removed = sleb()[:remove]
         seconds = time.perf_counter() - start
         pruned = bench.model(depth.WithoutLayers(bench.checkpoint, removed))
         about = {"table": "depth", "method": f"{method}: {sorted(removed)}", "detail": detail}
         return bench.measure(pruned, **about, size_mb=_fp32_mb(pruned), seconds=seconds)
 
-    for remove in sorted({max(round(share * count), 1) for share in _DEPTH_SHARES}):
+    for remove in removals:
         for method in ("last", "block influence", "sleb"):
             yield method, f"{remove} of {count} layers", make
 
