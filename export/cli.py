@@ -117,7 +117,11 @@ def add_commands(commands: Commands) -> None:
         "pocketslm eval out/smollm2",
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--source", help="the checkpoint it was made from (default: by SHA-256)")
+    parser.add_argument(
+        "--source",
+        help="the checkpoint it was made from, or that was pruned or healed from (default: the "
+        "nearest that the catalog has)",
+    )
     parser.add_argument("--text", default="lee", help="a UTF-8 file or catalog text (default: lee)")
     parser.add_argument(
         "--task", type=Path, metavar="FILE.jsonl", help="score multiple-choice items instead"
@@ -453,7 +457,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         return
     change = quality.perplexity / quality.source_perplexity - 1
     print(
-        f"perplexity {quality.perplexity:.3f} (source {quality.source_perplexity:.3f}, "
+        f"perplexity {quality.perplexity:.3f} ({quality.source} {quality.source_perplexity:.3f}, "
         f"{change:+.2%})\nmean KL    {quality.kl:.5f} nats\ntop-1      {quality.top1:.2%} agree\n"
         f"over {quality.tokens} tokens of {quality.corpus} in windows of {quality.window}"
     )

@@ -99,7 +99,7 @@ class DeltaCheckpoint:
         self.bands = [Band(rank, bits) for rank, bits in json.loads(facts["bands"])]
         self.base, self.delta, self._names = base, path, names
         self.path, self.format, self.name = path, base.format, path.stem
-        self.licence, self.config = base.licence, base.config
+        self.licence, self.config, self.made_from = base.licence, base.config, base.made_from
         self.notes = [*base.notes, f"the delta {path.name} was added to {base.name}"]
 
     def files(self) -> list[Path]:

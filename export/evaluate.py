@@ -34,6 +34,7 @@ class Quality:
     ``tokens`` positions in all. perplexity and source_perplexity are over all positions but each
     window's first, which has nothing before it. kl: mean over all positions of
     KL(source || bundle) in nats; top1: share of positions where both put the same token first.
+    source: the name of the checkpoint it was held against.
     """
 
     perplexity: float
@@ -45,6 +46,7 @@ class Quality:
     backend: str
     corpus: str
     corpus_sha256: str
+    source: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,15 +65,15 @@ def evaluate_bundle(
 ) -> Quality:
     """Measure a bundle against its source and write the result into its manifest.
 
-    ``source``: the checkpoint; None looks for its SHA-256 in the catalog. The text is tokenized
-    from its start, as far as the windows reach. Raises UsageError where source or text do not fit,
-    and what opening them raises.
+    ``source``: the checkpoint, or one that it was pruned or healed from; None looks for their
+    SHA-256s in the catalog. The text is tokenized from its start, as far as the windows reach.
+    Raises UsageError where source or text do not fit, and what opening them raises.
     """
     bundle = open_bundle(folder)
     if bundle.manifest is None:
         raise UsageError(f"{folder} was not made by pocketslm: there is no source to compare with")
     checkpoint = open_checkpoint(source or _source_in_catalog(bundle.manifest))
-    if checkpoint_sha256(checkpoint) != bundle.manifest.source["sha256"]:
+    if checkpoint_sha256(checkpoint) not in _origins(bundle.manifest):
         raise UsageError(f"{checkpoint.path} is not what {folder} was made from (SHA-256 differs)")
     # Eight characters a token are more than enough; the rest need not be tokenized.
     content = read_text(text)[: 8 * window * windows]
@@ -90,10 +92,16 @@ def evaluate_bundle(
     return quality
 
 
+def _origins(manifest: Manifest) -> list[str]:
+    """SHA-256s of the bundle's source and of what that was made from, nearest first."""
+    return [manifest.source["sha256"], *manifest.source.get("made_from", [])]
+
+
 def _source_in_catalog(manifest: Manifest) -> Path:
-    for entry in catalog().values():
-        if entry.sha256 == manifest.source["sha256"]:
-            return fetch(entry.name)
+    names = {entry.sha256: entry.name for entry in catalog().values()}
+    for sha256 in _origins(manifest):
+        if sha256 in names:
+            return fetch(names[sha256])
     raise UsageError("the catalog does not have the bundle's source; give it with --source")
 
 
@@ -153,6 +161,7 @@ def evaluate(
         backend=session.backend,
         corpus=text.name,
         corpus_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
+        source=checkpoint.name,
     )
 
 

@@ -73,6 +73,7 @@ def export_bundle(
                 "format": checkpoint.format,
                 "licence": checkpoint.licence,
                 "sha256": checkpoint_sha256(checkpoint),
+                "made_from": checkpoint.made_from,
             },
             recipe=recipe.to_dict(),
             graphs=graphs,

@@ -18,6 +18,7 @@ from pocketslm.models.config import ModelConfig, config_from_gguf, config_from_h
 from pocketslm.models.tensors import Weight
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ORIGIN_FILE = "origin.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,7 +31,8 @@ _TOKENIZER_FILES = (
 class Checkpoint(Protocol):
     """What export needs of a checkpoint; weights are read one by one, on demand.
 
-    ``notes`` says in words what reading changed (such as K-quants that were dequantized).
+    ``notes`` says in words what reading changed (such as K-quants that were dequantized);
+    ``made_from`` are the SHA-256s of the checkpoints it was pruned or healed from, nearest first.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Checkpoint(Protocol):
     licence: str | None
     name: str
     notes: list[str]
+    made_from: list[str]
 
     def files(self) -> list[Path]:
         """The files that hold weights."""
@@ -105,13 +108,15 @@ class HFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.resolve().name
-        self.notes: list[str] = []
         data = read_json(path / "config.json")
         model_type = data.get("model_type")
         if not isinstance(model_type, str):
             raise CheckpointError(f"{path}/config.json has no model_type")
         self.config = config_from_hf(data, architectures.canonical(model_type))
-        self.licence = _model_card_licence(path / "README.md")
+        origin = _read_origin(path)
+        self.licence = _model_card_licence(path / "README.md") or origin["licence"]
+        self.notes: list[str] = origin["notes"]
+        self.made_from: list[str] = origin["made_from"]
         self._where = self._index()
 
     def _index(self) -> dict[str, Path]:
@@ -196,6 +201,7 @@ class GGUFCheckpoint:
         if not isinstance(name, str):
             raise CheckpointError(f"{path}: GGUF metadata has no general.architecture")
         self.name = path.stem
+        self.made_from: list[str] = []
         self.licence = meta.get("general.license")
         architecture = architectures.canonical(name)
         divisors = None
@@ -273,6 +279,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return data
+
+
+def write_origin(checkpoint: Checkpoint, folder: Path) -> None:
+    """``origin.json``: what a checkpoint made from ``checkpoint`` inherits of it."""
+    made_from = [checkpoint_sha256(checkpoint), *checkpoint.made_from]
+    origin = {"licence": checkpoint.licence, "notes": checkpoint.notes, "made_from": made_from}
+    (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def _read_origin(folder: Path) -> dict[str, Any]:
+    """What :func:`write_origin` wrote; of a folder without it, nothing is known."""
+    path = folder / ORIGIN_FILE
+    origin = {"licence": None, "notes": [], "made_from": []}
+    origin |= read_json(path) if path.exists() else {}
+    lists = origin["notes"], origin["made_from"]
+    if not all(isinstance(part, list) and all(isinstance(x, str) for x in part) for part in lists):
+        raise CheckpointError(f"{path}: notes and made_from must be lists of texts")
+    return origin
 
 
 def one_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketslm.errors import CheckpointError
-from pocketslm.models.checkpoint import Checkpoint
+from pocketslm.models.checkpoint import Checkpoint, write_origin
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import load_reference
 
@@ -15,7 +15,7 @@ _CLASS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
-    """Write config.json, model.safetensors (fp32, dequantized) and the tokenizer's files.
+    """Write config.json, model.safetensors (fp32, dequantized), origin.json and the tokenizer.
 
     ``model``: the same architecture with other weights or sizes, by default the checkpoint's own.
     Raises CheckpointError where the checkpoint cannot be read, OSError where it cannot be written.
@@ -23,6 +23,7 @@ def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    write_origin(checkpoint, folder)
     model = model or load_reference(checkpoint, context=8)
     state = {name: value.detach().contiguous() for name, value in model.named_parameters()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -16,7 +16,8 @@ class Pruned(ABC):
     def __init__(self, whole: Checkpoint, config: ModelConfig, note: str) -> None:
         self.whole, self.config = whole, config
         self.path, self.format, self.name = whole.path, whole.format, whole.name
-        self.licence, self.notes = whole.licence, [*whole.notes, note]
+        self.licence, self.made_from = whole.licence, whole.made_from
+        self.notes = [*whole.notes, note]
 
     def files(self) -> list[Path]:
         return self.whole.files()

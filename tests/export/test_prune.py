@@ -12,10 +12,13 @@ import torch
 
 import support
 from pocketslm.cli import main
-from pocketslm.errors import ExportError, UsageError
+from pocketslm.errors import CheckpointError, ExportError, UsageError
+from pocketslm.export.evaluate import evaluate_bundle
+from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.prune import depth, width
 from pocketslm.export.prune.folder import RECORD_FILE, PruneConfig
-from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.export.recipe import Recipe
+from pocketslm.models.checkpoint import ORIGIN_FILE, open_checkpoint
 from pocketslm.models.config import LayerSize, ModelConfig
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
@@ -183,3 +186,27 @@ def test_importance_orders_neurons_by_what_they_do(tiny_hf: Path) -> None:
     assert importance.groups[1][1] == 0 < importance.groups[1][0]
     with pytest.raises(ExportError, match="97 MLP neurons to keep"):
         width.keep_top(importance, neurons=97)
+
+
+def test_a_pruned_bundle_is_measured_against_what_it_was_pruned_from(
+    six: Path, tmp_path: Path
+) -> None:
+    """Twice pruned: either of the two it was made from will do, a third will not."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    save_hf(depth.WithoutLayers(open_checkpoint(six), [2]), once)
+    save_hf(depth.WithoutLayers(open_checkpoint(once), [2]), twice)
+    checkpoint = open_checkpoint(twice)
+    assert checkpoint.notes == ["layers [2] of 6 were removed", "layers [2] of 5 were removed"]
+    export_bundle(checkpoint, tmp_path / "out", Recipe(weights="float", head="float"))
+    text = tmp_path / "text.txt"
+    text.write_text("etaoin shrdlu " * 20)
+    for source in (six, once, twice):
+        quality = evaluate_bundle(tmp_path / "out", source=source, text=text, window=32)
+        assert quality.source == source.name
+        assert abs(quality.kl) < MAX_LOGIT_ERROR  # the layers added nothing
+    other = support.write_hf(tmp_path / "other", SIX, seed=1)
+    with pytest.raises(UsageError, match="SHA-256 differs"):
+        evaluate_bundle(tmp_path / "out", source=other, text=text, window=32)
+    (twice / ORIGIN_FILE).write_text('{"made_from": "nonsense"}')
+    with pytest.raises(CheckpointError, match="must be lists of texts"):
+        open_checkpoint(twice)
