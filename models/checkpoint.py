@@ -291,7 +291,7 @@ def write_origin(checkpoint: Checkpoint, folder: Path) -> None:
 def _read_origin(folder: Path) -> dict[str, Any]:
     """What :func:`write_origin` wrote; of a folder without it, nothing is known."""
     path = folder / ORIGIN_FILE
-    origin = {"licence": None, "notes": [], "made_from": []}
+    origin: dict[str, Any] = {"licence": None, "notes": [], "made_from": []}
     origin |= read_json(path) if path.exists() else {}
     lists = origin["notes"], origin["made_from"]
     if not all(isinstance(part, list) and all(isinstance(x, str) for x in part) for part in lists):
