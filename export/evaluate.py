@@ -168,15 +168,20 @@ def evaluate(
 def compare(source: torch.Tensor, bundle: torch.Tensor, ids: Ids) -> npt.NDArray[np.float64]:
     """Sums over one window of logits [S, V]: both log-likelihoods (negative), KL, agreements.
 
-    Log-softmax in fp64: a KL of 1e-3 nats is a small difference of large sums.
+    Log-softmax in fp64: a KL of 1e-3 nats is a small difference of large sums. A few positions at
+    a time: those of a whole window are hundreds of megabytes that no cache holds.
     """
-    p = torch.log_softmax(source.double(), -1)
-    q = torch.log_softmax(bundle.double(), -1)
-    following = torch.from_numpy(ids[1:])[:, None].to(p.device)
-    sums = (
-        -p[:-1].gather(1, following).sum(),
-        -q[:-1].gather(1, following).sum(),
-        (p.exp() * (p - q)).sum(),
-        (source.argmax(-1) == bundle.argmax(-1)).sum(),
-    )
-    return np.array([float(total) for total in sums])
+    sums = np.zeros(4)
+    for start in range(0, len(ids), 64):
+        rows = slice(start, start + 64)
+        p = torch.log_softmax(source[rows].double(), -1)
+        q = torch.log_softmax(bundle[rows].double(), -1)
+        following = torch.from_numpy(ids[start + 1 : start + 65])[:, None].to(p.device)
+        parts = (
+            -p[: len(following)].gather(1, following).sum(),
+            -q[: len(following)].gather(1, following).sum(),
+            (p.exp() * (p - q)).sum(),
+            (p.argmax(-1) == q.argmax(-1)).sum(),
+        )
+        sums += [float(part) for part in parts]
+    return sums

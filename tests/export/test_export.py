@@ -269,6 +269,11 @@ def test_the_quality_measure_is_the_definition() -> None:
     assert kl == pytest.approx(0.5 * np.log(2) + 0.25 * np.log(0.5))
     assert same == 1
     assert np.isnan(compare(p.log(), q.log() * float("nan"), np.array([0, 1]))[2])
+    many, ids = torch.randn(2, 150, 7).double().log_softmax(-1), np.arange(150) % 7
+    sums = np.stack([-many[:, t, ids[t + 1]].numpy() for t in range(149)]).sum(0)
+    np.testing.assert_allclose(compare(*many, ids)[:2], sums, rtol=1e-12)
+    divergence = torch.nn.functional.kl_div(many[1], many[0], reduction="sum", log_target=True)
+    assert compare(*many, ids)[2] == pytest.approx(float(divergence))
 
 
 def test_windows() -> None:
