@@ -79,6 +79,9 @@ def add_commands(commands: Commands) -> None:
         default=Path("methods.jsonl"),
         help="where rows are kept; a run goes on from it (default: methods.jsonl)",
     )
+    parser.add_argument(
+        "--only", default="", help="rows with this in their name, such as 'gptq min g128'"
+    )
     parser.add_argument("--text", default="lee", help="to measure with: its start (default: lee)")
     parser.add_argument("--calibration", default="lee", help="its end shows what matters")
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens (default: 16)")
@@ -376,7 +379,7 @@ def _methods(arguments: argparse.Namespace) -> None:
         tokens=arguments.tokens,
     )
     tables = methods.TABLES if arguments.table == "all" else (arguments.table,)
-    found = methods.rows(bench, arguments.results, tables, say)
+    found = methods.rows(bench, arguments.results, tables, say, arguments.only)
     if arguments.json:
         print_json([asdict(row) for row in found])
     else:

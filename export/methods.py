@@ -106,11 +106,16 @@ class Workbench:
 
 
 def rows(
-    bench: Workbench, results: Path, tables: Sequence[str], say: Callable[[str], None]
+    bench: Workbench,
+    results: Path,
+    tables: Sequence[str],
+    say: Callable[[str], None],
+    only: str = "",
 ) -> list[Row]:
     """Every row of ``tables``, those not yet in ``results`` measured now.
 
-    Raises UsageError where ``results`` is of another model, text or setting.
+    ``only``: those rows whose "table method detail" has this text. Raises UsageError where
+    ``results`` is of another model, text or setting, or no row is left.
     """
     done = _read(results, bench.identity)
     if not done:
@@ -120,6 +125,8 @@ def rows(
     for table in tables:
         for method, detail, make in makers[table](bench):
             key = table, method, detail
+            if only not in " ".join(key):
+                continue
             if key not in done:
                 say(" ".join(key))
                 row = make(method, detail)
@@ -127,6 +134,8 @@ def rows(
                     file.write(json.dumps(asdict(row)) + "\n")
                 done[key] = row
             found.append(done[key])
+    if not found:
+        raise UsageError(f"no row of {', '.join(tables)} has {only!r} in its name")
     return found
 
 

@@ -40,6 +40,10 @@ def test_every_row_is_made_once(
     again = list[str]()
     methods.rows(bench, results, ("quantize", "depth"), again.append)
     assert again == said[4:5]
+    chosen = methods.rows(bench, results, methods.TABLES, again.append, "sleb")
+    assert [row.method.split(":")[0] for row in chosen] == ["sleb"]
+    with pytest.raises(UsageError, match="no row of depth has 'gptq'"):
+        methods.rows(bench, results, ("depth",), again.append, "gptq")
     table = methods.markdown(found)
     assert table.count("\n\n") == 2
     assert "| sym g32 | gptq |" in table
