@@ -50,6 +50,9 @@ def add_commands(commands: Commands) -> None:
         help="the loss without them, one by one (default), their influence, or their place",
     )
     parser.add_argument(
+        "--share", action="store_true", help="keep every second layer, and run it twice"
+    )
+    parser.add_argument(
         "--kv-heads", type=int, help="how many each layer keeps, with their queries"
     )
     parser.add_argument("--neurons", type=int, help="how many MLP neurons each layer keeps")
@@ -342,6 +345,7 @@ def _prune(arguments: argparse.Namespace) -> None:
     config = PruneConfig(
         layers=arguments.layers,
         by=arguments.by,
+        share=arguments.share,
         kv_heads=arguments.kv_heads,
         neurons=arguments.neurons,
         channels=arguments.channels,

@@ -343,7 +343,7 @@ def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, A
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": config.num_attention_heads,
-                "num_hidden_layers": config.num_hidden_layers,
+                "num_hidden_layers": len(config.layers),
                 "num_key_value_heads": config.num_key_value_heads,
                 "inputs": {
                     "input_ids": "input_ids",

@@ -25,6 +25,8 @@ class ModelConfig:
     ``layer_sizes``: one entry a layer where layers differ (see :meth:`with_layer_sizes`), else
     None; ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size`` are then the
     largest of any layer.
+    ``layer_sharing``: each of the ``num_hidden_layers`` stored layers runs twice in succession,
+    with a cache for each time (MobileLLM-LS, https://arxiv.org/abs/2402.14905).
     ``rope_divisors`` [head_dim / 2] divide the rotary frequencies (one form for every way of
     stretching a context: linear, Llama 3's bands, a GGUF's ``rope_freqs.weight``).
     """
@@ -47,6 +49,7 @@ class ModelConfig:
     mlp_bias: bool = False
     hidden_act: str = "silu"
     layer_sizes: tuple[LayerSize, ...] | None = None
+    layer_sharing: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -91,15 +94,25 @@ class ModelConfig:
         return sum(2 * size.num_key_value_heads * self.head_dim * 4 for size in self.layers)
 
     @property
+    def repeats(self) -> int:
+        """How often in succession a stored layer runs."""
+        return 2 if self.layer_sharing else 1
+
+    @property
     def layers(self) -> tuple[LayerSize, ...]:
-        """The widths of each layer."""
+        """The widths of each layer that runs, and so has a cache: a shared one counts twice."""
+        return tuple(size for size in self.stored_layers for _ in range(self.repeats))
+
+    @property
+    def stored_layers(self) -> tuple[LayerSize, ...]:
+        """The widths of each layer that has weights."""
         if self.layer_sizes is not None:
             return self.layer_sizes
         size = LayerSize(self.num_attention_heads, self.num_key_value_heads, self.intermediate_size)
         return (size,) * self.num_hidden_layers
 
     def with_layer_sizes(self, sizes: Sequence[LayerSize]) -> ModelConfig:
-        """The same model with other layers; their number and the largest widths follow."""
+        """The same model with other stored layers; their number and largest widths follow."""
         heads, kv_heads, intermediate = (max(widths) for widths in zip(*sizes, strict=True))
         return replace(
             self,
@@ -135,8 +148,6 @@ def config_from_hf(data: Mapping[str, Any], architecture: str) -> ModelConfig:
             raise CheckpointError(f"config.json has no {name!r}; is this a decoder-only model?")
         return data[name]
 
-    if data.get("layer_sharing"):
-        raise CheckpointError("config.json: layer_sharing (MobileLLM-LS) is not supported")
     heads = need("num_attention_heads")
     # transformers 5 writes one `rope_parameters` object, 4 wrote `rope_theta` and `rope_scaling`.
     rope = dict(data.get("rope_scaling") or {}) | dict(data.get("rope_parameters") or {})
@@ -164,6 +175,7 @@ def config_from_hf(data: Mapping[str, Any], architecture: str) -> ModelConfig:
         mlp_bias=bool(data.get("mlp_bias", False)),
         hidden_act=data.get("hidden_act", "silu"),
         layer_sizes=_layer_sizes(data.get("layer_sizes")),
+        layer_sharing=bool(data.get("layer_sharing")),
     )
 
 

@@ -60,6 +60,10 @@ def hf_config(c: ModelConfig) -> dict[str, Any]:
         "mlp_bias": c.mlp_bias,
         "hidden_act": c.hidden_act,
     }
+    if c.layer_sharing:
+        data["layer_sharing"] = True
+        if c.architecture == "llama":  # so that transformers does not run half of the model
+            data |= {"architectures": ["MobileLLMForCausalLM"], "model_type": "mobilellm"}
     if c.layer_sizes is not None:  # no field of transformers' says it; only we read this one
         data["layer_sizes"] = [size._asdict() for size in c.layer_sizes]
     return data

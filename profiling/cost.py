@@ -33,6 +33,7 @@ class Cost:
             hidden, vocab, tied = d["hidden_size"], d["vocab_size"], d["tie_word_embeddings"]
             size = d["num_attention_heads"], d["num_key_value_heads"], d["intermediate_size"]
             layers = d.get("layer_sizes") or [size] * d["num_hidden_layers"]
+            layers = layers * (2 if d.get("layer_sharing") else 1)
         else:
             hidden, vocab, tied = d["hidden"], d["vocab"], d["tied"]
             layers = [(d["heads"], d["kv_heads"], d["ffn"])] * d["layers"]

@@ -119,7 +119,7 @@ def describe(bundle: Bundle) -> ModelCard:
     dimensions: dict[str, Any] = manifest.architecture if manifest else {}
     graph = bundle.graphs[0]
     kv_width = 2 if graph.kv_cache != "int8" else 1
-    kv = 2 * graph.context * kv_width
+    kv = 2 * graph.context * kv_width * (2 if dimensions.get("layer_sharing") else 1)
     for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"):
         kv *= int(dimensions.get(name, 1))
     quality = (manifest.quality or {}) if manifest else {}

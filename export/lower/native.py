@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class NativeReport:
 class Section:
     role: int
     kind: int
-    layer: int
+    layers: Sequence[int]  # that use it: the runs of a shared layer; (0,) outside the layers
     rows: int
     cols: int
     data: npt.NDArray[np.uint8]
@@ -205,7 +205,7 @@ def _sections(
         "head": (config.vocab_size, hidden),
     }
 
-    def matrix(role: str, layer: int, name: str) -> Section:
+    def matrix(role: str, layers: Sequence[int], name: str) -> Section:
         weight = weights(name, shapes[role])
         assert weight.shape == shapes[role], (name, weight.shape)
         is_head = role == "head" or (role == "embedding" and config.tie_word_embeddings)
@@ -214,22 +214,24 @@ def _sections(
         report.kinds[scheme] = report.kinds.get(scheme, 0) + 1
         if lossy:
             report.rounded_scales.append(name)
-        return Section(ROLE[role], kind, layer, *shapes[role], data)
+        return Section(ROLE[role], kind, layers, *shapes[role], data)
 
-    def vector(role: str, layer: int, values: Array) -> Section:
+    def vector(role: str, layers: Sequence[int], values: Array) -> Section:
         flat = np.ascontiguousarray(values, dtype="<f4").reshape(-1)
-        return Section(ROLE[role], VECTOR, layer, 1, flat.size, flat.view(np.uint8))
+        return Section(ROLE[role], VECTOR, layers, 1, flat.size, flat.view(np.uint8))
 
-    def named_vector(role: str, layer: int, name: str, size: int) -> Section:
+    def named_vector(role: str, layers: Sequence[int], name: str, size: int) -> Section:
         values = weights(name, (size,))
         assert not isinstance(values, QuantTensor), name
-        return vector(role, layer, values)
+        return vector(role, layers, values)
 
     frequencies = np.array(rope_frequencies(config.rope_theta, config.head_dim))
     if config.rope_divisors is not None:
         frequencies /= config.rope_divisors
-    yield vector("rope_frequencies", 0, frequencies)
-    for layer, size in enumerate(config.layers):
+    once = (0,)
+    yield vector("rope_frequencies", once, frequencies)
+    for stored, size in enumerate(config.stored_layers):
+        layers = range(stored * config.repeats, (stored + 1) * config.repeats)
         q_width = size.num_attention_heads * config.head_dim
         kv_width = size.num_key_value_heads * config.head_dim
         mlp = size.intermediate_size
@@ -242,22 +244,22 @@ def _sections(
             "up": (mlp, hidden),
             "down": (hidden, mlp),
         }
-        prefix = f"model.layers.{layer}."
+        prefix = f"model.layers.{stored}."
         for role, name in VECTORS.items():
-            yield named_vector(role, layer, prefix + name, hidden)
+            yield named_vector(role, layers, prefix + name, hidden)
         if config.attention_bias:
             for role, name in BIASES.items():
                 width = q_width if role == "query_bias" else kv_width
-                yield named_vector(role, layer, prefix + name, width)
+                yield named_vector(role, layers, prefix + name, width)
         for role, name in MATRICES.items():
-            yield matrix(role, layer, prefix + name)
-    yield named_vector("final_norm", 0, "model.norm.weight", hidden)
-    yield matrix("embedding", 0, "model.embed_tokens.weight")
+            yield matrix(role, layers, prefix + name)
+    yield named_vector("final_norm", once, "model.norm.weight", hidden)
+    yield matrix("embedding", once, "model.embed_tokens.weight")
     if not config.tie_word_embeddings:
-        yield matrix("head", 0, "lm_head.weight")
+        yield matrix("head", once, "lm_head.weight")
     for role, content in blobs.items():
         data = np.frombuffer(content, np.uint8)
-        yield Section(ROLE[role], BLOB, 0, 1, data.size, data)
+        yield Section(ROLE[role], BLOB, once, 1, data.size, data)
 
 
 def lower(
@@ -284,7 +286,7 @@ def lower(
     report = NativeReport()
     # The data goes to the file as it is packed: no more than one matrix is held in memory.
     per_layer = len(MATRICES) + len(VECTORS) + len(BIASES)
-    most = 4 + len(blobs) + config.num_hidden_layers * per_layer
+    most = 4 + len(blobs) + len(config.layers) * per_layer
     offset = -(-(HEADER_BYTES + 32 * most) // ALIGNMENT) * ALIGNMENT
     table = bytearray()
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
@@ -292,9 +294,10 @@ def lower(
             for s in _sections(config, weights, blobs, report):
                 file.seek(offset)
                 file.write(s.data.tobytes())
-                table += struct.pack(
-                    "<HHIIIQQ", s.role, s.kind, s.layer, s.rows, s.cols, offset, s.data.size
-                )
+                for layer in s.layers:
+                    table += struct.pack(
+                        "<HHIIIQQ", s.role, s.kind, layer, s.rows, s.cols, offset, s.data.size
+                    )
                 offset += -(-s.data.size // ALIGNMENT) * ALIGNMENT
             file.truncate(offset)
             file.seek(0)
@@ -317,7 +320,7 @@ def _header(config: ModelConfig, sections: int, file_bytes: int) -> bytes:
         sections,
         file_bytes,
         config.hidden_size,
-        config.num_hidden_layers,
+        len(config.layers),
         config.num_attention_heads,
         config.num_key_value_heads,
         config.head_dim,

@@ -52,7 +52,7 @@ def trace(config: ModelConfig, context: int) -> Traced:
     cos, sin = module.rope_tables(config, context)
     tables = {"cos": cos.numpy(), "sin": sin.numpy()}
     inputs = list(signature.user_inputs)
-    caches = inputs[1 : 1 + 2 * config.num_hidden_layers]
+    caches = inputs[1 : 1 + 2 * len(config.layers)]
     return Traced(
         graph=program.graph,
         parameters={p: parameter(n) for p, n in signature.inputs_to_parameters.items()},

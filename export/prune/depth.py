@@ -5,11 +5,15 @@
 - block influence (ShortGPT, Men et al. 2024, https://arxiv.org/abs/2403.03853): those go at once
   that turn their input the least, ``1 - cos(input, output)``;
 - the last ones, as the baseline.
+
+Or every second layer gives way to the one before it, which runs twice (MobileLLM-LS, Liu et al.
+2024, https://arxiv.org/abs/2402.14905): half of the weights, all of the computation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +45,7 @@ def block_influence(model: Any, ids: Tensor) -> list[float]:
     x = model.model.embed_tokens(ids)
     found = []
     for index in range(len(model.model.layers)):
-        out = _layer(model, index, x)
+        out = model.run_layer(index, x)
         found.append(float(1 - F.cosine_similarity(x, out, dim=-1).mean()))
         x = out
     return found
@@ -63,12 +67,12 @@ def sleb(
     for _ in range(remove):
         inputs = [model.model.embed_tokens(ids)]
         for layer in alive[:-1]:
-            inputs.append(_layer(model, layer, inputs[-1]))
+            inputs.append(model.run_layer(layer, inputs[-1]))
         losses = {}
         for position in range(1, len(alive) - 1):
             x = inputs[position]
             for layer in alive[position + 1 :]:
-                x = _layer(model, layer, x)
+                x = model.run_layer(layer, x)
             losses[alive[position]] = loss(model, x, ids)
             progress((len(removed) + position / (len(alive) - 2)) / remove)
         removed.append(min(losses, key=lambda layer: (losses[layer], layer)))
@@ -95,7 +99,8 @@ class WithoutLayers(Pruned):
                 f"layers {sorted(removed)} to remove, expected some of 0..{count - 1}"
             )
         self.kept = [layer for layer in range(count) if layer not in set(removed)]
-        config = whole.config.with_layer_sizes([whole.config.layers[layer] for layer in self.kept])
+        sizes = whole.config.stored_layers
+        config = whole.config.with_layer_sizes([sizes[layer] for layer in self.kept])
         super().__init__(whole, config, f"layers {sorted(removed)} of {count} were removed")
 
     def weight(self, name: str) -> Weight:
@@ -105,7 +110,12 @@ class WithoutLayers(Pruned):
         return self.whole.weight(name)
 
 
-def _layer(model: Any, index: int, x: Tensor) -> Tensor:
-    cache = model.empty_cache(len(x))[index]
-    out: Tensor = model.model.layers[index](x, cache, model.cos, model.sin)[0]
-    return out
+class Shared(WithoutLayers):
+    """A checkpoint's layers 0, 2, 4, ..., each run twice."""
+
+    def __init__(self, whole: Checkpoint) -> None:
+        if whole.config.layer_sharing:
+            raise ExportError(f"{whole.path} shares its layers already")
+        super().__init__(whole, range(1, whole.config.num_hidden_layers, 2))
+        self.config = replace(self.config, layer_sharing=True)
+        self.notes = [*whole.notes, f"{len(self.kept)} layers run twice each"]

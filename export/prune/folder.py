@@ -25,6 +25,8 @@ RECORD_FILE = "pruning.json"
 class PruneConfig:
     """What to take out: ``layers``, chosen by ``by``, then parts of those left.
 
+    ``share``: at last, every second layer gives way to the one before it, which runs twice.
+
     ``kv_heads`` (with their query heads), ``neurons`` and ``channels`` are how many each layer or
     the model keeps, the most important by their activations; None keeps all. Importance is
     measured on the last ``tokens`` of a text, in windows of ``window``.
@@ -32,6 +34,7 @@ class PruneConfig:
 
     layers: int = 0
     by: DepthMethod = "sleb"
+    share: bool = False
     kv_heads: int | None = None
     neurons: int | None = None
     channels: int | None = None
@@ -43,8 +46,8 @@ class PruneConfig:
             raise UsageError(f"by is {self.by!r}, expected one of {get_args(DepthMethod)}")
         if self.layers < 0:
             raise UsageError(f"{self.layers} layers to remove, expected at least 0")
-        if not (self.layers or self.kv_heads or self.neurons or self.channels):
-            raise UsageError("nothing to prune; give layers, kv_heads, neurons or channels")
+        if not (self.layers or self.share or self.kv_heads or self.neurons or self.channels):
+            raise UsageError("nothing to prune; give layers, share, kv_heads, neurons or channels")
 
 
 def prune_folder(
@@ -79,6 +82,8 @@ def prune_folder(
         model = load_reference(pruned, config.window)
         importance = width.activation_importance(model, ids)
         pruned = width.Narrowed(pruned, width.keep_top(importance, **kept))
+    if config.share:
+        pruned = depth.Shared(pruned)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
         folder = Path(aside) / "model"

@@ -67,7 +67,12 @@ def activation_importance(model: Any, ids: Tensor) -> Widths:
     finally:
         for handle in handles:
             handle.remove()
-    return Widths(groups, neurons, channels)
+    return Widths(_over_runs(groups, c.repeats), _over_runs(neurons, c.repeats), channels)
+
+
+def _over_runs(parts: list[Tensor], repeats: int) -> list[Tensor]:
+    """A shared layer's importances of both runs, added."""
+    return [torch.stack(parts[i : i + repeats]).sum(0) for i in range(0, len(parts), repeats)]
 
 
 def magnitude_importance(model: Any) -> Widths:
@@ -75,7 +80,7 @@ def magnitude_importance(model: Any) -> Widths:
     c = model.config
     groups, neurons = [], []
     channels = model.model.embed_tokens.weight.square().sum(0)
-    for layer, size in zip(model.model.layers, c.layers, strict=True):
+    for layer, size in zip(model.model.layers, c.stored_layers, strict=True):
         a, m = layer.self_attn, layer.mlp
         by_value = a.o_proj.weight.square().sum(0) + a.q_proj.weight.square().sum(1)
         groups.append(by_value.view(size.num_key_value_heads, -1).sum(1).sqrt())
@@ -91,8 +96,8 @@ def random_importance(config: ModelConfig, seed: int) -> Widths:
     """The other baseline."""
     draw = torch.Generator().manual_seed(seed)
     return Widths(
-        [torch.rand(size.num_key_value_heads, generator=draw) for size in config.layers],
-        [torch.rand(size.intermediate_size, generator=draw) for size in config.layers],
+        [torch.rand(size.num_key_value_heads, generator=draw) for size in config.stored_layers],
+        [torch.rand(size.intermediate_size, generator=draw) for size in config.stored_layers],
         torch.rand(config.hidden_size, generator=draw),
     )
 
@@ -129,7 +134,8 @@ class Narrowed(Pruned):
     def __init__(self, whole: Checkpoint, kept: Widths) -> None:
         c, sizes = whole.config, []
         self.kept = kept
-        for size, groups, neurons in zip(c.layers, kept.groups, kept.neurons, strict=True):
+        stored = zip(c.stored_layers, kept.groups, kept.neurons, strict=True)
+        for size, groups, neurons in stored:
             kv_heads = int(groups.sum())
             heads = size.num_attention_heads // size.num_key_value_heads * kv_heads
             sizes.append(LayerSize(heads, kv_heads, int(neurons.sum())))
@@ -153,7 +159,7 @@ class Narrowed(Pruned):
         index, _, part, *rest = name.split(".")[2:]
         if not rest:  # input_layernorm.weight
             return channels, None
-        size = self.whole.config.layers[int(index)]
+        size = self.whole.config.stored_layers[int(index)]
         groups, neurons = self.kept.groups[int(index)], self.kept.neurons[int(index)]
         values = groups.repeat_interleave(self.whole.config.head_dim)
         shared = size.num_attention_heads // size.num_key_value_heads

@@ -61,18 +61,15 @@ def quantize_layers(
     stored: dict[str, Weight] = {}
     for index, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{index}."
-        cache = model.empty_cache(len(ids))[index]
 
-        def run(layer: Any = layer, cache: Any = cache, x: Tensor = x) -> Tensor:
-            out: Tensor = layer(x, cache, model.cos, model.sin)[0]
+        def run(index: int = index, x: Tensor = x) -> Tensor:
+            out: Tensor = model.run_layer(index, x)
             return out
 
         names = [name for site in SITES.values() for name in site]
         specs = [spec_of(f"{prefix}{name}.weight") for name in names]
         if use_awq and specs[0] is not None and None not in specs:
-            hessians: dict[str, Tensor] = {}
-            _with_inputs(layer, hessians.__setitem__, run)
-            awq.rescale(layer, hessians, specs[0], model.config.head_dim)
+            awq.rescale(layer, _hessians(layer, run), specs[0], model.config.head_dim)
             for name, parameter in layer.named_parameters():
                 if parameter.dim() == 1:
                     stored[prefix + name] = parameter.cpu().numpy()
@@ -95,9 +92,25 @@ def quantize_layers(
                     parameter.copy_(torch.from_numpy(rows.dequantize()))
                     stored[f"{at}{name}.weight"] = rows
 
-        x = _with_inputs(layer, round_site, run)
+        if model.config.layer_sharing:  # what a site reads in both runs counts
+            for site in SITES:
+                round_site(site, _hessians(layer, run)[site])
+            x = run()
+        else:
+            x = _with_inputs(layer, round_site, run)
         progress((index + 1) / len(model.model.layers))
     return stored
+
+
+def _hessians(layer: Any, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """``X^T X`` of what each site reads, summed over the runs of a shared layer."""
+    found: dict[str, Tensor] = {}
+
+    def add(site: str, hessian: Tensor) -> None:
+        found[site] = found[site] + hessian if site in found else hessian
+
+    _with_inputs(layer, add, run)
+    return found
 
 
 def _with_inputs(

@@ -83,7 +83,7 @@ def sensitivities(
     """Mean KL divergence in nats when the matrices of one site alone are rounded, for each site."""
     inputs = [model.model.embed_tokens(ids)]
     for index in range(len(model.model.layers)):
-        inputs.append(_layer(model, index, inputs[-1]))
+        inputs.append(model.run_layer(index, inputs[-1]))
     exact = F.log_softmax(model.lm_head(model.model.norm(inputs[-1])), -1)
     found = {}
     for done, site in enumerate(sites, 1):
@@ -97,20 +97,13 @@ def sensitivities(
             parameter.copy_(torch.from_numpy(rounded.dequantize()))
         x = inputs[first]
         for index in range(first, len(model.model.layers)):
-            x = _layer(model, index, x)
+            x = model.run_layer(index, x)
         got = F.log_softmax(model.lm_head(model.model.norm(x)), -1)
         found[site] = float((exact.exp() * (exact - got)).sum(-1).mean())
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.copy_(original)
         progress(done / len(sites))
     return found
-
-
-def _layer(model: Any, index: int, x: Tensor) -> Tensor:
-    out: Tensor = model.model.layers[index](
-        x, model.empty_cache(len(x))[index], model.cos, model.sin
-    )[0]
-    return out
 
 
 def _bytes(recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:

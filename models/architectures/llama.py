@@ -91,7 +91,7 @@ class Decoder(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c, size) for size in c.layers)
+        self.layers = nn.ModuleList(Layer(c, size) for size in c.stored_layers)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -123,12 +123,20 @@ class Model(nn.Module):
         """Logits [B, logits_to_keep or S, V] of input_ids [B, S] after ``past``; the new cache."""
         x = self.model.embed_tokens(input_ids)
         present = []
-        for layer, layer_past in zip(self.model.layers, past, strict=True):
+        layers = [layer for layer in self.model.layers for _ in range(self.config.repeats)]
+        for layer, layer_past in zip(layers, past, strict=True):
             x, layer_present = layer(x, layer_past, self.cos, self.sin)
             present.append(layer_present)
         if logits_to_keep is not None:
             x = ops.last_tokens(x, logits_to_keep)
         return self.lm_head(self.model.norm(x)), present
+
+    def run_layer(self, index: int, x: Tensor) -> Tensor:
+        """x [B, S, H] through stored layer ``index``, twice where it is shared; empty caches."""
+        repeats = self.config.repeats
+        for past in self.empty_cache(len(x))[index * repeats : (index + 1) * repeats]:
+            x, _ = self.model.layers[index](x, past, self.cos, self.sin)
+        return x
 
 
 def rope_tables(c: ModelConfig, context: int) -> tuple[Tensor, Tensor]:

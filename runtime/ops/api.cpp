@@ -108,12 +108,17 @@ pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info) 
                               ? head.blocks() * block_layout(WeightKind::q4_sym, head.cols).bytes
                               : head.bytes();
   info->head_macs = uint64_t{head.rows} * head.cols;
-  for (const Layer& layer : file.layers)
+  const uint8_t* before = nullptr;
+  for (const Layer& layer : file.layers) {
+    // A layer on the weights of the one before it finds them in a cache.
+    const bool again = layer.query.data == before;
+    before = layer.query.data;
     for (const Matrix* w : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate,
                             &layer.up, &layer.down}) {
-      info->bytes_per_token += w->bytes();
+      if (!again) info->bytes_per_token += w->bytes();
       info->macs_per_token += uint64_t{w->rows} * w->cols;
     }
+  }
   return PSLM_OK;
 }
 

@@ -280,7 +280,6 @@ def test_a_weight_of_the_wrong_shape(tiny_hf: Path) -> None:
         ({"hidden_size": None}, "hidden_size"),
         ({"num_attention_heads": 3}, "3 attention heads"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-        ({"layer_sharing": True}, "layer_sharing"),
         ({"hidden_act": "gelu"}, "'gelu' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),

@@ -266,7 +266,7 @@ def llm_metadata(
         "get_bos_id": bos,
         "get_eos_ids": eos,
         "get_vocab_size": config.vocab_size,
-        "get_n_layers": config.num_hidden_layers,
+        "get_n_layers": len(config.layers),
         "get_max_seq_len": context,
         "get_max_context_len": context,
         "use_kv_cache": True,
