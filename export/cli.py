@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,16 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--neurons", type=int, help="how many MLP neurons each layer keeps")
     parser.add_argument("--channels", type=int, help="how many hidden channels the model keeps")
     parser.add_argument(
+        "--adaptive",
+        type=float,
+        metavar="SHARE",
+        help="of the layers' weights to remove, such as 0.2: KV heads and neurons, more from "
+        "layers that do less (Adapt-Pruner); neurons stay multiples of 32",
+    )
+    parser.add_argument(
+        "--uniform", action="store_true", help="--adaptive: the same from every layer"
+    )
+    parser.add_argument(
         "--text", default="lee", help="a UTF-8 file or catalog text whose end shows what matters"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of the text (default: 4096)")
@@ -72,7 +83,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("model", help="a Hugging Face folder, .gguf file or catalog name")
     parser.add_argument(
         "--table",
-        choices=("quantize", "depth", "width", "all"),
+        choices=("quantize", "depth", "width", "adaptive", "all"),
         default="all",
         help="which methods (default: all)",
     )
@@ -113,6 +124,13 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--lora-rank", type=int, help="train low-rank updates (default: all)")
     parser.add_argument("--hidden", action="store_true", help="match the last hidden state too")
+    parser.add_argument(
+        "--adaptive",
+        type=float,
+        metavar="SHARE",
+        help="of the layers' weights to remove while it learns, as `prune --adaptive` does at once",
+    )
+    parser.add_argument("--stages", type=int, default=4, help="of --adaptive (default: 4)")
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, if it is faster")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -349,6 +367,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         kv_heads=arguments.kv_heads,
         neurons=arguments.neurons,
         channels=arguments.channels,
+        adaptive=arguments.adaptive,
+        uniform=arguments.uniform,
         tokens=arguments.tokens,
     )
     source = open_checkpoint(resolve(arguments.model, say))
@@ -362,10 +382,17 @@ def _prune(arguments: argparse.Namespace) -> None:
         return
     for note in pruned.notes:
         print(f"note: {note}")
+    widths = [size.intermediate_size for size in pruned.config.layers]
+    heads = [size.num_key_value_heads for size in pruned.config.layers]
     print(
-        f"{arguments.out}: {pruned.config.num_hidden_layers} layers, "
-        f"hidden size {pruned.config.hidden_size}"
+        f"{arguments.out}: {pruned.config.num_hidden_layers} layers of {_span(heads)} KV heads and "
+        f"{_span(widths)} neurons, hidden size {pruned.config.hidden_size}"
     )
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _methods(arguments: argparse.Namespace) -> None:
@@ -395,7 +422,8 @@ def _heal(arguments: argparse.Namespace) -> None:
     from pocketslm.models.catalog import resolve
     from pocketslm.models.checkpoint import open_checkpoint
 
-    names = ("steps", "batch", "sequence", "learning_rate", "lora_rank", "hidden", "bf16", "seed")
+    names = ["steps", "batch", "sequence", "learning_rate", "lora_rank", "hidden", "bf16", "seed"]
+    names += ["adaptive", "stages"]
     start = time.perf_counter()
     with Progress() as progress:
         losses = heal_folder(

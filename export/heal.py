@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pocketslm.errors import UsageError
+from pocketslm.export.prune import adaptive, width
+from pocketslm.export.prune.pruned import Trained
 from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.hf_writer import save_hf
@@ -35,6 +37,7 @@ from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 Ids = npt.NDArray[np.int64]
 STATE = "healing.pt"
+CALIBRATION = 8  # sequences that show a stage of pruning what matters
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class HealConfig:
     A step takes ``batch`` sequences of ``sequence`` tokens. The learning rate rises linearly over
     the first ``warmup`` share of the steps and falls to a tenth along a cosine. ``lora_rank``: None
     trains every weight. ``hidden``: also match the last hidden state. ``bf16``: multiply matrices
-    in bfloat16 (weights and loss stay fp32).
+    in bfloat16 (weights and loss stay fp32). ``adaptive``: prune this share of the layers on the
+    way, in ``stages`` of equal shares and steps under one learning rate (Adapt-Pruner interleaved).
     """
 
     steps: int = 200
@@ -55,11 +59,13 @@ class HealConfig:
     lora_rank: int | None = None
     hidden: bool = False
     bf16: bool = False
+    adaptive: float | None = None
+    stages: int = 4
     seed: int = 0
     checkpoint_every: int = 25
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "sequence", "checkpoint_every", "lora_rank"):
+        for name in ("steps", "batch", "sequence", "checkpoint_every", "lora_rank", "stages"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, expected at least 1")
@@ -67,6 +73,10 @@ class HealConfig:
             raise UsageError(f"learning_rate is {self.learning_rate}, expected between 0 and 1")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup is {self.warmup}, expected a share of the steps below 1")
+        if self.adaptive is not None:
+            adaptive.check_share(self.adaptive)
+            if self.lora_rank is not None:
+                raise UsageError("adaptive trains every weight; leave lora_rank or adaptive out")
 
 
 def heal(
@@ -99,6 +109,9 @@ def heal(
     if state.exists():
         run.restore(state, identity)
     while run.step < config.steps:
+        if config.adaptive is not None and (stage := _stage_at(config, run.step)):
+            examples = _batch(ids, replace(config, batch=CALIBRATION), run.step)
+            run.prune(examples.to(device), config.adaptive * stage / config.stages)
         kl = run.advance(_batch(ids, config, run.step).to(device))
         if run.step % config.checkpoint_every == 0 or run.step == config.steps:
             run.save(state, identity)
@@ -141,7 +154,8 @@ class _Run:
     def __init__(
         self, student: Checkpoint, teacher: Checkpoint, config: HealConfig, device: torch.device
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.checkpoint = config, device, student
+        self.kept = adaptive.everything(student.config)
         self.step = 0
         self.losses: list[float] = []
         self.student = load_reference(student, config.sequence).to(device)
@@ -158,6 +172,10 @@ class _Run:
             nn.init.eye_(self.projection.weight)
             self.trained += list(self.projection.parameters())
         self.optimizer = torch.optim.AdamW(self.trained, weight_decay=0.0, betas=(0.9, 0.95))
+
+    def prune(self, ids: Tensor, share: float) -> None:
+        """Silence parts until ``share`` of the whole student is gone."""
+        self.kept = adaptive.prune(self.student, self.kept, ids, share)
 
     def advance(self, ids: Tensor) -> float:
         """One step on ids [batch, sequence]; the KL before it."""
@@ -176,6 +194,8 @@ class _Run:
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.config.adaptive is not None:
+            adaptive.silence(self.student, self.kept)  # momentum would wake them up
         self.step += 1
         self.losses.append(kl.item())
         return self.losses[-1]
@@ -190,6 +210,7 @@ class _Run:
                 "identity": identity,
                 "step": self.step,
                 "losses": self.losses,
+                "kept": (self.kept.groups, self.kept.neurons),
                 "trained": trained,
                 "optimizer": optimizer,
             },
@@ -205,17 +226,23 @@ class _Run:
                 "begin anew"
             )
         self.step, self.losses = state["step"], state["losses"]
+        groups, neurons = ([part.cpu() for part in parts] for parts in state["kept"])
+        self.kept = replace(self.kept, groups=groups, neurons=neurons)
         with torch.no_grad():
             for parameter, value in zip(self.trained, state["trained"], strict=True):
                 parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
 
     def merged(self) -> Any:
-        """The student in eval mode, low-rank updates added to its weights."""
+        """The student in eval mode, low-rank updates added, without what was pruned."""
         for module in self.student.modules():
             if parametrize.is_parametrized(module, "weight"):
                 parametrize.remove_parametrizations(module, "weight")
-        return self.student.eval().requires_grad_(False).cpu()
+        model = self.student.eval().requires_grad_(False).cpu()
+        if self.config.adaptive is None:
+            return model
+        narrow = width.Narrowed(Trained(self.checkpoint, model), self.kept)
+        return load_reference(narrow, self.config.sequence)
 
 
 class LowRank(nn.Module):
@@ -270,6 +297,12 @@ def _forward(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         hook.remove()
     return logits, kept[0]
+
+
+def _stage_at(config: HealConfig, step: int) -> int | None:
+    """Which stage of pruning, from 1, begins before this step."""
+    begun, before = (s * config.stages // config.steps for s in (step, step - 1))
+    return begun + 1 if begun > before else None
 
 
 def _batch(ids: Ids, config: HealConfig, step: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pocketslm.errors import UsageError
 from pocketslm.export.evaluate import Ids, compare, windows_of
-from pocketslm.export.prune import depth, width
+from pocketslm.export.prune import adaptive, depth, width
 from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
 from pocketslm.export.recipe import GROUP_SIZES, Recipe
 from pocketslm.export.text import read_text
@@ -29,7 +29,7 @@ from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
-TABLES = ("quantize", "depth", "width")
+TABLES = ("quantize", "depth", "width", "adaptive")
 METHODS = ("rtn", "search", "hqq", "gptq", "search+gptq", "awq", "awq+search+gptq")
 _WITHOUT_DATA = ("rtn", "hqq")
 GRIDS = ("sym", "min")
@@ -120,7 +120,12 @@ def rows(
     done = _read(results, bench.identity)
     if not done:
         results.write_text(json.dumps(bench.identity) + "\n")
-    makers = {"quantize": _quantized, "depth": _shallow, "width": _narrow}
+    makers = {
+        "quantize": _quantized,
+        "depth": _shallow,
+        "width": _narrow,
+        "adaptive": _adaptive,
+    }
     found = []
     for table in tables:
         for method, detail, make in makers[table](bench):
@@ -237,6 +242,30 @@ def _narrow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
     for detail in targets:
         for method in ("random", "magnitude", "minitron"):
             yield method, detail, make
+
+
+def _adaptive(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
+    config = bench.checkpoint.config
+    ids = bench.calibration[:2]  # forward and backward, once a step of 5 %
+
+    def make(method: str, detail: str) -> Row:
+        model = bench.model()
+        start = time.perf_counter()
+        kept = adaptive.prune(
+            model,
+            adaptive.everything(config),
+            ids,
+            int(detail.split()[0]) / 100,
+            amplitude=adaptive.AMPLITUDE if method == "adaptive" else 0.0,
+        )
+        seconds = time.perf_counter() - start
+        pruned = bench.model(width.Narrowed(bench.checkpoint, kept))
+        about = {"table": "adaptive", "method": method, "detail": detail}
+        return bench.measure(pruned, **about, size_mb=_fp32_mb(pruned), seconds=seconds)
+
+    for percent in (10, 20):
+        for method in ("uniform", "adaptive"):
+            yield method, f"{percent} % of the layers", make
 
 
 def _fp32_mb(model: Any) -> float:

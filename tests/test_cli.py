@@ -76,6 +76,7 @@ USER_ERRORS = {
     "not a program to inspect": (["inspect", "TEXT.pte"], "is not an ExecuTorch program"),
     "bad context": (["export", "HF", "OUT", "--context", "1"], "context 1"),
     "nothing to prune": (["prune", "HF", "OUT", "--text", "TEXT"], "nothing to prune"),
+    "bad share": (["prune", "HF", "OUT", "--text", "TEXT", "--adaptive", "1.5"], "adaptive is 1.5"),
     "bad method": (["export", "HF", "OUT", "--method", "magic"], "'magic', expected one of rtn"),
     "no recipe": (["export", "HF", "OUT", "--recipe", "nowhere.toml"], "cannot read nowhere.toml"),
     "bad sampling": (["run", "BUNDLE", "hi", "--top-p", "7"], "top_p is 7.0"),

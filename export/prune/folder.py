@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pocketslm.errors import UsageError
-from pocketslm.export.prune import depth, width
+from pocketslm.export.prune import adaptive, depth, width
 from pocketslm.export.quantize.calibration import last_tokens
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.hf_writer import save_hf
@@ -28,8 +28,10 @@ class PruneConfig:
     ``share``: at last, every second layer gives way to the one before it, which runs twice.
 
     ``kv_heads`` (with their query heads), ``neurons`` and ``channels`` are how many each layer or
-    the model keeps, the most important by their activations; None keeps all. Importance is
-    measured on the last ``tokens`` of a text, in windows of ``window``.
+    the model keeps, the most important by their activations; None keeps all. ``adaptive``: the part
+    of the layers' weights to remove then, as KV heads and neurons, more of them from layers of
+    little importance, or the same from each (``uniform``). Importance is measured on the last
+    ``tokens`` of a text, in windows of ``window``.
     """
 
     layers: int = 0
@@ -38,6 +40,8 @@ class PruneConfig:
     kv_heads: int | None = None
     neurons: int | None = None
     channels: int | None = None
+    adaptive: float | None = None
+    uniform: bool = False
     tokens: int = 4096
     window: int = 512
 
@@ -46,8 +50,13 @@ class PruneConfig:
             raise UsageError(f"by is {self.by!r}, expected one of {get_args(DepthMethod)}")
         if self.layers < 0:
             raise UsageError(f"{self.layers} layers to remove, expected at least 0")
-        if not (self.layers or self.share or self.kv_heads or self.neurons or self.channels):
-            raise UsageError("nothing to prune; give layers, share, kv_heads, neurons or channels")
+        if self.adaptive is not None:
+            adaptive.check_share(self.adaptive)
+        widths = self.kv_heads or self.neurons or self.channels or self.adaptive
+        if not (self.layers or self.share or widths):
+            raise UsageError(
+                "nothing to prune; give layers, share, kv_heads, neurons, channels or adaptive"
+            )
 
 
 def prune_folder(
@@ -82,6 +91,17 @@ def prune_folder(
         model = load_reference(pruned, config.window)
         importance = width.activation_importance(model, ids)
         pruned = width.Narrowed(pruned, width.keep_top(importance, **kept))
+    if config.adaptive is not None:
+        model = load_reference(pruned, config.window)
+        left = adaptive.prune(
+            model,
+            adaptive.everything(pruned.config),
+            ids,
+            config.adaptive,
+            amplitude=0.0 if config.uniform else adaptive.AMPLITUDE,
+            progress=progress,
+        )
+        pruned = width.Narrowed(pruned, left)
     if config.share:
         pruned = depth.Shared(pruned)
     out.parent.mkdir(parents=True, exist_ok=True)

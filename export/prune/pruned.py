@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.config import ModelConfig
@@ -31,3 +34,15 @@ class Pruned(ABC):
     @abstractmethod
     def weight(self, name: str) -> Weight:
         """What is left of a weight, by its name in the pruned model."""
+
+
+class Trained(Pruned):
+    """``whole`` with the weights that ``model``, its reference model, has by now."""
+
+    def __init__(self, whole: Checkpoint, model: Any) -> None:
+        super().__init__(whole, whole.config, "weights were trained")
+        self.state = dict(model.named_parameters())
+
+    def weight(self, name: str) -> Weight:
+        array: np.ndarray[Any, Any] = self.state[name].detach().cpu().numpy()
+        return array
