@@ -3,69 +3,83 @@
     python -m pocketslm.profiling.delegate out/smollm2/model.pte
 
 ExecuTorch's wheels are built without its event tracer, so there is no ETDump to ask. Instead the
-program is written again with the calls of one operator only, at the shapes of a decoding step,
-and timed; the whole program's step is the whole.
+program is loaded with kernels that time the ones they stand for; the rest of a step is the
+delegate's.
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
+import os
 import sys
-import tempfile
 import time
+import warnings
 from collections import Counter
-from copy import deepcopy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketslm.errors import UsageError
-from pocketslm.runtime.backends.executorch import ExecuTorchSession, quiet
+from pocketslm.runtime.backends.executorch import ExecuTorchSession, operator_times
 
-# They compute single integers for the others.
-_NUMBERS = ("executorch_prim::", "aten::sym_size", "aten::_local_scalar_dense")
+
+@dataclass(frozen=True)
+class OperatorShare:
+    """An operator outside the delegate: calls in one step, and its share of the step's time."""
+
+    name: str
+    calls: int
+    share: float
 
 
 def operators_outside(path: Path) -> Counter[str]:
     """Calls of each operator in one step that no delegate makes."""
-    return _calls(_read(path).program)
+    program = _read(path)
+    plan = next(plan for plan in program.execution_plan if plan.name == "forward")
+    names = (_name(plan, one) for chain in plan.chains for one in chain.instructions)
+    return Counter(name for name in names if name)
 
 
 def step_shares(
-    path: Path, *, start: int = 128, threads: int = 1, steps: int = 32
-) -> dict[str, float]:
-    """Each operator's share of the time of decoding one token at position ``start``.
+    path: Path, *, tokens: int = 1, start: int = 128, threads: int = 1, steps: int = 64
+) -> list[OperatorShare]:
+    """What each operator takes of a step of ``tokens`` at position ``start``, largest first.
 
-    Raises BackendError where ExecuTorch cannot load the file, UsageError for a short context.
+    Medians over ``steps``. Raises BackendError where ExecuTorch cannot load the file, UsageError
+    for a short context.
     """
-    if steps < 1 or start < 1:
-        raise UsageError(f"start {start} and steps {steps}, expected at least 1")
-    file = _read(path)
-    whole = _step_seconds(path, start, threads, steps)
-    with tempfile.TemporaryDirectory() as folder:
-
-        def seconds(wanted: str | None) -> float:
-            part = Path(folder) / "part.pte"
-            part.write_bytes(_only(file, wanted))
-            return _step_seconds(part, start, threads, steps)
-
-        numbers = seconds(None)
-        return {
-            name: max(0.0, seconds(name) - numbers) / whole
-            for name in _calls(file.program)
-            if not name.startswith(_NUMBERS)
-        }
+    if min(steps, start, tokens) < 1:
+        raise UsageError(f"tokens {tokens}, start {start}, steps {steps}: expected at least 1 each")
+    session = ExecuTorchSession(path, threads, None, timed=True)
+    if start + tokens > session.context:
+        raise UsageError(f"{start} + {tokens} tokens exceed the context of {session.context}")
+    ids, shares = np.zeros(tokens, np.int64), []
+    before: dict[str, tuple[int, int]] = {}
+    for _ in range(steps + 1):
+        session.length = start
+        begin = time.perf_counter_ns()
+        session.forward(ids)
+        taken = time.perf_counter_ns() - begin
+        after = operator_times()
+        shares.append({k: (ns - before.get(k, (0, 0))[1]) / taken for k, (_, ns) in after.items()})
+        before = after
+    found = [
+        OperatorShare(name, calls // (steps + 1), float(np.median([s[name] for s in shares[1:]])))
+        for name, (calls, _) in before.items()
+    ]
+    return sorted(found, key=lambda one: -one.share)
 
 
 def _read(path: Path) -> Any:
-    with quiet():
+    with _quiet():
         from executorch.exir._serialize._program import deserialize_pte_binary
 
-        return deserialize_pte_binary(path.read_bytes())
-
-
-def _forward(program: Any) -> Any:
-    return next(plan for plan in program.execution_plan if plan.name == "forward")
+        return deserialize_pte_binary(path.read_bytes()).program
 
 
 def _name(plan: Any, instruction: Any) -> str | None:
@@ -77,61 +91,37 @@ def _name(plan: Any, instruction: Any) -> str | None:
     return f"{operator.name}.{operator.overload}".removesuffix(".")
 
 
-def _calls(program: Any) -> Counter[str]:
-    plan = _forward(program)
-    names = (_name(plan, one) for chain in plan.chains for one in chain.instructions)
-    return Counter(name for name in names if name)
-
-
-def _only(file: Any, wanted: str | None) -> bytes:
-    """The file with one operator and the numbers it needs, for one token at a time."""
-    from executorch.exir import schema
-    from executorch.exir._serialize._program import serialize_pte_binary
-
-    file = deepcopy(file)
-    plan = _forward(file.program)
-    longest = plan.values[plan.inputs[0]].val.sizes[-1]
-    for value in plan.values:
-        # What a delegate would have made small stays at its bound otherwise. The sequence is the
-        # first axis that has its length.
-        tensor = value.val
-        dynamic = isinstance(tensor, schema.Tensor) and bool(tensor.shape_dynamism)
-        if dynamic and longest in tensor.sizes:
-            tensor.sizes[tensor.sizes.index(longest)] = 1
-    for chain in plan.chains:
-        chain.instructions = [
-            one
-            for one in chain.instructions
-            if (name := _name(plan, one)) and (name.startswith(_NUMBERS) or name == wanted)
-        ]
-    plan.delegates = []
-    with quiet():
-        return bytes(serialize_pte_binary(file))
-
-
-def _step_seconds(path: Path, start: int, threads: int, steps: int) -> float:
-    """The quickest of ``steps`` decoding steps: what else runs on the machine only adds."""
-    session = ExecuTorchSession(path, threads, None)
-    if start + 1 > session.context:
-        raise UsageError(f"start {start} does not fit the context of {session.context}")
-    taken = []
-    for _ in range(steps + 1):
-        session.length = start
-        begin = time.perf_counter()
-        session.forward(np.zeros(1, np.int64))
-        taken.append(time.perf_counter() - begin)
-    return min(taken[1:])
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what importing ExecuTorch's Python logs to stderr and warns of."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    logging.disable(logging.WARNING)
+    try:
+        with Path(os.devnull).open("wb") as nowhere, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m pocketslm.profiling.delegate FILE.pte")
-        return 2
-    path = Path(arguments[0])
-    calls, shares = operators_outside(path), step_shares(path)
-    print(f"outside the delegate: {sum(shares.values()):.1%} of a decoding step, one thread")
-    for name in sorted(shares, key=lambda name: -shares[name]):
-        print(f"{shares[name]:7.2%}  {calls[name]:4d} x {name}")
+    parser = argparse.ArgumentParser(prog="python -m pocketslm.profiling.delegate")
+    parser.add_argument("file", type=Path, help="a .pte with a KV cache")
+    parser.add_argument("-t", "--threads", type=int, default=1)
+    parser.add_argument("-n", "--tokens", type=int, default=1, help="in one step; 1 is decoding")
+    options = parser.parse_args(arguments)
+    shares = step_shares(options.file, tokens=options.tokens, threads=options.threads)
+    outside = sum(one.share for one in shares)
+    print(
+        f"outside the delegate: {outside:.1%} of a step of {options.tokens} at position 128, "
+        f"{options.threads} thread{'s' * (options.threads > 1)}"
+    )
+    for one in shares:
+        print(f"{one.share:7.2%}  {one.calls:4d} x {one.name}")
     return 0
 
 

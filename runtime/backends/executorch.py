@@ -1,14 +1,16 @@
-"""ExecuTorch: one session over a .pte that keeps its KV cache inside, ours or export_llm's."""
+"""ExecuTorch: one session over a .pte that keeps its KV cache inside, ours or export_llm's.
+
+ExecuTorch's Python bindings take torch's tensors, and importing torch costs 90 MB and a second.
+So its libraries are loaded here without them, and called through
+``runtime/ops/bindings/executorch_program.h``.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
+import ctypes
+import functools
 import struct
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,23 +18,29 @@ from typing import Any
 import executorch
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.runtime.backends import Logits, check_tokens, usable_cores
+from pocketslm.runtime.backends.native import ErrorText, NativeError
 from pocketslm.runtime.bundle import Bundle, Graph
+from pocketslm.runtime.ops import build
 
 # Longer prompts run in pieces of this many tokens, which bounds the memory of activations.
 PREFILL_CHUNK = 128
 # After root offset and magic: the extended header of ExecuTorch's schema/extended_header.cpp.
 _HEADER = struct.Struct("<8x4sIQQQ")
-_CONTEXT, _FORWARD = "get_max_context_len", "forward"
-# Kernels that the bindings lack. ExecuTorch's own Python would load them too, but imports half of
-# torch's compiler on the way: 140 MB.
+_CONTEXT = "get_max_context_len"
+# ExecuTorch itself, and kernels of LLM graphs that register themselves with it.
 _LIBRARIES = (
+    "extension/pybindings/_portable_lib.*.so",
     "extension/llm/custom_ops/libcustom_ops_aot_lib.so",
     "kernels/quantized/libquantized_ops_aot_lib.so",
 )
+_size, _pointer = ctypes.c_size_t, ctypes.c_void_p
+
+
+class _Clock(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("calls", ctypes.c_uint64), ("ns", ctypes.c_uint64))
 
 
 def open_session(
@@ -44,16 +52,59 @@ def open_session(
 
 def bare_graph(path: Path) -> Graph:
     """The graph of a .pte that no manifest describes; BundleError if it is not one of an LLM."""
-    _check_length(path)
-    program = _load_program(path, BundleError)
-    names = {program.get_method_name(index) for index in range(program.num_methods())}
-    if not {_FORWARD, _CONTEXT} <= names:
+    try:
+        context = Program(path).numbers(_CONTEXT)[0]
+    except BundleError as error:
         raise BundleError(
-            f"{path} has no methods {_FORWARD} and {_CONTEXT}, expected a file made by pocketslm "
-            "or by ExecuTorch's export_llm with model.use_kv_cache=True"
-        )
-    context = int(program.load_method(_CONTEXT)(())[0])
+            f"{error}; expected a file made by pocketslm or by ExecuTorch's export_llm with "
+            "model.use_kv_cache=True"
+        ) from None
     return Graph("executorch", path.name, context, "as the graph says")
+
+
+class Program:
+    """A .pte file in ExecuTorch's runtime. Raises BundleError where it is none."""
+
+    def __init__(self, path: Path) -> None:
+        _check_length(path)
+        self.path = path
+        self._library = load_library()
+        self._handle = _pointer()
+        error = ErrorText()
+        status = self._library.pslm_et_open(
+            str(path).encode(), ctypes.byref(self._handle), error.argument
+        )
+        error.check(status, f"ExecuTorch cannot load {path}")
+        weakref.finalize(self, self._library.pslm_et_close, self._handle)
+
+    def numbers(self, method: str) -> list[int]:
+        """What a method without inputs returns; BundleError if there is none."""
+        found, count, error = (ctypes.c_int64 * 64)(), _size(64), ErrorText()
+        status = self._library.pslm_et_numbers(
+            self._handle, method.encode(), found, ctypes.byref(count), error.argument
+        )
+        error.check(status, str(self.path))
+        return list(found[: count.value])
+
+    def load(self, *, timed: bool = False) -> tuple[int, int]:
+        """Load forward; the most tokens it takes at once, and its vocabulary.
+
+        ``timed``: operators outside the delegate are timed, see :func:`operator_times`.
+        """
+        longest, vocabulary, error = _size(), _size(), ErrorText()
+        status = self._library.pslm_et_load(
+            self._handle, timed, ctypes.byref(longest), ctypes.byref(vocabulary), error.argument
+        )
+        error.check(status, f"ExecuTorch cannot load {self.path}")
+        return longest.value, vocabulary.value
+
+    def forward(self, tokens: npt.NDArray[np.int64], start: int, logits: Logits) -> None:
+        """Append tokens [n]; ``logits`` [vocabulary] becomes those of the last one."""
+        error = ErrorText()
+        status = self._library.pslm_et_forward(
+            self._handle, tokens.ctypes.data, len(tokens), start, logits.ctypes.data, error.argument
+        )
+        error.check(status)
 
 
 class ExecuTorchSession:
@@ -63,38 +114,41 @@ class ExecuTorchSession:
     """
 
     def __init__(
-        self, path: Path, threads: int | None, context: int | None, native: bool = False
+        self,
+        path: Path,
+        threads: int | None,
+        context: int | None,
+        native: bool = False,
+        *,
+        timed: bool = False,
     ) -> None:
-        self.backend = f"executorch {version('executorch')}"
+        self.backend = f"executorch {version('executorch')}" + " + pocketslm" * native
         self.threads = threads or usable_cores()
         self.length = 0
-        with quiet():
-            _bindings()._unsafe_reset_threadpool(self.threads)
-        if native:
-            self.backend += " + pocketslm"
-            _load_native_operators()
-        self._program = _load_program(path, BackendError)
+        load_library().pslm_et_set_threads(self.threads)
         try:
-            with quiet():
-                self._forward = self._program.load_method(_FORWARD)
-                limit = int(self._program.load_method(_CONTEXT)(())[0])
-        except RuntimeError as error:
-            raise BackendError(f"ExecuTorch cannot load {path}: {_one_line(error)}") from None
-        meta = self._forward.method_meta()
-        self.vocab_size = int(meta.output_tensor_meta(0).sizes()[-1])
+            self._program = Program(path)
+            limit = self._program.numbers(_CONTEXT)[0]
+            # export_llm makes the largest input one less than the length that it declares.
+            longest, self.vocab_size = self._program.load(timed=timed)
+        except BundleError as error:
+            raise BackendError(str(error)) from None
         self.context = min(context or limit, limit)
-        # export_llm makes the largest input one less than the length that it declares.
-        self._chunk = int(meta.input_tensor_meta(0).sizes()[-1])
-        if not native:  # our operator cuts a prompt up by itself
-            self._chunk = min(PREFILL_CHUNK, self._chunk)
+        # Our operator cuts a prompt up by itself.
+        self._chunk = longest if native else min(PREFILL_CHUNK, longest)
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
         check_tokens(self, tokens)
+        tokens = np.ascontiguousarray(tokens, np.int64)
         # Of a piece most files give the last token's logits only.
         step = 1 if all_logits else self._chunk
-        pieces = [self._run(tokens[at : at + step]) for at in range(0, len(tokens), step)]
-        return np.concatenate(pieces) if all_logits else pieces[-1]
+        logits = np.empty((len(tokens) if all_logits else 1, self.vocab_size), np.float32)
+        for at in range(0, len(tokens), step):
+            piece = tokens[at : at + step]
+            self._program.forward(piece, self.length, logits[at if all_logits else 0])
+            self.length += len(piece)
+        return logits
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
@@ -102,12 +156,13 @@ class ExecuTorchSession:
             raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
         self.length = length
 
-    def _run(self, tokens: npt.NDArray[np.int64]) -> Logits:
-        ids = torch.tensor(tokens, dtype=torch.int64)[None]
-        outputs = self._forward((ids, torch.tensor([self.length])))
-        self.length += len(tokens)
-        logits: Logits = outputs[0].reshape(-1, self.vocab_size)[-1:].float().numpy()
-        return logits
+
+def operator_times() -> dict[str, tuple[int, int]]:
+    """Calls and nanoseconds of each operator since the last program was loaded ``timed``."""
+    room = load_library().pslm_et_clocks(None, 0)
+    clocks = (_Clock * room)()
+    load_library().pslm_et_clocks(clocks, room)
+    return {clock.name.decode(): (clock.calls, clock.ns) for clock in clocks}
 
 
 def _check_length(path: Path) -> None:
@@ -122,51 +177,28 @@ def _check_length(path: Path) -> None:
     raise BundleError(f"{path} is not an ExecuTorch program or was cut short; copy it again")
 
 
-def _load_program(path: Path, error_type: type[BackendError | BundleError]) -> Any:
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """ExecuTorch's libraries, and ours over them with its signatures declared."""
+    root = Path(next(iter(executorch.__path__)))
     try:
-        with quiet():
-            return _bindings()._load_program(str(path))
-    except (RuntimeError, ValueError) as error:
-        raise error_type(f"ExecuTorch cannot load {path}: {_one_line(error)}") from None
-
-
-def _bindings() -> Any:
-    """ExecuTorch's bindings with every kernel that LLM graphs use."""
-    with quiet():
-        from executorch.extension.pybindings import _portable_lib
-
-        root = Path(next(iter(executorch.__path__)))
-        for library in _LIBRARIES:
-            torch.ops.load_library(root / library)  # type: ignore[no-untyped-call]
-    return _portable_lib
-
-
-def _load_native_operators() -> None:
-    """Our kernels, which find ExecuTorch's bindings loaded."""
-    from pocketslm.runtime.ops import build
-
-    try:
-        torch.ops.load_library(build.executorch_library())  # type: ignore[no-untyped-call]
+        for pattern in _LIBRARIES:
+            for path in root.glob(pattern):
+                ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(build.executorch_library()))
     except (build.BuildError, OSError) as error:
-        raise BackendError(f"ExecuTorch cannot use the native operators: {error}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what ExecuTorch logs to stderr and warns of; errors come as exceptions."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    logging.disable(logging.WARNING)
-    try:
-        with Path(os.devnull).open("wb") as nowhere, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            os.dup2(nowhere.fileno(), 2)
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+        raise BackendError(f"ExecuTorch's libraries could not be loaded: {error}") from error
+    p, status = ctypes.POINTER, ctypes.c_int
+    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "set_threads": (None, (ctypes.c_uint32,)),
+        "open": (status, (ctypes.c_char_p, p(_pointer), NativeError)),
+        "close": (None, (_pointer,)),
+        "numbers": (status, (_pointer, ctypes.c_char_p, _pointer, p(_size), NativeError)),
+        "load": (status, (_pointer, ctypes.c_int, p(_size), p(_size), NativeError)),
+        "forward": (status, (_pointer, _pointer, _size, ctypes.c_int64, _pointer, NativeError)),
+        "clocks": (_size, (_pointer, _size)),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, f"pslm_et_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library

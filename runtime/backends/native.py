@@ -39,7 +39,7 @@ _ERRORS: dict[int, type[PocketSlmError]] = {
 _u32, _u64, _size = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t
 
 
-class _Error(ctypes.Structure):
+class NativeError(ctypes.Structure):
     _fields_ = (("text", ctypes.c_char_p), ("capacity", _size))
 
 
@@ -109,19 +109,22 @@ def load_library() -> ctypes.CDLL:
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "abi_version": (_u32, ()),
         "isa_names": (p(ctypes.c_char_p), ()),
-        "model_open": (ctypes.c_int, (ctypes.c_char_p, p(pointer), _Error)),
+        "model_open": (ctypes.c_int, (ctypes.c_char_p, p(pointer), NativeError)),
         "model_close": (None, (pointer,)),
         "model_describe": (ctypes.c_int, (pointer, p(_ModelInfo))),
         "model_blob": (pointer, (pointer, _u32, p(_size))),
-        "session_open": (ctypes.c_int, (pointer, p(_Options), p(pointer), _Error)),
+        "session_open": (ctypes.c_int, (pointer, p(_Options), p(pointer), NativeError)),
         "session_close": (None, (pointer,)),
         "session_describe": (ctypes.c_int, (pointer, p(_SessionInfo))),
-        "forward": (ctypes.c_int, (pointer, pointer, _size, ctypes.c_int, pointer, _size, _Error)),
+        "forward": (
+            ctypes.c_int,
+            (pointer, pointer, _size, ctypes.c_int, pointer, _size, NativeError),
+        ),
         "forward_top": (
             ctypes.c_int,
-            (pointer, pointer, _size, _size, pointer, pointer, p(ctypes.c_double), _Error),
+            (pointer, pointer, _size, _size, pointer, pointer, p(ctypes.c_double), NativeError),
         ),
-        "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), _Error)),
+        "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), NativeError)),
         "set_profiling": (ctypes.c_int, (pointer, _u32)),
         "read_times": (ctypes.c_int, (pointer, p(_Times))),
         "length": (_size, (pointer,)),
@@ -131,7 +134,18 @@ def load_library() -> ctypes.CDLL:
         "kv_restore": (ctypes.c_int, (pointer, _size, pointer, _size)),
         "matmul": (
             ctypes.c_int,
-            (ctypes.c_char_p, _u32, pointer, _size, _size, _size, pointer, _size, pointer, _Error),
+            (
+                ctypes.c_char_p,
+                _u32,
+                pointer,
+                _size,
+                _size,
+                _size,
+                pointer,
+                _size,
+                pointer,
+                NativeError,
+            ),
         ),
         "packed_bytes": (_size, (_u32, _size, _size)),
         "measure_bandwidth": (ctypes.c_double, (_u32, _size)),
@@ -158,12 +172,12 @@ def _encode(isa: str | None) -> bytes | None:
     return None if isa is None else isa.encode()
 
 
-class _ErrorText:
+class ErrorText:
     """A buffer for one error line, and the exception for a failed status."""
 
     def __init__(self) -> None:
         self._buffer = ctypes.create_string_buffer(512)
-        self.argument = _Error(ctypes.cast(self._buffer, ctypes.c_char_p), len(self._buffer))
+        self.argument = NativeError(ctypes.cast(self._buffer, ctypes.c_char_p), len(self._buffer))
 
     def check(self, status: int, what: str = "") -> None:
         if status != 0:
@@ -211,7 +225,7 @@ class NativeModel:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._library = load_library()
         self._handle = ctypes.c_void_p()
-        error = _ErrorText()
+        error = ErrorText()
         status = self._library.pslm_model_open(
             os.fsencode(path), ctypes.byref(self._handle), error.argument
         )
@@ -262,7 +276,7 @@ class NativeSession:
         self._library = load_library()
         self._handle = ctypes.c_void_p()
         options = _Options(context or 0, threads or 0, KV_TYPES[kv_type], int(pin), _encode(isa))
-        error = _ErrorText()
+        error = ErrorText()
         status = self._library.pslm_session_open(
             model._handle, ctypes.byref(options), ctypes.byref(self._handle), error.argument
         )
@@ -279,7 +293,7 @@ class NativeSession:
         self.kv_type: str = kv_type
         self.backend = f"native {self.isa}"
         self._next = ctypes.c_int32()
-        self._error = _ErrorText()
+        self._error = ErrorText()
 
     @property
     def length(self) -> int:

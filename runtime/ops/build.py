@@ -200,7 +200,7 @@ def executorch_library() -> Path:
         *("-isystem", str(include / "executorch/runtime/core/portable_type/c10")),
         "-DC10_USING_CUSTOM_GENERATED_MACROS",
     ]
-    names = ("bindings/decoder", "bindings/executorch")
+    names = ("bindings/decoder", "bindings/executorch", "bindings/executorch_program")
     link = ["-shared", str(library()), str(module)]
     return compile_and_link(output, find_toolchain(), names, flags, link, kernels=False)
 

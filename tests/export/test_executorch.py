@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from pocketslm.export import pipeline
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.config import LayerSize, ModelConfig
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor, pack_codes
 from pocketslm.runtime.backends import Session, open_session
@@ -73,6 +76,24 @@ def test_float_logits_are_the_models(tiny_hf: Path, tmp_path: Path) -> None:
     assert not np.abs(ours[::-1] - theirs).max() < MAX_FLOAT_ERROR  # the comparison can fail
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "output_bias": True, "mlp_bias": True},
+    "qwen2": {"architecture": "qwen2", "attention_bias": True},
+    "sizes by layer": {"layer_sizes": (LayerSize(2, 1, 96), LayerSize(4, 2, 48))},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_lower_too(name: str, tmp_path: Path) -> None:
+    config = ModelConfig(**{**support.TINY.__dict__, **VARIANTS[name]})
+    source = support.write_hf(tmp_path / "hf", config)
+    recipe = Recipe(weights="float", head="float", targets=TARGET)
+    export_bundle(open_checkpoint(source), tmp_path / "b", recipe)
+    ours = logits_of(open_session(open_bundle(tmp_path / "b"), threads=2))
+    assert np.abs(ours - reference_logits(source, recipe)).max() < MAX_FLOAT_ERROR
+
+
 RECIPES = {
     "8da4w": (Recipe(weights="int4", head="int4", targets=TARGET), MAX_INT8_ERROR),
     "zero points": (Recipe(weights="int4", head="int4", grid="zp", targets=TARGET), MAX_INT8_ERROR),
@@ -111,16 +132,16 @@ def test_the_runner_finds_its_methods(tiny_hf: Path, tmp_path: Path) -> None:
     export_bundle(open_checkpoint(tiny_hf), tmp_path / "b", recipe)
     from pocketslm.runtime.backends import executorch as backend
 
-    program = backend._load_program(tmp_path / "b" / "model.pte", BundleError)
+    program = backend.Program(tmp_path / "b" / "model.pte")
 
     def value(name: str) -> list[Any]:
-        return list(program.load_method(name)(()))
+        return program.numbers(name)
 
     eos = sorted(Model.load(tmp_path / "b").tokenizer.eos_token_ids)
     assert value("get_eos_ids") == eos
     assert value("get_vocab_size") == [support.TINY.vocab_size]
     assert value("get_max_context_len") == value("get_max_seq_len") == [96]
-    assert value("use_kv_cache") == value("use_sdpa_with_kv_cache") == [True]
+    assert value("use_kv_cache") == value("use_sdpa_with_kv_cache") == [1]
 
 
 def test_one_bundle_holds_every_graph(tiny_hf: Path, tmp_path: Path) -> None:
@@ -145,6 +166,23 @@ def test_a_bare_file_opens(tiny_hf: Path, tmp_path: Path) -> None:
     config = GenerationConfig(max_new_tokens=8)
     tokens = [[r.token for r in model.generate("the", config)] for model in (bundled, bare)]
     assert tokens[0] == tokens[1]
+
+
+def test_it_runs_without_torch(tiny_hf: Path, tmp_path: Path) -> None:
+    """In a process that loads torch's libraries but none of its Python; torch may still come."""
+    export_bundle(open_checkpoint(tiny_hf), tmp_path / "b", Recipe(targets=TARGET))
+    code = (
+        "import sys; from pathlib import Path; import numpy as np;"
+        "from pocketslm.runtime.backends import open_session;"
+        "from pocketslm.runtime.bundle import open_bundle;"
+        "session = open_session(open_bundle(Path(sys.argv[1])), 'executorch', threads=2);"
+        "first = session.forward(np.arange(9)); assert 'torch' not in sys.modules;"
+        "import torch; assert torch.ones(64, 64).mm(torch.ones(64, 64))[0, 0] == 64;"
+        "session.truncate(0); assert (session.forward(np.arange(9)) == first).all()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "b")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("keep", [0, 20, 5000, -1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pocketslm.errors import UsageError
@@ -44,9 +43,12 @@ def test_a_file_alone_is_a_peer(program: Path) -> None:
         bench(program, n_prompt=(4,), n_gen=(2,))
 
 
-def test_each_operator_runs_alone(program: Path) -> None:
-    shares = delegate.step_shares(program, start=8, steps=2)
-    assert len(shares) == 4
-    assert all(np.isfinite(share) and share >= 0 for share in shares.values())
+def test_operators_are_timed_within_the_step(program: Path) -> None:
+    calls = delegate.operators_outside(program)
+    for tokens in (1, 5):
+        shares = delegate.step_shares(program, tokens=tokens, start=8, steps=3)
+        assert {one.name: one.calls for one in shares} == dict(calls)
+        assert all(0 < one.share < 1 for one in shares)
+        assert sum(one.share for one in shares) < 1
     with pytest.raises(UsageError, match="context of 64"):
         delegate.step_shares(program, start=64, steps=1)

@@ -16,16 +16,8 @@
 #include <executorch/runtime/kernel/operator_registry.h>
 
 #include "decoder.h"
+#include "executorch_threads.h"
 #include "model_file.h"
-
-// Their header needs pthreadpool's, which ExecuTorch's package does not have.
-namespace executorch::extension::threadpool {
-class ThreadPool {
- public:
-  size_t get_thread_count() const;
-};
-ThreadPool* get_threadpool();
-}  // namespace executorch::extension::threadpool
 
 namespace pocketslm {
 namespace {

@@ -72,7 +72,7 @@ def matmul(isa: str, packed: tuple[int, np.ndarray], rows: int, x: np.ndarray) -
     # One float off any alignment: activations may lie anywhere.
     shifted = np.empty(x.size + 1, np.float32)[1:]
     shifted[:] = x.reshape(-1)
-    error = native._ErrorText()
+    error = native.ErrorText()
     status = library.pslm_matmul(
         isa.encode(),
         kind,
