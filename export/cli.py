@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pocketslm.models.checkpoint import Checkpoint
 
 
+MODEL = "a Hugging Face folder, .gguf file or catalog name; +UPDATE adds a LoRA adapter or delta"
+
+
 def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "export",
@@ -32,7 +35,7 @@ def add_commands(commands: Commands) -> None:
         "make a bundle of a checkpoint",
         "pocketslm export smollm2-135m-instruct out/smollm2",
     )
-    parser.add_argument("model", help="a Hugging Face folder, .gguf file or catalog name")
+    parser.add_argument("model", help=MODEL)
     add_export_options(parser)
 
     parser = commands.add(
@@ -41,7 +44,7 @@ def add_commands(commands: Commands) -> None:
         "take whole layers, or parts of every layer, out of a checkpoint",
         "pocketslm prune smollm2-135m-instruct pruned --layers 3",
     )
-    parser.add_argument("model", help="a Hugging Face folder, .gguf file or catalog name")
+    parser.add_argument("model", help=MODEL)
     parser.add_argument("out", type=Path, help="the Hugging Face folder to write")
     parser.add_argument("--layers", type=int, default=0, help="how many layers to remove")
     parser.add_argument(
@@ -80,7 +83,7 @@ def add_commands(commands: Commands) -> None:
         "compare compression methods on a model: quality and size, as tables",
         "pocketslm methods smollm2-135m-instruct --table depth",
     )
-    parser.add_argument("model", help="a Hugging Face folder, .gguf file or catalog name")
+    parser.add_argument("model", help=MODEL)
     parser.add_argument(
         "--table",
         choices=("quantize", "depth", "width", "adaptive", "all"),
@@ -108,7 +111,7 @@ def add_commands(commands: Commands) -> None:
         "train a pruned or rounded model on the answers of the one it was made from",
         "pocketslm heal pruned healed --teacher smollm2-135m-instruct --steps 200",
     )
-    parser.add_argument("student", help="a Hugging Face folder, .gguf file or catalog name")
+    parser.add_argument("student", help=MODEL)
     parser.add_argument("out", type=Path, help="the Hugging Face folder to write")
     parser.add_argument("--teacher", required=True, help="the checkpoint it was made from")
     parser.add_argument("--text", default="lee", help="a UTF-8 file or catalog text (default: lee)")
@@ -133,6 +136,25 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--stages", type=int, default=4, help="of --adaptive (default: 4)")
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, if it is faster")
     parser.add_argument("--seed", type=int, default=0)
+
+    parser = commands.add(
+        "delta",
+        _delta,
+        "keep a fine-tuned model as a small difference from its base (Delta-CoMe)",
+        "pocketslm delta smollm2-135m-instruct tuned tuned.delta",
+    )
+    parser.add_argument("base", help=MODEL)
+    parser.add_argument("tuned", help="the checkpoint that was tuned from it")
+    parser.add_argument("out", type=Path, help="the file to write; BASE+OUT is the model again")
+    parser.add_argument(
+        "--bands",
+        help="singular vectors by bits, 2, 3, 4, 8, or 32 for exact ones (default: 2x8,32x3, then "
+        "2 bits up to a quarter of the rank)",
+    )
+    parser.add_argument(
+        "--text", default="lee", help="a UTF-8 file or catalog text whose end shows what matters"
+    )
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text (default: 4096)")
 
     parser = commands.add(
         "eval",
@@ -267,12 +289,12 @@ def export(arguments: argparse.Namespace) -> None:
     from pocketslm.export.pipeline import export_bundle
     from pocketslm.export.prune.vocabulary import format_ranges, tokens_of
     from pocketslm.export.recipe import read_recipe
+    from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
-    from pocketslm.models.checkpoint import open_checkpoint
 
     recipe = read_recipe(arguments.recipe) if arguments.recipe else _recipe(arguments)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(resolve(arguments.model, say))
+    checkpoint = open_source(arguments.model, say)
     if arguments.vocabulary is not None:
         kept = tokens_of(checkpoint, resolve(arguments.vocabulary, say), arguments.vocabulary_size)
         recipe = replace(recipe, vocabulary=format_ranges(kept))
@@ -324,13 +346,12 @@ def _export_fitting(arguments: argparse.Namespace) -> None:
     from pocketslm.export.evaluate import evaluate_bundle
     from pocketslm.export.pipeline import export_bundle
     from pocketslm.export.recipe import Recipe
+    from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
-    from pocketslm.models.checkpoint import open_checkpoint
 
     budget = plan.parse_budget(arguments.fit)
-    source = resolve(arguments.model, say)
+    checkpoint = open_source(arguments.model, say)
     text = resolve(arguments.text, say)
-    checkpoint = open_checkpoint(source)
     base = Recipe(context=arguments.context, kv_cache=arguments.kv_cache, targets=("native",))
     work = arguments.out.with_name(f"{arguments.out.name}.plan")
     trials = plan.search(
@@ -350,15 +371,15 @@ def _export_fitting(arguments: argparse.Namespace) -> None:
     targets = tuple(arguments.target.split(",")) if arguments.target else ("native",)
     recipe = replace(chosen.recipe, targets=targets)
     export_bundle(checkpoint, arguments.out, recipe, overwrite=arguments.overwrite)
-    evaluate_bundle(arguments.out, source=source, text=text, window=plan.window_of(checkpoint))
+    evaluate_bundle(arguments.out, source=checkpoint, text=text, window=plan.window_of(checkpoint))
     print((work / plan.REPORT).read_text())
     print(f"{arguments.out}: trial {chosen.number}, {plan.describe(chosen.recipe)}")
 
 
 def _prune(arguments: argparse.Namespace) -> None:
     from pocketslm.export.prune.folder import PruneConfig, prune_folder
+    from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
-    from pocketslm.models.checkpoint import open_checkpoint
 
     config = PruneConfig(
         layers=arguments.layers,
@@ -371,7 +392,7 @@ def _prune(arguments: argparse.Namespace) -> None:
         uniform=arguments.uniform,
         tokens=arguments.tokens,
     )
-    source = open_checkpoint(resolve(arguments.model, say))
+    source = open_source(arguments.model, say)
     text = resolve(arguments.text, say)
     with Progress() as progress:
         pruned = prune_folder(
@@ -399,11 +420,11 @@ def _methods(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from pocketslm.export import methods
+    from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
-    from pocketslm.models.checkpoint import open_checkpoint
 
     bench = methods.Workbench(
-        open_checkpoint(resolve(arguments.model, say)),
+        open_source(arguments.model, say),
         resolve(arguments.text, say),
         resolve(arguments.calibration, say),
         windows=arguments.windows,
@@ -419,16 +440,16 @@ def _methods(arguments: argparse.Namespace) -> None:
 
 def _heal(arguments: argparse.Namespace) -> None:
     from pocketslm.export.heal import HealConfig, heal_folder
+    from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
-    from pocketslm.models.checkpoint import open_checkpoint
 
     names = ["steps", "batch", "sequence", "learning_rate", "lora_rank", "hidden", "bf16", "seed"]
     names += ["adaptive", "stages"]
     start = time.perf_counter()
     with Progress() as progress:
         losses = heal_folder(
-            open_checkpoint(resolve(arguments.student, say)),
-            open_checkpoint(resolve(arguments.teacher, say)),
+            open_source(arguments.student, say),
+            open_source(arguments.teacher, say),
             resolve(arguments.text, say),
             arguments.out,
             HealConfig(**{name: getattr(arguments, name) for name in names}),
@@ -439,6 +460,31 @@ def _heal(arguments: argparse.Namespace) -> None:
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     print(f"{arguments.out}: KL {first:.3f} -> {last:.3f} nats on its text in {seconds:.0f} s")
+
+
+def _delta(arguments: argparse.Namespace) -> None:
+    from pocketslm.export.delta import make_delta, parse_bands
+    from pocketslm.export.quantize.calibration import last_tokens
+    from pocketslm.export.source import open_source
+    from pocketslm.models.catalog import resolve
+    from pocketslm.runtime.tokenizer import load_tokenizer_files
+
+    bands = None if arguments.bands is None else parse_bands(arguments.bands)
+    base, tuned = open_source(arguments.base, say), open_source(arguments.tuned, say)
+    files = {name: data.decode() for name, data in tuned.tokenizer_files().items()}
+    window = max(1, min(512, tuned.config.max_position_embeddings, arguments.tokens))
+    encode = load_tokenizer_files(files).encode
+    ids = last_tokens(resolve(arguments.text, say), encode, arguments.tokens, window)
+    with Progress() as progress:
+        size = make_delta(
+            base,
+            tuned,
+            arguments.out,
+            bands,
+            ids,
+            lambda done, total: progress("split differences", done / total),
+        )
+    print(f"{arguments.out}: {size / 1e6:.1f} MB; the model is {arguments.base}+{arguments.out}")
 
 
 def _eval_task(arguments: argparse.Namespace) -> None:
@@ -474,12 +520,13 @@ def _eval(arguments: argparse.Namespace) -> None:
         _eval_task(arguments)
         return
     from pocketslm.export.evaluate import evaluate_bundle
+    from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
 
     with Progress() as progress:
         quality = evaluate_bundle(
             arguments.bundle,
-            source=resolve(arguments.source, say) if arguments.source else None,
+            source=open_source(arguments.source, say) if arguments.source else None,
             text=resolve(arguments.text, say),
             window=arguments.window,
             windows=arguments.windows,

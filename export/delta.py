@@ -2,8 +2,8 @@
 
 Every matrix's difference is split into singular vectors; the few leading ones are kept in 8 bits,
 the next in 3, a long tail in 2, the rest is dropped (https://arxiv.org/abs/2406.08903). Several
-fine-tunes of one base then cost a fraction of a model each. Vectors are rounded to their nearest
-code (the paper adjusts them by GPTQ on calibration text).
+fine-tunes of one base then cost a fraction of a model each. On calibration text, GPTQ rounds the
+right vectors for the matrix's inputs, then the left ones for what those make of the inputs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from pocketslm.errors import CheckpointError, ExportError
-from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint, checkpoint_sha256
-from pocketslm.models.reference import parameter_shapes
-from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.errors import CheckpointError, ExportError, UsageError
+from pocketslm.export.quantize import gptq
+from pocketslm.export.quantize.calibration import SITES, run_layer
+from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint, checkpoint_sha256, one_line
+from pocketslm.models.reference import load_reference, parameter_shapes
+from pocketslm.models.tensors import floats
+from pocketslm.models.updated import Updated
 
 Array = npt.NDArray[np.float32]
 VERSION = "1"
+EXACT = 32  # bits: float32
+DAMPING = 0.05  # of the Hessians, as in quantize/gptq.py
 
 
 @dataclass(frozen=True)
@@ -35,40 +41,58 @@ class Band:
     bits: int
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.bits not in (2, 3, 4, 8, 32):
+        if self.rank < 1 or self.bits not in (2, 3, 4, 8, EXACT):
             raise ExportError(f"a band of rank {self.rank} in {self.bits} bits is unknown")
 
 
-# The paper's choice; its matrices are 4096 wide, so its tail is shortened to what a matrix has.
-PAPER = (Band(2, 8), Band(32, 3), Band(1000, 2))
+def parse_bands(text: str) -> tuple[Band, ...]:
+    """``2x8,32x3,110x2``: ranks by bits; UsageError for anything else."""
+    try:
+        pairs = [part.split("x") for part in text.split(",")]
+        return tuple(Band(int(rank), int(bits)) for rank, bits in pairs)
+    except (ValueError, ExportError):
+        raise UsageError(
+            f"bands {text!r}, expected RANKxBITS such as 2x8,32x3,110x2; bits: 2, 3, 4, 8 or 32"
+        ) from None
+
+
+def paper_bands(width: int) -> tuple[Band, ...]:
+    """The paper's: 2 vectors in 8 bits, 32 in 3, 2 bits up to a quarter of the rank."""
+    return Band(2, 8), Band(32, 3), Band(max(1, width // 4 - 34), 2)
 
 
 def make_delta(
     base: Checkpoint,
     tuned: Checkpoint,
     path: Path,
-    bands: Sequence[Band] = PAPER,
+    bands: Sequence[Band] | None = None,
+    ids: Tensor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Write ``tuned - base`` to ``path`` (safetensors) and return its bytes.
 
-    Embedding, head and vectors are stored where they differ, the embedding's rows as they are.
-    Raises ExportError where the two have different shapes.
+    ``bands``: by default the paper's. ``ids`` [B, S]: tokens for GPTQ; without them every vector is
+    rounded to its nearest codes. Embedding, head and norms are stored where they differ, as they
+    are. Raises ExportError where the two have different shapes.
     """
     from safetensors.numpy import save_file
 
     if base.config != tuned.config:
         raise ExportError(f"{tuned.path} and {base.path} differ in shape, not in weights alone")
+    bands = bands or paper_bands(base.config.hidden_size)
     shapes = parameter_shapes(base.config)
+    split = {} if ids is None else _calibrated(base, tuned, ids, bands, progress)
     parts: dict[str, Any] = {}
     for done, name in enumerate(shapes, 1):
-        delta = _floats(tuned.weight(name)) - _floats(base.weight(name))
+        delta = _difference(base, tuned, name)
         if delta.any():
             if delta.ndim == 2 and name not in (EMBEDDING, HEAD):
-                parts |= {f"{name}.{key}": value for key, value in _split(delta, bands).items()}
+                mine = split.get(name) or _split(delta, bands)
             else:
-                parts[f"{name}.whole"] = delta
-        progress(done, len(shapes))
+                mine = {"whole": delta}
+            parts |= {f"{name}.{key}": value for key, value in mine.items()}
+        if ids is None:
+            progress(done, len(shapes))
     identity = {
         "format": "pocketslm-delta",
         "version": VERSION,
@@ -81,7 +105,39 @@ def make_delta(
     return path.stat().st_size
 
 
-class DeltaCheckpoint:
+@torch.no_grad()
+def _calibrated(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    ids: Tensor,
+    bands: Sequence[Band],
+    progress: Callable[[int, int], None],
+) -> dict[str, dict[str, Any]]:
+    """The layers' matrices split for what the already split ones before them make of ``ids``."""
+    model = load_reference(tuned, ids.shape[1])
+    x = model.model.embed_tokens(ids)
+    split: dict[str, dict[str, Any]] = {}
+    for index in range(len(model.model.layers)):
+
+        def visit(site: str, hessian: Tensor, at: str = f"model.layers.{index}") -> None:
+            for name in (f"{at}.{matrix}.weight" for matrix in SITES[site]):
+                delta = _difference(base, tuned, name)
+                if delta.any():
+                    split[name] = _split(delta, bands, hessian)
+                    restored = floats(base.weight(name)) + _joined(split[name], bands)
+                    model.get_parameter(name).copy_(torch.from_numpy(restored))
+
+        x = run_layer(model, index, x, visit)
+        progress(index + 1, len(model.model.layers))
+    return split
+
+
+def _difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Array:
+    delta: Array = floats(tuned.weight(name)) - floats(base.weight(name))
+    return delta
+
+
+class DeltaCheckpoint(Updated):
     """``base`` with the difference of a delta file added: the fine-tuned model again."""
 
     def __init__(self, base: Checkpoint, path: Path) -> None:
@@ -91,64 +147,131 @@ class DeltaCheckpoint:
             with safe_open(path, framework="np") as file:
                 facts, names = file.metadata() or {}, set(file.keys())
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from None
+            raise CheckpointError(f"cannot read {path}: {one_line(error)}") from None
         if facts.get("format") != "pocketslm-delta" or facts.get("version") != VERSION:
             raise CheckpointError(f"{path} is not a delta of version {VERSION}")
         if facts.get("base") != checkpoint_sha256(base):
             raise CheckpointError(f"{path} was made from another base than {base.path}")
         self.bands = [Band(rank, bits) for rank, bits in json.loads(facts["bands"])]
-        self.base, self.delta, self._names = base, path, names
-        self.path, self.format, self.name = path, base.format, path.stem
-        self.licence, self.config, self.made_from = base.licence, base.config, base.made_from
-        self.notes = [*base.notes, f"the delta {path.name} was added to {base.name}"]
+        self._names = names
+        super().__init__(base, path, path.stem, f"the delta {path.name} was added to {base.name}")
 
-    def files(self) -> list[Path]:
-        return [*self.base.files(), self.delta]
-
-    def stored_bytes(self) -> dict[str, int]:
-        return self.base.stored_bytes() | {"delta": self.delta.stat().st_size}
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        return self.base.tokenizer_files()
-
-    def weight(self, name: str) -> Weight:
+    def update(self, name: str, shape: tuple[int, ...]) -> Any:
         from safetensors import safe_open
 
-        if name == HEAD and self.config.tie_word_embeddings:
-            name = EMBEDDING
-        weight = self.base.weight(name)
         mine = [part for part in self._names if part.startswith(f"{name}.")]
         if not mine:
-            return weight
-        with safe_open(self.delta, framework="np") as file:
+            return None
+        with safe_open(self.file, framework="np") as file:
             parts = {part.removeprefix(f"{name}."): file.get_tensor(part) for part in mine}
-        delta = parts["whole"] if "whole" in parts else _joined(parts, self.bands)
-        if delta.shape != tuple(weight.shape):
-            raise CheckpointError(f"{self.delta}: {name} has shape {delta.shape}")
-        total: Array = _floats(weight) + delta
-        return total
+        if "whole" in parts:
+            return parts["whole"]
+        try:
+            if tuple(parts["shape"]) != shape:
+                raise ValueError(f"it has shape {tuple(parts['shape'])}, expected {shape}")
+            return _joined(parts, self.bands)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.file}: {name} is damaged: {one_line(error)}") from None
 
 
-def _split(delta: Array, bands: Sequence[Band]) -> dict[str, Any]:
-    """The bands of a matrix [N, K]: vectors u [rank, N] and v [rank, K], v times singular value."""
-    u, s, vt = torch.linalg.svd(torch.from_numpy(delta), full_matrices=False)
-    left, right = u.T.numpy(), (s[:, None] * vt).numpy()
-    parts: dict[str, Any] = {}
+def _split(delta: Array, bands: Sequence[Band], hessian: Tensor | None = None) -> dict[str, Any]:
+    """The bands of a matrix [N, K]: vectors u [rank, N] and v [rank, K], v times singular value.
+
+    ``hessian`` [K, K]: ``X^T X`` of the matrix's inputs, for GPTQ.
+    """
+    left, singular, right = torch.linalg.svd(torch.from_numpy(delta), full_matrices=False)
+    bits = np.concatenate([np.full(band.rank, band.bits) for band in bands])[: len(singular)]
+    rank = len(bits)
+    u, v = left.T[:rank].numpy(), (singular[:rank, None] * right[:rank]).numpy()
+    if hessian is None:
+        sides = {"u": _nearest(u, bits), "v": _nearest(v, bits)}
+    else:
+        rounded = _gptq_right(v, bits, hessian)
+        made = torch.from_numpy(rounded.values)
+        sides = {"u": _gptq_left(u, bits, made @ hessian @ made.T), "v": rounded}
+    parts: dict[str, Any] = {"shape": np.array(delta.shape, np.int64)}
     start = 0
     for index, band in enumerate(bands):
-        stop = min(start + band.rank, len(left))
-        if start == stop:
+        rows = slice(start, start := min(start + band.rank, rank))
+        if rows.start == rows.stop:
             break
-        for side, vectors in (("u", left[start:stop]), ("v", right[start:stop])):
-            if band.bits == 32:
-                parts[f"{index}.{side}"] = np.ascontiguousarray(vectors)
+        for side, vectors in sides.items():
+            if band.bits == EXACT:
+                parts[f"{index}.{side}"] = np.ascontiguousarray(vectors.values[rows])
                 continue
-            codes, scales = round_vectors(vectors, band.bits)
-            parts[f"{index}.{side}"] = pack_bits(codes, band.bits)
-            parts[f"{index}.{side}.scales"] = scales
-        start = stop
-    parts["shape"] = np.array(delta.shape, np.int64)
+            parts[f"{index}.{side}"] = pack_bits(vectors.codes[rows], band.bits)
+            parts[f"{index}.{side}.scales"] = vectors.scales[rows]
     return parts
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """Rounded rows: values and codes [rank, n], an fp16 scale [rank] each; exact rows: values."""
+
+    values: Array
+    codes: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float16]
+
+
+def _nearest(vectors: Array, bits: npt.NDArray[Any]) -> _Vectors:
+    """Each row of [rank, n] to its nearest codes of ``bits`` [rank] bits."""
+    values, codes = vectors.copy(), np.zeros(vectors.shape, np.int8)
+    scales = np.zeros(len(vectors), np.float16)
+    for each in set(bits.tolist()) - {EXACT}:
+        rows = bits == each
+        codes[rows], scales[rows] = round_vectors(vectors[rows], each)
+        values[rows] = codes[rows] * scales[rows, None].astype(np.float32)
+    return _Vectors(values, codes, scales)
+
+
+def _gptq_right(vectors: Array, bits: npt.NDArray[Any], hessian: Tensor) -> _Vectors:
+    """Right vectors [rank, K], which read the matrix's inputs; scales as :func:`_nearest` has."""
+    rounded = _nearest(vectors, bits)
+    scales = rounded.scales.astype(np.float32)
+    safe = np.where(scales > 0, scales, 1)
+    limits = np.where(bits == EXACT, 0, 2.0 ** (bits - 1) - 1)
+
+    def round_column(k: int, column: Array) -> Array:
+        rounded.codes[:, k] = np.clip(np.rint(column / safe), -limits, limits)
+        values: Array = np.where(bits == EXACT, column, rounded.codes[:, k] * scales)
+        return values
+
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    _compensate(vectors.T, hessian, order, round_column, rounded.values.T)
+    return rounded
+
+
+def _gptq_left(vectors: Array, bits: npt.NDArray[Any], hessian: Tensor) -> _Vectors:
+    """Left vectors [rank, N], which read what the right ones make: ``hessian`` [rank, rank].
+
+    The leading ones come first; each is rounded as it is when it comes up.
+    """
+    rounded = _nearest(vectors, bits)
+
+    def round_vector(r: int, vector: Array) -> Array:
+        one = _nearest(vector[None], bits[r : r + 1])
+        rounded.codes[r], rounded.scales[r] = one.codes[0], one.scales[0]
+        values: Array = one.values[0]
+        return values
+
+    _compensate(vectors, hessian, torch.arange(len(vectors)), round_vector, rounded.values)
+    return rounded
+
+
+def _compensate(
+    columns: Array,
+    hessian: Tensor,
+    order: Tensor,
+    round_column: Callable[[int, Array], Array],
+    out: Array,
+) -> None:
+    """GPTQ's walk over columns [K, N]: what one lost by rounding, later ones make good."""
+    factor = gptq.inverse_factor(hessian[order][:, order], DAMPING).numpy()
+    left = np.ascontiguousarray(columns[order.numpy()])
+    for i, k in enumerate(order.tolist()):
+        out[k] = round_column(k, left[i])
+        lost = (left[i] - out[k]) / factor[i, i]
+        left[i + 1 :] -= factor[i, i + 1 :, None] * lost
 
 
 def _joined(parts: dict[str, Any], bands: Sequence[Band]) -> Array:
@@ -159,7 +282,7 @@ def _joined(parts: dict[str, Any], bands: Sequence[Band]) -> Array:
             break
         u, v = (
             parts[f"{index}.{side}"]
-            if band.bits == 32
+            if band.bits == EXACT
             else unpack_bits(parts[f"{index}.{side}"], band.bits, width)
             * parts[f"{index}.{side}.scales"].astype(np.float32)[:, None]
             for side, width in (("u", rows), ("v", columns))
@@ -198,12 +321,9 @@ def pack_bits(codes: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8]:
 
 
 def unpack_bits(packed: npt.NDArray[np.uint8], bits: int, width: int) -> Array:
-    """The inverse of :func:`pack_bits` for rows of ``width`` codes, as float32."""
+    """The inverse of :func:`pack_bits` for rows of ``width`` codes, as float32; or ValueError."""
+    if packed.shape[1] != -(-width * bits // 8):
+        raise ValueError(f"rows of {packed.shape[1]} bytes, expected {width} codes of {bits} bits")
     stream = np.unpackbits(packed, axis=1, count=width * bits, bitorder="little")
     numbers = np.packbits(stream.reshape(len(packed), width, bits), axis=2, bitorder="little")
     return numbers[:, :, 0].astype(np.float32) - np.float32(2 ** (bits - 1))
-
-
-def _floats(weight: Weight) -> Array:
-    array: Array = weight.dequantize() if isinstance(weight, QuantTensor) else weight
-    return array.astype(np.float32, copy=False)

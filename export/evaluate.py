@@ -55,7 +55,7 @@ class Quality:
 def evaluate_bundle(
     folder: Path,
     *,
-    source: Path | None,
+    source: Checkpoint | None,
     text: Path,
     window: int = 512,
     windows: int = 16,
@@ -72,7 +72,7 @@ def evaluate_bundle(
     bundle = open_bundle(folder)
     if bundle.manifest is None:
         raise UsageError(f"{folder} was not made by pocketslm: there is no source to compare with")
-    checkpoint = open_checkpoint(source or _source_in_catalog(bundle.manifest))
+    checkpoint = source or open_checkpoint(_source_in_catalog(bundle.manifest))
     if checkpoint_sha256(checkpoint) not in _origins(bundle.manifest):
         raise UsageError(f"{checkpoint.path} is not what {folder} was made from (SHA-256 differs)")
     # Eight characters a token are more than enough; the rest need not be tokenized.

@@ -101,6 +101,12 @@ def pack_codes(codes: Array, bits: int) -> Array:
 Weight = Array | QuantTensor
 
 
+def floats(weight: Weight) -> Array:
+    """The weight as float32."""
+    array: Array = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+    return array.astype(np.float32, copy=False)
+
+
 def concat_rows(parts: list[QuantTensor]) -> QuantTensor:
     """Stack matrices of one scheme along N, exactly."""
     assert len({(p.scheme, p.scales.dtype) for p in parts}) == 1

@@ -128,7 +128,7 @@ def parse_ranges(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7}))?", part)
         if match is None:
-            raise ExportError(f"vocabulary: {part[:40]!r} is not a range such as 0-270")
+            raise ExportError(f"{part[:40]!r} is not a range such as 0-270")
         ids += range(int(match[1]), int(match[2] or match[1]) + 1)
     return ids
 

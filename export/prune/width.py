@@ -18,7 +18,7 @@ from pocketslm.errors import ExportError
 from pocketslm.export.prune.pruned import Pruned
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.config import LayerSize, ModelConfig
-from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.models.tensors import QuantTensor, Weight, floats
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,10 @@ def keep_top(
 
 
 class Narrowed(Pruned):
-    """A checkpoint of the parts that are ``kept`` alone: real smaller matrices, as floats."""
+    """A checkpoint of the parts that are ``kept`` alone: real smaller matrices.
+
+    One that lost rows alone keeps its blocks, one that lost columns becomes floats.
+    """
 
     def __init__(self, whole: Checkpoint, kept: Widths) -> None:
         c, sizes = whole.config, []
@@ -144,11 +147,13 @@ class Narrowed(Pruned):
 
     def weight(self, name: str) -> Weight:
         weight = self.whole.weight(name)
-        array = weight.dequantize() if isinstance(weight, QuantTensor) else weight
         rows, columns = self._parts(name)
         if rows is not None:
-            array = array[rows.numpy()]
-        return array if columns is None else np.ascontiguousarray(array[:, columns.numpy()])
+            index = rows.numpy()
+            weight = weight.rows(index) if isinstance(weight, QuantTensor) else weight[index]
+        if columns is None or columns.all():
+            return weight
+        return np.ascontiguousarray(floats(weight)[:, columns.numpy()])
 
     def _parts(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """Which rows and columns stay; None: all, or there are no columns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,11 @@ def quantize_layers(
     stored: dict[str, Weight] = {}
     for index, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{index}."
-
-        def run(index: int = index, x: Tensor = x) -> Tensor:
-            out: Tensor = model.run_layer(index, x)
-            return out
-
         names = [name for site in SITES.values() for name in site]
         specs = [spec_of(f"{prefix}{name}.weight") for name in names]
         if use_awq and specs[0] is not None and None not in specs:
-            awq.rescale(layer, _hessians(layer, run), specs[0], model.config.head_dim)
+            hessians = _hessians(layer, partial(model.run_layer, index, x))
+            awq.rescale(layer, hessians, specs[0], model.config.head_dim)
             for name, parameter in layer.named_parameters():
                 if parameter.dim() == 1:
                     stored[prefix + name] = parameter.cpu().numpy()
@@ -92,14 +89,24 @@ def quantize_layers(
                     parameter.copy_(torch.from_numpy(rows.dequantize()))
                     stored[f"{at}{name}.weight"] = rows
 
-        if model.config.layer_sharing:  # what a site reads in both runs counts
-            for site in SITES:
-                round_site(site, _hessians(layer, run)[site])
-            x = run()
-        else:
-            x = _with_inputs(layer, round_site, run)
+        x = run_layer(model, index, x, round_site)
         progress((index + 1) / len(model.model.layers))
     return stored
+
+
+def run_layer(model: Any, index: int, x: Tensor, visit: Callable[[str, Tensor], None]) -> Tensor:
+    """x [B, S, H] through stored layer ``index``; ``visit(site, X^T X)`` may change its matrices.
+
+    It is called just before they run, with what the matrices before them make of x; of a shared
+    layer with what they read in both runs.
+    """
+    run: Callable[[], Tensor] = partial(model.run_layer, index, x)
+    layer = model.model.layers[index]
+    if not model.config.layer_sharing:
+        return _with_inputs(layer, visit, run)
+    for site in SITES:
+        visit(site, _hessians(layer, run)[site])
+    return run()
 
 
 def _hessians(layer: Any, run: Callable[[], Tensor]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def quantize(
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     group_of = (order // size).tolist()
-    factor = _inverse_factor(hessian[order][:, order], damping)
+    factor = inverse_factor(hessian[order][:, order], damping)
     # The error of a column counts this much once later columns have adapted as well as they can.
     importance = factor.diagonal().square().reciprocal()
     grids: list[Grid] = []
@@ -75,7 +75,7 @@ def _group_of(grid: Grid, g: int) -> Grid:
     return Grid(grid.spec, grid.scales[:, cut], grid.zeros[:, cut], grid.minimums[:, cut])
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse, as float32."""
     h = hessian.double().clone()
     diagonal = h.diagonal()

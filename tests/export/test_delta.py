@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import support
+from pocketslm.cli import main
 from pocketslm.errors import CheckpointError, ExportError
 from pocketslm.export.delta import (
     Band,
@@ -18,8 +20,10 @@ from pocketslm.export.delta import (
     _split,
     make_delta,
     pack_bits,
+    paper_bands,
     unpack_bits,
 )
+from pocketslm.export.source import open_source
 from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
 from pocketslm.models.reference import parameter_shapes
 
@@ -61,22 +65,76 @@ def test_an_empty_delta_is_exactly_the_base(base: Checkpoint, tmp_path: Path) ->
         np.testing.assert_array_equal(again.weight(name), base.weight(name))
 
 
-def test_mixed_precision_beats_one_precision_and_low_rank_at_equal_bytes() -> None:
-    """On a long-tailed spectrum, as those of fine-tunes are."""
+def long_tailed() -> np.ndarray:
+    """A matrix whose spectrum is as those of fine-tunes are."""
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.standard_normal((256, 256)))[0] for _ in range(2))
-    delta = ((u * (np.arange(1, 257) ** -0.7)) @ v.T).astype(np.float32)
+    return ((u * (np.arange(1, 257) ** -0.7)) @ v.T).astype(np.float32)
+
+
+def inputs() -> torch.Tensor:
+    """Correlated ones [512, 256] of very different sizes."""
+    generator = torch.Generator().manual_seed(1)
+    mixed = torch.randn(512, 64, generator=generator) @ torch.randn(64, 256, generator=generator)
+    sizes = torch.arange(1, 257) ** -0.5
+    return (mixed / 8 + torch.randn(512, 256, generator=generator)) * sizes
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_mixed_precision_beats_one_precision_and_low_rank_at_equal_bytes(calibrated: bool) -> None:
+    """Of the matrix itself, and by GPTQ of what the matrix makes of its inputs."""
+    delta = long_tailed()
+    x = inputs() if calibrated else torch.eye(256)
+    hessian = x.T @ x / len(x) if calibrated else None
 
     def measured(*bands: Band) -> tuple[int, float]:
-        parts = _split(delta, bands)
+        parts = _split(delta, bands, hessian)
         size = sum(value.nbytes for value in parts.values())
-        return size, float(np.linalg.norm(_joined(parts, bands) - delta))
+        return size, float(np.linalg.norm(x.numpy() @ (_joined(parts, bands) - delta).T))
 
     size, error = measured(Band(2, 8), Band(32, 3), Band(116, 2))
     for other in (Band(44, 8), Band(175, 2), Band(11, 32)):
         other_size, other_error = measured(other)
         assert abs(other_size / size - 1) < 0.03
         assert error < other_error, other
+
+
+def test_gptq_loses_less_of_the_output_than_the_nearest_codes() -> None:
+    x, delta = inputs(), long_tailed()
+    hessian = x.T @ x / len(x)
+
+    bands = paper_bands(256 + 128)
+
+    def lost(hessian: torch.Tensor | None) -> float:
+        made = _joined(_split(delta, bands, hessian), bands)
+        return float(np.linalg.norm(x.numpy() @ (made - delta).T))
+
+    assert lost(hessian) < 0.95 * lost(None)
+    # Inputs that are alike and unrelated tell the right vectors nothing.
+    nearest, same = _split(delta, bands), _split(delta, bands, torch.eye(256))
+    for index in range(3):
+        np.testing.assert_array_equal(same[f"{index}.v"], nearest[f"{index}.v"])
+
+
+def test_the_command_s_file_is_a_checkpoint(
+    base: Checkpoint, tuned: Checkpoint, tmp_path: Path
+) -> None:
+    text, out = tmp_path / "text", tmp_path / "tuned.delta"
+    text.write_text("All happy families are alike. " * 60)
+    command = ["delta", str(base.path), str(tuned.path)]
+    options = ["--text", str(text), "--tokens", "1024"]
+    assert main([*command, str(out), *options]) == 0
+    assert main([*command, str(tmp_path / "exact"), *options, "--bands", "64x32"]) == 0
+    coarse, exact = open_source(f"{base.path}+{out}"), open_source(f"{base.path}+{tmp_path}/exact")
+    for name, shape in parameter_shapes(base.config).items():
+        ours, theirs, before = (each.weight(name) for each in (coarse, tuned, base))
+        assert np.abs(exact.weight(name) - theirs).max() < MAX_FULL_RANK_ERROR
+        if len(shape) == 2 and name.startswith("model.layers"):
+            assert 0 < np.linalg.norm(ours - theirs) < np.linalg.norm(before - theirs), name
+        else:
+            assert np.abs(ours - theirs).max() < MAX_FULL_RANK_ERROR, name
+    bundle = ["export", f"{base.path}+{out}", str(tmp_path / "bundle"), "--target", "native"]
+    assert main(bundle) == 0
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -95,6 +153,14 @@ def test_files_that_do_not_fit_are_errors(
     with pytest.raises(CheckpointError, match="another base"):
         DeltaCheckpoint(tuned, tmp_path / "d")
     whole = (tmp_path / "d").read_bytes()
+    parts = dict(load_file(tmp_path / "d"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    with safe_open(tmp_path / "d", framework="pt") as file:
+        facts = file.metadata()
+    for part, value in (("shape", torch.tensor([1 << 40, 64])), ("0.u", torch.zeros(2, 3).byte())):
+        save_file(parts | {f"{name}.{part}": value}, tmp_path / "damaged", metadata=facts)
+        with pytest.raises(CheckpointError, match="up_proj.weight is damaged"):
+            DeltaCheckpoint(base, tmp_path / "damaged").weight(name)
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="cannot read"):
         DeltaCheckpoint(base, tmp_path / "cut")

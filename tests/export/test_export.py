@@ -250,7 +250,12 @@ def test_quality_of_a_float_bundle_is_that_of_its_source(tiny_hf: Path, tmp_path
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     quality = evaluate_bundle(
-        tmp_path / "b", source=tiny_hf, text=text, window=64, windows=4, backend="onnx"
+        tmp_path / "b",
+        source=open_checkpoint(tiny_hf),
+        text=text,
+        window=64,
+        windows=4,
+        backend="onnx",
     )
     assert quality.tokens == 256
     assert abs(quality.kl) < 1e-6

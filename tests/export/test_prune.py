@@ -201,12 +201,14 @@ def test_a_pruned_bundle_is_measured_against_what_it_was_pruned_from(
     text = tmp_path / "text.txt"
     text.write_text("etaoin shrdlu " * 20)
     for source in (six, once, twice):
-        quality = evaluate_bundle(tmp_path / "out", source=source, text=text, window=32)
+        quality = evaluate_bundle(
+            tmp_path / "out", source=open_checkpoint(source), text=text, window=32
+        )
         assert quality.source == source.name
         assert abs(quality.kl) < MAX_LOGIT_ERROR  # the layers added nothing
     other = support.write_hf(tmp_path / "other", SIX, seed=1)
     with pytest.raises(UsageError, match="SHA-256 differs"):
-        evaluate_bundle(tmp_path / "out", source=other, text=text, window=32)
+        evaluate_bundle(tmp_path / "out", source=open_checkpoint(other), text=text, window=32)
     (twice / ORIGIN_FILE).write_text('{"made_from": "nonsense"}')
     with pytest.raises(CheckpointError, match="must be lists of texts"):
         open_checkpoint(twice)

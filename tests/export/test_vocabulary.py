@@ -98,7 +98,9 @@ def test_a_trimmed_bundle_is_evaluated_on_its_own_tokens(tiny_hf: Path, tmp_path
     assert len(keep) < support.TINY.vocab_size
     recipe = Recipe(weights="float", head="float", vocabulary=format_ranges(keep))
     export_bundle(open_checkpoint(tiny_hf), tmp_path / "out", recipe)
-    quality = evaluate_bundle(tmp_path / "out", source=tiny_hf, text=text, window=32)
+    quality = evaluate_bundle(
+        tmp_path / "out", source=open_checkpoint(tiny_hf), text=text, window=32
+    )
     assert quality.kl < 1e-5
     assert quality.top1 > 0.99
     assert read_recipe(tmp_path / "out" / "recipe.toml").vocabulary == recipe.vocabulary

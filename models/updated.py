@@ -1,0 +1,155 @@
+"""A checkpoint with something added to its weights, such as a LoRA adapter that PEFT saved."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketslm.errors import CheckpointError
+from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint, one_line, read_json
+from pocketslm.models.reference import parameter_shapes
+from pocketslm.models.tensors import Array, Weight, floats
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+# Fields of PEFT's LoraConfig that make an adapter more than A and B, where they are set.
+_MORE = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layer_replication",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "alora_invocation_tokens",
+)
+
+
+class Updated(ABC):
+    """``base`` with what ``file`` adds to its weights; weights without an update stay as they are.
+
+    ``note`` says what was added.
+    """
+
+    def __init__(self, base: Checkpoint, file: Path, name: str, note: str) -> None:
+        self.base, self.file = base, file
+        self.path, self.format, self.config = base.path, base.format, base.config
+        self.name = f"{base.name}+{name}"
+        self.licence, self.made_from = base.licence, base.made_from
+        self.notes = [*base.notes, note]
+
+    def files(self) -> list[Path]:
+        return [*self.base.files(), self.file]
+
+    def stored_bytes(self) -> dict[str, int]:
+        return self.base.stored_bytes() | {"update": self.file.stat().st_size}
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        return self.base.tokenizer_files()
+
+    def weight(self, name: str) -> Weight:
+        if name == HEAD and self.config.tie_word_embeddings:
+            name = EMBEDDING
+        weight = self.base.weight(name)
+        update = self.update(name, tuple(weight.shape))
+        if update is None:
+            return weight
+        if update.shape != tuple(weight.shape):
+            raise CheckpointError(
+                f"{self.file}: {name} has shape {update.shape}, expected {tuple(weight.shape)}"
+            )
+        total: Array = floats(weight) + update
+        return total
+
+    @abstractmethod
+    def update(self, name: str, shape: tuple[int, ...]) -> Array | None:
+        """What is added to a weight of this shape; None: nothing."""
+
+
+class WithAdapter(Updated):
+    """``base`` with PEFT's LoRA adapter of a folder merged in: ``W + alpha / r * B A``.
+
+    https://arxiv.org/abs/2106.09685; with ``use_rslora`` the factor is ``alpha / sqrt(r)``
+    (https://arxiv.org/abs/2312.03732). Raises CheckpointError for any other kind of adapter, and
+    where it does not fit the base.
+    """
+
+    def __init__(self, base: Checkpoint, folder: Path) -> None:
+        note = f"the adapter {folder.resolve().name} was merged into {base.name}"
+        super().__init__(base, folder / ADAPTER_WEIGHTS, folder.resolve().name, note)
+        where = folder / ADAPTER_CONFIG
+        data = read_json(where)
+        more = [name for name in _MORE if data.get(name)]
+        more += [
+            name
+            for name, plain in (("peft_type", "LORA"), ("bias", "none"))
+            if data.get(name, plain) != plain
+        ]
+        # Other initial values (pissa, loftq) go with a base that was changed with them.
+        more += ["init_lora_weights"] * (
+            data.get("init_lora_weights", True) not in (True, False, "gaussian")
+        )
+        if more:
+            raise CheckpointError(
+                f"{where}: {more[0]} is {data[more[0]]!r}, expected a plain LoRA adapter; merge it "
+                "with PEFT's merge_and_unload"
+            )
+        self.rank, alpha = data.get("r"), data.get("lora_alpha")
+        if not isinstance(self.rank, int) or self.rank < 1 or not isinstance(alpha, int | float):
+            raise CheckpointError(f"{where}: expected numbers r and lora_alpha")
+        self.scale = alpha / (sqrt(self.rank) if data.get("use_rslora") else self.rank)
+        self._names = self._matrices()
+
+    def _matrices(self) -> set[str]:
+        """Names of the matrices that have both factors, each of the right shape."""
+        shapes: dict[str, list[int]] = {}
+        with self._open() as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                shapes[name] = file.get_slice(name).get_shape()
+        wanted = {n: s for n, s in parameter_shapes(self.config).items() if len(s) == 2}
+        found = set()
+        for name, shape in shapes.items():
+            suffix = next((suffix for suffix in _FACTORS if name.endswith(suffix)), None)
+            matrix = f"{name.removeprefix(_PREFIX).removesuffix(suffix or '')}.weight"
+            if suffix is None or matrix not in wanted:
+                raise CheckpointError(
+                    f"{self.file}: {name!r} is not a factor of one of {self.base.name}'s matrices"
+                )
+            rows, columns = wanted[matrix]
+            expected = [self.rank, columns] if suffix == _FACTORS[0] else [rows, self.rank]
+            if shape != expected or any(self._factor(matrix, s) not in shapes for s in _FACTORS):
+                raise CheckpointError(
+                    f"{self.file}: {name!r} has shape {shape}, expected {expected} and a factor "
+                    "beside it"
+                )
+            found.add(matrix)
+        if not found:
+            raise CheckpointError(f"{self.file} has no tensors")
+        return found
+
+    def _factor(self, matrix: str, suffix: str) -> str:
+        return f"{_PREFIX}{matrix.removesuffix('.weight')}{suffix}"
+
+    def _open(self) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(self.file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {self.file}: {one_line(error)}") from None
+
+    def update(self, name: str, shape: tuple[int, ...]) -> Array | None:
+        if name not in self._names:
+            return None
+        with self._open() as file:
+            a, b = (file.get_tensor(self._factor(name, s)).float().numpy() for s in _FACTORS)
+        product: Array = np.float32(self.scale) * (b @ a)
+        return product

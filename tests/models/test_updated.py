@@ -1,0 +1,176 @@
+"""LoRA adapters merged into a checkpoint; what is more than A and B is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import support
+from pocketslm.cli import main
+from pocketslm.errors import CheckpointError, UsageError
+from pocketslm.export.source import open_source
+from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.reference import load_reference, parameter_shapes
+from pocketslm.models.tensors import QuantTensor, floats
+from pocketslm.models.updated import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WithAdapter
+from pocketslm.runtime.bundle import read_manifest
+
+MAX_ERROR = 1e-5  # of logits: fp32 products in another order
+RANK, ALPHA = 4, 6
+TARGETS = ("q_proj", "v_proj", "down_proj")
+# As PEFT 0.18 writes it, but for the fields that only training reads.
+CONFIG = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "somewhere/tiny",
+    "r": RANK,
+    "lora_alpha": ALPHA,
+    "lora_dropout": 0.05,
+    "target_modules": list(TARGETS),
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "lora_bias": False,
+}
+
+
+def factors() -> dict[str, torch.Tensor]:
+    """A and B of every target, by PEFT's names."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, shape in parameter_shapes(support.TINY).items():
+        if name.split(".")[-2] in TARGETS:
+            at = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{at}.lora_A.weight"] = torch.randn(RANK, shape[1], generator=generator) / 8
+            tensors[f"{at}.lora_B.weight"] = torch.randn(shape[0], RANK, generator=generator) / 8
+    return tensors
+
+
+def write_adapter(
+    folder: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: Any
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(CONFIG | changes))
+    save_file(factors() if tensors is None else tensors, folder / ADAPTER_WEIGHTS)
+    return folder
+
+
+class Beside(torch.nn.Module):
+    """What PEFT runs: the product of the base, and that of the factors beside it."""
+
+    def __init__(self, linear: Any, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.linear, self.a, self.b, self.scale = linear, a, b, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(x) + self.scale * (x @ self.a.T) @ self.b.T
+        return out
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(0, 240, 7)[None]
+    out: torch.Tensor = model(ids, model.empty_cache())[0]
+    return out
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, ALPHA / RANK), (True, ALPHA / RANK**0.5)])
+def test_merged_equals_factors_beside_the_base(
+    rslora: bool, scale: float, tiny_hf: Path, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "adapter", use_rslora=rslora)
+    base = open_checkpoint(tiny_hf)
+    merged = load_reference(WithAdapter(base, folder))
+    expected = load_reference(base)
+    plain = logits(expected)
+    for name, a in factors().items():
+        if name.endswith("lora_A.weight"):
+            at = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            b = factors()[name.replace("lora_A", "lora_B")]
+            parent, _, child = at.rpartition(".")
+            beside = Beside(expected.get_submodule(at), a, b, scale)
+            setattr(expected.get_submodule(parent), child, beside)
+    assert float((logits(merged) - logits(expected)).abs().max()) < MAX_ERROR
+    assert float((logits(merged) - plain).abs().max()) > 0.1
+
+
+def test_matrices_without_factors_stay_as_they_are(tiny_gguf: Path, tmp_path: Path) -> None:
+    base = open_checkpoint(tiny_gguf)
+    merged = WithAdapter(base, write_adapter(tmp_path))
+    kept, changed = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    assert isinstance(merged.weight(kept), QuantTensor)
+    np.testing.assert_array_equal(floats(merged.weight(kept)), floats(base.weight(kept)))
+    assert not np.array_equal(floats(merged.weight(changed)), floats(base.weight(changed)))
+
+
+def test_export_and_eval_take_a_base_and_its_adapter(tiny_hf: Path, tmp_path: Path) -> None:
+    name = f"{tiny_hf}+{write_adapter(tmp_path / 'polite')}"
+    out, text = tmp_path / "out", tmp_path / "text"
+    text.write_text("etaoin shrdlu " * 20)
+    options = ["--weights", "float", "--head", "float", "--target", "native"]
+    assert main(["export", name, str(out), *options]) == 0
+    manifest = read_manifest(out)
+    assert manifest.source["name"] == "hf+polite"
+    assert "the adapter polite was merged into hf" in manifest.notes
+    measure = ["eval", str(out), "--text", str(text), "--window", "32", "--windows", "2"]
+    assert main([*measure, "--source", name]) == 0
+    quality = read_manifest(out).quality
+    assert quality is not None
+    assert quality["kl"] < 1e-3
+    assert main([*measure, "--source", str(tiny_hf)]) == 2  # not what it was made from
+    with pytest.raises(UsageError, match="nowhere does not exist"):
+        open_source(f"{tiny_hf}+nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True, expected a plain LoRA adapter"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "IA3"}, "'IA3'"),
+        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"init_lora_weights": "pissa"}, "'pissa'"),
+        ({"r": 0}, "numbers r and lora_alpha"),
+        ({"lora_alpha": None}, "numbers r and lora_alpha"),
+        ({"r": 8}, r"has shape \[4, 96\], expected \[8, 96\]"),
+    ],
+)
+def test_other_adapters_are_refused(
+    change: dict[str, Any], message: str, tiny_hf: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        WithAdapter(open_checkpoint(tiny_hf), write_adapter(tmp_path, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_factors_that_do_not_fit_are_refused(tiny_hf: Path, tmp_path: Path) -> None:
+    base = open_checkpoint(tiny_hf)
+    _, *rest = factors()
+    alone = {name: factors()[name] for name in rest}
+    foreign = {"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(4, 64)}
+    extra = {"base_model.model.lm_head.weight": torch.zeros(264, 64)}
+    for tensors, message in (
+        (alone, "a factor beside it"),
+        (foreign, "is not a factor of"),
+        (factors() | extra, "is not a factor of"),
+        ({}, "has no tensors"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            WithAdapter(base, write_adapter(tmp_path, tensors))
+    whole = (tmp_path / ADAPTER_WEIGHTS).read_bytes()
+    (tmp_path / ADAPTER_WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="cannot read"):
+        WithAdapter(base, tmp_path)
+    with pytest.raises(CheckpointError, match=ADAPTER_CONFIG):
+        WithAdapter(base, tiny_hf)
