@@ -80,10 +80,12 @@ def add_commands(commands: Commands) -> None:
         "compare",
         _compare,
         "say which tests of two records differ, where the noise allows it",
-        "pocketslm compare before.jsonl after.jsonl",
+        "pocketslm compare both.jsonl",
     )
-    parser.add_argument("a", help="records of `bench --runs 5 --record`, or llama-bench's JSON")
-    parser.add_argument("b", help="the same, afterwards")
+    parser.add_argument("a", help="records of `bench --runs 8 --record`, or llama-bench's JSON")
+    parser.add_argument(
+        "b", nargs="?", help="the same of B (default: the other of the two bundles in A)"
+    )
 
     parser = commands.add(
         "fit",
@@ -169,13 +171,16 @@ def _bench_doc(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from pocketslm.profiling.compare import LEAST_RUNS, compare, compare_table
+    from pocketslm.profiling.compare import LEAST_RUNS, compare, compare_table, compare_two
     from pocketslm.profiling.llama_bench import read_rows
 
-    differences = compare(read_rows(arguments.a), read_rows(arguments.b))
+    rows = read_rows(arguments.a)
+    differences = compare(rows, read_rows(arguments.b)) if arguments.b else compare_two(rows)
     print(compare_table(differences), end="")
     if any(one.low is None for one in differences):
-        say(f"fewer than {LEAST_RUNS} runs on a side say nothing: measure with `bench --runs 5`")
+        say(f"fewer than {LEAST_RUNS} runs on a side say nothing: measure with `bench --runs 8`")
+    elif any(not one.in_turns for one in differences):
+        say("what is measured in turns is told apart better: `bench A B --runs 8 --record FILE`")
 
 
 def _fit(arguments: argparse.Namespace) -> None:
