@@ -254,6 +254,9 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         help="find the recipe nearest to the source within limits, such as "
         "ram=120MB,decode=250tps,ttft=1s@512,kl=0.05; the search is kept in OUT.plan",
     )
+    fit.add_argument(
+        "--prune", action="store_true", help="also try to leave out layers and MLP neurons"
+    )
     fit.add_argument("--trials", type=int, default=16, help="recipes to try (default: 16)")
     fit.add_argument("--text", default="lee", help="what quality is measured on (default: lee)")
     fit.add_argument("--storage", metavar="URL", help="Optuna's database (default: in OUT.plan)")
@@ -362,6 +365,7 @@ def _export_fitting(arguments: argparse.Namespace) -> None:
         calibration=arguments.calibration or arguments.text,
         base=base,
         vocabulary=resolve(arguments.vocabulary, say) if arguments.vocabulary else None,
+        prune=arguments.prune,
         trials=arguments.trials,
         storage=arguments.storage,
         say=say,

@@ -18,6 +18,7 @@ from typing import Any
 
 from pocketslm import __version__
 from pocketslm.errors import ExportError
+from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
@@ -52,10 +53,15 @@ def export_bundle(
         )
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
+    if recipe.removed_layers is not None:
+        checkpoint = WithoutLayers(checkpoint, parse_ranges(recipe.removed_layers))
     with _replacing(out, overwrite) as folder:
         for name, content in checkpoint.tokenizer_files().items():
             (folder / name).write_bytes(content)
-        recipe, prepared = _calibrated(checkpoint, recipe, folder, progress)
+        recipe, ids = _calibration(recipe, folder)
+        if recipe.neurons is not None:
+            checkpoint = _with_neurons(checkpoint, ids, recipe.neurons)
+        prepared = {} if ids is None else _quantized(checkpoint, recipe, ids, progress)
         assert recipe.targets is not None
         (folder / RECIPE_FILE).write_text(recipe.to_toml())
         stored = _StoredWeights(checkpoint, recipe, prepared)
@@ -87,18 +93,15 @@ def export_bundle(
     return manifest
 
 
-def _calibrated(
-    checkpoint: Checkpoint, recipe: Recipe, folder: Path, progress: Progress
-) -> tuple[Recipe, dict[str, Weight]]:
-    """The weights that calibration decides, and the recipe with its text's SHA-256.
+def _calibration(recipe: Recipe, folder: Path) -> tuple[Recipe, Any]:
+    """The recipe with its calibration text's SHA-256, and the text's tokens [B, S], if any.
 
     ``folder`` holds the tokenizer. Raises ExportError where the text is not the recipe's.
     """
     if recipe.calibration is None:
-        return recipe, {}
-    from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
+        return recipe, None
+    from pocketslm.export.quantize.calibration import last_tokens
     from pocketslm.models.catalog import resolve
-    from pocketslm.models.reference import load_reference
     from pocketslm.runtime.tokenizer import load_tokenizer
 
     text = resolve(recipe.calibration)
@@ -107,13 +110,30 @@ def _calibrated(
     sha256 = file_entry(text).sha256
     if recipe.calibration_sha256 not in (None, sha256):
         raise ExportError(f"{text} is not the recipe's calibration text (SHA-256 differs)")
-    reference = load_reference(checkpoint, context=window)
+    return replace(recipe, calibration_sha256=sha256), ids
+
+
+def _with_neurons(checkpoint: Checkpoint, ids: Any, neurons: int) -> Checkpoint:
+    """The checkpoint with the most important ``neurons`` of each layer's MLP alone."""
+    from pocketslm.export.prune import width
+    from pocketslm.models.reference import load_reference
+
+    importance = width.activation_importance(load_reference(checkpoint, ids.shape[1]), ids)
+    return width.Narrowed(checkpoint, width.keep_top(importance, neurons=neurons))
+
+
+def _quantized(
+    checkpoint: Checkpoint, recipe: Recipe, ids: Any, progress: Progress
+) -> dict[str, Weight]:
+    """The weights that calibration on ``ids`` decides."""
+    from pocketslm.export.quantize.calibration import quantize_layers
+    from pocketslm.models.reference import load_reference
 
     def spec(name: str) -> Spec | None:
         return recipe.spec(name, quantized=isinstance(checkpoint.weight(name), QuantTensor))
 
-    prepared = quantize_layers(
-        reference,
+    return quantize_layers(
+        load_reference(checkpoint, ids.shape[1]),
         ids,
         spec,
         recipe.fit,
@@ -121,7 +141,6 @@ def _calibrated(
         use_gptq=recipe.use_gptq,
         progress=lambda fraction: progress("quantize", fraction),
     )
-    return replace(recipe, calibration_sha256=sha256), prepared
 
 
 def update_manifest(folder: Path, manifest: Manifest) -> None:

@@ -20,13 +20,17 @@ from typing import Any
 from pocketslm.errors import ExportError, UsageError
 from pocketslm.export.evaluate import Ids, evaluate, windows_of
 from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.prune.depth import block_influence, least_influence
 from pocketslm.export.prune.vocabulary import format_ranges, parse_ranges, tokens_of
+from pocketslm.export.quantize.calibration import last_tokens
 from pocketslm.export.recipe import Recipe
+from pocketslm.models.catalog import resolve
 from pocketslm.models.checkpoint import HEAD, Checkpoint, checkpoint_sha256
+from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor
 from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.bundle import open_bundle
-from pocketslm.runtime.tokenizer import load_tokenizer
+from pocketslm.runtime.tokenizer import load_tokenizer, load_tokenizer_files
 
 # What a budget can limit: its unit, and whether more is better.
 METRICS: dict[str, tuple[str, bool]] = {
@@ -40,6 +44,9 @@ METRICS: dict[str, tuple[str, bool]] = {
 }
 OBJECTIVES = ("kl", "ram", "decode")
 REPORT, PICTURE = "plan.md", "pareto.svg"
+# What `prune` may try: shares of the layers to remove, and of each MLP's neurons to keep.
+REMOVED_LAYERS, KEPT_NEURONS = (0, 0.1, 0.2), (0.875, 0.75)
+INFLUENCE_TOKENS = 2048  # of the calibration text
 QUICK_WINDOWS = 2  # enough to see that a recipe is hopeless
 HOPELESS = 2.0  # times the KL allowed, after those
 
@@ -136,6 +143,7 @@ def search(
     calibration: str = "lee",
     base: Recipe | None = None,
     vocabulary: Path | None = None,
+    prune: bool = False,
     trials: int = 16,
     windows: int = 8,
     storage: str | None = None,
@@ -149,8 +157,9 @@ def search(
     that calibrate see the end of ``calibration``, a file or catalog name. ``work``: a folder for
     the database (unless ``storage`` names another of Optuna's) and the bundle being tried.
     ``base``: the recipe whose other fields every trial shares. ``vocabulary``: also try to keep
-    only this text's tokens. ``measure``: speed and memory of a bundle, by default on this machine.
-    Raises UsageError, CheckpointError, ExportError.
+    only this text's tokens. ``prune``: also try to leave out the layers of least influence and the
+    MLP neurons of least activation on the calibration text. ``measure``: speed and memory of a
+    bundle, by default on this machine. Raises UsageError, CheckpointError, ExportError.
     """
     import optuna
 
@@ -159,9 +168,11 @@ def search(
     work.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kept = None if vocabulary is None else format_ranges(tokens_of(checkpoint, vocabulary))
-    space = _Space(checkpoint, base or Recipe(targets=("native",)), calibration, kept)
+    base = base or Recipe(targets=("native",))
+    influence = _influence(checkpoint, base, calibration) if prune else None
+    space = _Space(checkpoint, base, calibration, kept, influence)
     facts = [checkpoint_sha256(checkpoint), hashlib.sha256(text.read_bytes()).hexdigest()]
-    facts += [str(windows), str(budget.prompt), str(kept), space.base.to_toml()]
+    facts += [str(windows), str(budget.prompt), str(kept), base.to_toml(), *["pruned"] * prune]
     study = optuna.create_study(
         storage=storage or f"sqlite:///{work / 'trials.db'}",
         study_name=hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16],
@@ -198,13 +209,35 @@ def window_of(checkpoint: Checkpoint) -> int:
     return min(512, checkpoint.config.max_position_embeddings)
 
 
+def _influence(checkpoint: Checkpoint, base: Recipe, calibration: str) -> list[float]:
+    """Block influence of each layer on the calibration text: one forward pass."""
+    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    window = base.calibration_window
+    tokens = max(window, min(base.calibration_tokens, INFLUENCE_TOKENS))
+    ids = last_tokens(resolve(calibration), load_tokenizer_files(files).encode, tokens, window)
+    return block_influence(load_reference(checkpoint, window), ids)
+
+
 class _Space:
-    """The recipes that a search may try, as Optuna's parameters."""
+    """The recipes that a search may try, as Optuna's parameters.
+
+    ``influence``: of each layer; None: layers and neurons all stay.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, base: Recipe, calibration: str, vocabulary: str | None
+        self,
+        checkpoint: Checkpoint,
+        base: Recipe,
+        calibration: str,
+        vocabulary: str | None,
+        influence: Sequence[float] | None,
     ) -> None:
         self.base, self.calibration, self.vocabulary = base, calibration, vocabulary
+        self.influence = influence
+        config = checkpoint.config
+        self.depths = sorted({round(share * config.num_hidden_layers) for share in REMOVED_LAYERS})
+        widths = {int(share * config.intermediate_size) // 32 * 32 for share in KEPT_NEURONS}
+        self.widths = [config.intermediate_size, *sorted(widths - {0}, reverse=True)]
         quantized = isinstance(checkpoint.weight("model.layers.0.mlp.up_proj.weight"), QuantTensor)
         head = isinstance(checkpoint.weight(HEAD), QuantTensor)
         self.weights = ["keep"] * quantized + ["int4", "int8"]
@@ -219,6 +252,11 @@ class _Space:
             *[as_is | {"vocabulary": True}] * trim,
             int4 | {"head": "int4", "vocabulary": trim},
         ]
+        if influence is not None:
+            pruned = ({"layers": self.depths[-1]}, {"neurons": self.widths[-1]})
+            whole = {"layers": 0, "neurons": self.widths[0]}
+            self.first += [as_is | {"vocabulary": trim} | parts for parts in pruned]
+            self.first = [whole | parameters for parameters in self.first]
 
     def recipe(self, trial: Any) -> Recipe:
         weights = trial.suggest_categorical("weights", self.weights)
@@ -227,13 +265,25 @@ class _Space:
         if weights == "int4":
             fields["group_size"] = trial.suggest_categorical("group_size", [32, 64, 128])
             fields["grid"] = trial.suggest_categorical("grid", ["min", "sym"])
-            method = trial.suggest_categorical("method", ["rtn", "search", "search+gptq"])
-            fields["method"] = method
-            if method != "rtn":
-                fields["calibration"] = self.calibration
+            fields["method"] = trial.suggest_categorical("method", ["rtn", "search", "search+gptq"])
         if self.vocabulary is not None and trial.suggest_categorical("vocabulary", [False, True]):
             fields["vocabulary"] = self.vocabulary
+        if self.influence is not None:
+            fields |= self._pruning(trial)
+        if fields.get("neurons") and weights == "keep":
+            # The down projections lose columns, and so their blocks: they are rounded again.
+            fields |= {"grid": "min", "method": "search+gptq"}
+        if fields.get("neurons") or fields.get("method", "rtn") != "rtn":
+            fields["calibration"] = self.calibration
         return replace(self.base, **fields)
+
+    def _pruning(self, trial: Any) -> dict[str, Any]:
+        assert self.influence is not None
+        fields: dict[str, Any] = {}
+        if layers := trial.suggest_categorical("layers", self.depths):
+            fields["removed_layers"] = format_ranges(least_influence(self.influence, layers))
+        neurons = trial.suggest_categorical("neurons", self.widths)
+        return fields | ({"neurons": neurons} if neurons < self.widths[0] else {})
 
 
 class _Bench:
@@ -317,6 +367,10 @@ def describe(recipe: Recipe) -> str:
         words[0] += f" g{recipe.group_size} {recipe.grid} {recipe.method}"
     if recipe.vocabulary is not None:
         words.append("vocabulary trimmed")
+    if recipe.removed_layers is not None:
+        words.append(f"without layers {recipe.removed_layers}")
+    if recipe.neurons is not None:
+        words.append(f"{recipe.neurons} neurons")
     return ", ".join(words)
 
 

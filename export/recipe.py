@@ -17,7 +17,7 @@ from pocketslm.export.quantize import hqq, rtn, search
 from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
 from pocketslm.models.checkpoint import EMBEDDING, HEAD
 from pocketslm.models.config import ModelConfig
-from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.models.tensors import QuantTensor, Weight, floats
 
 Scheme = Literal["keep", "float", "int4", "int8"]
 DType = Literal["fp32", "fp16"]
@@ -48,6 +48,8 @@ class Recipe:
     ``calibration_window``; with it, search weighs errors too. ``calibration_sha256`` is filled in.
 
     ``vocabulary``: the ids of the tokens that stay, as ranges such as ``0-270,300``; None: all.
+    ``removed_layers``: those that do not, as ranges. ``neurons``: how many of the MLP stay in each
+    layer, the most important on the calibration text; None: all.
 
     ``dtype`` is that of the ONNX graph's activations and KV cache, ``kv_cache`` that of the native
     graph. ``context`` is the longest sequence, by default the model's own up to 4096 tokens.
@@ -69,6 +71,8 @@ class Recipe:
     calibration_sha256: str | None = None
     overrides: Mapping[str, Scheme] = field(default_factory=dict)
     vocabulary: str | None = None
+    removed_layers: str | None = None
+    neurons: int | None = None
     dtype: DType = "fp32"
     kv_cache: KvCache = "fp16"
     context: int | None = None
@@ -87,7 +91,8 @@ class Recipe:
                 f"{' and '.join('+' + part for part in _WITH)}"
             )
         if self.needs_calibration and self.calibration is None:
-            raise ExportError(f"method {self.method!r} needs a calibration text")
+            what = f"method {self.method!r}" if self.neurons is None else "leaving neurons out"
+            raise ExportError(f"{what} needs a calibration text")
         for name, allowed in (("grid", KINDS), ("kv_cache", get_args(KvCache))):
             if getattr(self, name) not in allowed:
                 raise ExportError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
@@ -132,7 +137,7 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.use_gptq or self.use_awq
+        return self.use_gptq or self.use_awq or self.neurons is not None
 
     def scheme(self, name: str, *, quantized: bool) -> Scheme:
         """How a matrix is stored; ``quantized``: the source holds it in blocks, which may be kept.
@@ -158,7 +163,7 @@ class Recipe:
         quantized = isinstance(weight, QuantTensor)
         if len(weight.shape) != 2 or self.scheme(name, quantized=quantized) == "keep":
             return weight
-        array = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+        array = floats(weight)
         spec = self.spec(name, quantized=quantized)
         return array if spec is None else round_to_grid(torch.from_numpy(array), spec, self.fit)
 

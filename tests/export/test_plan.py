@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
+import support
 from pocketslm.errors import ExportError, UsageError
 from pocketslm.export import plan
+from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.plan import Budget, Metrics, Trial, parse_budget
-from pocketslm.export.recipe import Recipe, read_recipe
+from pocketslm.export.prune.depth import block_influence, least_influence
+from pocketslm.export.prune.vocabulary import format_ranges
+from pocketslm.export.recipe import RECIPE_FILE, Recipe, read_recipe
 from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
+from pocketslm.models.config import ModelConfig
+from pocketslm.models.reference import load_reference
 from pocketslm.runtime.bundle import open_bundle
+from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 QUICK = Recipe(targets=("native",), calibration_tokens=512, calibration_window=64)
 
@@ -123,6 +132,38 @@ def test_what_breaks_the_budget_is_given_up_before_it_is_measured(
         assert all("decode" not in one.metrics for one in trials)
         with pytest.raises(ExportError, match="no recipe of 2 fits"):
             plan.choose(trials)
+
+
+def test_pruning_is_among_the_choices_and_in_the_recipe(
+    tmp_path: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    five = ModelConfig(**{**support.TINY.__dict__, "num_hidden_layers": 5})
+    source = open_checkpoint(support.write_hf(tmp_path_factory.mktemp("five") / "hf", five))
+    options: dict[str, Any] = {"calibration": str(text), "base": QUICK, "windows": 1}
+    budget = parse_budget("kl=1000")
+    trials = plan.search(
+        source, text, budget, tmp_path, trials=4, prune=True, measure=measured, **options
+    )
+    depth, width = (one.recipe for one in trials[2:])
+    least = least_influence(block_influence(load_reference(source), calibration_ids(text)), 1)
+    assert depth.removed_layers == format_ranges(least)
+    assert depth.neurons is None
+    assert (width.removed_layers, width.neurons) == (None, 64)
+    assert "64 neurons" in plan.describe(width)
+    sizes = [one.metrics["size"] for one in trials]
+    assert max(sizes[2:]) < sizes[0]
+    both = replace(width, removed_layers=depth.removed_layers)
+    first = export_bundle(source, tmp_path / "first", both)
+    again = export_bundle(source, tmp_path / "again", read_recipe(tmp_path / "first" / RECIPE_FILE))
+    assert first.files == again.files
+    config = ModelConfig.from_dict(first.architecture)
+    assert (config.num_hidden_layers, config.intermediate_size) == (4, 64)
+
+
+def calibration_ids(text: Path) -> torch.Tensor:
+    """The text's last 512 tokens in windows of 64, as in QUICK."""
+    ids = load_tokenizer_files(support.tokenizer_files()).encode(text.read_text())[-512:]
+    return torch.tensor(ids).view(8, 64)
 
 
 def test_the_command_ends_in_a_bundle_that_fits(

@@ -73,6 +73,7 @@ def test_options_and_a_recipe_say_the_same(
         ('method = "magic"', "'magic'"),
         ('method = "rtn+hqq"', "'rtn\\+hqq'"),
         ('method = "gptq"', "needs a calibration text"),
+        ("neurons = 64", "leaving neurons out needs a calibration text"),
         ('grid = "round"', "'round'"),
         ('kv_cache = "int2"', "'int2'"),
         ('[overrides]\n"a" = "int3"', "overrides"),
