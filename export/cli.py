@@ -72,6 +72,12 @@ def add_commands(commands: Commands) -> None:
         "--uniform", action="store_true", help="--adaptive: the same from every layer"
     )
     parser.add_argument(
+        "--sparse",
+        metavar="PATTERN",
+        help="set weights to zero by Wanda: a share of each row (0.5), or all but 2 of every 4 "
+        "(2:4); no target is smaller or faster for it",
+    )
+    parser.add_argument(
         "--text", default="lee", help="a UTF-8 file or catalog text whose end shows what matters"
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of the text (default: 4096)")
@@ -86,7 +92,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("model", help=MODEL)
     parser.add_argument(
         "--table",
-        choices=("quantize", "depth", "width", "adaptive", "all"),
+        choices=("quantize", "depth", "width", "adaptive", "sparse", "all"),
         default="all",
         help="which methods (default: all)",
     )
@@ -125,7 +131,11 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences a step (default: 4)")
     parser.add_argument("--sequence", type=int, default=256, help="tokens each (default: 256)")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--lora-rank", type=int, help="train low-rank updates (default: all)")
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        help="train low-rank updates (default: all); SPP's, usually 16, for a sparse student",
+    )
     parser.add_argument("--hidden", action="store_true", help="match the last hidden state too")
     parser.add_argument(
         "--adaptive",
@@ -394,6 +404,7 @@ def _prune(arguments: argparse.Namespace) -> None:
         channels=arguments.channels,
         adaptive=arguments.adaptive,
         uniform=arguments.uniform,
+        sparse=arguments.sparse,
         tokens=arguments.tokens,
     )
     source = open_source(arguments.model, say)

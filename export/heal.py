@@ -3,9 +3,10 @@
 Knowledge distillation as Minitron does it (https://arxiv.org/abs/2407.14679): the forward KL
 divergence between the logits of teacher and student at temperature 1, and, where much depth is
 gone, the distance of their last hidden states, weighted so that both terms count alike. All
-weights learn, or low-rank updates alone (LoRA, https://arxiv.org/abs/2106.09685) that are merged
-at the end. A run stopped at any moment goes on from its last checkpoint and ends in the same
-weights as one that was never stopped.
+weights learn, or low-rank updates alone (LoRA, https://arxiv.org/abs/2106.09685; SPP's where the
+student is sparse), which are merged at the end; a sparse student keeps its zeros. A run stopped at
+any moment goes on from its last checkpoint and ends in the same weights as one that was never
+stopped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pocketslm.errors import UsageError
-from pocketslm.export.prune import adaptive, width
-from pocketslm.export.prune.pruned import Trained
+from pocketslm.export.prune import adaptive, sparse, width
+from pocketslm.export.prune.pruned import Changed
 from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.hf_writer import save_hf
@@ -162,8 +164,10 @@ class _Run:
         self.teacher = load_reference(teacher, config.sequence).to(device)
         if config.lora_rank is None:
             self.student.requires_grad_(True)
+            if student.sparse:
+                keep_zeros(self.student)
         else:
-            add_lora(self.student, config.lora_rank)
+            add_lora(self.student, config.lora_rank, sparse.Spp if student.sparse else LowRank)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.projection: nn.Linear | None = None
         if config.hidden:
@@ -241,7 +245,7 @@ class _Run:
         model = self.student.eval().requires_grad_(False).cpu()
         if self.config.adaptive is None:
             return model
-        narrow = width.Narrowed(Trained(self.checkpoint, model), self.kept)
+        narrow = width.Narrowed(Changed(self.checkpoint, model, "trained"), self.kept)
         return load_reference(narrow, self.config.sequence)
 
 
@@ -258,18 +262,24 @@ class LowRank(nn.Module):
         return weight + self.b @ self.a
 
 
-def add_lora(model: nn.Module, rank: int) -> None:
+def add_lora(
+    model: nn.Module, rank: int, update: Callable[[Tensor, int], nn.Module] = LowRank
+) -> None:
     """Make every matrix of the blocks learn through a low-rank update; all else is frozen."""
     model.requires_grad_(False)
-    matrices = [
-        module
-        for name, module in model.named_modules()
-        if name.endswith("_proj") and isinstance(getattr(module, "weight", None), Tensor)
-    ]
-    for module in matrices:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        parametrize.register_parametrization(module, "weight", LowRank(weight, rank))
+    for module in _projections(model):
+        parametrize.register_parametrization(module, "weight", update(module.weight, rank))
+
+
+def keep_zeros(model: nn.Module) -> None:
+    """Zeros of the blocks' matrices get no gradient, so that they stay zeros."""
+    for module in _projections(model):
+        module.weight.register_hook(partial(torch.mul, module.weight.detach() != 0))
+
+
+def _projections(model: nn.Module) -> list[Any]:
+    """The modules of the blocks that have a matrix."""
+    return [module for name, module in model.named_modules() if name.endswith("_proj")]
 
 
 def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:

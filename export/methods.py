@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pocketslm.errors import UsageError
 from pocketslm.export.evaluate import Ids, compare, windows_of
-from pocketslm.export.prune import adaptive, depth, width
+from pocketslm.export.prune import adaptive, depth, sparse, width
 from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
 from pocketslm.export.recipe import GROUP_SIZES, Recipe
 from pocketslm.export.text import read_text
@@ -29,7 +29,7 @@ from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
-TABLES = ("quantize", "depth", "width", "adaptive")
+TABLES = ("quantize", "depth", "width", "adaptive", "sparse")
 METHODS = ("rtn", "search", "hqq", "gptq", "search+gptq", "awq", "awq+search+gptq")
 _WITHOUT_DATA = ("rtn", "hqq")
 GRIDS = ("sym", "min")
@@ -125,6 +125,7 @@ def rows(
         "depth": _shallow,
         "width": _narrow,
         "adaptive": _adaptive,
+        "sparse": _sparse,
     }
     found = []
     for table in tables:
@@ -266,6 +267,24 @@ def _adaptive(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
     for percent in (10, 20):
         for method in ("uniform", "adaptive"):
             yield method, f"{percent} % of the layers", make
+
+
+def _sparse(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
+    """Size: fp32 values that are left, and a bit for each weight; no target stores it so."""
+
+    def make(method: str, detail: str) -> Row:
+        model = bench.model()
+        pattern = sparse.parse_pattern(detail.split()[0])
+        start = time.perf_counter()
+        sparse.sparsify(model, bench.calibration[:4], pattern, wanda=method == "wanda")
+        seconds = time.perf_counter() - start
+        size = sparse.compressed_bytes(model)
+        about = {"table": "sparse", "method": method, "detail": detail}
+        return bench.measure(model, **about, size_mb=size / 1e6, seconds=seconds)
+
+    for detail in ("0.5 zeros", "2:4", "4:8"):
+        for method in ("magnitude", "wanda"):
+            yield method, detail, make
 
 
 def _fp32_mb(model: Any) -> float:

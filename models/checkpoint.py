@@ -32,7 +32,8 @@ class Checkpoint(Protocol):
     """What export needs of a checkpoint; weights are read one by one, on demand.
 
     ``notes`` says in words what reading changed (such as K-quants that were dequantized);
-    ``made_from`` are the SHA-256s of the checkpoints it was pruned or healed from, nearest first.
+    ``made_from`` are the SHA-256s of the checkpoints it was pruned or healed from, nearest first;
+    ``sparse``: the pattern of zeros in its layers, such as ``2:4``; healing keeps them.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Checkpoint(Protocol):
     name: str
     notes: list[str]
     made_from: list[str]
+    sparse: str | None
 
     def files(self) -> list[Path]:
         """The files that hold weights."""
@@ -117,6 +119,7 @@ class HFCheckpoint:
         self.licence = _model_card_licence(path / "README.md") or origin["licence"]
         self.notes: list[str] = origin["notes"]
         self.made_from: list[str] = origin["made_from"]
+        self.sparse: str | None = origin["sparse"]
         self._where = self._index()
 
     def _index(self) -> dict[str, Path]:
@@ -202,6 +205,7 @@ class GGUFCheckpoint:
             raise CheckpointError(f"{path}: GGUF metadata has no general.architecture")
         self.name = path.stem
         self.made_from: list[str] = []
+        self.sparse: str | None = None
         self.licence = meta.get("general.license")
         architecture = architectures.canonical(name)
         divisors = None
@@ -284,14 +288,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_origin(checkpoint: Checkpoint, folder: Path) -> None:
     """``origin.json``: what a checkpoint made from ``checkpoint`` inherits of it."""
     made_from = [checkpoint_sha256(checkpoint), *checkpoint.made_from]
-    origin = {"licence": checkpoint.licence, "notes": checkpoint.notes, "made_from": made_from}
+    origin = {
+        "licence": checkpoint.licence,
+        "notes": checkpoint.notes,
+        "made_from": made_from,
+        "sparse": checkpoint.sparse,
+    }
     (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
 
 
 def _read_origin(folder: Path) -> dict[str, Any]:
     """What :func:`write_origin` wrote; of a folder without it, nothing is known."""
     path = folder / ORIGIN_FILE
-    origin: dict[str, Any] = {"licence": None, "notes": [], "made_from": []}
+    origin: dict[str, Any] = {"licence": None, "notes": [], "made_from": [], "sparse": None}
     origin |= read_json(path) if path.exists() else {}
     lists = origin["notes"], origin["made_from"]
     if not all(isinstance(part, list) and all(isinstance(x, str) for x in part) for part in lists):

@@ -44,6 +44,7 @@ class Updated(ABC):
         self.path, self.format, self.config = base.path, base.format, base.config
         self.name = f"{base.name}+{name}"
         self.licence, self.made_from = base.licence, base.made_from
+        self.sparse: str | None = None  # an update fills zeros in
         self.notes = [*base.notes, note]
 
     def files(self) -> list[Path]:

@@ -80,6 +80,7 @@ USER_ERRORS = {
     "bad share": (["prune", "HF", "OUT", "--text", "TEXT", "--adaptive", "1.5"], "adaptive is 1.5"),
     "bad bands": (["delta", "HF", "HF", "OUT", "--bands", "2x5"], "'2x5', expected RANKxBITS"),
     "no update": (["export", "smollm2-135m-instruct+nowhere", "OUT"], "nowhere does not exist"),
+    "bad zeros": (["prune", "HF", "OUT", "--text", "TEXT", "--sparse", "4:2"], "'4:2', expected"),
     "bad method": (["export", "HF", "OUT", "--method", "magic"], "'magic', expected one of rtn"),
     "no recipe": (["export", "HF", "OUT", "--recipe", "nowhere.toml"], "cannot read nowhere.toml"),
     "bad sampling": (["run", "BUNDLE", "hi", "--top-p", "7"], "top_p is 7.0"),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pocketslm.errors import UsageError
-from pocketslm.export.prune import adaptive, depth, width
+from pocketslm.export.prune import adaptive, depth, sparse, width
+from pocketslm.export.prune.pruned import Changed
 from pocketslm.export.quantize.calibration import last_tokens
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.hf_writer import save_hf
@@ -30,7 +31,8 @@ class PruneConfig:
     ``kv_heads`` (with their query heads), ``neurons`` and ``channels`` are how many each layer or
     the model keeps, the most important by their activations; None keeps all. ``adaptive``: the part
     of the layers' weights to remove then, as KV heads and neurons, more of them from layers of
-    little importance, or the same from each (``uniform``). Importance is measured on the last
+    little importance, or the same from each (``uniform``). ``sparse``: the zeros that Wanda puts
+    into the matrices in the end, such as ``0.5`` or ``2:4``. Importance is measured on the last
     ``tokens`` of a text, in windows of ``window``.
     """
 
@@ -42,6 +44,7 @@ class PruneConfig:
     channels: int | None = None
     adaptive: float | None = None
     uniform: bool = False
+    sparse: str | None = None
     tokens: int = 4096
     window: int = 512
 
@@ -52,10 +55,13 @@ class PruneConfig:
             raise UsageError(f"{self.layers} layers to remove, expected at least 0")
         if self.adaptive is not None:
             adaptive.check_share(self.adaptive)
+        if self.sparse is not None:
+            sparse.parse_pattern(self.sparse)
         widths = self.kv_heads or self.neurons or self.channels or self.adaptive
-        if not (self.layers or self.share or widths):
+        if not (self.layers or self.share or widths or self.sparse):
             raise UsageError(
-                "nothing to prune; give layers, share, kv_heads, neurons, channels or adaptive"
+                "nothing to prune; give layers, share, kv_heads, neurons, channels, adaptive or "
+                "sparse"
             )
 
 
@@ -104,6 +110,12 @@ def prune_folder(
         pruned = width.Narrowed(pruned, left)
     if config.share:
         pruned = depth.Shared(pruned)
+    if config.sparse is not None:
+        model = load_reference(pruned, config.window)
+        pattern = sparse.parse_pattern(config.sparse)
+        sparse.sparsify(model, ids, pattern, progress=progress)
+        note = f"Wanda left {pattern} zeros in the layers; {sparse.NOTE}"
+        pruned = Changed(pruned, model, note, sparse=str(pattern))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
         folder = Path(aside) / "model"

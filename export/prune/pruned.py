@@ -20,6 +20,7 @@ class Pruned(ABC):
         self.whole, self.config = whole, config
         self.path, self.format, self.name = whole.path, whole.format, whole.name
         self.licence, self.made_from = whole.licence, whole.made_from
+        self.sparse = whole.sparse
         self.notes = [*whole.notes, note]
 
     def files(self) -> list[Path]:
@@ -36,11 +37,15 @@ class Pruned(ABC):
         """What is left of a weight, by its name in the pruned model."""
 
 
-class Trained(Pruned):
-    """``whole`` with the weights that ``model``, its reference model, has by now."""
+class Changed(Pruned):
+    """``whole`` with the weights that ``model``, its reference model, has by now.
 
-    def __init__(self, whole: Checkpoint, model: Any) -> None:
-        super().__init__(whole, whole.config, "weights were trained")
+    ``note`` says why; ``sparse``: how many of them are zero, where it is not as before.
+    """
+
+    def __init__(self, whole: Checkpoint, model: Any, note: str, sparse: str | None = None) -> None:
+        super().__init__(whole, whole.config, note)
+        self.sparse = sparse or whole.sparse
         self.state = dict(model.named_parameters())
 
     def weight(self, name: str) -> Weight:

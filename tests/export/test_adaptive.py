@@ -18,7 +18,7 @@ from pocketslm.errors import ExportError, UsageError
 from pocketslm.export.heal import HealConfig, heal, heal_folder
 from pocketslm.export.prune import adaptive, depth, width
 from pocketslm.export.prune.folder import RECORD_FILE
-from pocketslm.export.prune.pruned import Trained
+from pocketslm.export.prune.pruned import Changed
 from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
 from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends import open_session
@@ -101,7 +101,7 @@ def test_what_adds_nothing_goes_first_and_changes_nothing(
     for layer in model.model.layers:
         layer.mlp.down_proj.weight[:, dead] = 0
         layer.mlp.up_proj.weight[dead] = 0
-    expected, trained = logits(model), Trained(whole, model)
+    expected, trained = logits(model), Changed(whole, model, "dead")
     share = 64 / 256 * 256 * 3 / (256 * 3 + 3 * 2 * 3 * 16)
     kept = adaptive.prune(model, adaptive.everything(config), IDS, share, amplitude=0)
     assert all(torch.equal(neurons, ~dead) for neurons in kept.neurons)

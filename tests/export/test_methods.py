@@ -31,7 +31,7 @@ def test_every_row_is_made_once(
         monkeypatch.setattr(methods, name, few)
     results, said = tmp_path / "rows.jsonl", list[str]()
     found = methods.rows(bench, results, methods.TABLES, said.append)
-    assert len(said) == len(found) == 2 + 3 + 12 + 4
+    assert len(said) == len(found) == 2 + 3 + 12 + 4 + 6
     assert {row.table for row in found} == set(methods.TABLES)
     plain = {(row.method, row.detail): row for row in found}
     assert plain["gptq", "sym g32"].kl < plain["rtn", "sym g32"].kl
@@ -45,7 +45,7 @@ def test_every_row_is_made_once(
     with pytest.raises(UsageError, match="no row of depth has 'gptq'"):
         methods.rows(bench, results, ("depth",), again.append, "gptq")
     table = methods.markdown(found)
-    assert table.count("\n\n") == 3
+    assert table.count("\n\n") == 4
     assert "| sym g32 | gptq |" in table
 
 
