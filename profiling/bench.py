@@ -51,6 +51,7 @@ def bench(
     threads: Sequence[int] = (),
     backends: Sequence[str] = ("auto",),
     cold: bool = False,
+    operators: bool = False,
     context: int | None = None,
     peers: Sequence[str] = (),
     source: Path | None = None,
@@ -66,6 +67,7 @@ def bench(
     with generation after them. tests: in place of all these. repetitions: counted ones, after one
     that is not. runs: how often all of it is done, in new processes. threads: empty takes every
     core that this process may use. cold: drop each artefact from the page cache before loading it.
+    operators: after the repetitions one more, which is not counted, for the time of each operator.
     context: a KV cache larger than the tests need. peers: ``NAME`` or ``NAME=ARTEFACT``, or "all"
     that can run here; without an artefact it is made of ``source``, the checkpoint that the first
     bundle was exported from. timeout_s: for one repetition, or for loading and the warm-up.
@@ -99,7 +101,7 @@ def bench(
     contenders = [_ours(bundle, backend) for bundle in opened for backend in backends]
     contenders += _prepare_peers(peers, source, opened[0], say, progress)
     session = _Session(
-        repetitions, timeout_s, cold, progress, groups=len(tests) * len(threads) * runs
+        repetitions, timeout_s, cold, operators, progress, groups=len(tests) * len(threads) * runs
     )
     rows = []
     for _ in range(runs):
@@ -132,9 +134,17 @@ class _Session:
     """The rows of one call of :func:`bench`."""
 
     def __init__(
-        self, repetitions: int, timeout_s: float, cold: bool, progress: Progress, *, groups: int
+        self,
+        repetitions: int,
+        timeout_s: float,
+        cold: bool,
+        operators: bool,
+        progress: Progress,
+        *,
+        groups: int,
     ) -> None:
         self._repetitions, self._timeout_s, self._cold = repetitions, timeout_s, cold
+        self._operators = operators
         self._progress, self._groups, self._done = progress, groups, 0
         self._limits = cache(limits)
         self._common: dict[str, Any] = {
@@ -169,11 +179,20 @@ class _Session:
                 for index in order if turn % 2 == 0 else reversed(order):
                     time.sleep(SETTLE_S)
                     samples[index].append(workers[index].run())
+            spent = [
+                worker.operators().operator_ns if self._operators else None for worker in workers
+            ]
         self._done += 1
         self._progress(name, self._done / self._groups)
         return [
-            replace(self._row(contender, test, threads, loaded, taken), limits=ceiling)
-            for contender, loaded, taken in zip(contenders, loads, samples, strict=True)
+            replace(
+                self._row(contender, test, threads, loaded, taken),
+                limits=ceiling,
+                operator_ns=operator_ns,
+            )
+            for contender, loaded, taken, operator_ns in zip(
+                contenders, loads, samples, spent, strict=True
+            )
         ]
 
     def _job(self, contender: _Contender, test: Test, threads: int) -> Job:

@@ -129,12 +129,15 @@ def bars(rows: Sequence[Bar], title: str, names: Sequence[str] = ()) -> str:
         height += 46
     at = 0.0
     for index, name in enumerate(names):
+        width = 18 + LETTER * len(name) + 24
+        if at + width > WIDTH:
+            at, height = 0.0, height + LINE
         parts.append(
             f'<rect class="f{index % COLOURS}" x="{at:.1f}" y="{height:.1f}" width="12" '
             'height="12" rx="2"/>'
         )
         parts.append(_text(at + 18, height + 10, name))
-        at += 18 + LETTER * len(name) + 24
+        at += width
     return _svg("".join(parts), height + (20 if names else 0), title)
 
 
@@ -196,7 +199,7 @@ class _Scale:
             self.low, self.high = low / margin, high * margin
             self.ticks = axis.ticks or tuple(log_ticks(self.low, self.high))
         else:
-            low = min(low, 0.0) if axis.zero else low
+            low = min(low, 0.0) if axis.zero else low - 0.06 * (high - low)
             high = high + 0.06 * (high - low) if high > low else low + (abs(low) or 1.0)
             self.low, self.high = low, high
             self.ticks = axis.ticks or tuple(linear_ticks(low, high))

@@ -39,6 +39,14 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="only the table of the SlimLM paper: prompts of 1 to 800 tokens, each with an answer",
     )
+    parser.add_argument(
+        "--documents",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="only the document task: what the assistant asks when it summarises these files, "
+        "suggests questions and answers one (default: the document that ships with it)",
+    )
     parser.add_argument("-r", "--repetitions", type=int, default=5)
     parser.add_argument("--runs", type=int, default=1, help="all of it again, in new processes")
     parser.add_argument("--cold", action="store_true", help="load from storage, not page cache")
@@ -62,6 +70,9 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument(
         "--backend", default="auto", help="one or several, as native,onnx (default: the first)"
+    )
+    parser.add_argument(
+        "--operators", action="store_true", help="also the time by operator, of one more repetition"
     )
     devices.add_bench_options(parser)
 
@@ -129,7 +140,11 @@ def _bench(arguments: argparse.Namespace) -> None:
     from pocketslm.profiling import plan
     from pocketslm.profiling.bench import bench
     from pocketslm.profiling.tables import format_rows
+    from pocketslm.profiling.workload import document_tests
 
+    tests = None
+    if arguments.documents is not None:
+        tests = document_tests(arguments.bundle[0], arguments.documents, arguments.context)
     with Progress() as progress:
         rows = bench(
             *arguments.bundle,
@@ -137,11 +152,13 @@ def _bench(arguments: argparse.Namespace) -> None:
             n_gen=[] if arguments.slimlm else arguments.n_gen,
             n_depth=arguments.n_depth,
             n_both=plan.SLIMLM if arguments.slimlm else arguments.pg,
+            tests=tests,
             repetitions=arguments.repetitions,
             runs=arguments.runs,
             threads=arguments.threads,
             backends=arguments.backend.split(","),
             cold=arguments.cold,
+            operators=arguments.operators,
             context=arguments.context,
             timeout_s=arguments.timeout,
             record=arguments.record,

@@ -173,11 +173,12 @@ def _by_test(rows: Sequence[Measurement]) -> dict[_Test, list[_Run]]:
     several = len(artefacts) > len({runtime for runtime, _ in artefacts})
     found: dict[_Test, list[_Run]] = {}
     for row in rows:
-        name = row.test if row.workload == "random" else f"{row.workload} {row.test}"
         engine = f"{row.runtime} {row.backend.partition(' ')[0]}".strip()
         engine = f"{row.artefact} on {engine}" if several else engine
         speed = statistics.fmean(map(math.log, row.tokens_per_second))
-        found.setdefault((name, engine, row.threads), []).append(_Run(row.started, row.run, speed))
+        found.setdefault((row.title, engine, row.threads), []).append(
+            _Run(row.started, row.run, speed)
+        )
     return {key: sorted(runs, key=_when) for key, runs in found.items()}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from pocketslm import __version__
 from pocketslm.profiling.machine import installed_version
-from pocketslm.runtime.backends import BACKENDS, TopSession, open_session
+from pocketslm.runtime.backends import BACKENDS, Session, TopSession, open_session
 from pocketslm.runtime.bundle import open_bundle
 
 
@@ -116,14 +116,16 @@ class PocketSlm:
                     module.load_library()
 
     def open(self, job: Job) -> Engine:
-        return _SessionEngine(job)
-
-
-class _SessionEngine:
-    def __init__(self, job: Job) -> None:
         bundle = open_bundle(job.artefact, verify=False)
-        self._session = open_session(bundle, job.backend, job.threads, job.context)
-        self.backend = self._session.backend
+        return SessionEngine(open_session(bundle, job.backend, job.threads, job.context))
+
+
+class SessionEngine:
+    """One of our backends."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.backend = session.backend
         self._next = np.zeros(1, np.int64)
 
     def reset(self) -> None:

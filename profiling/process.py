@@ -45,7 +45,14 @@ class Sample:
     major_faults: int = 0
 
 
-_Answer = TypeVar("_Answer", Loaded, Sample)
+@dataclass(frozen=True)
+class Operators:
+    """The time of each in one repetition; field as in Measurement."""
+
+    operator_ns: dict[str, int] | None
+
+
+_Answer = TypeVar("_Answer", Loaded, Sample, Operators)
 
 
 class Worker:
@@ -91,6 +98,10 @@ class Worker:
     def run(self) -> Sample:
         """One repetition."""
         return self._parse(Sample, self._ask("run"))
+
+    def operators(self) -> Operators:
+        """One more repetition, operator by operator."""
+        return self._parse(Operators, self._ask("operators"))
 
     def _ask(self, request: str) -> str:
         assert self._process.stdin is not None

@@ -70,7 +70,8 @@ class Measurement:
     counted. base_rss_bytes: the worker's peak before it loaded (interpreter and libraries), which
     peak_rss_bytes includes; rss_anon_bytes, rss_file_bytes, pss_bytes, pss_file_bytes: steady,
     after the last repetition. cpu_ns, major_faults: of the counted repetitions together.
-    operator_ns: time by operator over them. bytes_per_token: weights read for one token;
+    operator_ns: time by operator of one more repetition, in
+    the runtime's own words. bytes_per_token: weights read for one token;
     macs_per_token: multiply-accumulates of one token in the layers, attention apart; head_macs:
     in the output head.
     quality: as the bundle's manifest has it.
@@ -158,6 +159,11 @@ class Measurement:
         parts = (("pp", self.n_prompt), ("tg", self.n_gen))
         name = "+".join(f"{kind}{count}" for kind, count in parts if count)
         return f"{name} @ d{self.n_depth}" if self.n_depth else name
+
+    @property
+    def title(self) -> str:
+        """The test, with its workload where that is none of random tokens."""
+        return self.test if self.workload == "random" else f"{self.workload} {self.test}"
 
     @property
     def tokens_per_second(self) -> tuple[float, ...]:

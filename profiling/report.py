@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pocketslm.profiling import charts
 from pocketslm.profiling.charts import Axis, Bar, Point, Series, clean
 from pocketslm.profiling.llama_bench import read_rows
 from pocketslm.profiling.records import Measurement, TracePoint, percentile
-from pocketslm.profiling.tables import FORMATS, format_rows, ratios
+from pocketslm.profiling.tables import ANSWERS, FORMATS, answers, format_rows, ratios
 
 SUFFIXES = (".html", ".svg", *(f".{style}" for style in FORMATS))
 
@@ -132,7 +133,18 @@ def html(rows: Sequence[Measurement]) -> str:
     days = sorted({row.started[:10] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     count = f"{len(rows)} measurement{'s' * (len(rows) > 1)}"
-    sections = (_summary, _speed, _roofline, _memory, _trace, _pareto, _energy, _devices)
+    sections = (
+        _summary,
+        _answers,
+        _speed,
+        _operators,
+        _roofline,
+        _memory,
+        _trace,
+        _pareto,
+        _energy,
+        _devices,
+    )
     body = "".join(section(data) for section in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -166,7 +178,7 @@ def _summary(data: _Rows) -> str:
             step = [percentile(row.step_ns, p) / 1e6 for p in (50, 90, 99)] if row.step_ns else []
             ttft = f"{summary['ttft_ns_p50'] / 1e6:.1f} ms" if row.ttft_ns else ""
             cells.append(
-                [row.test + (" cold" if row.cold else "")]
+                [row.title + (" cold" if row.cold else "")]
                 + [f"{summary['avg_ts']:.1f} ± {summary['stddev_ts']:.1f}", ttft]
                 + ([f"{ms:.2f} ms" for ms in step] or [""] * 3)
                 + [_mb(row.peak_rss_bytes), "" if row.load_ns is None else _ms(row.load_ns)]
@@ -190,15 +202,64 @@ def _summary(data: _Rows) -> str:
     )
 
 
+def _answers(data: _Rows) -> str:
+    groups = []
+    for setup, rows in data.by_setup.items():
+        if found := answers(rows):
+            group = _Group(data.names[setup], data.colour(setup))
+            groups.append((group, [cells for _, cells in found]))
+    if not groups:
+        return ""
+    return _section(
+        "Prompts with answers",
+        "Medians. The prompts of one task count together, TTFT is that of its first one.",
+        _table(ANSWERS, groups),
+    )
+
+
+def _operators(data: _Rows) -> str:
+    """A chart for the rows of each runtime: their operators have different names."""
+    engines: dict[str, list[Measurement]] = {}
+    for row in data.all:
+        if row.operator_ns and sum(row.operator_ns.values()):
+            engine = f"{row.runtime}, {row.backend.partition(' ')[0]}"
+            engines.setdefault(engine, []).append(row)
+    text = ""
+    for engine, rows in engines.items():
+        heading = f"<h3>{clean(engine)}</h3>" if len(engines) > 1 else ""
+        text += heading + _figure(_operators_chart(data, rows))
+    return text and _section(
+        "Operators",
+        "Shares of the time of one repetition, which is not among those counted elsewhere; beside "
+        "each bar the sum. Norms and quantization count to the product that they feed.",
+        text,
+    )
+
+
+def _operators_chart(data: _Rows, rows: Sequence[Measurement]) -> str:
+    """What the colours cannot tell apart counts together."""
+    each = [(row, row.operator_ns or {}, sum((row.operator_ns or {}).values())) for row in rows]
+    shares: Counter[str] = Counter()
+    for _, times, total in each:
+        shares.update({name: ns / total for name, ns in times.items()})
+    names = [name for name, _ in shares.most_common(charts.COLOURS - 1)]
+    bars = []
+    for row, times, total in each:
+        parts = [(times.get(name, 0) / total, colour) for colour, name in enumerate(names)]
+        parts.append((1 - sum(share for share, _ in parts), len(names)))
+        label = f"{data.names[_setup(row)]}, {row.title}"
+        bars.append(Bar(label, parts, f"{total / 1e6:.1f} ms"))
+    others = ["others"] * (len(shares) > len(names))
+    return charts.bars(bars, "Time by operator", [*names, *others])
+
+
 def _speed(data: _Rows) -> str:
     decode = data.curves(
         lambda row: row.n_depth if row.n_gen and not row.n_prompt else None,
         lambda row: row.decode_tps,
     )
-    prefill = data.curves(lambda row: row.n_prompt or None, lambda row: row.prefill_tps)
-    ttft = data.curves(
-        lambda row: row.n_prompt or None, lambda row: [ns / 1e6 for ns in row.ttft_ns]
-    )
+    prefill = data.curves(_prompt, lambda row: row.prefill_tps)
+    ttft = data.curves(_prompt, lambda row: [ns / 1e6 for ns in row.ttft_ns])
     lengths = sorted({x for one in prefill for x, _ in one.points})
     prompt = Axis("prompt, tokens", log=True, ticks=_apart(lengths))
     note = "Medians; the pale bars reach from the slowest to the fastest repetition."
@@ -217,6 +278,11 @@ def _speed(data: _Rows) -> str:
             "Time to the first token", note, _figure(charts.plot(ttft, prompt, time, "TTFT"))
         )
     return text
+
+
+def _prompt(row: Measurement) -> float | None:
+    """The length of a prompt that is part of a sweep: those of documents are what they are."""
+    return row.n_prompt if row.n_prompt and row.workload == "random" else None
 
 
 def _roofline(data: _Rows) -> str:
@@ -277,7 +343,7 @@ def _dots(data: _Rows, setup: _Setup) -> Series:
         head = row.head_macs or 0
         work = row.macs_per_token * (row.n_prompt or 1) + head
         seconds = statistics.median(row.samples_ns) / 1e9 / (row.n_gen or 1)
-        found.setdefault(row.test, []).append((work / weights, work / seconds / 1e9))
+        found.setdefault(row.title, []).append((work / weights, work / seconds / 1e9))
     points = [
         (statistics.median(x for x, _ in each), statistics.median(y for _, y in each))
         for each in found.values()
@@ -298,7 +364,7 @@ def _memory(data: _Rows) -> str:
             ([f"steady {_mb(row.steady_rss_bytes)}"] if row.steady_rss_bytes else [])
             + ([f"peak {_mb(peak)}"] if peak else [])
         )
-        rows.append(Bar(f"{data.names[setup]}, {row.test}", parts, text, peak))
+        rows.append(Bar(f"{data.names[setup]}, {row.title}", parts, text, peak))
     if not rows:
         return ""
     names = ["own (anonymous)", "of files (weights, libraries)"]
@@ -311,7 +377,9 @@ def _memory(data: _Rows) -> str:
 
 
 def _trace(data: _Rows) -> str:
-    """Only long rows tell something: those of at least a few points."""
+    """Only long rows tell something: those of a few points, and not far shorter than others."""
+    longest = max((row.trace[-1].at_ns for row in data.all if row.trace), default=0)
+    rows = [row for row in data.all if row.trace and row.trace[-1].at_ns >= longest / 4]
     sensors: tuple[tuple[str, str, Callable[[TracePoint], object], float], ...] = (
         ("Memory over time", "resident, MB", lambda point: point.rss_bytes, 1e6),
         ("Power", "W", lambda point: point.watts, 1.0),
@@ -321,12 +389,12 @@ def _trace(data: _Rows) -> str:
     text = ""
     for title, label, read, unit in sensors:
         series: list[Series] = []
-        for row in data.all:
+        for row in rows:
             values = [(point.at_ns / 1e9, _finite(read(point)) / unit) for point in row.trace]
             values = [(at, value) for at, value in values if math.isfinite(value)]
             if len(values) > 2:
                 name = (
-                    f"{data.names[_setup(row)]}, {row.test}{' (throttled)' * bool(row.throttled)}"
+                    f"{data.names[_setup(row)]}, {row.title}{' (throttled)' * bool(row.throttled)}"
                 )
                 series.append(Series(name, values, len(series), marks=False))
         if series:
@@ -403,7 +471,7 @@ def _energy(data: _Rows) -> str:
         setup = _setup(row)
         joules = row.joules_per_token or 0.0
         text = f"{1e3 * joules:.3g} mJ/token"
-        name = f"{data.names[setup]}, {row.test}: {row.energy.label}"
+        name = f"{data.names[setup]}, {row.title}: {row.energy.label}"
         rows.append(Bar(name, [(joules, data.colour(setup))], text))
     note = "Per token, of the counted repetitions together; each bar says what it includes."
     return _section("Energy", note, _figure(charts.bars(rows, "Energy"))) if rows else ""

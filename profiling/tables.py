@@ -13,6 +13,8 @@ from typing import Any
 from pocketslm.errors import UsageError
 from pocketslm.profiling.records import OURS, Measurement
 
+ANSWERS = ("what", "prompt", "answer", "TTFT", "input, t/s", "output, t/s", "total")
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -54,14 +56,15 @@ def ratios(rows: Sequence[Measurement]) -> list[Ratio]:
 
 
 def _test_key(row: Measurement) -> tuple[str, str, int]:
-    return row.run, row.test, row.threads
+    return row.run, row.title, row.threads
 
 
 def _ratio(ours: Measurement, peer: Measurement) -> Ratio:
-    each = [a / b for a, b in zip(ours.tokens_per_second, peer.tokens_per_second, strict=True)]
+    # Where one was cut short, the other has more repetitions.
+    each = [a / b for a, b in zip(ours.tokens_per_second, peer.tokens_per_second, strict=False)]
     peer_name = f"{peer.artefact} on {_engine(peer)}"
     median = statistics.median(ours.tokens_per_second) / statistics.median(peer.tokens_per_second)
-    return Ratio(ours.test, ours.threads, peer_name, median, min(each), max(each))
+    return Ratio(ours.title, ours.threads, peer_name, median, min(each), max(each))
 
 
 def _md(rows: Sequence[Measurement]) -> str:
@@ -70,17 +73,85 @@ def _md(rows: Sequence[Measurement]) -> str:
         ["l", "r", "l", "r", "r", "r", "r", "r"],
         [_md_row(row) for row in rows],
     )
-    compared = ratios(rows)
-    if not compared:
-        return table
-    return f"{table}\n" + md_table(
-        ["ours against", "threads", "test", "ratio", "min .. max of rounds"],
-        ["l", "r", "r", "r", "r"],
-        [
-            [r.peer, str(r.threads), r.test, f"{r.median:.2f}", f"{r.low:.2f} .. {r.high:.2f}"]
-            for r in compared
-        ],
-    )
+    tables = [table]
+    if answered := answers(rows):
+        setups = [[*setup, *figures] for setup, figures in answered]
+        tables.append(
+            md_table(["model", "backend", "threads", *ANSWERS], ["l", "l", *"rlrrrrrr"], setups)
+        )
+    if timed := [row for row in rows if row.operator_ns]:
+        tables.append(
+            md_table(
+                ["model", "backend", "threads", "test", "of the time"],
+                ["l", "l", "r", "r", "l"],
+                [
+                    [row.artefact, _engine(row), str(row.threads), row.title, _shares(row)]
+                    for row in timed
+                ],
+            )
+        )
+    if compared := ratios(rows):
+        tables.append(
+            md_table(
+                ["ours against", "threads", "test", "ratio", "min .. max of rounds"],
+                ["l", "r", "r", "r", "r"],
+                [
+                    [
+                        r.peer,
+                        str(r.threads),
+                        r.test,
+                        f"{r.median:.2f}",
+                        f"{r.low:.2f} .. {r.high:.2f}",
+                    ]
+                    for r in compared
+                ],
+            )
+        )
+    return "\n".join(tables)
+
+
+def answers(rows: Sequence[Measurement]) -> list[tuple[tuple[str, str, str], list[str]]]:
+    """The columns ANSWERS of prompts with answers, as SlimLM prints them
+    (https://arxiv.org/abs/2411.09944), each with its artefact, engine and threads.
+
+    Medians over repetitions. The prompts of one task count together, but for the time to its first
+    token.
+    """
+    tasks: dict[tuple[tuple[str, str, str], tuple[str, ...]], list[Measurement]] = {}
+    for row in rows:
+        if row.n_prompt and row.n_gen:
+            setup = row.artefact, _engine(row), str(row.threads)
+            task = row.test if row.workload == "random" else row.workload
+            tasks.setdefault((setup, (row.run, row.machine.cpu, task)), []).append(row)
+    return [(setup, _answer(group)) for (setup, _), group in tasks.items()]
+
+
+def _answer(rows: Sequence[Measurement]) -> list[str]:
+    prompt, new = sum(row.n_prompt for row in rows), sum(row.n_gen for row in rows)
+    prefill = sum(statistics.median(row.prefill_ns) for row in rows) / 1e9
+    decode = sum(row.n_gen / statistics.median(row.decode_tps) for row in rows)
+    total = sum(statistics.median(row.samples_ns) for row in rows) / 1e9
+    several = f", {len(rows)} prompts" if len(rows) > 1 else ""
+    return [
+        ("random tokens" if rows[0].workload == "random" else rows[0].workload) + several,
+        str(prompt),
+        str(new),
+        f"{statistics.median(rows[0].prefill_ns) / 1e6:.0f} ms",
+        f"{prompt / prefill:.1f}",
+        f"{new / decode:.1f}",
+        f"{total:.2f} s",
+    ]
+
+
+def _shares(row: Measurement) -> str:
+    """Operators by their share of the time, those below a hundredth together."""
+    times = row.operator_ns or {}
+    total = sum(times.values()) or 1
+    order = sorted(times, key=lambda name: -times[name])
+    great = [name for name in order if times[name] >= total / 100]
+    small = sum(times[name] for name in order if name not in great)
+    named = [f"{name} {times[name] / total:.0%}" for name in great]
+    return ", ".join(named + [f"others {small / total:.0%}"] * bool(small))
 
 
 def _md_row(row: Measurement) -> list[str]:
@@ -90,7 +161,7 @@ def _md_row(row: Measurement) -> list[str]:
         f"{row.size_bytes / 1e6:.1f} MB",
         _engine(row),
         str(row.threads),
-        row.test,
+        row.title,
         f"{summary['avg_ts']:.2f} ± {summary['stddev_ts']:.2f}",
         "" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 1e6:.0f} MB",
         "" if row.load_ns is None else f"{row.load_ns / 1e6:.0f} ms",

@@ -2,8 +2,9 @@
 
 Protocol, in JSON lines: the parent writes a Job; the worker loads, warms up and answers
 ``{"backend", "load_ns", "base_rss_bytes"}``; to each further line of the parent it answers with
-one repetition, the fields of process.Sample; end of input ends it. In place
-of any answer ``{"error", "message"}`` may come: the name and text of a pocketslm error.
+one repetition, the fields of process.Sample, or to the line "operators" with the time of each in
+one more, ``{"operator_ns"}``, which is null where the runtime does not tell; end of input ends it.
+In place of any answer ``{"error", "message"}`` may come: the name and text of a pocketslm error.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import IO, Any
 from pocketslm.errors import PocketSlmError
 from pocketslm.profiling.engine import Engine, Job
 from pocketslm.profiling.memory import memory
+from pocketslm.profiling.operators import open_profiled
 from pocketslm.profiling.peers import runtime_named
 
 
@@ -31,7 +34,10 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
         engine, loaded = load(job)
         repeat(engine, job)  # warm-up: first touches of memory, not counted
         _write(answers, loaded)
-        for _ in requests:
+        for request in requests:
+            if request.strip() == "operators":
+                _write(answers, {"operator_ns": operator_ns(job)})
+                continue
             before = resource.getrusage(resource.RUSAGE_SELF)
             times = repeat(engine, job)
             after = resource.getrusage(resource.RUSAGE_SELF)
@@ -62,11 +68,22 @@ class Times:
     step_ns: list[int]
 
 
-def repeat(engine: Engine, job: Job) -> Times:
-    """Time one repetition from an empty cache."""
+def operator_ns(job: Job) -> dict[str, int] | None:
+    """Nanoseconds by operator of the timed part of one repetition, in a session of its own."""
+    with open_profiled(job) as profiled:
+        if profiled is None:
+            return None
+        repeat(profiled.engine, job)  # as in serve
+        repeat(profiled.engine, job, profiled.start)
+        return profiled.read()
+
+
+def repeat(engine: Engine, job: Job, begin: Callable[[], None] = lambda: None) -> Times:
+    """Time one repetition from an empty cache; ``begin`` is called right before what is timed."""
     engine.reset()
     if job.n_depth:
         engine.prefill(job.ids)
+    begin()
     marks = [perf_counter_ns()]
     if not job.n_depth:  # of a generation from nothing, the first step is that of the first token
         engine.prefill(job.ids)

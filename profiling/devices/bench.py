@@ -43,6 +43,7 @@ class Conditions:
     pin: big, little, prime, all or CPUs such as 4-7; None leaves it to the system. sustained_s:
     repeat without a pause for so long, to see it throttle; 0: ``repetitions`` times. cold: drop
     the model from the page cache and load it anew before each repetition, which is counted at once.
+    operators: after the repetitions one more, for the time of each operator.
     pause_s: between tests; None takes the device's own. idle_s: how long to watch a battery's
     drain at rest beforehand. interval_s: between polls of the sensors; 0 leaves them out.
     """
@@ -51,6 +52,7 @@ class Conditions:
     pin: str | None = None
     sustained_s: float = 0.0
     cold: bool = False
+    operators: bool = False
     pause_s: float | None = None
     idle_s: float = IDLE_S
     interval_s: float = 1.0
@@ -121,6 +123,7 @@ class _Counted:
     windows_ns: list[tuple[int, int]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
     pss_bytes: int | None = None
+    operator_ns: dict[str, int] | None = None
     reasons: list[str] = field(default_factory=list)
 
     def add(self, test: Test, answer: dict[str, Any], end_ns: int) -> None:
@@ -194,8 +197,9 @@ class _Session:
             counted = _Counted(self._load(runner, test, threads), limits, base)
             if not self._conditions.cold:
                 _repeat(runner, test)  # first touches of memory, not counted
-            with self._sampler(runner.pid) as sampler:
-                try:
+            sampler = self._sampler(runner.pid)
+            try:
+                with sampler:
                     for turn in self._turns():
                         self._progress(f"{test.name}, {threads} threads, {turn + 1}", done)
                         if self._conditions.cold and turn:
@@ -205,11 +209,13 @@ class _Session:
                         counted.add(test, answer, time.monotonic_ns())
                         sampler.poll()
                         counted.stats = runner.ask("stats")
-                    counted.pss_bytes = self._pss(runner.pid, counted.stats)
-                    counted.reasons = self._reasons()
-                finally:
-                    if counted.stats:
-                        self._keep(self._row(test, counted, sampler, run))
+                counted.pss_bytes = self._pss(runner.pid, counted.stats)
+                counted.reasons = self._reasons()
+                if self._conditions.operators:
+                    counted.operator_ns = self._operators(runner, test, threads)
+            finally:
+                if counted.stats:
+                    self._keep(self._row(test, counted, sampler, run))
 
     def _turns(self) -> Iterator[int]:
         """The repetitions, as many as asked for or for as long."""
@@ -233,14 +239,30 @@ class _Session:
             self._limits[threads] = Limits(probe["bandwidth_bytes_per_s"], probe["int8_macs_per_s"])
         return self._limits[threads]
 
-    def _load(self, runner: RunnerProcess, test: Test, threads: int) -> dict[str, Any]:
+    def _operators(self, runner: RunnerProcess, test: Test, threads: int) -> dict[str, int]:
+        """Nanoseconds of the timed part of one repetition, by operator."""
+        self._load(runner, test, threads, profile=True)
+        _repeat(runner, test)  # as in measure
+        answer = _repeat(runner, test)
+        parts = [part for part, n in (("prefill", test.n_prompt), ("decode", test.n_gen)) if n]
+        times = [answer[f"{part}_times"] for part in parts]
+        return {
+            name.removesuffix("_ns"): sum(one[name] for one in times)
+            for name in times[0]
+            if name.endswith("_ns")
+        }
+
+    def _load(
+        self, runner: RunnerProcess, test: Test, threads: int, *, profile: bool = False
+    ) -> dict[str, Any]:
         pinning = {"cpus": self.cpus, "pin": True} if self.cpus else {}
         return runner.ask(
             "load",
             path=self._model,
             threads=threads,
             context=test.context,
-            cold=self._conditions.cold,
+            cold=self._conditions.cold and not profile,
+            profile=profile,
             **pinning,
         )
 
@@ -300,6 +322,7 @@ class _Session:
             pss_file_bytes=stats["pss_file_bytes"] or None,
             cpu_ns=counted.cpu_ns,
             major_faults=counted.major_faults,
+            operator_ns=counted.operator_ns,
             energy=self._energy(counted, sampler),
             trace=trace,
             throttled=throttled(counted.step_ns or counted.samples_ns, trace, counted.reasons),

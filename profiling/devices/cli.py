@@ -59,6 +59,7 @@ def bench(arguments: argparse.Namespace) -> None:
     from pocketslm.profiling.plan import SLIMLM, plan
     from pocketslm.profiling.records import Measurement, append_records
     from pocketslm.profiling.tables import format_rows
+    from pocketslm.profiling.workload import document_tests
     from pocketslm.runtime.bundle import open_bundle
 
     if arguments.peer or arguments.backend not in ("auto", "native"):
@@ -68,19 +69,25 @@ def bench(arguments: argparse.Namespace) -> None:
         pin=arguments.pin,
         sustained_s=arguments.sustained,
         cold=arguments.cold,
+        operators=arguments.operators,
         pause_s=arguments.pause,
         idle_s=arguments.idle,
         interval_s=arguments.interval,
         timeout_s=arguments.timeout,
     )
+    first, *_ = arguments.bundle
     manifests = [open_bundle(path, verify=False).manifest for path in arguments.bundle]
-    tests = plan(
-        min(one.architecture["vocab_size"] if one else 1 for one in manifests),
-        n_prompt=[] if arguments.slimlm else arguments.n_prompt,
-        n_gen=[] if arguments.slimlm else arguments.n_gen,
-        n_depth=arguments.n_depth,
-        n_both=SLIMLM if arguments.slimlm else arguments.pg,
-        context=arguments.context,
+    tests = (
+        document_tests(first, arguments.documents, arguments.context)
+        if arguments.documents is not None
+        else plan(
+            min(one.architecture["vocab_size"] if one else 1 for one in manifests),
+            n_prompt=[] if arguments.slimlm else arguments.n_prompt,
+            n_gen=[] if arguments.slimlm else arguments.n_gen,
+            n_depth=arguments.n_depth,
+            n_both=SLIMLM if arguments.slimlm else arguments.pg,
+            context=arguments.context,
+        )
     )
     rows: list[Measurement] = []
 

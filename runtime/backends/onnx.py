@@ -38,8 +38,14 @@ class OnnxSession:
     """
 
     def __init__(
-        self, bundle: Bundle, graph: Graph, threads: int | None, context: int | None
+        self,
+        bundle: Bundle,
+        graph: Graph,
+        threads: int | None,
+        context: int | None,
+        profile: str | None = None,
     ) -> None:
+        """profile: the beginning of the path that onnxruntime writes its own profile to."""
         self.backend = f"onnxruntime {ort.__version__}"
         self.context = context or graph.context
         self.threads = threads or usable_cores()
@@ -47,6 +53,8 @@ class OnnxSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _ERRORS_ONLY
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, profile
         self._chunk = PREFILL_CHUNK
         if graph.backend == "onnx-pocketslm":
             self._use_native_operators(options)
@@ -124,6 +132,15 @@ class OnnxSession:
         if not 0 <= length <= self.length:
             raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
         self.length = length
+
+    @property
+    def profile_start_ns(self) -> int:
+        """When the profile began."""
+        return int(self._session.get_profiling_start_time_ns())
+
+    def end_profile(self) -> str:
+        """Write the profile; its path."""
+        return str(self._session.end_profiling())
 
     def _run(self, tokens: npt.NDArray[np.int64], all_logits: bool) -> Logits:
         count = len(tokens)

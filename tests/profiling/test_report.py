@@ -23,9 +23,11 @@ from pocketslm.profiling.report import html, write_report
 HOSTILE = "<script>alert('x')</script>&\"\x00\ud800"
 SECTIONS = [
     "Summary",
+    "Prompts with answers",
     "Decoding",
     "Prefill",
     "Time to the first token",
+    "Operators",
     "Roofline",
     "Memory",
     "Over time",
@@ -58,6 +60,7 @@ def full(make_row: Any, **changes: Any) -> list[Measurement]:
         "limits": Limits(30e9, 400e9),
         "energy": Energy(12.0, "/sys/energy", "package"),
         "trace": trace,
+        "operator_ns": {f"operator {i}": i for i in range(12)},
     } | changes
     rows = []
     for artefact, size, kl in (("q4", 98_000_000, 0.003), ("q3", 70_000_000, 0.2)):
@@ -65,13 +68,14 @@ def full(make_row: Any, **changes: Any) -> list[Measurement]:
         rows += [make_row(**own, n_prompt=n) for n in (64, 512)]
         decode = own | {"n_prompt": 0, "n_gen": 2, "step_ns": (1, 2, 3, 4)}
         rows += [make_row(**decode, n_depth=n) for n in (0, 512)]
+        rows.append(make_row(**decode | {"n_prompt": 64, "prefill_ns": (9, 8)}, workload="ask"))
     return rows
 
 
 def test_every_section_of_full_rows_is_well_formed(make_row: Any) -> None:
     page = html(full(make_row))
     assert titles(page) == SECTIONS
-    assert len(svgs(page)) == 12
+    assert len(svgs(page)) == 13
     assert "http" not in page
     assert not re.search(r"<(script|link|img|iframe)|url\(|@import|\bsrc=|\bhref=", page)
     assert "nan" not in re.sub("[a-z]{2}nan|nan[a-z]", "", page)
@@ -168,11 +172,13 @@ def test_no_figure_is_nan(make_row: Any, bad: Any) -> None:
 def test_markdown_and_csv_by_suffix(make_row: Any, tmp_path: Path) -> None:
     records = tmp_path / "records.jsonl"
     append_records(records, full(make_row))
-    assert write_report([records, records], tmp_path / "report.md") == 16
-    assert (tmp_path / "report.md").read_text().count("pp512") == 4
+    assert write_report([records, records], tmp_path / "report.md") == 20
+    assert (tmp_path / "report.md").read_text().count(
+        "pp512"
+    ) == 8  # of which half in the table of operators
     write_report([records], tmp_path / "report.csv")
     lines = (tmp_path / "report.csv").read_text().splitlines()
-    assert len(list(csv.DictReader(lines))) == 8
+    assert len(list(csv.DictReader(lines))) == 10
 
 
 def test_the_roofline_alone_by_suffix(make_row: Any, tmp_path: Path) -> None:
@@ -222,4 +228,4 @@ def test_a_browser_draws_it(make_row: Any, tmp_path: Path) -> None:
     done = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title is not None
-    assert title[1].split() == ["drawn"] * 12
+    assert title[1].split() == ["drawn"] * 13

@@ -45,6 +45,14 @@ def test_ratio_is_above_one_when_ours_is_faster(make_row: Any) -> None:
     assert (ratio.median, ratio.low, ratio.high) == pytest.approx((3, 2, 4))
 
 
+def test_the_ratio_of_one_that_was_cut_short(make_row: Any) -> None:
+    """It has fewer repetitions; those that were taken right after each other count."""
+    ours = make_row(samples_ns=(10, 10, 10))
+    peer = make_row(samples_ns=(20, 40), runtime="llama.cpp")
+    (ratio,) = ratios([ours, peer])
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((8 / 3, 2, 4))
+
+
 def test_only_like_is_compared(make_row: Any) -> None:
     ours = make_row()
     generated = {"n_prompt": 0, "n_gen": 1, "step_ns": (1, 1)}
@@ -90,3 +98,37 @@ def test_no_rows(style: str, text: str) -> None:
 def test_unknown_format(make_row: Any) -> None:
     with pytest.raises(UsageError, match="'xml' is unknown, expected one of: md, json, jsonl, csv"):
         format_rows([make_row()], "xml")
+
+
+ANSWERED = """\
+| model | backend                           | threads | what                 | prompt | answer |   TTFT | input, t/s | output, t/s |  total |
+| ----- | --------------------------------- | ------: | -------------------- | -----: | -----: | -----: | ---------: | ----------: | -----: |
+| tiny  | pocketslm 0.1.0 (onnxruntime 1.0) |       2 | random tokens        |    200 |      4 | 400 ms |      500.0 |        20.0 | 0.60 s |
+| tiny  | pocketslm 0.1.0 (onnxruntime 1.0) |       2 | summarize, 2 prompts |    400 |      8 | 400 ms |      400.0 |        20.0 | 1.40 s |
+"""  # noqa: E501
+
+
+def test_prompts_with_answers_in_slimlm_s_layout(make_row: Any) -> None:
+    """200 tokens in 0.4 or 0.6 s, then 4 in 0.2 s; the two prompts of a task count together."""
+
+    def row(prefill_ms: int, workload: str = "random") -> Measurement:
+        row: Measurement = make_row(
+            n_prompt=200,
+            n_gen=4,
+            samples_ns=((prefill_ms + 200) * 10**6,),
+            prefill_ns=(prefill_ms * 10**6,),
+            step_ns=(50_000_000,) * 4,
+            workload=workload,
+        )
+        return row
+
+    rows = [make_row(), row(400), row(400, "summarize"), row(600, "summarize")]
+    main, answered = format_rows(rows).split("\n\n")
+    assert "summarize pp200+tg4" in main
+    assert answered == ANSWERED
+
+
+def test_operators_by_their_share(make_row: Any) -> None:
+    row = make_row(operator_ns={"head": 150, "qkv": 840, "norm": 9, "copy": 1})
+    _, operators = format_rows([row]).split("\n\n")
+    assert "| qkv 84%, head 15%, others 1% |" in operators

@@ -346,6 +346,7 @@ std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size
   std::vector<float> logits(model_info_.vocab_size);
   for (size_t repeat = 0; repeat < repeats; ++repeat) {
     reset();
+    restart_times();
     int32_t token = 0;
     auto mark = Clock::now();
     // The nanoseconds since the last call.
@@ -369,6 +370,8 @@ std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size
       spend(times.prefill_cpu_ns, times.prefill_faults);
       token = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
     }
+    times.prefill_operators = this->times();
+    restart_times();
     int64_t decode_ns = 0;
     lap();
     for (size_t i = 0; i < fresh; ++i) {
@@ -381,6 +384,7 @@ std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size
       times.decode_ns.push_back(decode_ns);
       spend(times.decode_cpu_ns, times.decode_faults);
     }
+    times.decode_operators = this->times();
     if (!go_on()) return "cancelled";
   }
   reset();

@@ -49,10 +49,12 @@ struct Outcome {
 };
 
 // Nanoseconds of every prompt, of every run of new tokens after one, and of each of those tokens;
-// of the first two also processor time, and page faults that had to read from storage.
+// of the first two also processor time, page faults that had to read from storage and, of a model
+// that was loaded with 'profile', the time by operator in the last repetition.
 struct Times {
   std::vector<int64_t> prefill_ns, decode_ns, step_ns;
   std::vector<int64_t> prefill_cpu_ns, decode_cpu_ns, prefill_faults, decode_faults;
+  pslm_times prefill_operators{}, decode_operators{};
 };
 
 // The strings of a chat template around the messages of a conversation that alternates.

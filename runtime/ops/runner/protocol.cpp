@@ -379,6 +379,9 @@ class Server {
              {"decode_faults", &times.decode_faults},
          })
       lists += ",\"" + std::string(name) + "\":" + numbers(*values);
+    if (engine_.profiled())
+      lists += ",\"prefill_times\":" + operators(times.prefill_operators) +
+               ",\"decode_times\":" + operators(times.decode_operators);
     emit("{\"event\":\"bench\",\"prompt_tokens\":%zu,\"new_tokens\":%u%s}", tokens.size(), fresh,
          lists.c_str());
     return "";
@@ -406,7 +409,7 @@ class Server {
       fields += ",\"" + std::string(name) + "\":" + std::to_string(value);
     emit("{\"event\":\"stats\",\"loaded\":%s,\"length\":%zu%s%s}",
          engine_.loaded() ? "true" : "false", engine_.length(), fields.c_str(),
-         engine_.profiled() ? times().c_str() : "");
+         engine_.profiled() ? (",\"times\":" + operators(engine_.times())).c_str() : "");
     return "";
   }
 
@@ -421,10 +424,9 @@ class Server {
     return "";
   }
 
-  // Of a model that was loaded with 'profile': time by operator since then, or since a reset.
-  std::string times() {
-    const pslm_times times = engine_.times();
-    std::string out = ",\"times\":{\"calls\":" + std::to_string(times.calls) +
+  // The time by operator since a model was loaded with 'profile', a reset or a part of a benchmark.
+  static std::string operators(const pslm_times& times) {
+    std::string out = "{\"calls\":" + std::to_string(times.calls) +
                       ",\"tokens\":" + std::to_string(times.tokens);
     const std::pair<const char*, uint64_t> counters[] = {
         {"embedding", times.embedding_ns}, {"qkv", times.qkv_ns},

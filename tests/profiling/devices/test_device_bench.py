@@ -5,6 +5,7 @@ The figures mean nothing here; that every part of a row is there, and adds up, d
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -22,19 +23,25 @@ from devices.ssh_server import SshServer
 
 import support
 from pocketslm.cli import main
-from pocketslm.errors import DeviceError
+from pocketslm.errors import DeviceError, DocumentError, UsageError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.profiling import workload
 from pocketslm.profiling.devices import local, open_device, overhead
 from pocketslm.profiling.devices.bench import Conditions, bench_on_device
 from pocketslm.profiling.devices.device import Device
 from pocketslm.profiling.plan import Test as Job  # pytest would take "Test" for a test
 from pocketslm.profiling.plan import plan
 from pocketslm.profiling.records import Measurement, read_records
+from pocketslm.profiling.workload import document_tests
+from pocketslm.runtime.assistant.assistant import Assistant
+from pocketslm.runtime.model import Model
 
 PhoneDaemon = Callable[..., Daemon]
+Captured = pytest.CaptureFixture[str]
 END_TIMEOUT_S = 30.0
+STORY = "Rain fell. The ship Aurora left Oslo in 1912 with nine men on board."
 QUICK = ["-p", "12", "-n", "4", "-r", "2", "-t", "2", "--pause", "0", "--idle", "0"]
 
 
@@ -46,6 +53,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = open_checkpoint(support.write_hf(folder / "hf"))
     export_bundle(source, out, Recipe(targets=("native",)))
     return out
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that takes a prompt of a document: its tokens are letters."""
+    folder = tmp_path_factory.mktemp("reader")
+    config = dataclasses.replace(support.TINY, max_position_embeddings=1024)
+    source = open_checkpoint(support.write_hf(folder / "hf", config))
+    export_bundle(source, folder / "bundle", Recipe(targets=("native",)))
+    return folder / "bundle"
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +119,22 @@ def test_rows_of_this_machine_add_up(bundle: Path) -> None:
         assert all(point.rss_bytes for point in row.trace)
 
 
+def test_operators_are_of_the_timed_part(bundle: Path) -> None:
+    """Of six tokens after 200 the prompt is left out; of a prompt before them it is not."""
+    tests = jobs(n_gen=[6], n_depth=[200], n_both=[(200, 6)])
+    with open_device("local") as device:
+        decode, both = measure(device, bundle, tests, threads=1, operators=True)
+        (without,) = measure(device, bundle, tests[:1], threads=1)
+    assert without.operator_ns is None
+    names = {"embedding", "qkv", "attention", "output", "gate_up", "down", "head"}
+    for row in (decode, both):
+        assert row.operator_ns is not None
+        assert row.operator_ns.keys() == names
+        assert len(row.samples_ns) == 2  # one more was not counted
+    # 34 times the tokens go through the layers.
+    assert both.operator_ns["gate_up"] > 3 * decode.operator_ns["gate_up"] > 0  # type: ignore[index]
+
+
 def test_cold_starts_are_labelled(bundle: Path) -> None:
     with open_device("local") as device:
         tests = jobs(n_prompt=[8])
@@ -155,6 +188,51 @@ def test_a_board_over_ssh(
     rows = [Measurement.from_json(line) for line in capsys.readouterr().out.splitlines()]
     assert [row.test for row in rows] == ["pp12", "tg4 @ d12"]
     assert {row.machine.kind for row in rows} == {"ssh"}
+
+
+def test_the_document_task_on_a_phone_and_on_a_board(
+    phone: PhoneDaemon,
+    board: SshServer,
+    reader: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:
+    document = tmp_path / "ship.txt"
+    document.write_text(STORY)
+    first_of_each = {test.workload: test for test in reversed(document_tests(reader, [document]))}
+    short = [dataclasses.replace(one, n_gen=4) for one in reversed(first_of_each.values())]
+    assert [test.workload for test in short] == ["summarize", "suggest", "ask"]
+    monkeypatch.setattr(workload, "document_tests", lambda *asked: short)
+    for device in (f"adb:{phone().serial}", f"ssh:{board.address}"):
+        record = tmp_path / f"{device[:3]}.jsonl"
+        options = ["--device", device, "-r", "1", "-t", "1", "--pause", "0", "--idle", "0"]
+        options += ["--record", str(record), "--documents", str(document)]
+        assert main(["bench", str(reader), *options]) == 0
+        for row, test in zip(read_records(record), short, strict=True):
+            assert (row.workload, row.n_prompt, row.n_gen) == (test.workload, len(test.ids), 4)
+            assert len(row.ttft_ns) == len(row.samples_ns) == 1
+        _, answered = capsys.readouterr().out.split("\n\n")
+        tasks = [line.split("|")[4].strip() for line in answered.splitlines()[2:]]
+        assert tasks == ["summarize", "suggest", "ask"]
+
+
+def test_the_document_task_is_what_the_assistant_does(reader: Path, tmp_path: Path) -> None:
+    document = tmp_path / "ship.txt"
+    document.write_text(STORY)
+    found = document_tests(reader, [document])
+    first, last = found[0], found[-1]
+    assert (first.workload, last.workload) == ("summarize", "ask")
+    model = Model.load(reader)
+    said = list(model.generate(first.ids, Assistant.DEFAULTS.but(max_new_tokens=first.n_gen)))
+    assert len(said) == first.n_gen
+    asked = model.tokenizer.decode(first.ids)
+    assert "The ship Aurora left Oslo" in asked
+    assert all("Aurora" in model.tokenizer.decode(one.ids) for one in found)
+    with pytest.raises(UsageError, match="context is 20, expected at least"):
+        document_tests(reader, [document], context=20)
+    with pytest.raises(DocumentError, match="nowhere"):
+        document_tests(reader, [tmp_path / "nowhere.txt"])
 
 
 def test_energy_of_a_board_and_of_a_battery(phone: PhoneDaemon, bundle: Path) -> None:
