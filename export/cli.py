@@ -184,6 +184,15 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--sample", type=int, help="items of the task, drawn (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument(
+        "--save", type=Path, metavar="RUNS.jsonl", help="add this run over the whole task to a file"
+    )
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        metavar="RUNS.jsonl",
+        help="draw the sample evenly over how hard the items were for the runs saved there",
+    )
     parser.add_argument("--window", type=int, default=512, help="tokens a window (default: 512)")
     parser.add_argument("--windows", type=int, default=16, help="how many windows (default: 16)")
     add_backend(parser)
@@ -503,23 +512,30 @@ def _delta(arguments: argparse.Namespace) -> None:
 
 
 def _eval_task(arguments: argparse.Namespace) -> None:
-    from pocketslm.export.tasks import evaluate_task, read_items
+    from pocketslm.errors import UsageError
+    from pocketslm.export.tasks import evaluate_task, read_items, read_margins, save_margins
     from pocketslm.runtime.backends import open_session
     from pocketslm.runtime.bundle import open_bundle
     from pocketslm.runtime.tokenizer import load_tokenizer
 
     items = read_items(arguments.task)
+    if arguments.save and arguments.sample is not None:
+        raise UsageError("--save keeps runs over a whole task; leave out --sample")
+    earlier = read_margins(arguments.earlier, items) if arguments.earlier else []
     session = open_session(open_bundle(arguments.bundle), arguments.backend, arguments.threads)
     with Progress() as progress:
-        result = evaluate_task(
+        result, margins = evaluate_task(
             session,
             load_tokenizer(arguments.bundle).encode,
             arguments.task.stem,
             items,
             sample=arguments.sample,
             seed=arguments.seed,
+            earlier=earlier,
             progress=lambda done, total: progress("score", done / total),
         )
+    if arguments.save:
+        save_margins(arguments.save, items, margins)
     if arguments.json:
         print_json(result.to_dict())
         return

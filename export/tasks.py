@@ -1,23 +1,31 @@
 """Multiple-choice tasks: which of the choices does the model find likeliest after the question?
 
 Items, scoring and standard errors are lm-evaluation-harness's (``output_type: multiple_choice``,
-https://github.com/EleutherAI/lm-evaluation-harness); a small random sample stands for a large file
-as in tinyBenchmarks (https://arxiv.org/abs/2402.14992), with its uncertainty.
+https://github.com/EleutherAI/lm-evaluation-harness); a small sample stands for a large file, with
+its uncertainty. tinyBenchmarks (https://arxiv.org/abs/2402.14992) chooses such items by item
+response theory, fitted to the answers of hundreds of models. With the few runs at hand that cannot
+be fitted; their part here is to say which items are about equally hard. The sample is drawn evenly
+over them, at random, so that its interval holds however well the earlier runs foretell the next.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pocketslm.errors import UsageError
 from pocketslm.runtime.backends import Session
+
+Ids = npt.NDArray[np.int64]
+Margins = Sequence[float]  # of every item, in nats
 
 _DELIMITER = " "  # the harness's target_delimiter
 _QUESTIONS, _ANSWERS = ("query", "question", "ctx"), ("gold", "answer", "answerKey", "label")
@@ -106,14 +114,49 @@ def _first(data: dict[str, Any], names: Sequence[str]) -> Any:
     return data[next((name for name in names if name in data), names[0])]
 
 
-def sample_of(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
-    """``count`` items drawn without replacement, the same for the same seed; None: all."""
-    if count is None or count >= len(items):
-        return list(items)
-    if count < 2:
+@dataclass(frozen=True)
+class Stratum:
+    """Items that are alike, by index, and how many of them are to be drawn."""
+
+    items: Ids
+    draws: int
+
+
+def strata_of(total: int, sample: int | None, earlier: Sequence[Margins] = ()) -> list[Stratum]:
+    """How ``sample`` of ``total`` items are to be drawn; None: all are.
+
+    Without ``earlier`` runs, from all alike. With them, two from each of sample / 2 strata: items
+    that were about as hard, by the mean of their margins. Raises UsageError for a sample below 2.
+    """
+    count = total if sample is None else min(sample, total)
+    if count < min(2, total):
         raise UsageError(f"a sample of {count} items, expected at least 2")
-    chosen = np.random.default_rng(seed).choice(len(items), count, replace=False)
-    return [items[i] for i in sorted(chosen)]
+    if not earlier:
+        return [Stratum(np.arange(total), count)]
+    order = np.argsort(np.mean(earlier, 0), kind="stable")
+    parts = np.array_split(order, max(count // 2, 1))  # the first ones are larger
+    return [
+        Stratum(part, count - 2 * (len(parts) - 1) if first == 0 else 2)
+        for first, part in enumerate(parts)
+    ]
+
+
+def estimate(strata: Sequence[Stratum], hits: Sequence[Any]) -> tuple[float, float, float]:
+    """The mean over all items from the ``hits`` [draws] of each stratum, with two uncertainties.
+
+    They are the standard error for the task as such, and half of the 95 % interval for the items
+    at hand: the mean over strata weighted by their sizes, exact where all items were drawn.
+    """
+    total = sum(len(stratum.items) for stratum in strata)
+    mean = variance = 0.0
+    for stratum, found in zip(strata, hits, strict=True):
+        size, draws = len(stratum.items), stratum.draws
+        mean += size / total * float(found.mean())
+        if size > draws:
+            spread = float(found.var(ddof=1)) / draws
+            variance += (size / total) ** 2 * (1 - draws / size) * spread
+    beyond = mean * (1 - mean) / (total - 1) if total > 1 else math.nan
+    return mean, math.sqrt(variance + beyond), _Z95 * math.sqrt(variance)
 
 
 def evaluate_task(
@@ -124,30 +167,64 @@ def evaluate_task(
     *,
     sample: int | None = None,
     seed: int = 0,
+    earlier: Sequence[Margins] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> TaskResult:
-    """Score ``items``, or a random ``sample``; ContextOverflowError where one is too long."""
-    chosen = sample_of(items, sample, seed)
-    hits = np.zeros((2, len(chosen)))
-    for done, item in enumerate(chosen, 1):
-        likelihoods = np.array(log_likelihoods(session, encode, item))
-        lengths = np.array([len(choice) for choice in item.choices])
-        hits[0, done - 1] = likelihoods.argmax() == item.gold
-        hits[1, done - 1] = (likelihoods / lengths).argmax() == item.gold
-        progress(done, len(chosen))
-    (acc, acc_norm), (error, error_norm) = hits.mean(1), [_stderr(row) for row in hits]
-    missing = math.sqrt((len(items) - len(chosen)) / max(len(items) - 1, 1))
-    return TaskResult(
-        task=name,
-        items=len(chosen),
-        total=len(items),
-        acc=float(acc),
-        acc_stderr=error,
-        acc_ci95=_Z95 * error * missing,
-        acc_norm=float(acc_norm),
-        acc_norm_stderr=error_norm,
-        acc_norm_ci95=_Z95 * error_norm * missing,
-    )
+) -> tuple[TaskResult, list[float]]:
+    """Score ``items``, or a ``sample`` drawn by :func:`strata_of`; the result and their margins.
+
+    A margin is how many nats the right choice is ahead of the next. Raises ContextOverflowError
+    where an item is too long.
+    """
+    strata = strata_of(len(items), sample, earlier)
+    draw = np.random.default_rng(seed)
+    total = sum(stratum.draws for stratum in strata)
+    plain, norm, margins = [], [], list[float]()
+    for stratum in strata:
+        chosen = np.sort(draw.choice(stratum.items, stratum.draws, replace=False))
+        hits = np.zeros((2, len(chosen)))
+        for place, item in enumerate(items[index] for index in chosen):
+            likelihoods = np.array(log_likelihoods(session, encode, item))
+            lengths = np.array([len(choice) for choice in item.choices])
+            hits[0, place] = likelihoods.argmax() == item.gold
+            hits[1, place] = (likelihoods / lengths).argmax() == item.gold
+            others = np.delete(likelihoods, item.gold)
+            margins.append(float(likelihoods[item.gold] - others.max()))
+            progress(len(margins), total)
+        plain.append(hits[0])
+        norm.append(hits[1])
+    acc, acc_norm = estimate(strata, plain), estimate(strata, norm)
+    return TaskResult(name, total, len(items), *acc, *acc_norm), margins
+
+
+def save_margins(path: Path, items: Sequence[Item], margins: Sequence[float]) -> None:
+    """Append the margins of a run over all ``items`` to ``path``, for :func:`read_margins`."""
+    line = json.dumps({"items": _sha256(items), "margins": list(margins)})
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error}") from None
+
+
+def read_margins(path: Path, items: Sequence[Item]) -> list[Margins]:
+    """The margins of each run over ``items`` in a file of :func:`save_margins`.
+
+    Raises UsageError where it cannot be read or has no run over the same items.
+    """
+    try:
+        runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [run["margins"] for run in runs if run["items"] == _sha256(items)]
+        whole = all(len(run) == len(items) and math.isfinite(sum(run)) for run in found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"cannot read {path} as runs of `eval --save`: {reason}") from None
+    if not found or not whole:
+        raise UsageError(f"{path} has no whole run over these items; make one with --save")
+    return found
+
+
+def _sha256(items: Sequence[Item]) -> str:
+    return hashlib.sha256(json.dumps([astuple(item) for item in items]).encode()).hexdigest()
 
 
 def log_likelihoods(
@@ -175,8 +252,3 @@ def _log_softmax(logits: Any) -> Any:
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
-
-
-def _stderr(hits: Any) -> float:
-    """Of the mean, from the sample's standard deviation."""
-    return float(hits.std(ddof=1) / math.sqrt(len(hits))) if len(hits) > 1 else math.nan

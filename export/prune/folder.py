@@ -114,7 +114,7 @@ def prune_folder(
         model = load_reference(pruned, config.window)
         pattern = sparse.parse_pattern(config.sparse)
         sparse.sparsify(model, ids, pattern, progress=progress)
-        note = f"Wanda left {pattern} zeros in the layers; {sparse.NOTE}"
+        note = f"zeros by Wanda in the layers ({pattern}); {sparse.NOTE}"
         pruned = Changed(pruned, model, note, sparse=str(pattern))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:

@@ -11,7 +11,15 @@ import torch
 
 from pocketslm.cli import main
 from pocketslm.errors import UsageError
-from pocketslm.export.tasks import Item, evaluate_task, log_likelihoods, read_items, sample_of
+from pocketslm.export.tasks import (
+    Item,
+    estimate,
+    evaluate_task,
+    log_likelihoods,
+    read_items,
+    read_margins,
+    strata_of,
+)
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends import open_session
@@ -55,26 +63,77 @@ def test_a_sample_of_everything_is_exact(tiny_bundle: Path) -> None:
         for s, item in zip(scores, ITEMS, strict=True)
     ]
     for sample in (None, 4, 9):
-        result = evaluate_task(session, encode, "t", ITEMS, sample=sample)
+        result, _ = evaluate_task(session, encode, "t", ITEMS, sample=sample)
         assert (result.acc, result.acc_norm) == (np.mean(hits), np.mean(norm))
         assert (result.acc_ci95, result.acc_norm_ci95) == (0, 0)
         assert result.acc_stderr == pytest.approx(np.std(hits, ddof=1) / 2)
-    few = evaluate_task(session, encode, "t", ITEMS, sample=3, seed=1)
-    assert (few.items, few.total) == (3, 4)
+    few, margins = evaluate_task(session, encode, "t", ITEMS, sample=3, seed=1)
+    assert (few.items, few.total, len(margins)) == (3, 4, 3)
+    again, others = evaluate_task(session, encode, "t", ITEMS, sample=3, seed=1)
+    assert (again, others) == (few, margins)
 
 
-def test_the_interval_covers_the_whole_file() -> None:
+@pytest.mark.parametrize("stratified", [False, True])
+def test_the_interval_covers_the_whole_file(stratified: bool) -> None:
     """95 of 100 samples hold the truth: the mean over a file of which a part was drawn."""
     rng = np.random.default_rng(0)
-    hits = rng.random(1000) < 0.6
-    truth, covered = hits.mean(), 0
-    items = [Item(str(int(hit)), ("a", "b"), 0) for hit in hits]
-    for seed in range(400):
-        drawn = np.array([int(item.question) for item in sample_of(items, 300, seed)])
-        half = 1.959964 * drawn.std(ddof=1) / 300**0.5 * (700 / 999) ** 0.5
-        covered += abs(drawn.mean() - truth) <= half
-    assert 0.92 < covered / 400 < 0.98
-    assert sample_of(items, 50, 3) == sample_of(items, 50, 3) != sample_of(items, 50, 4)
+    ability = rng.normal(0.2, 1, 1000)  # how far an item is ahead, in any run
+    hits = ability + rng.normal(0, 0.4, 1000) > 0
+    earlier = [list(ability + rng.normal(0, 0.4, 1000)) for _ in range(2)] if stratified else []
+    strata = strata_of(1000, 300, earlier)
+    assert sum(stratum.draws for stratum in strata) == 300
+    assert sorted(np.concatenate([stratum.items for stratum in strata])) == list(range(1000))
+    found = []
+    for _ in range(400):
+        drawn = [rng.choice(hits[s.items], s.draws, replace=False) for s in strata]
+        found.append(estimate(strata, drawn))
+    means, errors, halves = np.array(found).T
+    assert 0.92 < (np.abs(means - hits.mean()) <= halves).mean() < 0.98
+    assert abs(means.mean() - hits.mean()) < 3 * means.std() / 400**0.5
+    plain = 1.959964 * (hits.var() * 700 / 999 / 300) ** 0.5
+    if stratified:  # worth more than twice as many items drawn from all alike
+        assert halves.mean() < 0.7 * plain
+    else:
+        assert halves.mean() == pytest.approx(plain, rel=0.01)
+    assert (errors > halves / 1.959964).all()
+
+
+@pytest.mark.parametrize("total", [4, 5, 9])
+def test_a_stratified_sample_of_everything_is_exact(total: int) -> None:
+    rng = np.random.default_rng(1)
+    strata = strata_of(total, total, [rng.normal(size=total)])
+    assert len(strata) > 1
+    hits = rng.random(total) < 0.5
+    mean, _, half = estimate(strata, [hits[stratum.items] for stratum in strata])
+    assert mean == pytest.approx(hits.mean())
+    assert half == 0
+    with pytest.raises(UsageError, match="a sample of 1 items"):
+        strata_of(total, 1)
+
+
+def test_runs_that_were_saved_are_of_the_same_items(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, runs = tmp_path / "letters.jsonl", tmp_path / "runs.jsonl"
+    lines = [{"query": i.question, "choices": i.choices, "gold": i.gold} for i in ITEMS]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    command = ["eval", str(tiny_bundle), "--task", str(path)]
+    assert main([*command, "--save", str(runs), "--json"]) == 0
+    assert main([*command, "--save", str(runs)]) == 0
+    whole = json.loads(capsys.readouterr().out.split("\n}")[0] + "}")
+    margins = read_margins(runs, ITEMS)
+    assert len(margins) == 2
+    assert np.mean(np.array(margins[0]) > 0) == whole["acc"]
+    assert main([*command, "--earlier", str(runs), "--sample", "4", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["acc"], again["acc_ci95"]) == (whole["acc"], 0)
+    assert main([*command, "--save", str(runs), "--sample", "2"]) == 2
+    with pytest.raises(UsageError, match="no whole run over these items"):
+        read_margins(runs, ITEMS[:3])
+    for broken in ("{", '{"items": 3}', "[]", "7"):
+        runs.write_text(broken)
+        with pytest.raises(UsageError, match="cannot read|no whole run"):
+            read_margins(runs, ITEMS)
 
 
 def test_forms_of_items(tmp_path: Path) -> None:
