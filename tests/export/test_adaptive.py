@@ -148,16 +148,21 @@ def test_pruning_while_healing_resumes_and_ends_narrow(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[float] = []
+    students: list[tuple[Any, width.Widths]] = []
 
     def prune(model: Any, kept: width.Widths, ids: torch.Tensor, share: float) -> width.Widths:
         shares.append(share)
-        return original(model, kept, ids, share)
+        students.append((model, original(model, kept, ids, share)))
+        return students[-1][1]
 
     original = adaptive.prune
     monkeypatch.setattr(adaptive, "prune", prune)
     config = replace(QUICK, adaptive=0.3, stages=2, learning_rate=1e-4)
     whole, losses = heal(checkpoint, checkpoint, TEXT, tmp_path / "whole", config)
     assert shares == [0.15, 0.3]
+    student, kept = students[-1]
+    for layer, neurons in zip(student.model.layers, kept.neurons, strict=True):
+        assert not layer.mlp.down_proj.weight[:, ~neurons].any()  # training did not wake them up
     assert 0 < losses[3] < losses[4]  # the second stage hurts, too
     narrowed = sum(size.intermediate_size for size in whole.config.layers)
     assert narrowed < 0.8 * 4 * 256
