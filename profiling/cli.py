@@ -93,7 +93,7 @@ def add_commands(commands: Commands) -> None:
         "say which tests of two records differ, where the noise allows it",
         "pocketslm compare both.jsonl",
     )
-    parser.add_argument("a", help="records of `bench --runs 8 --record`, or llama-bench's JSON")
+    parser.add_argument("a", help="records of `bench --runs 10 --record`, or llama-bench's JSON")
     parser.add_argument(
         "b", nargs="?", help="the same of B (default: the other of the two bundles in A)"
     )
@@ -195,9 +195,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     differences = compare(rows, read_rows(arguments.b)) if arguments.b else compare_two(rows)
     print(compare_table(differences), end="")
     if any(one.low is None for one in differences):
-        say(f"fewer than {LEAST_RUNS} runs on a side say nothing: measure with `bench --runs 8`")
+        say(f"fewer than {LEAST_RUNS} runs on a side say nothing: measure with `bench --runs 10`")
     elif any(not one.in_turns for one in differences):
-        say("what is measured in turns is told apart better: `bench A B --runs 8 --record FILE`")
+        say("what is measured in turns is told apart better: `bench A B --runs 10 --record FILE`")
 
 
 def _fit(arguments: argparse.Namespace) -> None:

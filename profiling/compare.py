@@ -108,8 +108,8 @@ def compare_two(rows: Sequence[Measurement]) -> list[Difference]:
             sides.setdefault((row.artefact, row.artefact_sha256), []).append(row)
     if len(sides) != 2:
         raise UsageError(
-            f"the records hold {len(sides)} bundles, expected two (`bench A B --runs 8 --record`), "
-            "or a second file of records"
+            f"the records hold {len(sides)} bundles, expected two (`bench A B --runs 10 --record "
+            "FILE`), or a second file of records"
         )
     return compare(*sides.values())
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -31,6 +32,9 @@ from pocketslm.profiling.records import Measurement, read_records
 SLOWDOWN = 0.1
 _PERIOD_S = 0.01  # of the throttle; a repetition has many of them
 _Z = 1.96  # of a 95 % interval
+
+_TRUTH = ((1, "no difference"), (2, "slower"))  # of a turn's second and third row to its first
+_DRAWS = 400
 
 Turn = list[Measurement]
 """One run's rows: as it is, as it is, slowed down."""
@@ -129,10 +133,23 @@ def judge(found: Sequence[Turn], runs: int) -> list[Rate]:
     same, after = list(zip(sets, sets, strict=True)), list(pairwise(sets))
     rates = []
     for how, pairs in (("in turns", same), ("one after the other", after)):
-        for what, third, right in (("no difference", 1, "no difference"), ("slowed", 2, "slower")):
+        for third, right in _TRUTH:
             verdicts = [_verdict(before, later, third) for before, later in pairs]
-            rates.append(Rate(f"{how}, {what}", verdicts.count(right), len(verdicts)))
+            rates.append(Rate(f"{how}, {right}", verdicts.count(right), len(verdicts)))
     return rates
+
+
+def drawn(found: Sequence[Turn], runs: int) -> list[float]:
+    """The shares of right verdicts, in turns, of many sets drawn at random from all runs.
+
+    They share runs, so that no interval belongs to them; but they use all that was measured.
+    """
+    rng = random.Random(0)
+    sets = [rng.sample(list(found), runs) for _ in range(_DRAWS)]
+    return [
+        statistics.fmean(_verdict(one, one, third) == right for one in sets)
+        for third, right in _TRUTH
+    ]
 
 
 def _verdict(before: Sequence[Turn], later: Sequence[Turn], other: int) -> str:
@@ -145,12 +162,16 @@ def format_trial(found: Sequence[Turn], runs: int) -> str:
     first, second, slow = zip(*speeds, strict=True)
     cost = statistics.median(c / a for a, c in zip(first, slow, strict=True))
     noise = statistics.stdev(map(math.log, first))
+    same, slower = drawn(found, runs)
     apart = statistics.stdev(math.log(b / a) for a, b in zip(first, second, strict=True))
     return (
         f"{len(found)} runs of {found[0][0].test}, {found[0][0].threads} threads, "
         f"{statistics.median(first):.0f} tok/s, which vary by {noise:.1%}, those in turns by "
         f"{apart:.1%} from each other\nslowed down: {cost:.3f} of the speed (median of all runs)\n"
-        f"sets of {runs} runs:\n" + "".join(f"  {rate}\n" for rate in judge(found, runs))
+        f"sets of {runs} runs:\n"
+        + "".join(f"  {rate}\n" for rate in judge(found, runs))
+        + f"of {_DRAWS} sets drawn at random, in turns, right: {same:.1%} no difference, "
+        f"{slower:.1%} slower\n"
     )
 
 
@@ -158,7 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("records", type=Path)
-    parser.add_argument("--runs", type=int, default=8, help="of each kind in a set")
+    parser.add_argument("--runs", type=int, default=10, help="of each kind in a set")
     parser.add_argument("--sets", type=int, default=20, help="to add to those in RECORDS")
     parser.add_argument("-n", "--tokens", type=int, default=24, help="decoded in a repetition")
     parser.add_argument("-r", "--repetitions", type=int, default=6)

@@ -32,19 +32,22 @@ def turn(make_row: Any, index: int, costs: tuple[float, float, float]) -> trial.
     return [make_row(**run, samples_ns=(round(1e9 * cost),)) for cost in costs]
 
 
-def test_verdicts_are_counted(make_row: Any) -> None:
+def test_verdicts_are_counted(make_row: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A third process that is a tenth slower, and in the second set also the second one."""
+    monkeypatch.setattr(trial, "_DRAWS", 5)
     costs = [(1 + i / 999, 1 + (3 * i) % 8 / 999, 1.1 + (5 * i) % 8 / 999) for i in range(8)]
     wrong = [(a, c, c) for a, _, c in costs]
     found = [turn(make_row, i, one) for i, one in enumerate([*costs, *wrong])]
     rates = {rate.what: (rate.right, rate.count) for rate in trial.judge(found, 8)}
     assert rates == {
         "in turns, no difference": (1, 2),
-        "in turns, slowed": (2, 2),
+        "in turns, slower": (2, 2),
         "one after the other, no difference": (0, 1),
-        "one after the other, slowed": (1, 1),
+        "one after the other, slower": (1, 1),
     }
     assert "slowed down: 0.90" in trial.format_trial(found, 8)
+    assert trial.drawn(found[:8], 7) == [1, 1]
+    assert trial.drawn(found[8:], 7) == [0, 1]
     with pytest.raises(UsageError, match="16 runs, in sets of 9; expected at least two sets"):
         trial.judge(found, 9)
     with pytest.raises(UsageError, match="not of a trial"):
