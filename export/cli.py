@@ -248,6 +248,15 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         help="int8 for the int4 matrices that suffer most, measured, as far as weights fit",
     )
     parser.add_argument(
+        "--adapter",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="carry a LoRA adapter of PEFT beside the weights, for `run --adapter NAME`; "
+        "MODEL+FOLDER merges it instead",
+    )
+    parser.add_argument(
         "--kv-cache", choices=("fp16", "int8"), default="fp16", help="of the native graph"
     )
     parser.add_argument(
@@ -327,6 +336,7 @@ def export(arguments: argparse.Namespace) -> None:
             checkpoint,
             arguments.out,
             recipe,
+            adapters=arguments.adapter,
             overwrite=arguments.overwrite,
             progress=progress,
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from pocketslm.export.recipe import RECIPE_FILE, Recipe
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, read_weight
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.runtime.adapters import PREFIX, SUFFIX
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
 
 Progress = Callable[[str, float], None]
@@ -35,11 +37,13 @@ def export_bundle(
     out: Path,
     recipe: Recipe | None = None,
     *,
+    adapters: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress = lambda step, fraction: None,
 ) -> Manifest:
     """Write the bundle ``out`` and return its manifest.
 
+    ``adapters``: folders of LoRA adapters that PEFT saved, to lie beside the base's weights.
     The bundle appears whole or not at all: it is written beside ``out`` and renamed. ``progress``
     is called with the step's name and the fraction of it that is done. Raises ExportError where
     ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
@@ -64,6 +68,8 @@ def export_bundle(
         prepared = {} if ids is None else _quantized(checkpoint, recipe, ids, progress)
         assert recipe.targets is not None
         (folder / RECIPE_FILE).write_text(recipe.to_toml())
+        for adapter in adapters:
+            _carry(checkpoint, adapter, recipe, folder)
         stored = _StoredWeights(checkpoint, recipe, prepared)
         graphs = [
             lower(checkpoint.config, recipe, stored, folder, progress)
@@ -141,6 +147,24 @@ def _quantized(
         use_gptq=recipe.use_gptq,
         progress=lambda fraction: progress("quantize", fraction),
     )
+
+
+def _carry(checkpoint: Checkpoint, adapter: Path, recipe: Recipe, folder: Path) -> None:
+    """``adapter-NAME.safetensors``, whose factors read what the base's matrices read."""
+    from safetensors.numpy import save_file
+
+    from pocketslm.models.updated import WithAdapter
+
+    name = adapter.resolve().name
+    if not re.fullmatch(r"[\w.-]{1,100}", name):
+        raise ExportError(f"{name!r} cannot name an adapter, expected letters, digits, - _ and .")
+    if "native" not in (recipe.targets or ()):
+        raise ExportError(f"adapter {name} needs the native target; or merge it: MODEL+{adapter}")
+    if recipe.use_awq or recipe.removed_layers is not None or recipe.neurons is not None:
+        raise ExportError(
+            f"pruning and awq change what adapter {name} reads; merge it: MODEL+{adapter}"
+        )
+    save_file(WithAdapter(checkpoint, adapter).factors(), folder / f"{PREFIX}{name}{SUFFIX}")
 
 
 def update_manifest(folder: Path, manifest: Manifest) -> None:

@@ -147,6 +147,16 @@ class WithAdapter(Updated):
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {self.file}: {one_line(error)}") from None
 
+    def factors(self) -> dict[str, Array]:
+        """All A [r, in] and B [out, r] by PEFT's names; B times the scale."""
+        found = {}
+        with self._open() as file:
+            for name in sorted(self._names):
+                for suffix, scale in zip(_FACTORS, (1, self.scale), strict=True):
+                    tensor = file.get_tensor(self._factor(name, suffix)).float()
+                    found[self._factor(name, suffix)] = (tensor * scale).numpy()
+        return found
+
     def update(self, name: str, shape: tuple[int, ...]) -> Array | None:
         if name not in self._names:
             return None

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pocketslm.errors import BundleError
+from pocketslm.runtime.adapters import PREFIX, SUFFIX
 
 MANIFEST = "pocketslm.json"
 SCHEMA = 1
@@ -80,6 +81,21 @@ class Bundle:
     def context(self) -> int:
         """The longest sequence that every graph of the bundle takes, in tokens."""
         return min(graph.context for graph in self.graphs)
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """LoRA adapters that lie beside the weights, by name."""
+        files = self.manifest.files if self.manifest else ()
+        return {
+            name.removeprefix(PREFIX).removesuffix(SUFFIX): self.path / name
+            for name in files
+            if name.startswith(PREFIX) and name.endswith(SUFFIX)
+        }
+
+    @property
+    def layer_runs(self) -> int:
+        """How often in succession each stored layer runs."""
+        return 2 if self.manifest and self.manifest.architecture.get("layer_sharing") else 1
 
     def graph_bytes(self, graph: Graph) -> int:
         """Size of a graph with its external data (``model.onnx`` and ``model.onnx.data``)."""

@@ -46,6 +46,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system", help="a system message")
     add_backend(parser)
     add_threads(parser)
+    parser.add_argument("--adapter", metavar="NAME", help="one of the bundle's LoRA adapters")
     parser.add_argument("--no-verify", action="store_true", help="do not check SHA-256 at load")
 
 
@@ -89,7 +90,11 @@ def load(arguments: argparse.Namespace) -> Model:
         if graph.backend == "native":
             say("compiling the native operators, once ...")
     return Model.load(
-        arguments.bundle, arguments.backend, arguments.threads, verify=not arguments.no_verify
+        arguments.bundle,
+        arguments.backend,
+        arguments.threads,
+        adapter=arguments.adapter,
+        verify=not arguments.no_verify,
     )
 
 

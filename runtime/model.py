@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocketslm.runtime.backends import open_session
+from pocketslm.errors import BackendError, BundleError
+from pocketslm.runtime.adapters import read_updates
+from pocketslm.runtime.backends import AdapterSession, open_session
 from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.generation import Engine, Finish, Step
@@ -77,17 +79,39 @@ class Model:
         threads: int | None = None,
         context: int | None = None,
         *,
+        adapter: str | None = None,
         verify: bool = True,
     ) -> Model:
         """Load a bundle folder.
 
         threads: None takes every core. context: a smaller KV cache than the graph allows.
-        verify: compare every file with its SHA-256. Raises BundleError, BackendError,
-        TokenizerError.
+        adapter: see :meth:`use_adapter`. verify: compare every file with its SHA-256. Raises
+        BundleError, BackendError, TokenizerError.
         """
         bundle = open_bundle(path, verify=verify)
         tokenizer = load_tokenizer(bundle.path)
-        return cls(bundle, Engine(open_session(bundle, backend, threads, context)), tokenizer)
+        model = cls(bundle, Engine(open_session(bundle, backend, threads, context)), tokenizer)
+        if adapter is not None:
+            model.use_adapter(adapter)
+        return model
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with one of the bundle's LoRA adapters from now on; None: as the base does.
+
+        The base's weights stay as they are: without an adapter its numbers are the same bits as
+        before. Raises BundleError for a name that the bundle does not have, BackendError where the
+        backend cannot add adapters.
+        """
+        session, adapters = self.engine.session, self.bundle.adapters
+        if name is not None and name not in adapters:
+            known = ", ".join(adapters) or "none"
+            raise BundleError(f"{self.bundle.path} has no adapter {name!r}, it has: {known}")
+        if not isinstance(session, AdapterSession):
+            raise BackendError(f"{session.backend} cannot add adapters; use --backend native")
+        session.use_adapter(
+            [] if name is None else read_updates(adapters[name], self.bundle.layer_runs)
+        )
+        self.engine.cached.clear()
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.bundle import Bundle, Graph
 
 Logits = npt.NDArray[np.float32]
@@ -69,6 +71,15 @@ class TopSession(Session, Protocol):
 
     def step_greedy(self, token: int) -> int:
         """Append one token; the most probable next one, as soon as that is certain."""
+        ...
+
+
+@runtime_checkable
+class AdapterSession(Session, Protocol):
+    """A session that adds low-rank updates to its weights as it runs."""
+
+    def use_adapter(self, updates: Sequence[Update]) -> None:
+        """Use these in place of any before, or none; the cache is emptied. Raises UsageError."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,17 @@ from pocketslm.errors import (
     PocketSlmError,
     UsageError,
 )
+from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.backends import check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
+# Of the matrices that an adapter may update, in a model.slm.
+ROLES = {"q_proj": 5, "k_proj": 6, "v_proj": 7, "o_proj": 8}
+ROLES |= {"gate_proj": 10, "up_proj": 11, "down_proj": 12}
 
 _ERRORS: dict[int, type[PocketSlmError]] = {
     1: UsageError,
@@ -56,6 +61,13 @@ class _Options(ctypes.Structure):
     _fields_ = (
         *((name, _u32) for name in ("context", "threads", "kv_type", "pin")),
         ("isa", ctypes.c_char_p),
+    )
+
+
+class _Update(ctypes.Structure):
+    _fields_ = (
+        *((name, _u32) for name in ("role", "layer", "rows", "cols", "rank")),
+        *((name, ctypes.c_void_p) for name in ("a", "b")),
     )
 
 
@@ -125,6 +137,7 @@ def load_library() -> ctypes.CDLL:
             (pointer, pointer, _size, _size, pointer, pointer, p(ctypes.c_double), NativeError),
         ),
         "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), NativeError)),
+        "set_updates": (ctypes.c_int, (pointer, p(_Update), _size, NativeError)),
         "set_profiling": (ctypes.c_int, (pointer, _u32)),
         "read_times": (ctypes.c_int, (pointer, p(_Times))),
         "length": (_size, (pointer,)),
@@ -357,6 +370,25 @@ class NativeSession:
         if not 0 <= length <= self.length:
             raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
         self._library.pslm_truncate(self._handle, length)
+
+    def use_adapter(self, updates: Sequence[Update]) -> None:
+        """Add low-rank updates to the matrices in place of any before; with none, all is as it was.
+
+        The context is forgotten, because other weights made it. Raises UsageError where an update
+        does not belong to the model.
+        """
+        array = (_Update * len(updates))()
+        kept = []  # until they are copied
+        for one, update in zip(array, updates, strict=True):
+            a, b = (np.ascontiguousarray(part.T, np.float32) for part in (update.a, update.b))
+            kept += [a, b]
+            one.role, one.layer = ROLES.get(update.part, 0), update.layer
+            one.rows, one.cols, one.rank = b.shape[1], *a.shape
+            one.a, one.b = a.ctypes.data, b.ctypes.data
+        status = self._library.pslm_set_updates(
+            self._handle, array, len(updates), self._error.argument
+        )
+        self._error.check(status)
 
     def profile(self, on: bool = True) -> None:
         """Begin to measure the time of each operator from zero, or stop."""

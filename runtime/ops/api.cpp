@@ -184,6 +184,51 @@ pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t 
   return PSLM_OK;
 }
 
+pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates, size_t count,
+                             pslm_error error) {
+  if (!session || (count && !updates)) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  const ModelFile& model = session->engine.model();
+  return guarded(error, [&] {
+    std::vector<LayerUpdates> layers(count ? model.layers.size() : 0);
+    for (size_t i = 0; i < count; ++i) {
+      const pslm_update& u = updates[i];
+      if (u.layer >= layers.size())
+        return report(error, PSLM_ERROR_ARGUMENT,
+                      "update of layer " + std::to_string(u.layer) + ", the model has " +
+                          std::to_string(layers.size()));
+      const Layer& layer = model.layers[u.layer];
+      LayerUpdates& of = layers[u.layer];
+      const Matrix* matrix = nullptr;
+      LowRank* slot = nullptr;
+      switch (static_cast<Role>(u.role)) {
+        case Role::query: matrix = &layer.query, slot = &of.query; break;
+        case Role::key: matrix = &layer.key, slot = &of.key; break;
+        case Role::value: matrix = &layer.value, slot = &of.value; break;
+        case Role::output: matrix = &layer.output, slot = &of.output; break;
+        case Role::gate: matrix = &layer.gate, slot = &of.gate; break;
+        case Role::up: matrix = &layer.up, slot = &of.up; break;
+        case Role::down: matrix = &layer.down, slot = &of.down; break;
+        default: break;
+      }
+      if (!slot || slot->rank || !u.a || !u.b || !u.rank || u.rank > kMaxRank)
+        return report(error, PSLM_ERROR_ARGUMENT,
+                      "update of role " + std::to_string(u.role) + " and rank " +
+                          std::to_string(u.rank) + " is unknown, empty or there twice");
+      if (u.rows != matrix->rows || u.cols != matrix->cols)
+        return report(error, PSLM_ERROR_ARGUMENT,
+                      "update of role " + std::to_string(u.role) + ", layer " +
+                          std::to_string(u.layer) + " is for " + std::to_string(u.rows) + " x " +
+                          std::to_string(u.cols) + ", the matrix is " +
+                          std::to_string(matrix->rows) + " x " + std::to_string(matrix->cols));
+      slot->rank = u.rank, slot->rows = matrix->rows;
+      slot->a.assign(u.a, u.a + matrix->cols * u.rank);
+      slot->b.assign(u.b, u.b + u.rank * matrix->rows);
+    }
+    session->engine.set_updates(std::move(layers));
+    return PSLM_OK;
+  });
+}
+
 pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info) {
   if (!session || !info) return PSLM_ERROR_ARGUMENT;
   const Session& engine = session->engine;

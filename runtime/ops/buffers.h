@@ -61,6 +61,7 @@ class Panel {
     values_ = values;
   }
   size_t tokens() const { return tokens_; }
+  const float* values(size_t token) const { return values_ + token * cols_; }
 
   ActivationTile tile(size_t first) const {
     const size_t at = first * (cols_ / kGroup);

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 2
+#define PSLM_ABI_VERSION 3
 
 typedef enum {
   PSLM_OK = 0,
@@ -96,6 +96,16 @@ PSLM_API void pslm_session_close(pslm_session* session);
  * lie inside is private; the context is `positions`, rounded down to a multiple of 16. */
 PSLM_API pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t count,
                                      size_t positions, size_t length, pslm_error error);
+/* A low-rank update of one of a layer's matrices [rows, cols], by the role that it has in
+ * model.slm: y += b^T (a^T x), with a [cols][rank] and b [rank][rows] as floats. */
+typedef struct {
+  uint32_t role, layer, rows, cols, rank;
+  const float *a, *b;
+} pslm_update;
+/* Adds these to the session's matrices, in place of any before; none with a count of 0, and all is
+ * as it was. They are copied. The context is forgotten: it came of other weights. */
+PSLM_API pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates,
+                                      size_t count, pslm_error error);
 PSLM_API pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info);
 
 /* Appends `count` tokens to the context. `logits` receives vocab_size floats (LAST) or

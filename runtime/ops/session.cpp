@@ -196,18 +196,55 @@ const Panel& Session::normalized(unsigned m, const float* weight) {
   return panel_;
 }
 
+void Session::set_updates(std::vector<LayerUpdates> updates) {
+  size_t widest = 0;
+  for (const LayerUpdates& u : updates)
+    widest = std::max({widest, u.query.rank + u.key.rank + u.value.rank, u.output.rank,
+                       u.gate.rank + u.up.rank, u.down.rank});
+  lowered_.assign(widest * kBatch, 0.0f);
+  for (Member& member : members_) member.lowered.assign(widest, 0.0f);
+  updates_ = std::move(updates);
+  length_ = 0;
+}
+
+// What updates make of the input that they read: [token][update][rank], null where there is none.
+// One token is cheaper to do again in each thread than to share.
+const float* Session::lower(unsigned m, std::initializer_list<const LowRank*> updates,
+                            const Panel& panel) {
+  size_t width = 0;
+  for (const LowRank* update : updates) width += update->rank;
+  if (!width) return nullptr;
+  float* out = count_ == 1 ? members_[m].lowered.data() : lowered_.data();
+  const auto fill = [&](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t) {
+      float* low = out + t * width;
+      for (const LowRank* update : updates) {
+        if (update->rank) update->lower(panel.values(t), low);
+        low += update->rank;
+      }
+    }
+  };
+  count_ == 1 ? fill(0, 1) : share(m, count_, kMaxTile, fill);
+  return out;
+}
+
 // x += w * panel
-void Session::add_projection(unsigned m, const Matrix& w, const Panel& panel) {
+void Session::add_projection(unsigned m, const Matrix& w, const Panel& panel,
+                             const LowRank& update) {
+  const float* low = lower(m, {&update}, panel);
   project(m, w, panel, [&](size_t t, size_t tokens, size_t b, size_t blocks, const float* y) {
     const size_t width = blocks * kBlockRows;
     for (size_t i = 0; i < tokens; ++i) {
       float* x = &x_[(t + i) * w.rows + b * kBlockRows];
       for (size_t j = 0; j < width; ++j) x[j] += y[i * width + j];
+      if (low) update.add(low + (t + i) * update.rank, b * kBlockRows, width, x);
     }
   });
 }
 
 void Session::layer(unsigned m, const Layer& layer, size_t index) {
+  static const LayerUpdates kNone{};
+  const LayerUpdates& updates = updates_.empty() ? kNone : updates_[index];
   members_[m].plan.start(index * kLayerPhases);
   // Nobody reads it between here and the barriers before it is filled.
   if (m == 0) hidden_panel_.describe(count_, layer.intermediate_size, hidden_.data());
@@ -216,13 +253,16 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
     const Matrix& w;
     const float* bias;
     float* out;
+    const LowRank& update;
   };
-  const Part parts[] = {{layer.query, layer.query_bias, q_.data()},
-                        {layer.key, layer.key_bias, k_.data()},
-                        {layer.value, layer.value_bias, v_.data()}};
+  const Part parts[] = {{layer.query, layer.query_bias, q_.data(), updates.query},
+                        {layer.key, layer.key_bias, k_.data(), updates.key},
+                        {layer.value, layer.value_bias, v_.data(), updates.value}};
+  const float* low = lower(m, {&updates.query, &updates.key, &updates.value}, attention_input);
+  const size_t ranks = updates.query.rank + updates.key.rank + updates.value.rank;
   const size_t total = layer.query.blocks() + layer.key.blocks() + layer.value.blocks();
   share_weights(m, total, layer.query.block_bytes, [&](size_t begin, size_t end) {
-    size_t first = 0;
+    size_t first = 0, rank = 0;
     for (const Part& part : parts) {
       const size_t last = first + part.w.blocks();
       const size_t from = std::max(begin, first), to = std::min(end, last);
@@ -235,9 +275,11 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
                 float* out = part.out + (t + i) * part.w.rows + b * kBlockRows;
                 for (size_t j = 0; j < width; ++j)
                   out[j] = y[i * width + j] + (part.bias ? part.bias[b * kBlockRows + j] : 0.0f);
+                if (low)
+                  part.update.add(low + (t + i) * ranks + rank, b * kBlockRows, width, out);
               }
             });
-      first = last;
+      first = last, rank += part.update.rank;
     }
   });
 
@@ -245,12 +287,14 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
   members_[m].plan.start(index * kLayerPhases + 1);
   count_ == 1 ? attend_one(m, index) : attend_many(m, index);
   mark(m, &pslm_times::attention_ns);
-  add_projection(m, layer.output, attention_output(m, layer));
+  add_projection(m, layer.output, attention_output(m, layer), updates.output);
   mark(m, &pslm_times::output_ns);
 
   members_[m].plan.start(index * kLayerPhases + 2);
   const Panel& mlp_input = normalized(m, layer.mlp_norm);
-  const bool want_floats = !is_quantized(layer.down.kind);
+  const bool want_floats = !is_quantized(layer.down.kind) || updates.down.rank;
+  const float* mlp_low = lower(m, {&updates.gate, &updates.up}, mlp_input);
+  const size_t mlp_ranks = updates.gate.rank + updates.up.rank;
   const size_t units = layer.intermediate_size / kGroup;
   const size_t unit_bytes = 2 * (layer.gate.block_bytes + layer.up.block_bytes);
   share_weights(m, units, unit_bytes, [&](size_t begin, size_t end) {
@@ -267,6 +311,11 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
                     gate, kGroup);
         up_matmul(layer.up.data + unit * 2 * layer.up.block_bytes, 2, layer.up.cols, tile, up,
                   kGroup);
+        for (size_t i = 0; mlp_low && i < tile.tokens; ++i) {
+          const float* row = mlp_low + (t + i) * mlp_ranks;
+          updates.gate.add(row, unit * kGroup, kGroup, gate + i * kGroup);
+          updates.up.add(row + updates.gate.rank, unit * kGroup, kGroup, up + i * kGroup);
+        }
         kernels_.silu_mul(gate, up, tile.tokens * kGroup, gate);
         for (size_t i = 0; i < tile.tokens; ++i) {
           const float* row = gate + i * kGroup;
@@ -280,7 +329,7 @@ void Session::layer(unsigned m, const Layer& layer, size_t index) {
   });
   mark(m, &pslm_times::gate_up_ns);
   members_[m].plan.start(index * kLayerPhases + 3);
-  add_projection(m, layer.down, hidden_panel_);
+  add_projection(m, layer.down, hidden_panel_, updates.down);
   mark(m, &pslm_times::down_ns);
 }
 

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "buffers.h"
 #include "kernels.h"
 #include "kv_cache.h"
+#include "low_rank.h"
 #include "model_file.h"
 #include "operator_clock.h"
 #include "read_plan.h"
@@ -59,6 +61,8 @@ class Session {
   void set_length(size_t length) { length_ = length; }
   // PSLM_KV_CALLER: see pslm_bind_cache.
   void bind_cache(void* const* places, size_t positions);
+  // One entry a layer, or none; what is in the context came of other weights and is forgotten.
+  void set_updates(std::vector<LayerUpdates> updates);
 
  private:
   // What screening a split head by its high nibbles takes of the activations, by group.
@@ -74,6 +78,7 @@ class Session {
     Buffer<float> outputs;    // [tile][blocks * 16] of a matmul, twice: gate and up
     Buffer<float> queries;    // [12][head_dim]
     Buffer<float> attended;   // [12][head_dim]
+    std::vector<float> lowered;  // of one token, as lowered_
     ReadPlan plan;
     uint64_t read_bytes = 0;  // of weights, since shares were balanced
     // Of the head: the highest logits that this thread saw, a heap, and the sum of all.
@@ -106,7 +111,9 @@ class Session {
   template <typename Sink>
   void project_blocks(unsigned m, const Matrix& w, const Panel& panel, size_t begin, size_t end,
                       Sink&& sink);
-  void add_projection(unsigned m, const Matrix& w, const Panel& panel);
+  void add_projection(unsigned m, const Matrix& w, const Panel& panel, const LowRank& update);
+  const float* lower(unsigned m, std::initializer_list<const LowRank*> updates,
+                     const Panel& panel);
   template <typename F>
   void share(unsigned m, size_t total, size_t chunk, F&& f);
   template <typename F>
@@ -135,6 +142,9 @@ class Session {
 
   size_t top_count_ = 1;  // tokens wanted of the head
   Buffer<float> highest_;  // what the logits of each block of a split head may reach
+
+  std::vector<LayerUpdates> updates_;
+  std::vector<float> lowered_;  // a^T x of updates that read the same, [token][update][rank]
 
   OperatorClock clock_;
   std::vector<uint64_t> work_;

@@ -1,0 +1,77 @@
+"""LoRA adapters that a bundle carries beside its weights: ``adapter-NAME.safetensors``.
+
+The tensors have PEFT's names; A is [rank, in], and B [out, rank] has PEFT's scale in it already.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketslm.errors import BundleError
+
+PREFIX, SUFFIX = "adapter-", ".safetensors"
+_NAME = re.compile(
+    r"base_model\.model\.model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+_proj)"
+    r"\.lora_([AB])\.weight"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What is added to a matrix: ``part``, as q_proj, of a layer; b [out, rank] @ a [rank, in]."""
+
+    layer: int
+    part: str
+    a: npt.NDArray[np.float32]
+    b: npt.NDArray[np.float32]
+
+
+def read_updates(path: Path, runs: int = 1) -> list[Update]:
+    """The updates of an adapter's file, for each of the ``runs`` of a layer.
+
+    Raises BundleError where it cannot be read or is not such a file.
+    """
+    found: dict[tuple[int, str], dict[str, npt.NDArray[np.float32]]] = {}
+    for name, array in _read(path).items():
+        match = _NAME.fullmatch(name)
+        if match is None or array.ndim != 2:
+            raise BundleError(f"{path}: {name!r} is not a factor of a layer's matrix")
+        found.setdefault((int(match[1]), match[2]), {})[match[3]] = array
+    for (layer, part), factors in found.items():
+        if len(factors) != 2 or factors["A"].shape[0] != factors["B"].shape[1]:
+            raise BundleError(f"{path}: the factors of {part} in layer {layer} do not fit together")
+    return [
+        Update(layer * runs + run, part, factors["A"], factors["B"])
+        for (layer, part), factors in found.items()
+        for run in range(runs)
+    ]
+
+
+def _read(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """The float32 tensors of a safetensors file: an 8-byte length, JSON, data."""
+    arrays = {}
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size - 8:
+                raise ValueError("it ends within its header")
+            header = json.loads(file.read(length))
+            data = file.read()
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            shape, (begin, end) = entry["shape"], entry["data_offsets"]
+            if entry["dtype"] != "F32" or not 0 <= begin <= end <= len(data):
+                raise ValueError(f"{name} is not float32, or lies outside")
+            if min(shape) < 1 or prod(shape) * 4 != end - begin:
+                raise ValueError(f"{name} has shape {shape} and {end - begin} bytes")
+            arrays[name] = np.frombuffer(data[begin:end], "<f4").reshape(shape)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BundleError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    return arrays
