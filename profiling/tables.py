@@ -151,7 +151,7 @@ def _shares(row: Measurement) -> str:
     great = [name for name in order if times[name] >= total / 100]
     small = sum(times[name] for name in order if name not in great)
     named = [f"{name} {times[name] / total:.0%}" for name in great]
-    return ", ".join(named + [f"others {small / total:.0%}"] * bool(small))
+    return ", ".join(named + [f"others {small / total:.0%}"] * (small > total / 200))
 
 
 def _md_row(row: Measurement) -> list[str]:
