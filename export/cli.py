@@ -257,7 +257,10 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "MODEL+FOLDER merges it instead",
     )
     parser.add_argument(
-        "--kv-cache", choices=("fp16", "int8"), default="fp16", help="of the native graph"
+        "--kv-cache",
+        choices=("fp16", "int8"),
+        default="fp16",
+        help="of the native and ExecuTorch graphs",
     )
     parser.add_argument(
         "--recipe",

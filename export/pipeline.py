@@ -305,9 +305,11 @@ def _lower_executorch(
             context=recipe.context,
             bos=bos,
             eos=eos,
+            int8_cache=recipe.kv_cache == "int8",
             progress=lambda done, total: progress("lower to executorch", done / total),
         )
-    return Graph("executorch", executorch.GRAPH_FILE, recipe.context, "fp32")
+    cache = "int8" if recipe.kv_cache == "int8" else "fp32"
+    return Graph("executorch", executorch.GRAPH_FILE, recipe.context, cache)
 
 
 @contextmanager

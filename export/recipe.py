@@ -52,7 +52,8 @@ class Recipe:
     layer, the most important on the calibration text; None: all.
 
     ``dtype`` is that of the ONNX graph's activations and KV cache, ``kv_cache`` that of the native
-    graph. ``context`` is the longest sequence, by default the model's own up to 4096 tokens.
+    graph, and of ``executorch``, which has fp32 in place of fp16. ``context`` is the longest
+    sequence, by default the model's own up to 4096 tokens.
     ``targets``: ``native`` (model.slm for the C++ operators and pocketslm-run) and
     ``onnx`` (model.onnx for onnxruntime and onnxruntime-genai); None: both, where they cover the
     model. ``onnx-pocketslm``: model.slm once more, through onnxruntime with our operators in it.

@@ -116,12 +116,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     shares = step_shares(options.file, tokens=options.tokens, threads=options.threads)
     outside = sum(one.share for one in shares)
-    print(
+    lines = [
         f"outside the delegate: {outside:.1%} of a step of {options.tokens} at position 128, "
         f"{options.threads} thread{'s' * (options.threads > 1)}"
-    )
-    for one in shares:
-        print(f"{one.share:7.2%}  {one.calls:4d} x {one.name}")
+    ]
+    lines += [f"{one.share:7.2%}  {one.calls:4d} x {one.name}" for one in shares]
+    print("\n".join(lines))
     return 0
 
 

@@ -37,6 +37,8 @@ with pipeline._no_warnings():
 MAX_FLOAT_ERROR = 1e-3
 # Activations rounded to int8, one scale a token: of the logits' standard deviation.
 MAX_INT8_ERROR = 0.06
+# Queries, keys and values rounded to int8, one scale a head and position: the same.
+MAX_CACHE_ERROR = 0.02
 # The same, and int8 weights with one scale a row in place of their groups.
 MAX_ROW_ERROR = 0.08
 # Scales rounded to bfloat16, of their size: half a step of 8 bits.
@@ -92,6 +94,22 @@ def test_variants_lower_too(name: str, tmp_path: Path) -> None:
     export_bundle(open_checkpoint(source), tmp_path / "b", recipe)
     ours = logits_of(open_session(open_bundle(tmp_path / "b"), threads=2))
     assert np.abs(ours - reference_logits(source, recipe)).max() < MAX_FLOAT_ERROR
+
+
+def test_an_int8_cache_is_close(tiny_hf: Path, tmp_path: Path) -> None:
+    logits = {}
+    for kind, says in (("fp16", "fp32"), ("int8", "int8")):
+        recipe = Recipe(weights="float", head="float", targets=TARGET, kv_cache=kind)
+        export_bundle(open_checkpoint(tiny_hf), tmp_path / kind, recipe)
+        bundle = open_bundle(tmp_path / kind)
+        assert bundle.graph("executorch").kv_cache == says
+        session = open_session(bundle, threads=2)
+        logits[kind] = logits_of(session)
+        session.truncate(0)
+        whole = session.forward(IDS)  # in two pieces
+        assert relative_error(whole, logits[kind][-1:]) < MAX_CACHE_ERROR
+    error = relative_error(logits["int8"], logits["fp16"])
+    assert 0 < error < MAX_CACHE_ERROR  # 0: it would not be int8
 
 
 RECIPES = {
@@ -183,6 +201,19 @@ def test_it_runs_without_torch(tiny_hf: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "b")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_programs_do_not_get_each_others_weights(tmp_path: Path) -> None:
+    """XNNPACK keeps packed weights by name, for all programs of a process."""
+    sessions, references = [], []
+    recipe = Recipe(weights="float", head="float", targets=TARGET)
+    for seed in (1, 2):
+        source = support.write_hf(tmp_path / f"hf{seed}", seed=seed)
+        export_bundle(open_checkpoint(source), tmp_path / f"b{seed}", recipe)
+        sessions.append(open_session(open_bundle(tmp_path / f"b{seed}"), threads=1))
+        references.append(reference_logits(source, recipe))
+    for session, theirs in zip(sessions, references, strict=True):
+        assert np.abs(logits_of(session) - theirs).max() < MAX_FLOAT_ERROR
 
 
 @pytest.mark.parametrize("keep", [0, 20, 5000, -1])

@@ -29,7 +29,7 @@ from pocketslm.models.tensors import Array, QuantTensor, Weight
 
 GRAPH_FILE = "model.pte"
 _INT64_MAX = 2**63 - 1
-_FLOAT = 6  # torch's number for float32
+_INT8, _FLOAT = 1, 6  # torch's numbers for int8 and float32
 # torch.fx.Node; its arguments are typed so widely that each use would need a cast.
 Node = Any
 WeightReader = Callable[[str, tuple[int, ...]], Weight]
@@ -44,14 +44,16 @@ def lower(
     context: int,
     bos: int,
     eos: list[int],
+    int8_cache: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Write the ``.pte``: forward(tokens [1, n], start [1]) -> logits [1, 1, V] of the last token.
 
-    The methods beside it tell ExecuTorch's LLM runner what it asks for. ``progress`` is called
-    with nodes done and in total. Returns notes on what XNNPACK cannot hold as it was.
+    The methods beside it tell ExecuTorch's LLM runner what it asks for. The KV cache is fp32, or
+    int8 with a scale for each head and position. ``progress`` is called with nodes done and in
+    total. Returns notes on what XNNPACK cannot hold as it was.
     """
-    lowering = _Lowering(traced, config, weights, context)
+    lowering = _Lowering(traced, config, weights, context, int8_cache)
     lowering.run(path, bos, eos, progress)
     return [
         f"executorch: {count} matrices: {what}" for what, count in lowering.changes.items() if count
@@ -66,9 +68,15 @@ class _Lowering:
     """
 
     def __init__(
-        self, traced: Traced, config: ModelConfig, weights: WeightReader, context: int
+        self,
+        traced: Traced,
+        config: ModelConfig,
+        weights: WeightReader,
+        context: int,
+        int8_cache: bool,
     ) -> None:
         self.traced, self.config, self.weights, self.context = traced, config, weights, context
+        self.int8_cache = int8_cache
         self.program = ProgramBuilder()
         self.segment = Segment(self.program.named)
         self.inside: dict[Node, int] = {}
@@ -185,7 +193,9 @@ class _Lowering:
             s.unary(xnn.XNNSquare, value), "mean", mean, np.array([eps], np.float32)
         )
         normalized = s.multiply(value, s.unary(xnn.XNNReciprocalSquareRoot, variance))
-        self.inside[node] = s.multiply(normalized, s.constant(*self._vector(weight_node)))
+        # As an input: XNNPACK's cache of packed weights lets go of constants that are not packed.
+        factor = s.input(self.program.constant(*self._vector(weight_node)), [size])
+        self.inside[node] = s.multiply(normalized, factor)
 
     def _add(self, node: Node) -> None:
         a, b = node.args
@@ -206,14 +216,44 @@ class _Lowering:
         cached = [1, self.context, kv_heads, size]
         made = {query: p.tensor(shape), key: p.tensor(cached), value: p.tensor(cached)}
         self._close(made)
-        caches = [p.state(cached), p.state(cached)]
-        for new, cache in zip((made[key], made[value]), caches, strict=True):
-            unused = p.tensor([1], dynamic=False)
-            p.call("llama::update_cache.out", new, cache, self.start, unused, unused)
-        out = p.tensor(shape)
+        q = [part for part, _, _ in self._held(made[query], shape)]
+        k, v = ([self._append(*part) for part in self._held(made[x], cached)] for x in (key, value))
         options = [p.literal(None), p.literal(0.0), p.literal(True), p.literal(float(scale))]
-        p.call("llama::custom_sdpa.out", made[query], *caches, self.start, *options, out, out)
+        kind, grids = "custom_sdpa", []
+        if self.int8_cache:
+            kind, grids = "custom_quantized_sdpa", [*q[1:], *k[1:], *v[1:], p.literal(False)]
+        out = p.tensor(shape)
+        p.call(f"llama::{kind}.out", q[0], k[0], v[0], self.start, *options, *grids, out, out)
         self.outside[node] = out
+
+    def _append(self, new: int, shape: list[int], dtype: str) -> int:
+        """The cache whose next positions ``new`` becomes."""
+        p = self.program
+        cache, unused = p.state(shape, dtype), p.tensor([1], dynamic=False)
+        p.call("llama::update_cache.out", new, cache, self.start, unused, unused)
+        return cache
+
+    def _held(self, value: int, shape: list[int]) -> list[tuple[int, list[int], str]]:
+        """What attention reads of a value, with shape and type: itself, or int8 codes with a zero
+        point and a scale for each head and position."""
+        if not self.int8_cache:
+            return [(value, shape, "float32")]
+        p, grid = self.program, [*shape[:-1], 1]
+        codes, zeros, scales = p.tensor(shape, "int8"), p.tensor(grid, "int8"), p.tensor(grid)
+        wide_scales, wide_zeros = p.tensor(grid, "float64"), p.tensor(grid, "int64")
+        low, high, int8 = p.literal(-128), p.literal(127), p.literal(_INT8)
+        of_grid = [wide_scales, wide_zeros]
+        p.call(
+            "quantized_decomposed::choose_qparams_per_token_asymmetric.out",
+            *[value, int8, *of_grid, p.literal(None)],
+        )
+        p.call(
+            "quantized_decomposed::quantize_per_token.out",
+            *[value, *of_grid, low, high, int8, codes, codes],
+        )
+        for wide, narrow in ((wide_zeros, zeros), (wide_scales, scales)):
+            p.call("aten::_to_copy.out", wide, p.literal(False), p.literal(None), narrow, narrow)
+        return [(codes, shape, "int8"), (zeros, grid, "int8"), (scales, grid, "float32")]
 
     def _rotate(self, x: int, heads: int) -> int:
         s, size = self.segment, self.config.head_dim

@@ -25,6 +25,7 @@ _TYPES = {
     "int64": ScalarType.LONG,
     "float16": ScalarType.HALF,
     "float32": ScalarType.FLOAT,
+    "float64": ScalarType.DOUBLE,
 }
 # Of each constant and segment: a cache line, and what XNNPACK asks for at most.
 _ALIGNMENT = 64

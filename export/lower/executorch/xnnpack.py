@@ -6,6 +6,8 @@ are the second axis of every activation; their number is only known when the gra
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,11 @@ class Filter:
     scales: Array | None = None
     group_size: int = 0
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells filters apart by what they hold."""
+        return _digest(self.codes) + ("" if self.scales is None else _digest(self.scales))
+
     @property
     def shape(self) -> tuple[int, int]:
         rows, stored = self.codes.shape
@@ -53,7 +60,6 @@ class Segment:
         self._store = store
         self._graph = xnn.XNNGraph("0", [], [], 0, [], [], [xnn.ConstantDataOffset(0, 0)])
         self._shapes: list[tuple[int, ...]] = []
-        self._constants: dict[str, int] = {}
         self._quantized: dict[int, int] = {}
         self._inputs: dict[int, int] = {}  # program value -> value here
 
@@ -120,18 +126,15 @@ class Segment:
         if weight.scales is not None:
             x = self._dynamic(x)
         filter_ = self._filter(name, weight)
-        added = _NONE if bias is None else self.constant(f"{name}.bias", bias)
+        added = _NONE if bias is None else self._bias(f"{name}.bias", bias)
         out = self._tensor([*self._shapes[x][:-1], weight.shape[0]])
         return self._node(xnn.XNNFullyConnected(x, filter_, added, out, 0), out)
 
     # Values.
 
-    def constant(self, key: str, array: Array) -> int:
-        """A float32 tensor, stored once per key."""
-        if key not in self._constants:
-            data = self._data(key, array.astype(np.float32))
-            self._constants[key] = self._tensor(array.shape, data=data)
-        return self._constants[key]
+    def _bias(self, name: str, array: Array) -> int:
+        array = array.astype(np.float32)
+        return self._tensor(array.shape, data=self._data(f"{name}.{_digest(array)}", array))
 
     def _dynamic(self, x: int) -> int:
         """x in int8, quantized as it comes; once, however many products read it."""
@@ -145,6 +148,8 @@ class Segment:
         return self._quantized[x]
 
     def _filter(self, name: str, weight: Filter) -> int:
+        # XNNPACK may keep packed weights by their names, those of all programs in a process.
+        name = f"{name}.{weight.digest}"
         data = self._data(name, weight.codes)
         if weight.scales is None:
             return self._tensor(weight.shape, data=data)
@@ -186,3 +191,7 @@ class Segment:
     def _node(self, node: Any, out: int) -> int:
         self._graph.xnodes.append(xnn.XNode(node, len(self._graph.xnodes)))
         return out
+
+
+def _digest(array: Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:16]

@@ -174,7 +174,13 @@ class Loaded {
     }
     planned_.emplace(Span<Span<uint8_t>>{buffers_.data(), buffers_.size()});
     memory_.emplace(&own_, &*planned_, &scratch_);
-    auto method = program.load_method(name, &*memory_, nullptr, nullptr, nullptr, kernels);
+    // Packed weights are kept by name, once for all delegates.
+    BackendOptions<1> xnnpack;
+    LoadBackendOptionsMap options;
+    if (xnnpack.set_option("weight_cache_enabled", true) != Error::Ok ||
+        options.set_options("XnnpackBackend", xnnpack.view()) != Error::Ok)
+      return false;
+    auto method = program.load_method(name, &*memory_, nullptr, nullptr, &options, kernels);
     if (!method.ok()) return false;
     method_.emplace(std::move(*method));
     return true;
@@ -233,7 +239,7 @@ struct pslm_et_program {
   Loader loader;
   std::optional<Program> program;
   std::optional<Loaded> forward;
-  size_t longest = 0, vocabulary = 0;
+  size_t vocabulary = 0;  // 0: forward is not loaded
 };
 
 void pslm_et_set_threads(uint32_t threads) {
@@ -291,6 +297,7 @@ pslm_status pslm_et_numbers(const pslm_et_program* program, const char* method, 
 pslm_status pslm_et_load(pslm_et_program* program, int timed, size_t* longest, size_t* vocabulary,
                          pslm_error error) {
   const Reason reason;
+  program->vocabulary = 0;
   program->forward.emplace();
   Loaded& forward = *program->forward;
   if (!forward.load(*program->program, kForward,
@@ -316,6 +323,7 @@ pslm_status pslm_et_load(pslm_et_program* program, int timed, size_t* longest, s
 pslm_status pslm_et_forward(pslm_et_program* program, const int64_t* tokens, size_t count,
                             int64_t start, float* logits, pslm_error error) {
   const Reason reason;
+  if (program->vocabulary == 0) return reason.report(error, PSLM_ERROR_ARGUMENT, "not loaded");
   const OneThread caller;
   Method& method = **program->forward;
   int32_t sizes[] = {1, static_cast<int32_t>(count)}, one[] = {1};
