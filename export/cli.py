@@ -224,7 +224,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        help="rtn, search or hqq, +gptq, +awq, such as search+gptq (default: rtn)",
+        help="rtn, search or hqq, +gptq, +awq, +tune, such as search+gptq (default: rtn)",
     )
     parser.add_argument(
         "--calibration",

@@ -22,6 +22,8 @@ from pocketslm.errors import UsageError
 from pocketslm.export.evaluate import Ids, compare, windows_of
 from pocketslm.export.prune import adaptive, depth, sparse, width
 from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
+from pocketslm.export.quantize.grid import Spec
+from pocketslm.export.quantize.tune import tune
 from pocketslm.export.recipe import GROUP_SIZES, Recipe
 from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
@@ -30,7 +32,16 @@ from pocketslm.models.tensors import QuantTensor
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 TABLES = ("quantize", "depth", "width", "adaptive", "sparse")
-METHODS = ("rtn", "search", "hqq", "gptq", "search+gptq", "awq", "awq+search+gptq")
+METHODS = (
+    "rtn",
+    "search",
+    "hqq",
+    "gptq",
+    "search+gptq",
+    "awq",
+    "awq+search+gptq",
+    "search+gptq+tune",
+)
 _WITHOUT_DATA = ("rtn", "hqq")
 GRIDS = ("sym", "min")
 SEED = 0
@@ -160,14 +171,20 @@ def _quantized(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
         )
         model = bench.model()
         start = time.perf_counter()
+
+        def spec(name: str) -> Spec | None:
+            return recipe.spec(name, quantized=False)
+
         stored = quantize_layers(
             model,
             bench.calibration if method not in _WITHOUT_DATA else bench.calibration[:1, :2],
-            lambda name: recipe.spec(name, quantized=False),
+            spec,
             recipe.fit,
             use_awq=recipe.use_awq,
             use_gptq=recipe.use_gptq,
         )
+        if recipe.use_tune:
+            stored = tune(model, bench.model(), bench.calibration, stored, spec)
         seconds = time.perf_counter() - start
         size = 0
         for name, parameter in model.named_parameters():
@@ -191,20 +208,21 @@ def _shallow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
     removals = sorted({max(round(share * count), 1) for share in _DEPTH_SHARES})
 
     @functools.cache  # greedy: the layers to go first are the same for every number of them
-    def sleb() -> list[int]:
-        return depth.sleb(bench.model(), ids, removals[-1])
+    def sleb() -> tuple[list[int], float]:
+        start = time.perf_counter()
+        return depth.sleb(bench.model(), ids, removals[-1]), time.perf_counter() - start
 
     def make(method: str, detail: str) -> Row:
         remove = int(detail.split()[0])
-        model = bench.model()
         start = time.perf_counter()
         if method == "last":
             removed = depth.last(count, remove)
         elif method == "block influence":
-            removed = depth.least_influence(depth.block_influence(model, ids), remove)
-        else:
-            removed = sleb()[:remove]
+            removed = depth.least_influence(depth.block_influence(bench.model(), ids), remove)
         seconds = time.perf_counter() - start
+        if method == "sleb":
+            order, seconds = sleb()
+            removed = order[:remove]
         pruned = bench.model(depth.WithoutLayers(bench.checkpoint, removed))
         about = {"table": "depth", "method": f"{method}: {sorted(removed)}", "detail": detail}
         return bench.measure(pruned, **about, size_mb=_fp32_mb(pruned), seconds=seconds)

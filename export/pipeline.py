@@ -133,13 +133,15 @@ def _quantized(
 ) -> dict[str, Weight]:
     """The weights that calibration on ``ids`` decides."""
     from pocketslm.export.quantize.calibration import quantize_layers
+    from pocketslm.export.quantize.tune import tune
     from pocketslm.models.reference import load_reference
 
     def spec(name: str) -> Spec | None:
         return recipe.spec(name, quantized=isinstance(checkpoint.weight(name), QuantTensor))
 
-    return quantize_layers(
-        load_reference(checkpoint, ids.shape[1]),
+    model = load_reference(checkpoint, ids.shape[1])
+    stored = quantize_layers(
+        model,
         ids,
         spec,
         recipe.fit,
@@ -147,6 +149,10 @@ def _quantized(
         use_gptq=recipe.use_gptq,
         progress=lambda fraction: progress("quantize", fraction),
     )
+    if recipe.use_tune:
+        teacher = load_reference(checkpoint, ids.shape[1])
+        stored = tune(model, teacher, ids, stored, spec, lambda share: progress("tune", share))
+    return stored
 
 
 def _carry(checkpoint: Checkpoint, adapter: Path, recipe: Recipe, folder: Path) -> None:

@@ -25,7 +25,7 @@ KvCache = Literal["fp16", "int8"]
 RECIPE_FILE = "recipe.toml"
 # How the grid of a group is chosen; "+gptq" and "+awq" say what is done beside it.
 FITS: dict[str, Fit] = {"rtn": rtn.fit, "search": search.fit, "hqq": hqq.fit}
-_WITH = ("gptq", "awq")
+_WITH = ("gptq", "awq", "tune")
 GROUP_SIZES = (32, 64, 128)
 # In the order in which "auto" prefers them.
 TARGETS = ("native", "onnx", "onnx-pocketslm", "executorch", "executorch-pocketslm")
@@ -43,8 +43,8 @@ class Recipe:
     matrices by name. ``grid`` is the offset that a group has: none, a zero point or a minimum.
 
     ``method`` joins with ``+`` how the grid is chosen (rtn, search, hqq; default rtn) and what is
-    done to the layers beside it (gptq, awq). ``calibration`` is the text that shows the layers'
-    inputs: a catalog name or file, its last ``calibration_tokens`` in windows of
+    done to the layers beside it (gptq, awq, tune). ``calibration`` is the text that shows the
+    layers' inputs: a catalog name or file, its last ``calibration_tokens`` in windows of
     ``calibration_window``; with it, search weighs errors too. ``calibration_sha256`` is filled in.
 
     ``vocabulary``: the ids of the tokens that stay, as ranges such as ``0-270,300``; None: all.
@@ -89,7 +89,7 @@ class Recipe:
         if not set(parts) <= {*FITS, *_WITH} or len(FITS.keys() & set(parts)) > 1:
             raise ExportError(
                 f"method {self.method!r}, expected one of {', '.join(FITS)}, with or without "
-                f"{' and '.join('+' + part for part in _WITH)}"
+                f"{', '.join('+' + part for part in _WITH)}"
             )
         if self.needs_calibration and self.calibration is None:
             what = f"method {self.method!r}" if self.neurons is None else "leaving neurons out"
@@ -137,8 +137,12 @@ class Recipe:
         return "awq" in self.method.split("+")
 
     @property
+    def use_tune(self) -> bool:
+        return "tune" in self.method.split("+")
+
+    @property
     def needs_calibration(self) -> bool:
-        return self.use_gptq or self.use_awq or self.neurons is not None
+        return self.use_gptq or self.use_awq or self.use_tune or self.neurons is not None
 
     def scheme(self, name: str, *, quantized: bool) -> Scheme:
         """How a matrix is stored; ``quantized``: the source holds it in blocks, which may be kept.

@@ -12,9 +12,11 @@ from gguf.quants import dequantize, quantize
 
 import support
 from pocketslm.errors import ExportError, UsageError
+from pocketslm.export.heal import forward_kl
 from pocketslm.export.quantize import awq, gptq, hqq, rtn, search
 from pocketslm.export.quantize.calibration import SITES, last_tokens, quantize_layers
 from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
+from pocketslm.export.quantize.tune import tune
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import load_reference
@@ -211,6 +213,38 @@ def test_layers_are_rounded_on_the_inputs_that_they_will_get(method: str, tiny_h
         np.testing.assert_array_equal(model.get_parameter(name).numpy(), values)
     got, _ = model(IDS, model.empty_cache(8))
     assert 0 < float((got - exact).std() / exact.std()) < 0.4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tuning_brings_the_logits_nearer_and_keeps_the_codes(kind: Kind, tiny_hf: Path) -> None:
+    """On tokens that it did not see; what is stored is what is in the model."""
+    checkpoint = open_checkpoint(tiny_hf)
+    teacher, model = load_reference(checkpoint), load_reference(checkpoint)
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (24, 32)))
+
+    def spec(name: str) -> Spec | None:
+        return None if "layers.1.mlp.up" in name else Spec(4, 32, kind)
+
+    def kl() -> float:
+        with torch.no_grad():
+            p, q = (m(IDS, m.empty_cache(len(IDS)))[0] for m in (teacher, model))
+        return float(forward_kl(p, q))
+
+    before = quantize_layers(model, ids, spec, rtn.fit)
+    rounded = kl()
+    after = tune(model, teacher, ids, before, spec)
+    assert kl() < 0.95 * rounded, (kl(), rounded)
+    norms = {name for name, _ in model.named_parameters() if name.endswith("norm.weight")}
+    assert after.keys() == before.keys() | norms
+    for name, weight in after.items():
+        values = weight.dequantize() if isinstance(weight, QuantTensor) else weight
+        np.testing.assert_array_equal(model.get_parameter(name).numpy(), values)
+        if isinstance(weight, QuantTensor):
+            source = before[name]
+            assert isinstance(source, QuantTensor)
+            np.testing.assert_array_equal(weight.codes, source.codes)
+            assert weight.nbytes == source.nbytes
+            assert not np.array_equal(weight.scales, source.scales)
 
 
 def test_calibration_takes_the_end_of_the_text(tmp_path: Path) -> None:
