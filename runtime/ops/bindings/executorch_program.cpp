@@ -174,13 +174,9 @@ class Loaded {
     }
     planned_.emplace(Span<Span<uint8_t>>{buffers_.data(), buffers_.size()});
     memory_.emplace(&own_, &*planned_, &scratch_);
-    // Packed weights are kept by name, once for all delegates.
-    BackendOptions<1> xnnpack;
-    LoadBackendOptionsMap options;
-    if (xnnpack.set_option("weight_cache_enabled", true) != Error::Ok ||
-        options.set_options("XnnpackBackend", xnnpack.view()) != Error::Ok)
-      return false;
-    auto method = program.load_method(name, &*memory_, nullptr, nullptr, &options, kernels);
+    // XNNPACK's cache of packed weights stays off: it lets go of constants that are not packed, and
+    // files whose norms are constants of the delegate crash with it.
+    auto method = program.load_method(name, &*memory_, nullptr, nullptr, nullptr, kernels);
     if (!method.ok()) return false;
     method_.emplace(std::move(*method));
     return true;
