@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -41,6 +42,8 @@ MAX_INT8_ERROR = 0.06
 MAX_CACHE_ERROR = 0.02
 # The same, and int8 weights with one scale a row in place of their groups.
 MAX_ROW_ERROR = 0.08
+# Of two tokens' logits that another order of additions may swap, through int8 activations.
+MAX_TIE = 0.25
 # Scales rounded to bfloat16, of their size: half a step of 8 bits.
 MAX_SCALE_ERROR = 2.0**-8
 IDS = np.random.default_rng(7).integers(0, support.TINY.vocab_size, 150)
@@ -330,4 +333,12 @@ def test_text_llm_runner_says_what_we_say(smollm2_gguf: Path, tmp_path: Path) ->
         theirs.generate(prompt, options, pieces.append)
         said = "".join(pieces)
         assert len(ours) > 20
-        assert said.removesuffix("<|im_end|>") == ours, json.dumps([said, ours])
+        said = said.removesuffix("<|im_end|>")
+        # Their threads add attention up in another order: a near tie may fall the other way.
+        if said != ours:
+            same = ours[: [a == b for a, b in zip(ours, said, strict=False)].index(False)]
+            encode = functools.partial(model.tokenizer.encode, add_special_tokens=False)
+            model.engine.session.truncate(0)
+            logits = model.engine.session.forward(np.array(encode(prompt + same)))[-1]
+            gap = logits[encode(ours[len(same) :])[0]] - logits[encode(said[len(same) :])[0]]
+            assert abs(gap) < MAX_TIE, json.dumps([said, ours, float(gap)])
