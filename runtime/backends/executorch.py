@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import struct
 import weakref
 from importlib.metadata import version
@@ -181,6 +182,9 @@ def _check_length(path: Path) -> None:
 def load_library() -> ctypes.CDLL:
     """ExecuTorch's libraries, and ours over them with its signatures declared."""
     root = Path(next(iter(executorch.__path__)))
+    # MKL, behind the attention on x86, rounds by how its buffers happen to lie in memory; int8
+    # activations turn that into another text in each run. This asks for the same bits every time.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     try:
         for pattern in _LIBRARIES:
             for path in root.glob(pattern):
