@@ -242,6 +242,12 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "--calibration-tokens", type=int, default=16384, help="of it (default: 16384)"
     )
     parser.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="whose answers +tune learns, such as the model that this one was pruned and healed "
+        "from (default: the model itself before rounding)",
+    )
+    parser.add_argument(
         "--size-budget",
         type=float,
         metavar="MB",
@@ -307,8 +313,9 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         group_size=arguments.group_size,
         grid=arguments.grid or ("min" if "hqq" in parts else "sym"),
         method=method,
-        calibration=arguments.calibration or ("lee" if parts & {"gptq", "awq"} else None),
+        calibration=arguments.calibration or ("lee" if parts & {"gptq", "awq", "tune"} else None),
         calibration_tokens=arguments.calibration_tokens,
+        teacher=arguments.teacher,
         dtype=arguments.dtype,
         kv_cache=arguments.kv_cache,
         context=arguments.context,

@@ -1,10 +1,13 @@
 #include "cpu.h"
 
 #include <array>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
@@ -14,15 +17,38 @@ namespace {
 bool always() { return true; }
 
 #if defined(__x86_64__)
+// Asked of the processor itself: __builtin_cpu_supports answers no to all in zig's static builds.
+struct Features {
+  uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0;
+  uint32_t saved = 0;  // XCR0: registers that the system keeps when it switches threads
+};
+const Features& features() {
+  static const auto found = [] {
+    constexpr uint32_t kOsXsave = 1u << 27;
+    Features f;
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &f.leaf1_ecx, &d) || !(f.leaf1_ecx & kOsXsave)) return Features{};
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) f.leaf7_ebx = b, f.leaf7_ecx = c;
+    __asm__("xgetbv" : "=a"(f.saved), "=d"(d) : "c"(0));
+    return f;
+  }();
+  return found;
+}
+
+constexpr bool all(uint32_t value, uint32_t bits) { return (value & bits) == bits; }
+
 bool has_avx2() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  constexpr uint32_t kFma = 1u << 12, kAvx = 1u << 28, kF16c = 1u << 29, kAvx2 = 1u << 5;
+  constexpr uint32_t kYmm = 0x6;
+  const Features& f = features();
+  return all(f.leaf1_ecx, kFma | kAvx | kF16c) && all(f.leaf7_ebx, kAvx2) && all(f.saved, kYmm);
 }
 bool has_avx512_vnni() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
+  constexpr uint32_t kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
+  constexpr uint32_t kVnni = 1u << 11, kZmm = 0xe6;
+  const Features& f = features();
+  return has_avx2() && all(f.leaf7_ebx, kF | kDq | kBw | kVl) && all(f.leaf7_ecx, kVnni) &&
+         all(f.saved, kZmm);
 }
 #elif defined(__aarch64__)
 // From the kernel's hwcap.h, which old toolchains lack.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pocketslm.cli import main
-from pocketslm.errors import ExportError
+from pocketslm.errors import ExportError, UsageError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import RECIPE_FILE, Recipe, read_recipe
-from pocketslm.models.checkpoint import open_checkpoint
-from pocketslm.runtime.bundle import open_bundle
+from pocketslm.models.checkpoint import checkpoint_sha256, open_checkpoint
+from pocketslm.runtime.bundle import open_bundle, read_manifest
 
 Captured = pytest.CaptureFixture[str]
 
@@ -49,6 +51,31 @@ def test_a_bundle_s_recipe_makes_it_again(tiny_gguf: Path, text: Path, tmp_path:
     text.write_text(text.read_text() + "changed")
     with pytest.raises(ExportError, match="SHA-256 differs"):
         export_bundle(source, tmp_path / "d", read_recipe(tmp_path / "a" / RECIPE_FILE))
+    assert not (tmp_path / "d").exists()
+
+
+def test_the_teacher_is_the_one_of_the_recipe(
+    tiny_hf: Path, tiny_gguf: Path, text: Path, tmp_path: Path
+) -> None:
+    """Tuned towards another model the scales differ; the same recipe makes them again."""
+    out = tmp_path / "a"
+    options = ["--method", "tune", "--calibration", str(text), "--calibration-tokens", "1024"]
+    teacher = shutil.copytree(tiny_hf, tmp_path / "teacher")
+    command = ["export", str(tiny_gguf), str(out), *options, "--teacher", str(teacher)]
+    assert main(command) == 0
+    recipe = read_recipe(out / RECIPE_FILE)
+    assert recipe.teacher_sha256 == checkpoint_sha256(open_checkpoint(tiny_hf))
+    source, files = open_checkpoint(tiny_gguf), read_manifest(out).files
+    assert export_bundle(source, tmp_path / "b", recipe).files == files
+    alone = export_bundle(source, tmp_path / "c", replace(recipe, teacher=None))
+    assert alone.files["model.slm"] != files["model.slm"]
+    with pytest.raises(ExportError, match="no use for a teacher"):
+        replace(recipe, method="gptq")
+    with pytest.raises(ExportError, match="SHA-256 differs"):
+        export_bundle(source, tmp_path / "d", replace(recipe, teacher=str(tiny_gguf)))
+    trimmed = replace(recipe, vocabulary="0-260")
+    with pytest.raises(UsageError, match="was one made from the other"):
+        export_bundle(source, tmp_path / "d", trimmed)
     assert not (tmp_path / "d").exists()
 
 

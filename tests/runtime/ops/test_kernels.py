@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -29,6 +31,19 @@ COLS = [32, 96, 288]
 TOKENS = [1, 2, 3, 7, 16, 21]
 
 SIMD_PATHS = [isa for isa in native.isa_names() if isa != "scalar"]
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(),
+    reason="the flags of an x86-64 processor, as Linux names them",
+)
+def test_paths_are_those_of_the_processors_flags() -> None:
+    """As Linux reads them; the program asks the processor itself."""
+    flags = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    avx2 = {"avx", "avx2", "fma", "f16c"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+    wanted = [name for name, needs in (("avx512_vnni", avx512), ("avx2", avx2)) if needs <= flags]
+    assert [*wanted, "scalar"] == native.isa_names()
 
 
 def make_weight(scheme: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:
