@@ -80,7 +80,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--text", default="lee", help="a UTF-8 file or catalog text whose end shows what matters"
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text (default: 4096)")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the text (default: 8192)")
     add_json(parser)
 
     parser = commands.add(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from kivy.app import App
 from kivy.core.text import Label as CoreLabel
 from kivy.metrics import dp, sp
 from kivy.properties import BooleanProperty, ColorProperty, NumericProperty, StringProperty
@@ -15,24 +14,19 @@ from kivy.uix.stacklayout import StackLayout
 from kivy.uix.widget import Widget
 
 from pocketslm.android import strings
-from pocketslm.android.widgets.text import font_for
+from pocketslm.android.widgets.text import Directed, font_for
 
 
-class Row(BoxLayout):
+class Row(Directed, BoxLayout):
     """Children side by side; from right to left where the language runs so.
 
     fixed: the height; where it is negative, what the children need.
     """
 
     fixed = NumericProperty(-1)
-    rtl = BooleanProperty(False)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        app = App.get_running_app()
-        if app is not None:
-            self.rtl = app.rtl
-            app.fbind("rtl", self.setter("rtl"))
         self.fbind("rtl", self._trigger_layout)
 
     def do_layout(self, *arguments: Any) -> None:
@@ -46,17 +40,8 @@ class Column(BoxLayout):
     """Children below each other, as high as they are together."""
 
 
-class Flow(StackLayout):
+class Flow(Directed, StackLayout):
     """Children in lines that wrap, as high as they need."""
-
-    rtl = BooleanProperty(False)
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        app = App.get_running_app()
-        if app is not None:
-            self.rtl = app.rtl
-            app.fbind("rtl", self.setter("rtl"))
 
 
 class Card(Column):
@@ -67,25 +52,23 @@ class Page(ScrollView):
     """A page that scrolls."""
 
 
-class Tappable(ButtonBehavior, Widget):
+class Labelled(ButtonBehavior):
     """What can be tapped. ``label``: what a screen reader says; ``role``: what it is."""
 
     label = StringProperty("")
     role = "button"
 
 
-class Tap(ButtonBehavior, Row):
+class Tappable(Labelled, Widget):
+    """Anything that can be tapped."""
+
+
+class Tap(Labelled, Row):
     """A row that can be tapped."""
 
-    label = StringProperty("")
-    role = "button"
 
-
-class TapCard(ButtonBehavior, Card):
+class TapCard(Labelled, Card):
     """A card that can be tapped."""
-
-    label = StringProperty("")
-    role = "button"
 
 
 class Push(Tap):
@@ -124,13 +107,12 @@ class Choice(Tap):
     role = "radio"
 
 
-class Navigation(ButtonBehavior, BoxLayout):
+class Navigation(Labelled, BoxLayout):
     """A place to go, with icon and name, in the bar or rail."""
 
     text = StringProperty("")
     icon = StringProperty("library")
     chosen = BooleanProperty(False)
-    label = StringProperty("")
     role = "tab"
 
 

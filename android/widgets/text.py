@@ -28,7 +28,20 @@ def font_for(text: str) -> str:
     return "DejaVu" if strings.has_rtl(text) else "Roboto"
 
 
-class Text(Label):
+class Directed:
+    """A widget's ``rtl``: whether the app's language runs from right to left."""
+
+    rtl = BooleanProperty(False)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        app = App.get_running_app()
+        if app is not None:
+            self.rtl = app.rtl
+            app.fbind("rtl", self.setter("rtl"))  # type: ignore[attr-defined]
+
+
+class Text(Directed, Label):
     """A label that wraps, grows in height and knows right-to-left text.
 
     content: the text as it is written; ``text`` is what Kivy draws. oneline: shorten, do not wrap.
@@ -40,14 +53,9 @@ class Text(Label):
     plain = BooleanProperty(False)
     centred = BooleanProperty(False)
     fixed = NumericProperty(-1)
-    rtl = BooleanProperty(False)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        app = App.get_running_app()
-        if app is not None:
-            self.rtl = app.rtl
-            app.fbind("rtl", self.setter("rtl"))
         for what in (
             "content",
             "width",

@@ -45,7 +45,7 @@ class PruneConfig:
     adaptive: float | None = None
     uniform: bool = False
     sparse: str | None = None
-    tokens: int = 4096
+    tokens: int = 8192
     window: int = 512
 
     def __post_init__(self) -> None:
