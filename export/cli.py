@@ -229,8 +229,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="TEXT",
-        help="a UTF-8 file or catalog text whose end shows gptq, awq and search the layers' inputs "
-        "(default where one is needed: lee)",
+        help="a UTF-8 file or catalog text whose end shows gptq, awq, search and tune the layers' "
+        "inputs (default where one is needed: lee)",
     )
     parser.add_argument(
         "--vocabulary",
@@ -240,12 +240,6 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary-size", type=int, help="keep at most so many, by frequency")
     parser.add_argument(
         "--calibration-tokens", type=int, default=16384, help="of it (default: 16384)"
-    )
-    parser.add_argument(
-        "--teacher",
-        metavar="MODEL",
-        help="whose answers +tune learns, such as the model that this one was pruned and healed "
-        "from (default: the model itself before rounding)",
     )
     parser.add_argument(
         "--size-budget",
@@ -315,7 +309,6 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         method=method,
         calibration=arguments.calibration or ("lee" if parts & {"gptq", "awq", "tune"} else None),
         calibration_tokens=arguments.calibration_tokens,
-        teacher=arguments.teacher,
         dtype=arguments.dtype,
         kv_cache=arguments.kv_cache,
         context=arguments.context,

@@ -81,15 +81,6 @@ class HealConfig:
                 raise UsageError("adaptive trains every weight; leave lora_rank or adaptive out")
 
 
-def check_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Raise UsageError where the two models' vocabularies differ."""
-    if student.config.vocab_size != teacher.config.vocab_size:
-        raise UsageError(
-            f"the student has a vocabulary of {student.config.vocab_size}, the teacher "
-            f"{teacher.config.vocab_size}: was one made from the other?"
-        )
-
-
 def heal(
     student: Checkpoint,
     teacher: Checkpoint,
@@ -105,7 +96,11 @@ def heal(
     on a GPU where torch finds one. Raises UsageError where the two models' vocabularies differ, the
     text is shorter than a sequence, or ``work`` belongs to another run.
     """
-    check_teacher(student, teacher)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise UsageError(
+            f"the student has a vocabulary of {student.config.vocab_size}, the teacher "
+            f"{teacher.config.vocab_size}: was one made from the other?"
+        )
     if len(ids) <= config.sequence:
         raise UsageError(f"the text has {len(ids)} tokens, expected more than {config.sequence}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

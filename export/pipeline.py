@@ -63,10 +63,9 @@ def export_bundle(
         for name, content in checkpoint.tokenizer_files().items():
             (folder / name).write_bytes(content)
         recipe, ids = _calibration(recipe, folder)
-        recipe, teacher = _teacher(checkpoint, recipe)
         if recipe.neurons is not None:
             checkpoint = _with_neurons(checkpoint, ids, recipe.neurons)
-        prepared = {} if ids is None else _quantized(checkpoint, teacher, recipe, ids, progress)
+        prepared = {} if ids is None else _quantized(checkpoint, recipe, ids, progress)
         assert recipe.targets is not None
         (folder / RECIPE_FILE).write_text(recipe.to_toml())
         for adapter in adapters:
@@ -120,24 +119,6 @@ def _calibration(recipe: Recipe, folder: Path) -> tuple[Recipe, Any]:
     return replace(recipe, calibration_sha256=sha256), ids
 
 
-def _teacher(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Recipe, Checkpoint]:
-    """The recipe with its teacher's SHA-256, and that teacher, by default the checkpoint itself.
-
-    Raises ExportError where it is not the recipe's, UsageError where it cannot teach this one.
-    """
-    if recipe.teacher is None:
-        return recipe, checkpoint
-    from pocketslm.export.heal import check_teacher
-    from pocketslm.export.source import open_source
-
-    teacher = open_source(recipe.teacher)
-    check_teacher(checkpoint, teacher)
-    sha256 = checkpoint_sha256(teacher)
-    if recipe.teacher_sha256 not in (None, sha256):
-        raise ExportError(f"{recipe.teacher} is not the recipe's teacher (SHA-256 differs)")
-    return replace(recipe, teacher_sha256=sha256), teacher
-
-
 def _with_neurons(checkpoint: Checkpoint, ids: Any, neurons: int) -> Checkpoint:
     """The checkpoint with the most important ``neurons`` of each layer's MLP alone."""
     from pocketslm.export.prune import width
@@ -148,7 +129,7 @@ def _with_neurons(checkpoint: Checkpoint, ids: Any, neurons: int) -> Checkpoint:
 
 
 def _quantized(
-    checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, ids: Any, progress: Progress
+    checkpoint: Checkpoint, recipe: Recipe, ids: Any, progress: Progress
 ) -> dict[str, Weight]:
     """The weights that calibration on ``ids`` decides."""
     from pocketslm.export.quantize.calibration import quantize_layers
@@ -169,8 +150,8 @@ def _quantized(
         progress=lambda fraction: progress("quantize", fraction),
     )
     if recipe.use_tune:
-        answers = load_reference(teacher, ids.shape[1])
-        stored = tune(model, answers, ids, stored, spec, lambda share: progress("tune", share))
+        teacher = load_reference(checkpoint, ids.shape[1])
+        stored = tune(model, teacher, ids, stored, spec, lambda share: progress("tune", share))
     return stored
 
 

@@ -46,8 +46,6 @@ class Recipe:
     done to the layers beside it (gptq, awq, tune). ``calibration`` is the text that shows the
     layers' inputs: a catalog name or file, its last ``calibration_tokens`` in windows of
     ``calibration_window``; with it, search weighs errors too. ``calibration_sha256`` is filled in.
-    ``teacher``: the checkpoint whose answers tune learns, such as the one that this was pruned and
-    healed from; None: the model itself before rounding. ``teacher_sha256`` is filled in.
 
     ``vocabulary``: the ids of the tokens that stay, as ranges such as ``0-270,300``; None: all.
     ``removed_layers``: those that do not, as ranges. ``neurons``: how many of the MLP stay in each
@@ -72,8 +70,6 @@ class Recipe:
     calibration_tokens: int = 16384
     calibration_window: int = 512
     calibration_sha256: str | None = None
-    teacher: str | None = None
-    teacher_sha256: str | None = None
     overrides: Mapping[str, Scheme] = field(default_factory=dict)
     vocabulary: str | None = None
     removed_layers: str | None = None
@@ -98,8 +94,6 @@ class Recipe:
         if self.needs_calibration and self.calibration is None:
             what = f"method {self.method!r}" if self.neurons is None else "leaving neurons out"
             raise ExportError(f"{what} needs a calibration text")
-        if self.teacher is not None and not self.use_tune:
-            raise ExportError(f"method {self.method!r} has no use for a teacher; add +tune")
         for name, allowed in (("grid", KINDS), ("kv_cache", get_args(KvCache))):
             if getattr(self, name) not in allowed:
                 raise ExportError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")

@@ -36,9 +36,9 @@ def tune(
 ) -> dict[str, Weight]:
     """``stored``, the rounded weights of ``model``, with scales, minimums and norms tuned.
 
-    Both are reference models of one vocabulary, ``teacher`` the unrounded one or that from which it
-    was pruned; ``ids`` [B, S] are tokens to learn from. ``model`` ends with what is returned in
-    place. Raises ExportError where a tuned value is too large to be stored.
+    Both are reference models, ``teacher`` the unrounded one; ``ids`` [B, S] are tokens to learn
+    from. ``model`` ends with what is returned in place. Raises ExportError where a tuned value is
+    too large to be stored.
     """
     model.requires_grad_(False)
     learnt = _learnt(model, stored)

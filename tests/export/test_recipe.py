@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pocketslm.cli import main
-from pocketslm.errors import ExportError, UsageError
+from pocketslm.errors import ExportError
+from pocketslm.export.cli import _recipe, add_export_options
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import RECIPE_FILE, Recipe, read_recipe
-from pocketslm.models.checkpoint import checkpoint_sha256, open_checkpoint
-from pocketslm.runtime.bundle import open_bundle, read_manifest
+from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.runtime.bundle import open_bundle
 
 Captured = pytest.CaptureFixture[str]
 
@@ -54,31 +54,6 @@ def test_a_bundle_s_recipe_makes_it_again(tiny_gguf: Path, text: Path, tmp_path:
     assert not (tmp_path / "d").exists()
 
 
-def test_the_teacher_is_the_one_of_the_recipe(
-    tiny_hf: Path, tiny_gguf: Path, text: Path, tmp_path: Path
-) -> None:
-    """Tuned towards another model the scales differ; the same recipe makes them again."""
-    out = tmp_path / "a"
-    options = ["--method", "tune", "--calibration", str(text), "--calibration-tokens", "1024"]
-    teacher = shutil.copytree(tiny_hf, tmp_path / "teacher")
-    command = ["export", str(tiny_gguf), str(out), *options, "--teacher", str(teacher)]
-    assert main(command) == 0
-    recipe = read_recipe(out / RECIPE_FILE)
-    assert recipe.teacher_sha256 == checkpoint_sha256(open_checkpoint(tiny_hf))
-    source, files = open_checkpoint(tiny_gguf), read_manifest(out).files
-    assert export_bundle(source, tmp_path / "b", recipe).files == files
-    alone = export_bundle(source, tmp_path / "c", replace(recipe, teacher=None))
-    assert alone.files["model.slm"] != files["model.slm"]
-    with pytest.raises(ExportError, match="no use for a teacher"):
-        replace(recipe, method="gptq")
-    with pytest.raises(ExportError, match="SHA-256 differs"):
-        export_bundle(source, tmp_path / "d", replace(recipe, teacher=str(tiny_gguf)))
-    trimmed = replace(recipe, vocabulary="0-260")
-    with pytest.raises(UsageError, match="was one made from the other"):
-        export_bundle(source, tmp_path / "d", trimmed)
-    assert not (tmp_path / "d").exists()
-
-
 def test_options_and_a_recipe_say_the_same(
     tiny_hf: Path, text: Path, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -92,6 +67,13 @@ def test_options_and_a_recipe_say_the_same(
     recipe.write_text(wanted.to_toml())
     assert main(["export", str(tiny_hf), out[1], "--recipe", str(recipe), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == made
+
+
+@pytest.mark.parametrize("part", ["gptq", "awq", "tune"])
+def test_what_needs_a_text_gets_one(part: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_export_options(parser)
+    assert _recipe(parser.parse_args(["out", "--method", part])).calibration == "lee"
 
 
 @pytest.mark.parametrize(
