@@ -41,7 +41,7 @@ def open_profiled(job: Job) -> Iterator[Profiled | None]:
         with TemporaryDirectory() as folder:
             yield _onnx(bundle, graph, job, folder)
     else:
-        yield None
+        yield _executorch(bundle, graph, job)
 
 
 def _native(bundle: Bundle, job: Job) -> Profiled:
@@ -74,6 +74,32 @@ def _onnx(bundle: Bundle, graph: Graph, job: Job, folder: str) -> Profiled:
     def read() -> dict[str, int]:
         events = json.loads(Path(session.end_profile()).read_text("utf-8"))
         return sum_events(events, started[-1])
+
+    return Profiled(SessionEngine(session), start, read)
+
+
+def _executorch(bundle: Bundle, graph: Graph, job: Job) -> Profiled:
+    """Kernels that time those they stand for; the rest of the time is the delegate's.
+
+    ExecuTorch's wheels are built without its event tracer, so there is no ETDump to ask.
+    """
+    from pocketslm.runtime.backends.executorch import ExecuTorchSession, operator_times
+
+    native = graph.backend == "executorch-pocketslm"
+    file = bundle.path / graph.file
+    session = ExecuTorchSession(file, job.threads, job.context, native, timed=True)
+    began: list[tuple[int, dict[str, tuple[int, int]]]] = []
+
+    def start() -> None:
+        began.append((time.perf_counter_ns(), operator_times()))
+
+    def read() -> dict[str, int]:
+        begin, before = began[-1]
+        taken = time.perf_counter_ns() - begin
+        times = {
+            name: ns - before.get(name, (0, 0))[1] for name, (_, ns) in operator_times().items()
+        }
+        return times | {"delegate": taken - sum(times.values())}
 
     return Profiled(SessionEngine(session), start, read)
 

@@ -41,14 +41,3 @@ def test_inspect_lists_them(program: Path) -> None:
 def test_a_file_alone_is_a_peer(program: Path) -> None:
     with pytest.raises(UsageError, match=r"--peer executorch=.*model\.pte"):
         bench(program, n_prompt=(4,), n_gen=(2,))
-
-
-def test_operators_are_timed_within_the_step(program: Path) -> None:
-    calls = delegate.operators_outside(program)
-    for tokens in (1, 5):
-        shares = delegate.step_shares(program, tokens=tokens, start=8, steps=3)
-        assert {one.name: one.calls for one in shares} == dict(calls)
-        assert all(0 < one.share < 1 for one in shares)
-        assert sum(one.share for one in shares) < 1
-    with pytest.raises(UsageError, match="context of 64"):
-        delegate.step_shares(program, start=64, steps=1)
