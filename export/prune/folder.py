@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
+
+from torch import Tensor
 
 from pocketslm.errors import UsageError
 from pocketslm.export.prune import adaptive, depth, sparse, width
@@ -75,12 +78,16 @@ def prune_folder(
     """Write the pruned checkpoint to ``out``, whole or not at all; what was written.
 
     ``pruning.json`` there says which layers went. Raises UsageError where ``out`` is in the way or
-    the text is too short, ExportError where there is less than is to be removed or kept.
+    the text is needed and too short, ExportError where there is less than is to be removed or kept.
     """
     if out.exists():
         raise UsageError(f"{out} exists already; choose another")
-    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
-    ids = last_tokens(text, load_tokenizer_files(files).encode, config.tokens, config.window)
+
+    @functools.cache  # not read where nothing looks at it
+    def ids() -> Tensor:
+        files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+        return last_tokens(text, load_tokenizer_files(files).encode, config.tokens, config.window)
+
     pruned, removed = checkpoint, list[int]()
     if config.layers:
         model = load_reference(checkpoint, config.window)
@@ -88,21 +95,21 @@ def prune_folder(
         if config.by == "last":
             removed = depth.last(count, config.layers)
         elif config.by == "influence":
-            removed = depth.least_influence(depth.block_influence(model, ids), config.layers)
+            removed = depth.least_influence(depth.block_influence(model, ids()), config.layers)
         else:
-            removed = depth.sleb(model, ids, config.layers, progress)
+            removed = depth.sleb(model, ids(), config.layers, progress)
         pruned = depth.WithoutLayers(checkpoint, removed)
     kept = {"groups": config.kv_heads, "neurons": config.neurons, "channels": config.channels}
     if any(kept.values()):
         model = load_reference(pruned, config.window)
-        importance = width.activation_importance(model, ids)
+        importance = width.activation_importance(model, ids())
         pruned = width.Narrowed(pruned, width.keep_top(importance, **kept))
     if config.adaptive is not None:
         model = load_reference(pruned, config.window)
         left = adaptive.prune(
             model,
             adaptive.everything(pruned.config),
-            ids,
+            ids(),
             config.adaptive,
             amplitude=0.0 if config.uniform else adaptive.AMPLITUDE,
             progress=progress,
@@ -113,7 +120,7 @@ def prune_folder(
     if config.sparse is not None:
         model = load_reference(pruned, config.window)
         pattern = sparse.parse_pattern(config.sparse)
-        sparse.sparsify(model, ids, pattern, progress=progress)
+        sparse.sparsify(model, ids(), pattern, progress=progress)
         note = f"zeros by Wanda in the layers ({pattern}); {sparse.NOTE}"
         pruned = Changed(pruned, model, note, sparse=str(pattern))
     out.parent.mkdir(parents=True, exist_ok=True)

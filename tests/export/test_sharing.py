@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     whole = support.write_hf(root / "whole", FOUR)
     text = root / "text.txt"
     text.write_text("All happy families are alike. " * 200)
-    command = ["prune", str(whole), str(root / "shared"), "--text", str(text)]
+    command = ["prune", str(whole), str(root / "shared"), "--text", str(text), "--tokens", "1024"]
     assert main([*command, "--share"]) == 0
     assert main([*command[:2], str(root / "half"), *command[3:], "--layers", "2"]) == 0
     unrolled = support.write_hf(root / "unrolled", FOUR)
