@@ -297,7 +297,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The options as a recipe; some defaults follow the method."""
-    from pocketslm.export.recipe import Recipe
+    from pocketslm.export.recipe import CALIBRATED, Recipe
 
     method = arguments.method or "rtn"
     parts = set(method.split("+"))
@@ -307,7 +307,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         group_size=arguments.group_size,
         grid=arguments.grid or ("min" if "hqq" in parts else "sym"),
         method=method,
-        calibration=arguments.calibration or ("lee" if parts & {"gptq", "awq", "tune"} else None),
+        calibration=arguments.calibration or ("lee" if parts & {*CALIBRATED} else None),
         calibration_tokens=arguments.calibration_tokens,
         dtype=arguments.dtype,
         kv_cache=arguments.kv_cache,

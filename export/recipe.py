@@ -23,9 +23,9 @@ Scheme = Literal["keep", "float", "int4", "int8"]
 DType = Literal["fp32", "fp16"]
 KvCache = Literal["fp16", "int8"]
 RECIPE_FILE = "recipe.toml"
-# How the grid of a group is chosen; "+gptq" and "+awq" say what is done beside it.
+# How the grid of a group is chosen, and what is done beside it with a text.
 FITS: dict[str, Fit] = {"rtn": rtn.fit, "search": search.fit, "hqq": hqq.fit}
-_WITH = ("gptq", "awq", "tune")
+CALIBRATED = ("gptq", "awq", "tune")
 GROUP_SIZES = (32, 64, 128)
 # In the order in which "auto" prefers them.
 TARGETS = ("native", "onnx", "onnx-pocketslm", "executorch", "executorch-pocketslm")
@@ -86,10 +86,10 @@ class Recipe:
                     f"{name} is {getattr(self, name)!r}, expected one of {get_args(Scheme)}"
                 )
         parts = self.method.split("+")
-        if not set(parts) <= {*FITS, *_WITH} or len(FITS.keys() & set(parts)) > 1:
+        if not set(parts) <= {*FITS, *CALIBRATED} or len(FITS.keys() & set(parts)) > 1:
             raise ExportError(
                 f"method {self.method!r}, expected one of {', '.join(FITS)}, with or without "
-                f"{', '.join('+' + part for part in _WITH)}"
+                f"{', '.join('+' + part for part in CALIBRATED)}"
             )
         if self.needs_calibration and self.calibration is None:
             what = f"method {self.method!r}" if self.neurons is None else "leaving neurons out"
@@ -142,7 +142,8 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.use_gptq or self.use_awq or self.use_tune or self.neurons is not None
+        parts = self.method.split("+")
+        return not set(parts).isdisjoint(CALIBRATED) or self.neurons is not None
 
     def scheme(self, name: str, *, quantized: bool) -> Scheme:
         """How a matrix is stored; ``quantized``: the source holds it in blocks, which may be kept.

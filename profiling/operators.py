@@ -83,22 +83,19 @@ def _executorch(bundle: Bundle, graph: Graph, job: Job) -> Profiled:
 
     ExecuTorch's wheels are built without its event tracer, so there is no ETDump to ask.
     """
-    from pocketslm.runtime.backends.executorch import ExecuTorchSession, operator_times
+    from pocketslm.runtime.backends import executorch
 
-    native = graph.backend == "executorch-pocketslm"
-    file = bundle.path / graph.file
-    session = ExecuTorchSession(file, job.threads, job.context, native, timed=True)
+    session = executorch.open_session(bundle, graph, job.threads, job.context, timed=True)
     began: list[tuple[int, dict[str, tuple[int, int]]]] = []
 
     def start() -> None:
-        began.append((time.perf_counter_ns(), operator_times()))
+        began.append((time.perf_counter_ns(), executorch.operator_times()))
 
     def read() -> dict[str, int]:
         begin, before = began[-1]
         taken = time.perf_counter_ns() - begin
-        times = {
-            name: ns - before.get(name, (0, 0))[1] for name, (_, ns) in operator_times().items()
-        }
+        after = executorch.operator_times()
+        times = {name: ns - before.get(name, (0, 0))[1] for name, (_, ns) in after.items()}
         return times | {"delegate": taken - sum(times.values())}
 
     return Profiled(SessionEngine(session), start, read)

@@ -45,10 +45,15 @@ class _Clock(ctypes.Structure):
 
 
 def open_session(
-    bundle: Bundle, graph: Graph, threads: int | None = None, context: int | None = None
+    bundle: Bundle,
+    graph: Graph,
+    threads: int | None = None,
+    context: int | None = None,
+    *,
+    timed: bool = False,
 ) -> ExecuTorchSession:
     native = graph.backend == "executorch-pocketslm"
-    return ExecuTorchSession(bundle.path / graph.file, threads, context, native)
+    return ExecuTorchSession(bundle.path / graph.file, threads, context, native, timed=timed)
 
 
 def bare_graph(path: Path) -> Graph:

@@ -15,9 +15,9 @@ from pocketslm.profiling.compare import compare, compare_two, half_width
 from pocketslm.profiling.records import append_records
 
 Floats = npt.NDArray[np.float64]
-RUNS, TRIALS = 8, 300
-# A share of TRIALS has a standard error of 1.3 % where the truth is 95 %; two of them.
-SLACK = 0.025
+RUNS, TRIALS = 8, 400
+# A share of TRIALS has a standard error of 1.1 % where the truth is 95 %; two of them.
+SLACK = 0.022
 TENTH = np.log(0.9)
 
 

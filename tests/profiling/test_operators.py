@@ -84,23 +84,24 @@ def test_only_the_timed_part_counts(bundle: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(not EXECUTORCH, reason="executorch is not installed")
 def test_executorch_s_operators_are_timed_within_the_step(bundle: Path) -> None:
-    """Of three steps, three calls of each layer; and nothing takes longer than all of it."""
+    """Every call outside the delegate, of a prompt and three steps; the time of the steps."""
+    from pocketslm.profiling.delegate import operators_outside
     from pocketslm.runtime.backends.executorch import operator_times
 
     asked = job(bundle, "executorch")
     with open_profiled(asked) as profiled:
         assert profiled is not None
-        before = operator_times()
+        assert not operator_times()
         begin = time.perf_counter_ns()
         repeat(profiled.engine, asked, profiled.start)
         times = profiled.read()
         assert 0 < sum(times.values()) < time.perf_counter_ns() - begin
-        after = operator_times()
-    name = "llama::custom_sdpa.out"
-    layers = support.TINY.num_hidden_layers
-    # One call for the eight tokens before, which do not count.
-    assert after[name][0] - before.get(name, (0, 0))[0] == (3 + 1) * layers
-    assert 0 < times[name] < after[name][1] - before.get(name, (0, 0))[1]
+        all_of_it = operator_times()
+    calls = operators_outside(bundle / "model.pte")
+    made = {name: count for name, (count, _) in all_of_it.items()}
+    assert made == {name: 4 * count for name, count in calls.items()}
+    assert times.keys() == {*calls, "delegate"}
+    assert all(0 < times[name] < ns for name, (_, ns) in all_of_it.items())
 
 
 def test_a_peer_tells_nothing(bundle: Path) -> None:
