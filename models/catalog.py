@@ -21,6 +21,9 @@ from typing import Any
 
 from pocketslm.cache import cache_dir
 from pocketslm.errors import FetchError
+from pocketslm.models import architectures
+from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.config import ModelConfig
 
 # What a Hugging Face repository has that we read.
 _HF_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "README.md"]
@@ -36,8 +39,7 @@ class Entry:
     licence: str
     file: str | None = None
     sha256: str | None = None
-    architecture: str | None = None
-    dimensions: dict[str, Any] | None = None
+    config: ModelConfig | None = None
 
 
 @cache
@@ -46,8 +48,20 @@ def catalog() -> dict[str, Entry]:
     text = resources.files("pocketslm.models").joinpath("catalog.toml").read_text("utf-8")
     groups = tomllib.loads(text)
     return {
-        name: Entry(name, **fields) for group in groups.values() for name, fields in group.items()
+        name: Entry(name, **fields | _config(name, fields))
+        for group in groups.values()
+        for name, fields in group.items()
     }
+
+
+def _config(name: str, fields: dict[str, Any]) -> dict[str, ModelConfig]:
+    """The configuration that an entry's ``config`` describes, as a config.json does."""
+    if "config" not in fields:
+        return {}
+    where = Fields(fields["config"], f"catalog entry {name}")
+    config = architectures.of_hf(where.text("model_type")).read_hf(where)
+    where.settle()
+    return {"config": config}
 
 
 def entry(name: str) -> Entry:

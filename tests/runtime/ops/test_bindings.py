@@ -74,7 +74,7 @@ def write_graph(folder: Path, config: ModelConfig) -> OnnxGraph:
 
 @pytest.mark.parametrize(
     "config",
-    [tiny_config(), tiny_config().with_layer_sizes([LayerSize(4, 2, 96), LayerSize(2, 1, 64)])],
+    [tiny_config(), tiny_config().with_sizes([LayerSize(4, 2, 96), LayerSize(2, 1, 64)])],
     ids=["plain", "layers of two widths"],
 )
 def test_onnxruntime_gives_the_bits_of_the_library(config: ModelConfig, tmp_path: Path) -> None:
