@@ -55,6 +55,7 @@ ROWS = {
     "llama yarn": Row("llama", {"rope_parameters": YARN_ROPE | {"rope_theta": 10000.0}}),
     "mistral": Row("mistral", {"head_dim": 32, **_WINDOW}),
     "qwen2": Row("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": Row("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen2 windows": Row("qwen2", {"use_sliding_window": True, "max_window_layers": 2, **_WINDOW}),
 }
 
