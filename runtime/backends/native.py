@@ -24,13 +24,15 @@ from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.backends import check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops.ids import ROLE
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
 # Of the matrices that an adapter may update, in a model.slm.
-ROLES = {"q_proj": 5, "k_proj": 6, "v_proj": 7, "o_proj": 8}
-ROLES |= {"gate_proj": 10, "up_proj": 11, "down_proj": 12}
+ROLES = {"q_proj": ROLE["query"], "k_proj": ROLE["key"], "v_proj": ROLE["value"]}
+ROLES |= {"o_proj": ROLE["output"], "gate_proj": ROLE["gate"], "up_proj": ROLE["up"]}
+ROLES |= {"down_proj": ROLE["down"]}
 
 _ERRORS: dict[int, type[PocketSlmError]] = {
     1: UsageError,
@@ -52,6 +54,7 @@ class _ModelInfo(ctypes.Structure):
     _fields_ = (
         *((name, _u32) for name in ("hidden_size", "layers", "heads", "kv_heads", "head_dim")),
         *((name, _u32) for name in ("intermediate_size", "vocab_size", "max_context")),
+        *((name, _u32) for name in ("output_size", "states")),
         *((name, _u64) for name in ("file_bytes", "bytes_per_token")),
         *((name, _u64) for name in ("macs_per_token", "head_macs")),
     )
@@ -142,6 +145,7 @@ def load_library() -> ctypes.CDLL:
         "read_times": (ctypes.c_int, (pointer, p(_Times))),
         "length": (_size, (pointer,)),
         "truncate": (ctypes.c_int, (pointer, _size)),
+        "rewind_limit": (_size, (pointer,)),
         "kv_bytes": (_size, (pointer, _size)),
         "kv_save": (ctypes.c_int, (pointer, _size, pointer, _size)),
         "kv_restore": (ctypes.c_int, (pointer, _size, pointer, _size)),
@@ -200,7 +204,12 @@ class ErrorText:
 
 @dataclass(frozen=True)
 class NativeModelInfo:
-    """What a model.slm says about itself."""
+    """What a model.slm says about itself.
+
+    ``heads``, ``kv_heads``, ``head_dim`` and ``intermediate_size`` are those of the widest layer;
+    ``output_size`` is ``vocab_size``, or ``hidden_size`` of an encoder; ``states`` counts what a
+    session keeps of its tokens, such as keys and values of a layer.
+    """
 
     hidden_size: int
     layers: int
@@ -210,6 +219,8 @@ class NativeModelInfo:
     intermediate_size: int
     vocab_size: int
     max_context: int
+    output_size: int
+    states: int
     file_bytes: int
     bytes_per_token: int
     macs_per_token: int
@@ -320,7 +331,8 @@ class NativeSession:
         ids = np.asarray(tokens)
         check_tokens(self, ids)
         ids = np.ascontiguousarray(ids, dtype=np.int32)
-        out = np.empty((ids.size if all_logits else 1, self.vocab_size), np.float32)
+        rows = ids.size if all_logits else 1
+        out = np.empty((rows, self.model.info.output_size), np.float32)
         status = self._library.pslm_forward(
             self._handle,
             ids.ctypes.data,
@@ -365,11 +377,18 @@ class NativeSession:
         self._error.check(status)
         return self._next.value
 
+    @property
+    def rewind_limit(self) -> int:
+        """See :class:`pocketslm.runtime.backends.RewindLimited`."""
+        return int(self._library.pslm_rewind_limit(self._handle))
+
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
-        self._library.pslm_truncate(self._handle, length)
+        if length < 0 or self._library.pslm_truncate(self._handle, length) != 0:
+            raise UsageError(
+                f"cannot truncate {self.length} cached tokens to {length}, expected 0 or "
+                f"{self.rewind_limit} to {self.length}"
+            )
 
     def use_adapter(self, updates: Sequence[Update]) -> None:
         """Add low-rank updates to the matrices in place of any before; with none, all is as it was.
@@ -401,10 +420,12 @@ class NativeSession:
         return OperatorTimes(**{f.name: getattr(times, f.name) for f in fields(OperatorTimes)})
 
     def save(self, length: int | None = None) -> bytes:
-        """Keys and values of the first positions, for a prefix cache."""
+        """The state after the first positions, for a prefix cache; lengths as in truncate()."""
         count = self.length if length is None else length
-        if not 0 <= count <= self.length:
-            raise UsageError(f"cannot save {count} positions; {self.length} are filled")
+        if not 0 <= count <= self.length or 0 < count < self.rewind_limit:
+            raise UsageError(
+                f"cannot save {count} positions, expected 0 or {self.rewind_limit} to {self.length}"
+            )
         buffer = ctypes.create_string_buffer(
             max(1, self._library.pslm_kv_bytes(self._handle, count))
         )

@@ -1,6 +1,8 @@
 // The C border: arguments are checked before anything is touched, exceptions end here.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <new>
 #include <system_error>
@@ -56,6 +58,30 @@ pslm_status check_tokens(const Session& session, const int32_t* tokens, size_t c
   return PSLM_OK;
 }
 
+// Which of a step's matrices an update belongs to; kNone where it is none of them.
+size_t slot_of(const Step& step, const pslm_update& update) {
+  size_t slot = kNone;
+  if (step.layer != update.layer) return slot;
+  const Role role = static_cast<Role>(update.role);
+  switch (step.code) {
+    case Code::project:
+      slot = role == Role::query ? 0 : role == Role::key ? 1 : role == Role::value ? 2 : kNone;
+      break;
+    case Code::gated: slot = role == Role::gate ? 0 : role == Role::up ? 1 : kNone; break;
+    case Code::project_add:
+      if (role == (step.buffer == BufferId::attended ? Role::output : Role::down)) slot = 0;
+      break;
+    default: break;
+  }
+  return slot != kNone && step.w[slot] ? slot : kNone;
+}
+
+// What has no matrix of logits picks no token.
+pslm_status check_head(const Session& session, pslm_error error) {
+  if (session.model().program.head().w[0]) return PSLM_OK;
+  return report(error, PSLM_ERROR_ARGUMENT, "the model is an encoder: it has no next token");
+}
+
 uint32_t default_threads() {
   const size_t cpus = cpus_by_speed().size();
   return cpus == 0 ? 1 : cpus < 8 ? static_cast<uint32_t>(cpus) : 8;
@@ -96,41 +122,53 @@ void pslm_model_close(pslm_model* model) { delete model; }
 pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info) {
   if (!model || !info) return PSLM_ERROR_ARGUMENT;
   const ModelFile& file = model->file;
+  const Program& program = file.program;
   const FileHeader& c = file.config;
   *info = {};
-  info->hidden_size = c.hidden_size, info->layers = c.layers, info->heads = c.heads;
-  info->kv_heads = c.kv_heads, info->head_dim = c.head_dim;
-  info->intermediate_size = c.intermediate_size, info->vocab_size = c.vocab_size;
-  info->max_context = c.max_context, info->file_bytes = c.file_bytes;
-  const Matrix& head = file.head.data ? file.head : file.embedding;
-  // Of a split head the greedy token needs the high nibbles and the scales.
-  info->bytes_per_token = head.kind == WeightKind::q8_split
-                              ? head.blocks() * block_layout(WeightKind::q4_sym, head.cols).bytes
-                              : head.bytes();
-  info->head_macs = uint64_t{head.rows} * head.cols;
-  const uint8_t* before = nullptr;
-  for (const Layer& layer : file.layers) {
-    // A layer on the weights of the one before it finds them in a cache.
-    const bool again = layer.query.data == before;
-    before = layer.query.data;
-    for (const Matrix* w : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate,
-                            &layer.up, &layer.down}) {
-      if (!again) info->bytes_per_token += w->bytes();
+  info->hidden_size = c.hidden_size, info->layers = c.layers;
+  info->heads = static_cast<uint32_t>(program.widest_heads);
+  info->kv_heads = static_cast<uint32_t>(program.widest_kv_heads);
+  info->head_dim = static_cast<uint32_t>(program.widest_head_dim);
+  info->intermediate_size = static_cast<uint32_t>(program.width(BufferId::hidden));
+  info->vocab_size = c.vocab_size, info->max_context = c.max_context;
+  info->output_size = static_cast<uint32_t>(file.output_size());
+  info->states = static_cast<uint32_t>(program.states.size());
+  info->file_bytes = c.file_bytes;
+  if (const Matrix* head = program.head().w[0]) {
+    // Of a split head the greedy token needs the high nibbles and the scales.
+    info->bytes_per_token = head->kind == WeightKind::q8_split
+                                ? head->blocks() *
+                                      block_layout(WeightKind::q4_sym, head->cols).bytes
+                                : head->bytes();
+    info->head_macs = uint64_t{head->rows} * head->cols;
+  }
+  std::map<const uint8_t*, uint32_t> read_by;  // the last layer that read a matrix
+  for (const Step& step : program.steps) {
+    if (step.code == Code::embed || step.code == Code::head) continue;
+    for (const Matrix* w : step.w) {
+      if (!w) continue;
       info->macs_per_token += uint64_t{w->rows} * w->cols;
+      // A layer on the weights of the one before it finds them in a cache.
+      const auto [entry, first] = read_by.try_emplace(w->data, step.layer);
+      if (first || entry->second + 1 != step.layer) info->bytes_per_token += w->bytes();
+      entry->second = step.layer;
     }
   }
   return PSLM_OK;
 }
 
-uint32_t pslm_layer_kv_heads(const pslm_model* model, uint32_t layer) {
-  return model && layer < model->file.layers.size() ? model->file.layers[layer].kv_heads : 0;
+pslm_status pslm_model_state(const pslm_model* model, uint32_t index, pslm_state_info* info) {
+  if (!model || !info || index >= model->file.program.states.size()) return PSLM_ERROR_ARGUMENT;
+  const StateRecord& state = model->file.program.states[index];
+  *info = {state.kind, {state.sizes[0], state.sizes[1], state.sizes[2]}};
+  return PSLM_OK;
 }
 
 const void* pslm_model_blob(const pslm_model* model, uint32_t role, size_t* bytes) {
   if (!model || !bytes) return nullptr;
-  const Blob blob = role == static_cast<uint32_t>(Role::tokenizer) ? model->file.tokenizer
-                    : role == static_cast<uint32_t>(Role::chat)    ? model->file.chat
-                                                                   : Blob{};
+  const Blob blob = role <= static_cast<uint32_t>(Role::projection)
+                        ? model->file.blob(static_cast<Role>(role))
+                        : Blob{};
   *bytes = blob.bytes;
   return blob.data;
 }
@@ -139,7 +177,11 @@ pslm_status pslm_session_open(const pslm_model* model, const pslm_options* optio
                               pslm_session** session, pslm_error error) {
   if (!model || !options || !session) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   *session = nullptr;
-  const uint32_t maximum = model->file.config.max_context;
+  const Program& program = model->file.program;
+  // Where attention is bidirectional, all of the context is one batch.
+  const uint32_t trained = model->file.config.max_context;
+  const uint32_t maximum =
+      program.bidirectional ? std::min<uint32_t>(trained, kMaxWhole) : trained;
   const uint32_t context = options->context ? options->context : maximum;
   const uint32_t threads = options->threads ? options->threads : default_threads();
   if (context > maximum)
@@ -151,6 +193,16 @@ pslm_status pslm_session_open(const pslm_model* model, const pslm_options* optio
                   std::to_string(threads) + " threads, at most " + std::to_string(kMaxThreads));
   if (options->kv_type > PSLM_KV_CALLER)
     return report(error, PSLM_ERROR_ARGUMENT, "unknown KV type");
+  if (options->kv_type == PSLM_KV_CALLER) {
+    for (const StateRecord& state : program.states)
+      if (state.kind != static_cast<uint32_t>(StateKind::kv))
+        return report(error, PSLM_ERROR_ARGUMENT,
+                      "the model keeps the state of a convolution, which has no place in the "
+                      "caller's key and value tensors");
+    if (program.bidirectional)
+      return report(error, PSLM_ERROR_ARGUMENT,
+                    "bidirectional attention keeps nothing in the caller's key and value tensors");
+  }
   const Kernels* kernels = select_kernels(options->isa);
   if (!kernels)
     return report(error, PSLM_ERROR_ISA, "kernel path is unknown or not supported by this CPU");
@@ -168,19 +220,19 @@ pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t 
                             size_t positions, size_t length, pslm_error error) {
   if (!session || !tensors) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   Session& engine = session->engine;
-  if (engine.cache().type() != PSLM_KV_CALLER)
+  if (engine.states().type() != PSLM_KV_CALLER)
     return report(error, PSLM_ERROR_ARGUMENT, "the session has a cache of its own");
-  if (const size_t expected = 2 * size_t{engine.model().config.layers}; count != expected)
+  if (const size_t expected = 2 * engine.states().kv_states(); count != expected)
     return report(error, PSLM_ERROR_ARGUMENT,
                   std::to_string(count) + " cache tensors, expected " + std::to_string(expected));
   for (size_t i = 0; i < count; ++i)
     if (!tensors[i]) return report(error, PSLM_ERROR_ARGUMENT, "a cache tensor is null");
-  engine.bind_cache(tensors, positions);
-  if (length > engine.context())
+  const size_t context = engine.bindable(positions);
+  if (length > context)
     return report(error, PSLM_ERROR_CONTEXT,
                   std::to_string(length) + " positions do not fit the context of " +
-                      std::to_string(engine.context()));
-  engine.set_length(length);
+                      std::to_string(context));
+  engine.bind_cache(tensors, positions, length);
   return PSLM_OK;
 }
 
@@ -189,26 +241,24 @@ pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates, 
   if (!session || (count && !updates)) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   const ModelFile& model = session->engine.model();
   return guarded(error, [&] {
-    std::vector<LayerUpdates> layers(count ? model.layers.size() : 0);
+    const std::vector<Step>& steps = model.program.steps;
+    std::vector<StepUpdates> all(count ? steps.size() : 0);
     for (size_t i = 0; i < count; ++i) {
       const pslm_update& u = updates[i];
-      if (u.layer >= layers.size())
+      if (u.layer >= model.config.layers)
         return report(error, PSLM_ERROR_ARGUMENT,
                       "update of layer " + std::to_string(u.layer) + ", the model has " +
-                          std::to_string(layers.size()));
-      const Layer& layer = model.layers[u.layer];
-      LayerUpdates& of = layers[u.layer];
+                          std::to_string(model.config.layers));
       const Matrix* matrix = nullptr;
       LowRank* slot = nullptr;
-      switch (static_cast<Role>(u.role)) {
-        case Role::query: matrix = &layer.query, slot = &of.query; break;
-        case Role::key: matrix = &layer.key, slot = &of.key; break;
-        case Role::value: matrix = &layer.value, slot = &of.value; break;
-        case Role::output: matrix = &layer.output, slot = &of.output; break;
-        case Role::gate: matrix = &layer.gate, slot = &of.gate; break;
-        case Role::up: matrix = &layer.up, slot = &of.up; break;
-        case Role::down: matrix = &layer.down, slot = &of.down; break;
-        default: break;
+      for (size_t at = 0; at < steps.size(); ++at) {
+        const size_t place = slot_of(steps[at], u);
+        if (place == kNone) continue;
+        if (slot)
+          return report(error, PSLM_ERROR_ARGUMENT,
+                        "layer " + std::to_string(u.layer) + " has several matrices of role " +
+                            std::to_string(u.role));
+        matrix = steps[at].w[place], slot = &all[at].of[place];
       }
       if (!slot || slot->rank || !u.a || !u.b || !u.rank || u.rank > kMaxRank)
         return report(error, PSLM_ERROR_ARGUMENT,
@@ -224,7 +274,7 @@ pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates, 
       slot->a.assign(u.a, u.a + matrix->cols * u.rank);
       slot->b.assign(u.b, u.b + u.rank * matrix->rows);
     }
-    session->engine.set_updates(std::move(layers));
+    session->engine.set_updates(std::move(all));
     return PSLM_OK;
   });
 }
@@ -235,8 +285,8 @@ pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info
   *info = {};
   info->context = static_cast<uint32_t>(engine.context());
   info->threads = engine.threads();
-  info->kv_type = engine.cache().type();
-  info->kv_bytes = engine.cache().bytes();
+  info->kv_type = engine.states().type();
+  info->kv_bytes = engine.states().bytes();
   info->isa = engine.kernels().name;
   return PSLM_OK;
 }
@@ -250,7 +300,7 @@ pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t co
   Session& engine = session->engine;
   if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
   const size_t rows = which == PSLM_LOGITS_ALL ? count : which == PSLM_LOGITS_LAST ? 1 : 0;
-  if (rows && (!logits || capacity / engine.model().config.vocab_size < rows))
+  if (rows && (!logits || capacity / engine.model().output_size() < rows))
     return report(error, PSLM_ERROR_ARGUMENT, "the logits buffer is too small");
   engine.forward(tokens, count, which, logits);
   return PSLM_OK;
@@ -259,6 +309,7 @@ pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t co
 pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                              pslm_error error) {
   if (!session || !next) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (const pslm_status status = check_head(session->engine, error)) return status;
   if (const pslm_status status = check_tokens(session->engine, &token, 1, error)) return status;
   *next = session->engine.step_greedy(token);
   return PSLM_OK;
@@ -282,6 +333,7 @@ pslm_status pslm_forward_top(pslm_session* session, const int32_t* tokens, size_
     return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no tokens");
   Session& engine = session->engine;
+  if (const pslm_status status = check_head(engine, error)) return status;
   const uint32_t vocabulary = engine.model().config.vocab_size;
   if (top == 0 || top > vocabulary)
     return report(error, PSLM_ERROR_ARGUMENT,
@@ -297,31 +349,34 @@ pslm_status pslm_forward_top(pslm_session* session, const int32_t* tokens, size_
 size_t pslm_length(const pslm_session* session) { return session ? session->engine.length() : 0; }
 
 pslm_status pslm_truncate(pslm_session* session, size_t length) {
-  if (!session || length > session->engine.length()) return PSLM_ERROR_ARGUMENT;
-  session->engine.set_length(length);
+  if (!session || !session->engine.can_rewind(length)) return PSLM_ERROR_ARGUMENT;
+  session->engine.truncate(length);
   return PSLM_OK;
+}
+
+size_t pslm_rewind_limit(const pslm_session* session) {
+  return session ? session->engine.rewind_limit() : 0;
 }
 
 size_t pslm_kv_bytes(const pslm_session* session, size_t count) {
   if (!session || count > session->engine.context()) return 0;
-  return session->engine.cache().saved_bytes(count);
+  return session->engine.states().saved_bytes(count);
 }
 
 pslm_status pslm_kv_save(const pslm_session* session, size_t count, void* buffer,
                          size_t capacity) {
-  if (!session || !buffer || count > session->engine.length() ||
-      capacity < session->engine.cache().saved_bytes(count))
+  if (!session || !buffer || !session->engine.can_rewind(count) ||
+      capacity < session->engine.states().saved_bytes(count))
     return PSLM_ERROR_ARGUMENT;
-  session->engine.cache().save(count, static_cast<uint8_t*>(buffer));
+  session->engine.save(count, static_cast<uint8_t*>(buffer));
   return PSLM_OK;
 }
 
 pslm_status pslm_kv_restore(pslm_session* session, size_t count, const void* buffer,
                             size_t bytes) {
   if (!session || !buffer || count > session->engine.context() ||
-      bytes != session->engine.cache().saved_bytes(count))
+      bytes != session->engine.states().saved_bytes(count))
     return PSLM_ERROR_ARGUMENT;
-  session->engine.cache().restore(count, static_cast<const uint8_t*>(buffer));
-  session->engine.set_length(count);
+  session->engine.restore(count, static_cast<const uint8_t*>(buffer));
   return PSLM_OK;
 }

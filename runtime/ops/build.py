@@ -27,8 +27,8 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 
 COMMON = (
-    *("api", "attention", "cpu", "head", "kv_cache", "model_file", "probes", "read_plan"),
-    *("session", "thread_pool"),
+    *("api", "attention", "cpu", "head", "model_file", "probes", "program", "program_llama"),
+    *("read_plan", "session", "state", "thread_pool"),
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
@@ -121,7 +121,7 @@ def run(command: Sequence[str]) -> None:
 def source_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
-        if path.suffix in (".cpp", ".h", ".inl", ".py") and path.name != "__init__.py":
+        if path.suffix in (".cpp", ".def", ".h", ".inl", ".py") and path.name != "__init__.py":
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 3
+#define PSLM_ABI_VERSION 4
 
 typedef enum {
   PSLM_OK = 0,
@@ -48,8 +48,11 @@ typedef struct {
 } pslm_error;
 
 typedef struct {
+  /* heads, kv_heads, head_dim, intermediate_size: the widest of any layer */
   uint32_t hidden_size, layers, heads, kv_heads, head_dim, intermediate_size, vocab_size;
   uint32_t max_context; /* what the model was trained for */
+  uint32_t output_size; /* floats of a row of "logits": vocab_size, or hidden_size of an encoder */
+  uint32_t states;      /* see pslm_model_state */
   uint64_t file_bytes;
   uint64_t bytes_per_token; /* weight bytes that one greedy token reads */
   uint64_t macs_per_token;  /* multiply-accumulates of one token in the layers, attention apart */
@@ -81,8 +84,14 @@ PSLM_API pslm_status pslm_model_view(const void* data, size_t bytes, pslm_model*
                                      pslm_error error);
 PSLM_API void pslm_model_close(pslm_model* model);
 PSLM_API pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info);
-/* Layers may differ in width: the KV heads of one, 0 where there is no such layer. */
-PSLM_API uint32_t pslm_layer_kv_heads(const pslm_model* model, uint32_t layer);
+/* What a session keeps of its tokens: keys and values (PSLM_STATE_KV: KV heads, head size, and the
+ * window or 0) or the last columns of a convolution (PSLM_STATE_CONV: width, taps, 0). */
+enum { PSLM_STATE_KV = 1, PSLM_STATE_CONV = 2 };
+typedef struct {
+  uint32_t kind, sizes[3];
+} pslm_state_info;
+PSLM_API pslm_status pslm_model_state(const pslm_model* model, uint32_t index,
+                                      pslm_state_info* info);
 /* An opaque section of the file, such as the tokenizer; null and 0 where the file has none. */
 PSLM_API const void* pslm_model_blob(const pslm_model* model, uint32_t role, size_t* bytes);
 
@@ -91,7 +100,7 @@ PSLM_API pslm_status pslm_session_open(const pslm_model* model, const pslm_optio
                                        pslm_session** session, pslm_error error);
 PSLM_API void pslm_session_close(pslm_session* session);
 /* For a session of PSLM_KV_CALLER, before its first call and whenever the memory or what it holds
- * is another: `tensors` are keys and values of each layer in turn, fp16
+ * is another: `tensors` are keys and values of each KV state in turn, fp16
  * [kv_heads][positions][head_dim], whose first `length` positions this library has filled. How they
  * lie inside is private; the context is `positions`, rounded down to a multiple of 16. */
 PSLM_API pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t count,
@@ -108,8 +117,10 @@ PSLM_API pslm_status pslm_set_updates(pslm_session* session, const pslm_update* 
                                       size_t count, pslm_error error);
 PSLM_API pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info);
 
-/* Appends `count` tokens to the context. `logits` receives vocab_size floats (LAST) or
- * count * vocab_size (ALL); `capacity` is its size in floats. A failing call changes nothing. */
+/* Appends `count` tokens to the context. `logits` receives output_size floats (LAST) or
+ * count * output_size (ALL); `capacity` is its size in floats. A failing call changes nothing.
+ * Where attention is bidirectional, the tokens are a text of their own, and the length is 0 again
+ * after the call. */
 PSLM_API pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t count,
                                   pslm_logits which, float* logits, size_t capacity,
                                   pslm_error error);
@@ -135,11 +146,13 @@ PSLM_API pslm_status pslm_set_profiling(pslm_session* session, uint32_t on);
 PSLM_API pslm_status pslm_read_times(const pslm_session* session, pslm_times* times);
 
 PSLM_API size_t pslm_length(const pslm_session* session);
-/* Forgets all positions from `length` on. */
+/* Forgets all positions from `length` on: 0, or from pslm_rewind_limit() to the length now. What a
+ * window or a convolution no longer holds cannot be had back: other lengths are an error. */
 PSLM_API pslm_status pslm_truncate(pslm_session* session, size_t length);
+PSLM_API size_t pslm_rewind_limit(const pslm_session* session);
 
-/* Keys and values of the first `count` positions in one buffer, for prefix caches. The layout is
- * private to one version, KV type and model. */
+/* The state after the first `count` positions in one buffer, for prefix caches; count as in
+ * pslm_truncate. The layout is private to one version, KV type and model. */
 PSLM_API size_t pslm_kv_bytes(const pslm_session* session, size_t count);
 PSLM_API pslm_status pslm_kv_save(const pslm_session* session, size_t count, void* buffer,
                                   size_t capacity);

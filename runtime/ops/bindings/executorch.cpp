@@ -88,14 +88,18 @@ std::string decode(const Tensor& tokens, const Tensor& start, const Tensor& mode
   if (!decoder) return failure;
   const pslm_model_info& info = decoder->info();
   ssize_t heads = 0;
-  for (uint32_t layer = 0; layer < info.layers; ++layer) heads += decoder->kv_heads(layer);
+  for (uint32_t state = 0; state < info.states; ++state) {
+    if (decoder->shape(state).head_dim != info.head_dim)
+      return "layers differ in head_dim, which one tensor of keys cannot hold";
+    heads += decoder->shape(state).kv_heads;
+  }
   for (const Tensor* cache : {&keys, &values})
     if (cache->size(0) != heads || cache->size(1) != keys.size(1) ||
         cache->size(2) != static_cast<ssize_t>(info.head_dim))
       return "keys and values must be [" + std::to_string(heads) + ", positions, " +
              std::to_string(info.head_dim) + "]";
-  if (!has(out, ScalarType::Float, 2) || out.numel() != static_cast<ssize_t>(info.vocab_size))
-    return "out must be float [1, " + std::to_string(info.vocab_size) + "]";
+  if (!has(out, ScalarType::Float, 2) || out.numel() != static_cast<ssize_t>(info.output_size))
+    return "out must be float [1, " + std::to_string(info.output_size) + "]";
   const int64_t past = start.const_data_ptr<int64_t>()[0];
   if (past < 0) return "start is negative";
 
@@ -108,10 +112,10 @@ std::string decode(const Tensor& tokens, const Tensor& start, const Tensor& mode
   step.logits = out.mutable_data_ptr<float>();
   uint8_t* key = static_cast<uint8_t*>(keys.mutable_data_ptr());
   uint8_t* value = static_cast<uint8_t*>(values.mutable_data_ptr());
-  for (uint32_t layer = 0; layer < info.layers; ++layer) {
+  for (uint32_t state = 0; state < info.states; ++state) {
     step.caches.push_back(key);
     step.caches.push_back(value);
-    const size_t bytes = 2 * decoder->kv_heads(layer) * step.positions * info.head_dim;
+    const size_t bytes = 2 * decoder->shape(state).kv_heads * step.positions * info.head_dim;
     key += bytes, value += bytes;
   }
   return decoder->run(step);

@@ -128,20 +128,20 @@ Status* compute(void* kernel, KernelContext* context) try {
                  " are needed: bind past and present to one buffer of the full length");
   step.positions = static_cast<size_t>(positions);
   for (size_t i = kFirstCache; i < count; ++i) {
-    const uint32_t heads = decoder.kv_heads((i - kFirstCache) / 2);
-    const std::vector<int64_t> shape = {1, heads, positions, model.head_dim};
-    const size_t bytes = 2 * heads * step.positions * model.head_dim;
+    const auto [heads, head_dim] = decoder.shape((i - kFirstCache) / 2);
+    const std::vector<int64_t> shape = {1, heads, positions, head_dim};
+    const size_t bytes = 2 * heads * step.positions * head_dim;
     if (inputs[i].shape != shape)
       return fault("cache tensor " + std::to_string(i - kFirstCache) + " must be [1, " +
                    std::to_string(heads) + ", " + std::to_string(positions) + ", " +
-                   std::to_string(model.head_dim) + "]");
+                   std::to_string(head_dim) + "]");
     Tensor present;
     if (Status* status = place(context, 1 + i - kFirstCache, shape, present)) return status;
     if (present.data != inputs[i].data) std::memcpy(present.data, inputs[i].data, bytes);
     step.caches.push_back(present.data);
   }
   Tensor logits;
-  if (Status* status = place(context, 0, {1, rows, model.vocab_size}, logits)) return status;
+  if (Status* status = place(context, 0, {1, rows, model.output_size}, logits)) return status;
   step.logits = static_cast<float*>(logits.data);
   const std::string failure = decoder.run(step);
   return failure.empty() ? nullptr : fault(failure);

@@ -56,7 +56,8 @@ def test_every_truncation_is_an_error(tmp_path: Path, content: bytes) -> None:
     ("offset", "value", "message"),
     [
         (0, b"XSLMODEL", "magic"),
-        (8, struct.pack("<I", 3), "version 3"),
+        (8, struct.pack("<I", 4), "version 4, this build reads up to 3"),
+        (8, struct.pack("<I", 3), "the program is missing"),
         (8, struct.pack("<I", 1), "not those of the header"),
         (32, struct.pack("<I", 2), "not those of the header"),
         (44, struct.pack("<I", 32), "not those of the header"),
