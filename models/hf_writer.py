@@ -33,7 +33,9 @@ def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
         (folder / name).write_bytes(content)
     generation = json.loads(files.get("generation_config.json", b"{}"))
     config = hf_config(model.config) | {
-        key: generation[key] for key in ("bos_token_id", "eos_token_id") if key in generation
+        key: generation[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if key in generation
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -207,7 +207,7 @@ class _Lowering(Walk):
         if node in self.values:
             return  # emitted with a sibling
         readers = [_through(user, ops.rotary) for user in node.users]
-        if len(readers) == 1 and _stacks(readers[0]):
+        if len(readers) == 1 and self._stacks(readers[0]):
             self.values[node] = None
             return
         siblings = [user for user in node.args[0].users if is_op(user, ops.linear)]
@@ -223,6 +223,20 @@ class _Lowering(Walk):
             axis=-1,
         )
         self.values |= dict(zip(siblings, parts, strict=True))
+
+    def _by_attention(self, node: Node) -> bool:
+        """Whether attention does a rotation: if it reads it, and takes tables of this width."""
+        if not is_op(node, ops.rotary) or not all(is_op(u, ops.attention) for u in node.users):
+            return False
+        pairs: int = self.traced.tables[node.args[1]][1].shape[1]
+        return pairs % 8 == 0
+
+    def _stacks(self, reader: Node) -> bool:
+        """Whether an operator takes all products that it reads as one."""
+        if is_op(reader, ops.attention):
+            parts = [n.args[0] if self._by_attention(n) else n for n in reader.args[:3]]
+            return all(is_op(part, ops.linear) for part in parts)
+        return is_op(reader, ops.gated)
 
     def rms_norm(self, node: Node) -> None:
         if node in self.values:  # the residual sum before it has emitted both
@@ -297,7 +311,7 @@ class _Lowering(Walk):
 
     def rotary(self, node: Node) -> None:
         """Rotated by the attention itself where nothing stands between."""
-        if all(is_op(user, ops.attention) for user in node.users):
+        if self._by_attention(node):
             return
         x, cos, sin, _, heads = node.args
         tables = [self._table(cos), self._table(sin)]
@@ -321,7 +335,7 @@ class _Lowering(Walk):
         if not causal:
             raise refuse(self.target, "attention in both directions is not supported")
         tables: list[ir.Value | None] = [None, None]
-        if is_op(q, ops.rotary) and is_op(k, ops.rotary):
+        if self._by_attention(q) and self._by_attention(k):
             tables = [self._table(q.args[1]), self._table(q.args[2])]
             q, k = q.args[0], k.args[0]
         packed = self._stacked((q, k, v))
@@ -562,14 +576,6 @@ def _stack(parts: list[_Linear]) -> _Linear | None:
     given = [bias for bias in biases if bias is not None]
     bias = np.concatenate(given) if given else None
     return _Linear("+".join(part.name for part in parts), weight, bias)
-
-
-def _stacks(reader: Node) -> bool:
-    """Whether an operator takes all products that it reads as one."""
-    if is_op(reader, ops.attention):  # rotated at most: it does that by itself
-        parts = [n.args[0] if is_op(n, ops.rotary) else n for n in reader.args[:3]]
-        return all(is_op(part, ops.linear) for part in parts)
-    return is_op(reader, ops.gated)
 
 
 def _through(node: Node, operator_: Any) -> Node:

@@ -370,7 +370,7 @@ def _with_layer_sizes(config: ModelConfig, f: Fields) -> ModelConfig:
             f"{f.where}: {len(sizes)} layer sizes, expected one for each of "
             f"{config.num_hidden_layers} layers"
         )
-    largest = config.stored_layers[0].size
+    largest = LayerSize(*map(max, *(layer.size for layer in config.stored_layers)))
     if any(part > most for size in sizes for part, most in zip(size, largest, strict=True)):
         raise CheckpointError(f"{f.where}: a layer size is larger than {tuple(largest)}")
     return config.with_sizes(sizes)

@@ -71,10 +71,11 @@ def scaled(f: Fields, rope: Mapping[str, Any], dim: int, theta: float) -> Rotary
         return plain
     if kind == "dynamic":
         # Up to max_position_embeddings nothing is stretched; longer contexts are refused.
-        alpha = rope.get("alpha")
-        if alpha:
-            theta *= _number(f, "alpha", alpha) ** (dim / (dim - 2))
-        return Rotary(dim, theta, declared=declared)
+        divisors = None
+        if (alpha := rope.get("alpha")) is not None:  # multiplies the base by alpha^(d / (d - 2))
+            alpha = _number(f, "alpha", alpha)
+            divisors = tuple(alpha ** (2 * i / (dim - 2)) for i in range(dim // 2))
+        return Rotary(dim, theta, divisors, declared=declared)
     if kind == "linear":
         factor = number("factor")
         return Rotary(dim, theta, (factor,) * (dim // 2), declared=declared)
