@@ -9,25 +9,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from pocketslm.export.lower.onnx_graph import (
+    DATA_FILE,
+    DataFile,
+    DType,
+    GraphBuilder,
+    describe,
+    new_value,
+)
 from pocketslm.export.lower.trace import Node, Traced
 from pocketslm.export.lower.walk import Progress, Walk, WeightReader, is_op, refuse
 from pocketslm.models import ops
 from pocketslm.models.config import Layer, ModelConfig, ShortConv
 from pocketslm.models.tensors import Array, QuantTensor, Weight, concat_rows, floats
 
-DType = Literal["fp32", "fp16"]
-GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+GRAPH_FILE = "model.onnx"
 OPSET, IR_VERSION = 21, 10
 CONTRIB = "com.microsoft"
 # MatMulNBits: 4 = activations are quantized to int8, block by block, inside the operator.
 ACCURACY_LEVEL = 4
-_ALIGNMENT = 4096  # of tensors in the data file: one page, so that each maps alone
-_EXTERNAL_FROM = 1024  # bytes; smaller tensors stay inside the graph file
 _INT64_MAX = np.iinfo(np.int64).max
 
 
@@ -45,36 +50,9 @@ def lower(
     that of activations, scales and KV cache. ``progress`` is called with nodes done and in total.
     """
     with (folder / DATA_FILE).open("wb") as data:
-        lowering = _Lowering(traced, weights, dtype, _DataFile(data))
+        lowering = _Lowering(traced, weights, dtype, DataFile(data))
         model = lowering.run(progress)
     ir.save(model, folder / GRAPH_FILE)
-
-
-class _DataFile:
-    """The external data: tensors appended at page boundaries, each written once."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def add(self, name: str, array: Array) -> ir.TensorProtocol:
-        if array.nbytes < _EXTERNAL_FROM:
-            return ir.Tensor(array, name=name)
-        self.file.write(b"\0" * (-self.file.tell() % _ALIGNMENT))
-        offset = self.file.tell()
-        self.file.write(np.ascontiguousarray(array).data)
-        return _external(name, array, offset)
-
-
-def _external(name: str, array: Array, offset: int) -> ir.ExternalTensor:
-    """An array whose bytes begin at ``offset`` of the data file."""
-    return ir.ExternalTensor(
-        DATA_FILE,
-        offset,
-        array.nbytes,
-        ir.DataType.from_numpy(array.dtype),
-        shape=ir.Shape(array.shape),
-        name=name,
-    )
 
 
 @dataclass
@@ -86,7 +64,7 @@ class _Linear:
     bias: Array | None
 
 
-class _Lowering(Walk):
+class _Lowering(GraphBuilder, Walk):
     """One walk over the traced graph; ``values`` maps its nodes to ONNX values.
 
     A value of None is a linear that waits for its user, which may stack it with its siblings.
@@ -94,19 +72,11 @@ class _Lowering(Walk):
 
     target = "ONNX"
 
-    def __init__(
-        self, traced: Traced, weights: WeightReader, dtype: DType, data: _DataFile
-    ) -> None:
-        super().__init__(traced, weights)
-        self.data = data
-        self.float = {"fp32": np.float32, "fp16": np.float16}[dtype]
-        self.float_type = ir.DataType.from_numpy(np.dtype(self.float))
-        self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = {}
+    def __init__(self, traced: Traced, weights: WeightReader, dtype: DType, data: DataFile) -> None:
+        Walk.__init__(self, traced, weights)
+        GraphBuilder.__init__(self, dtype, data)
         self.values: dict[Node, Any] = {}
         self.group_sums: dict[tuple[ir.Value, int], ir.Value] = {}
-        self.stored: dict[str, ir.TensorProtocol] = {}
-        self.names: dict[str, int] = {}
         self.cached_positions: ir.Value | None = None
 
     def run(self, progress: Progress) -> ir.Model:
@@ -126,8 +96,8 @@ class _Lowering(Walk):
 
     def _inputs(self) -> list[ir.Value]:
         c = self.config
-        ids = _value("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
-        self.mask = _value(
+        ids = new_value("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+        self.mask = new_value(
             "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]
         )
         # An input with a default: onnxruntime-genai need not know it, evaluation overrides it.
@@ -136,7 +106,7 @@ class _Lowering(Walk):
         states, by_slot = [], {}
         for index, layer in enumerate(c.layers):
             for slot, (kind, shape) in enumerate(_states(layer, c, "past_sequence_length")):
-                state = _value(f"past_key_values.{index}.{kind}", self.float_type, shape)
+                state = new_value(f"past_key_values.{index}.{kind}", self.float_type, shape)
                 by_slot[index, slot] = state
                 states.append(state)
         for node, slot_ in self.traced.states.items():
@@ -159,13 +129,13 @@ class _Lowering(Walk):
             logits = self._op("Cast", [logits], to=ir.DataType.FLOAT)
         # The literal 1 tells onnxruntime-genai that prefill returns the last position only.
         width = c.vocab_size if c.head else c.hidden_size
-        _describe(logits, "logits", ir.DataType.FLOAT, ["batch_size", 1, width])
+        describe(logits, "logits", ir.DataType.FLOAT, ["batch_size", 1, width])
         outputs = [logits]
         for index, (layer, present) in enumerate(zip(c.layers, self.traced.present, strict=True)):
             kinds = _states(layer, c, "total_sequence_length")
             for (kind, shape), node in zip(kinds, present, strict=True):
                 value = self.values[node]
-                _describe(value, f"present.{index}.{kind}", self.float_type, shape)
+                describe(value, f"present.{index}.{kind}", self.float_type, shape)
                 outputs.append(value)
         return outputs
 
@@ -467,9 +437,6 @@ class _Lowering(Walk):
         name, weight = self.vector(node)
         return self._constant(name, weight.astype(self.float))
 
-    def _number(self, value: float) -> ir.Value:
-        return self._constant(f"number_{value!r}", np.array(value, self.float))
-
     def _table(self, node: Node) -> ir.Value:
         name, array = self.traced.tables[node]
         return self._constant(f"{name}_cache", array, self.float)
@@ -502,60 +469,6 @@ class _Lowering(Walk):
         zero = np.float32(2 ** (weight.bits - 1))
         offsets = weight.minimums.astype(np.float32) + zero * weight.scales.astype(np.float32)
         return self._constant(f"{name}.offsets", offsets, self.float)
-
-    def _constant(
-        self, name: str, array: Array, dtype: Any = None, content: str | None = None
-    ) -> ir.Value:
-        """An initializer, made once per name; constants of the same ``content`` share bytes."""
-        if name in self.initializers:
-            return self.initializers[name]
-        array = array if dtype is None else array.astype(dtype)
-        shared = self.stored.get(content) if content is not None else None
-        if isinstance(shared, ir.ExternalTensor):
-            assert shared.offset is not None
-            tensor: ir.TensorProtocol = _external(name, array, shared.offset)
-        else:
-            tensor = self.data.add(name, array)
-            if content is not None:
-                self.stored[content] = tensor
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-            const_value=tensor,
-        )
-        self.initializers[name] = value
-        return value
-
-    # Nodes.
-
-    def _reshape(self, x: ir.Value, shape: list[int]) -> ir.Value:
-        name = "shape_" + "_".join(map(str, shape))
-        return self._op("Reshape", [x, self._constant(name, np.array(shape, np.int64))])
-
-    def _op(self, kind: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
-        return self._ops(kind, inputs, outputs=(0,), **attributes)[0]
-
-    def _ops(
-        self,
-        kind: str,
-        inputs: Sequence[ir.Value | None],
-        *,
-        outputs: tuple[int, ...],
-        domain: str = "",
-        **attributes: Any,
-    ) -> list[ir.Value]:
-        """Append a node; ``outputs`` are the positions that are wanted, others stay unnamed."""
-        number = self.names.get(kind, 0)
-        self.names[kind] = number + 1
-        name = f"{kind}_{number}"
-        node = ir.node(
-            kind, inputs, attributes, domain=domain, num_outputs=max(outputs) + 1, name=name
-        )
-        for position, value in enumerate(node.outputs):
-            value.name = f"{name}_out{position}" if position in outputs else ""
-        self.nodes.append(node)
-        return [node.outputs[position] for position in outputs]
 
 
 def _stack(parts: list[_Linear]) -> _Linear | None:
@@ -590,11 +503,3 @@ def _states(layer: Layer, c: ModelConfig, positions: str) -> list[tuple[str, lis
         return [("key", shape), ("value", list(shape))]
     assert isinstance(layer.mixer, ShortConv)
     return [("conv", ["batch_size", c.hidden_size, layer.mixer.taps - 1])]
-
-
-def _value(name: str, dtype: ir.DataType, shape: list[Any]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-
-
-def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: list[Any]) -> None:
-    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)

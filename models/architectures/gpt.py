@@ -26,7 +26,10 @@ _TOP = {
 }
 _NORMS = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"}
 # Masks, and what masked scores become: buffers of old files.
-_MASKS = (r"\.attn\.(attention\.)?(bias|masked_bias)$", r"\.attention\.(bias|masked_bias)$")
+_MASKS: tuple[str, ...] = (
+    r"\.attn\.(attention\.)?(bias|masked_bias)$",
+    r"\.attention\.(bias|masked_bias)$",
+)
 _MASKS += (r"rotary_emb\.inv_freq$",)
 _LEARNED = GGUF_TOP | {"model.embed_positions": "position_embd"}
 

@@ -13,11 +13,11 @@ from pocketslm.models.architectures.base import (
     QK_NORMS,
     TOP,
     Architecture,
-    WeightMap,
     named,
 )
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.architectures.qwen2 import Qwen2
+from pocketslm.models.architectures.weights import WeightMap
 from pocketslm.models.config import Attention
 
 
