@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import json
@@ -12,14 +11,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import native_support
 import pytest
 import tokenizer_families
 import tokenizers
-from native_runner import Runner, running
+from native_runner import Runner, running_with
 
 import tokenizer_support
-from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import pack_tokenizer
 
 SEED = 11
@@ -70,20 +67,6 @@ def random_texts() -> Iterator[str]:
     yield from tokenizer_support.hard_texts(RANDOM_TEXTS)
     for _ in range(RANDOM_TEXTS):
         yield "".join(rng.choices(NASTY, k=rng.randint(1, 12)))
-
-
-@contextlib.contextmanager
-def running_with(runner_path: Path, text: str, folder: Path) -> Iterator[Runner]:
-    """The runner with a tiny model that has the tokenizer of `text`, a tokenizer.json."""
-    packed, reason = pack_tokenizer(text)
-    assert packed is not None, reason
-    vocabulary = tokenizers.Tokenizer.from_str(text).get_vocab()
-    config = native_support.tiny_config(vocab_size=1 + max(vocabulary.values()))
-    path = folder / "model.slm"
-    lower(config, native_support.tiny_weights(config, lambda _, w: w), path, tokenizer=packed)
-    with running([str(runner_path)]) as runner:
-        assert runner.ask(op="load", path=str(path), threads=1, context=300)["tokenizer"]
-        yield runner
 
 
 @pytest.fixture(scope="module", params=COVERED)

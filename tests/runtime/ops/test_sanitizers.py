@@ -5,13 +5,10 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import native_support
 import pytest
-from native_runner import Runner, running
+from native_runner import Runner, running, running_with
 
 import tokenizer_support
-from pocketslm.export.lower.native import lower
-from pocketslm.export.lower.native_tokenizer import pack_tokenizer
 from pocketslm.runtime.backends.native import isa_names
 from pocketslm.runtime.ops import build
 
@@ -31,13 +28,7 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("style", ["smollm", "qwen35", "gpt4o", "minicpm5", "deepseek3", "gemma"])
 def test_no_findings_in_tokenizers(sanitized: Path, style: str, tmp_path: Path) -> None:
-    packed, reason = pack_tokenizer(tokenizer_support.document(style))
-    assert packed is not None, reason
-    config = native_support.tiny_config(vocab_size=1000)
-    weights = native_support.tiny_weights(config, lambda _, w: w)
-    lower(config, weights, tmp_path / "model.slm", tokenizer=packed)
-    with running([str(sanitized)]) as runner:
-        runner.ask(op="load", path=str(tmp_path / "model.slm"), threads=1, context=16)
+    with running_with(sanitized, tokenizer_support.document(style), tmp_path) as runner:
         for text in tokenizer_support.hard_texts(200):
             assert runner.ask(op="encode", prompt=text)["event"] == "encoded"
         assert_no_findings(runner)
