@@ -313,6 +313,7 @@ class NativeSession:
         self.vocab_size = model.info.vocab_size
         self.context: int = info.context
         self.threads: int = info.threads
+        self.kv_bytes: int = info.kv_bytes
         self.isa: str = info.isa.decode()
         self.kv_type: str = kv_type
         self.backend = f"native {self.isa}"
