@@ -13,6 +13,7 @@ import native_support
 
 from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import pack_tokenizer
+from pocketslm.export.lower.trace import trace
 
 
 class Runner:
@@ -70,7 +71,8 @@ def running_with(runner_path: Path, text: str, folder: Path) -> Iterator[Runner]
     ids = [*tokenizer["model"]["vocab"].values(), *(t["id"] for t in tokenizer["added_tokens"])]
     config = native_support.tiny_config(vocab_size=1 + max(ids))
     path = folder / "model.slm"
-    lower(config, native_support.tiny_weights(config, lambda _, w: w), path, tokenizer=packed)
+    weights = native_support.tiny_weights(config, lambda _, w: w)
+    lower(trace(config, 640), weights, path, tokenizer=packed)
     with running([str(runner_path)]) as runner:
         assert runner.ask(op="load", path=str(path), threads=1, context=300)["tokenizer"]
         yield runner

@@ -43,7 +43,12 @@ class OnnxGraph:
         self.names = [n for v in self.session.get_inputs() if (n := v.name).startswith("past")]
         self.caches = {
             name: np.full(
-                (1, config.layers[i // 2].num_key_value_heads, CAPACITY, config.head_dim),
+                (
+                    1,
+                    config.attentions[i // 2].kv_heads,
+                    CAPACITY,
+                    config.attentions[i // 2].head_dim,
+                ),
                 np.nan,
                 np.float16,
             )
