@@ -190,12 +190,12 @@ def test_rebuilding_from_the_recipe_gives_the_same_bytes(tiny_gguf: Path, tmp_pa
 def test_nothing_is_left_of_a_failed_export(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pocketslm.export.lower import onnx
+    from pocketslm.export.lower import onnx_graph
 
     def full_disk(self: object, name: str, array: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(onnx._DataFile, "add", full_disk)
+    monkeypatch.setattr(onnx_graph.DataFile, "add", full_disk)
     with pytest.raises(ExportError, match="No space left on device"):
         export_bundle(open_checkpoint(tiny_hf), tmp_path / "out" / "b")
     assert list((tmp_path / "out").iterdir()) == []
@@ -203,7 +203,7 @@ def test_nothing_is_left_of_a_failed_export(
     def interrupt(self: object, name: str, array: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx._DataFile, "add", interrupt)
+    monkeypatch.setattr(onnx_graph.DataFile, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_bundle(open_checkpoint(tiny_hf), tmp_path / "out" / "b")
     assert list((tmp_path / "out").iterdir()) == []

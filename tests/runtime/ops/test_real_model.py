@@ -72,11 +72,9 @@ def test_divergence_from_fp32(
         runner.ask(op="load", path=str(model_path), threads=1, context=64)
         tokens = np.array(runner.ask(op="encode", prompt=text)["tokens"][:512])
     checkpoint = open_checkpoint(smollm2_gguf)
-    c = checkpoint.config
-    empty = torch.zeros(1, c.num_key_value_heads, 0, c.head_dim)
     with torch.no_grad():
         reference = load_reference(checkpoint, 512)
-        logits, _ = reference(torch.tensor(tokens[None]), [(empty, empty)] * c.num_hidden_layers)
+        logits, _ = reference(torch.tensor(tokens[None]), reference.empty_cache())
     session = NativeModel(model_path).session(threads=2, kv_type=kv_type, context=512)
     expected = torch.log_softmax(logits[0], -1)
     actual = torch.log_softmax(torch.tensor(session.forward(tokens, all_logits=True)), -1)
