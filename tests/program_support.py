@@ -251,22 +251,11 @@ class Program:
         return path
 
     def content(self) -> bytes:
+        """The file in version 3."""
         names = list(self.tensors)
-        body, table = bytearray(), bytearray()
-
-        def add(role: str, kind: int, rows: int, cols: int, data: bytes) -> None:
-            body.extend(b"\0" * (-len(body) % 64))
-            place = TABLE_ROOM + len(body)
-            table.extend(struct.pack("<HHIIIQQ", ROLE[role], kind, 0, rows, cols, place, len(data)))
-            body.extend(data)
-
+        file = _File()
         for name in names:
-            tensor = self.tensors[name]
-            if not isinstance(tensor, QuantTensor) and tensor.ndim == 1:
-                add("vector", KIND["vector"], 1, tensor.size, tensor.astype("<f4").tobytes())
-            else:
-                kind, data, _ = pack_matrix(tensor)
-                add("projection", kind, *tensor.shape, data.tobytes())
+            file.tensor("projection", 0, self.tensors[name])
 
         def padded(values: list, count: int, rest: float) -> list:
             return values + [rest] * (count - len(values))
@@ -284,17 +273,41 @@ class Program:
             )
             for op in self.operations
         )
-        add("program", KIND["blob"], 1, len(program), program)
-        states = b"".join(struct.pack("<4I", *state) for state in self.states)
-        add("states", KIND["blob"], 1, len(states), states)
-        body.extend(b"\0" * (-len(body) % 64))
-        header = struct.pack(
-            "<8sIIQ9I2f60x",
-            *(b"PSLMODEL", 3, len(table) // 32, TABLE_ROOM + len(body)),
-            *(HIDDEN, self.layers, 0, 0, 0, 0, VOCABULARY, self.context, 0, 0.0, 0.0),
+        file.blob("program", program)
+        file.blob("states", b"".join(struct.pack("<4I", *state) for state in self.states))
+        return file.content(
+            3, HIDDEN, self.layers, 0, 0, 0, 0, VOCABULARY, self.context, 0, 0.0, 0.0
         )
-        assert len(header) + len(table) <= TABLE_ROOM
-        return (header + table).ljust(TABLE_ROOM, b"\0") + bytes(body)
+
+    def older_content(self, version: int) -> bytes:
+        """The same model in version 1 or 2, which find weights by roles, if it is a Llama."""
+        file = _File()
+        attends = [op for op in self.operations if op.code == "attend"]
+        inputs = ["query", "key", "value", "query_bias", "key_bias", "value_bias"]
+        parts: dict[str, list[str | None]] = {
+            "embed": ["embedding"],
+            "project": ["attention_norm", None, *inputs],
+            "gated": ["mlp_norm", None, "gate", "up"],
+            "head": ["final_norm", None, "head"],
+        }
+        file.tensor("rope_frequencies", 0, self.tensors[str(attends[0].section(0))])
+        for op in self.operations:
+            roles = parts.get(op.code, [])
+            if op.code == "project_add":
+                roles = ["output" if op.sizes[0] == BUFFER["attended"] else "down"]
+            layer = 0 if op.layer == NONE else op.layer
+            for role, name in zip(roles, op.sections, strict=False):
+                tied = role == "head" and name == self.operations[0].sections[0]
+                if role is not None and name is not None and not tied:
+                    file.tensor(role, layer, self.tensors[name])
+        _, _, _, dim, rope, *_ = attends[0].sizes
+        heads, kv_heads = (max(op.sizes[k] for op in attends) for k in (1, 2))
+        gates = [str(op.sections[3]) for op in self.operations if op.code == "gated"]
+        width = max(self.tensors[name].shape[0] for name in gates)
+        return file.content(
+            *(version, HIDDEN, len(attends), heads, kv_heads, dim, width, VOCABULARY),
+            *(self.context, rope, EPS, 1.0),
+        )
 
     # The interpreter.
 
@@ -415,6 +428,41 @@ class Program:
         if op.section(2) is not None:
             y = factor * self._linear(y, op.section(2), op.section(3))
         return cap * np.tanh(y / cap) if cap else y
+
+
+class _File:
+    """Sections behind room for their table."""
+
+    def __init__(self) -> None:
+        self.body, self.table = bytearray(), bytearray()
+
+    def section(self, role: str, kind: int, layer: int, shape: Sequence[int], data: bytes) -> None:
+        self.body.extend(b"\0" * (-len(self.body) % 64))
+        place = TABLE_ROOM + len(self.body)
+        self.table.extend(
+            struct.pack("<HHIIIQQ", ROLE[role], kind, layer, *shape, place, len(data))
+        )
+        self.body.extend(data)
+
+    def blob(self, role: str, data: bytes) -> None:
+        self.section(role, KIND["blob"], 0, (1, len(data)), data)
+
+    def tensor(self, role: str, layer: int, tensor: Weight) -> None:
+        if not isinstance(tensor, QuantTensor) and tensor.ndim == 1:
+            data = tensor.astype("<f4").tobytes()
+            self.section(role, KIND["vector"], layer, (1, tensor.size), data)
+            return
+        kind, packed, _ = pack_matrix(tensor)
+        self.section(role, kind, layer, tensor.shape, packed.tobytes())
+
+    def content(self, version: int, *numbers: float) -> bytes:
+        self.body.extend(b"\0" * (-len(self.body) % 64))
+        size = TABLE_ROOM + len(self.body)
+        header = struct.pack(
+            "<8sIIQ9I2f60x", b"PSLMODEL", version, len(self.table) // 32, size, *numbers
+        )
+        assert len(header) + len(self.table) <= TABLE_ROOM
+        return (header + self.table).ljust(TABLE_ROOM, b"\0") + bytes(self.body)
 
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -200,7 +200,6 @@ inline void key_scores(const AttentionJob& job, size_t row, size_t position, flo
     for (size_t w = 0; w < W; ++w) {
       const size_t p = w * kPositionBlock;
       if (job.key_scales) acc[r][w] = mul(acc[r][w], load(job.key_scales + position + p));
-      if (job.cap > 0) acc[r][w] = capped(acc[r][w], job.cap);
       store(scores + r * kSpan + p, acc[r][w]);
     }
 }
@@ -281,6 +280,7 @@ void attend(const AttentionJob& job) {
     POCKETSLM_FOR_ROW_GROUPS(job.rows, (all_key_scores<R, T>(job, row, first, count, scores)))
     for (size_t r = 0; r < job.rows; ++r) {
       float* s = scores[r];
+      if (job.cap > 0) soft_cap(s, count, job.cap);
       const size_t visible = job.limits[r] <= first          ? 0
                              : job.limits[r] - first < count ? job.limits[r] - first
                                                              : count;

@@ -356,25 +356,31 @@ void Session::add_projection(unsigned m, const Step& step, const StepUpdates& up
   const float* bias = step.bias[0];
   const PanelView input = product_input(m, step);
   const float* low = lower(m, {&update}, input);
-  const bool normed = step.norm.kind != NormKind::none;
-  const bool plain = !normed && !bias && step.scale == 1.0f;
   float* residual = buffer(BufferId::residual);
+  const bool normed = step.norm.kind != NormKind::none;
+  if (!normed && !bias && step.scale == 1.0f) {
+    multiply(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, const float* y) {
+      const size_t width = blocks * kBlockRows;
+      for (size_t i = 0; i < tokens; ++i) {
+        float* x = residual + (t + i) * w.rows + b * kBlockRows;
+        for (size_t j = 0; j < width; ++j) x[j] += y[i * width + j];
+        if (low) update.add(low + (t + i) * update.rank, b * kBlockRows, width, x);
+      }
+    });
+    return;
+  }
   multiply(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, float* y) {
     const size_t width = blocks * kBlockRows, first = b * kBlockRows;
     for (size_t i = 0; i < tokens; ++i) {
       float* row = y + i * width;
-      float* x = residual + (t + i) * w.rows + first;
-      if (plain) {
-        for (size_t j = 0; j < width; ++j) x[j] += row[j];
-        if (low) update.add(low + (t + i) * update.rank, first, width, x);
-        continue;
-      }
       for (size_t j = 0; bias && j < width; ++j) row[j] += bias[first + j];
       if (low) update.add(low + (t + i) * update.rank, first, width, row);
-      if (normed)
+      if (normed) {
         std::memcpy(&projected_[(t + i) * w.rows + first], row, width * sizeof(float));
-      else
-        for (size_t j = 0; j < width; ++j) x[j] += step.scale * row[j];
+        continue;
+      }
+      float* x = residual + (t + i) * w.rows + first;
+      for (size_t j = 0; j < width; ++j) x[j] += step.scale * row[j];
     }
   });
   if (!normed) return;
