@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import ContextOverflowError, UsageError
-from pocketslm.runtime.backends import Logits, Session, TopSession
+from pocketslm.runtime.backends import ForgettingSession, Logits, Session, TopSession
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.sampling import (
     highest_needed,
@@ -74,6 +74,8 @@ class Engine:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.cached: list[int] = []
+        # Of a session that forgets: how many tokens the last prompt had, and the state after them.
+        self._snapshot: tuple[int, bytes] | None = None
 
     def generate(
         self, tokens: Sequence[int], config: GenerationConfig, eos_token_ids: Collection[int]
@@ -115,6 +117,8 @@ class Engine:
             yield Step(token, logprob, time.perf_counter_ns() - start, finish)
             if finish:
                 return
+            if count == 1:
+                self._remember()
             ids.append(token)
             scores = score([token])
 
@@ -125,10 +129,30 @@ class Engine:
             if ours != theirs:
                 break
             shared += 1
-        keep = min(shared, len(ids) - 1)  # the last token must run, for its logits
-        self.session.truncate(keep)
+        # The last token must run, for its logits.
+        keep = self._cut(min(shared, len(ids) - 1))
         del self.cached[keep:]
         return ids[keep:]
+
+    def _cut(self, length: int) -> int:
+        """Cut the session back to its first ``length`` tokens, or to fewer of them where it has
+        forgotten what it knew then; how many there are."""
+        session = self.session
+        if self._snapshot is not None and self._snapshot[0] > length:
+            self._snapshot = None  # of other tokens, or other weights
+        if isinstance(session, ForgettingSession) and length < session.rewind_limit:
+            if self._snapshot is not None:
+                session.restore(*self._snapshot)
+                return self._snapshot[0]
+            length = 0
+        session.truncate(length)
+        return length
+
+    def _remember(self) -> None:
+        """Keep the state after a prompt, if the session will not find its way back."""
+        session = self.session
+        if isinstance(session, ForgettingSession) and session.rewind_limit > 1:
+            self._snapshot = session.length, session.save()
 
     def _scorer(self, highest: int | None) -> Callable[[Sequence[int]], Scores]:
         """A function that appends tokens and scores the next one, by the ``highest`` logits only

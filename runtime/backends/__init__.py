@@ -54,7 +54,29 @@ class Session(Protocol):
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens of the cache."""
+        """Forget all but the first ``length`` tokens of the cache.
+
+        Any length up to the one now, but see :class:`ForgettingSession`. Raises UsageError.
+        """
+        ...
+
+
+@runtime_checkable
+class ForgettingSession(Session, Protocol):
+    """A session whose state may forget tokens before the last: attention with a window keeps those
+    of the window, a convolution its last columns. What it forgot comes back from a snapshot."""
+
+    @property
+    def rewind_limit(self) -> int:
+        """``truncate`` takes 0 and any length from this one to the length now."""
+        ...
+
+    def save(self) -> bytes:
+        """The state as it is now."""
+        ...
+
+    def restore(self, length: int, saved: bytes) -> None:
+        """Replace the state by one that was saved at ``length`` tokens. Raises UsageError."""
         ...
 
 

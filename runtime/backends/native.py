@@ -380,7 +380,7 @@ class NativeSession:
 
     @property
     def rewind_limit(self) -> int:
-        """See :class:`pocketslm.runtime.backends.RewindLimited`."""
+        """See :class:`pocketslm.runtime.backends.ForgettingSession`."""
         return int(self._library.pslm_rewind_limit(self._handle))
 
     def truncate(self, length: int) -> None:

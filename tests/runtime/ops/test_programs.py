@@ -14,6 +14,8 @@ from program_support import HIDDEN, VOCABULARY, Program
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.models.tensors import Weight
 from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
+from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.generation import Engine
 
 # Root-mean-square error over the spread of the output. Float weights leave the fp16 cache as the
 # largest error; quantized ones add int8 activations, an int8 cache about as much again.
@@ -202,6 +204,47 @@ def test_encoders_keep_nothing(name: str, tmp_path: Path) -> None:
         session.forward_top(TOKENS[:3], 2)
     with pytest.raises(ContextOverflowError):
         session.forward(np.zeros(641, np.int64))
+
+
+class Counted(NativeSession):
+    """Counts the tokens that run."""
+
+    ran = 0
+
+    def forward(self, tokens: np.ndarray, **options: bool) -> np.ndarray:
+        self.ran += len(tokens)
+        return super().forward(tokens, **options)
+
+    def forward_top(self, tokens: np.ndarray, count: int) -> tuple:
+        self.ran += len(tokens)
+        return super().forward_top(tokens, count)
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm", "mistral"])
+def test_a_prompt_is_read_from_where_the_session_can_go_back_to(name: str, tmp_path: Path) -> None:
+    """The state after the prompt before serves a session that forgets; never that of others."""
+    model = NativeModel(program(name, mixed).write(tmp_path / "m.slm"))
+    session = Counted(model, threads=1)
+    engine = Engine(session)
+    config = GenerationConfig(max_new_tokens=5)
+    first = [int(token) for token in TOKENS[:300]]
+
+    def answer(engine: Engine, prompt: list[int]) -> list[int]:
+        return [step.token for step in engine.generate(prompt, config, [])]
+
+    def ran(prompt: list[int]) -> int:
+        """How many tokens this prompt makes the session run, with the right answer."""
+        before = session.ran
+        assert answer(engine, prompt) == answer(Engine(model.session(threads=1)), prompt)
+        return session.ran - before
+
+    after = [(token + 1) % VOCABULARY for token in first[:20]]
+    assert ran(first) == 300 + 4
+    assert ran(first + after) == 20 + 4  # behind the prompt, but the answer was another
+    assert ran(first[:290] + after) == (310 if name == "lfm" else 20) + 4  # within the prompt
+    assert ran(first[:30] + after) == (20 if name == "llama" else 50) + 4  # before the window
+    engine.cached.clear()
+    assert ran(first + after) == 324
 
 
 # Versions 1 and 2.
