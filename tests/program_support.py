@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -255,7 +255,7 @@ class Program:
         names = list(self.tensors)
         file = _File()
         for name in names:
-            file.tensor("projection", 0, self.tensors[name])
+            file.tensor("projection" if "matrix" in name else "vector", 0, self.tensors[name])
 
         def padded(values: list, count: int, rest: float) -> list:
             return values + [rest] * (count - len(values))
@@ -473,3 +473,29 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 assert ACTIVATIONS.keys() == ACTIVATION.keys()
+
+
+def records(content: bytes, role: str) -> tuple[int, int]:
+    """Where the blob of a role lies, and its bytes."""
+    for at in range(128, TABLE_ROOM, 32):
+        found, _, _, _, _, offset, size = struct.unpack_from("<HHIIIQQ", content, at)
+        if found == ROLE[role]:
+            return offset, size
+    raise AssertionError(role)
+
+
+def mutations(content: bytes, count: int) -> Iterator[bytes]:
+    """The file with up to three changes of header, table, program and states."""
+    rng = np.random.default_rng(SEED)
+    sections = struct.unpack_from("<I", content, 12)[0]
+    spans = [(8, 128 + 32 * sections), *(records(content, role) for role in ("program", "states"))]
+    for _ in range(count):
+        changed = bytearray(content)
+        for _ in range(rng.integers(1, 4)):
+            # Most of them where most depends on them.
+            start, size = spans[rng.choice(3, p=[0.2, 0.6, 0.2])]
+            place = start + int(rng.integers(0, size // 4)) * 4
+            word = rng.choice([0, 1, 2, 3, 7, 16, 31, 32, 64, 65, 2**20, NONE, 0x7FC00000])
+            width = int(rng.choice([1, 2, 4]))
+            changed[place : place + width] = int(word).to_bytes(4, "little")[:width]
+        yield bytes(changed)

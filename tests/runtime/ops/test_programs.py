@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from native_runner import running
 from native_support import quantize
 from program_cases import CASES, DECODERS, ENCODERS, WINDOW, program
 from program_support import HIDDEN, VOCABULARY, Program
@@ -21,6 +22,7 @@ from pocketslm.runtime.generation import Engine
 # largest error; quantized ones add int8 activations, an int8 cache about as much again.
 FLOAT_TOLERANCE = 2e-3
 INT8_TOLERANCE = 0.06
+ARM_TOLERANCE = 2e-3  # another mathematical library, and other batches
 PIECES = [300, 17, 2, 1, 1, 1, 260]  # batches, single tokens, and more than a window's ring
 TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, sum(PIECES))
 # Models that forget: of windows what is older, of convolutions all but the last columns.
@@ -101,6 +103,26 @@ def test_thread_counts_give_the_same_bits(tmp_path: Path) -> None:
         outputs = [model.session(threads=threads).forward(TOKENS[:290]) for threads in (1, 2, 3)]
         for other in outputs[1:]:
             np.testing.assert_array_equal(outputs[0], other)
+
+
+@pytest.mark.parametrize(("cpu", "isa"), [("max", "neon_i8mm"), ("cortex-a76", "neon_dotprod")])
+def test_arm_paths_agree_with_this_machine(
+    cpu: str, isa: str, arm_runner_path: Path, tmp_path: Path
+) -> None:
+    with running(["qemu-aarch64-static", "-cpu", cpu, str(arm_runner_path)]) as runner:
+        for name, kv_type in itertools.product(CASES, ("fp16", "int8")):
+            path = program(name, mixed).write(tmp_path / f"{name}.slm")
+            loaded = runner.ask(op="load", path=str(path), threads=2, kv=kv_type)
+            assert loaded["isa"] == isa
+            session = NativeModel(path).session(threads=2, kv_type=kv_type)
+            # A batch, a single token behind it, and more than a window.
+            for count in (27,) if name in ENCODERS else (27, 28, 60):
+                tokens = TOKENS[:count]
+                asked = runner.ask(op="logits", tokens=tokens.tolist())
+                session.truncate(0)
+                expected = session.forward(tokens)[0]
+                actual = np.array(asked["logits"], np.float32)
+                assert relative_error(actual, expected) <= ARM_TOLERANCE
 
 
 # State.
