@@ -440,8 +440,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         return
     for note in pruned.notes:
         print(f"note: {note}")
-    widths = [size.intermediate_size for size in pruned.config.layers]
-    heads = [size.num_key_value_heads for size in pruned.config.layers]
+    widths = [layer.mlp.width for layer in pruned.config.layers]
+    heads = [a.kv_heads for a in pruned.config.attentions]
     print(
         f"{arguments.out}: {pruned.config.num_hidden_layers} layers of {_span(heads)} KV heads and "
         f"{_span(widths)} neurons, hidden size {pruned.config.hidden_size}"

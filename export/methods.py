@@ -240,8 +240,9 @@ def _narrow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
         "neurons 3/4": {"neurons": c.intermediate_size * 3 // 4},
         "channels 15/16": {"channels": c.hidden_size * 15 // 16},
     }
-    if c.num_key_value_heads > 1:
-        targets["one KV head less"] = {"groups": c.num_key_value_heads - 1}
+    most = max(a.kv_heads for a in c.attentions)
+    if most > 1:
+        targets["one KV head less"] = {"groups": most - 1}
 
     def make(method: str, detail: str) -> Row:
         model = bench.model()

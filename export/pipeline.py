@@ -19,6 +19,7 @@ from typing import Any
 
 from pocketslm import __version__
 from pocketslm.errors import ExportError
+from pocketslm.export.lower.trace import Traced, trace
 from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
 from pocketslm.export.quantize.grid import Spec
@@ -71,8 +72,12 @@ def export_bundle(
         for adapter in adapters:
             _carry(checkpoint, adapter, recipe, folder)
         stored = _StoredWeights(checkpoint, recipe, prepared)
+        assert recipe.context is not None
+        progress("trace", 0.0)
+        traced = trace(checkpoint.config, recipe.context)
+        progress("trace", 1.0)
         graphs = [
-            lower(checkpoint.config, recipe, stored, folder, progress)
+            lower(traced, recipe, stored, folder, progress)
             for target, lower in _LOWERINGS.items()
             if target in recipe.targets
         ]
@@ -225,14 +230,13 @@ class _StoredWeights:
 
 
 def _lower_native(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``model.slm``, with tokenizer and chat template inside where the runner covers them."""
     from pocketslm.export.lower import native
     from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
     from pocketslm.runtime.tokenizer import load_tokenizer
 
-    assert recipe.context is not None
     progress("lower to native", 0.0)
     tokenizer = load_tokenizer(folder)
     packed, reason = pack_tokenizer((folder / "tokenizer.json").read_bytes())
@@ -243,79 +247,71 @@ def _lower_native(
         weights.notes.append(f"pocketslm-run takes token ids of this model, not text: {reason}")
     elif chat is None:
         weights.notes.append(f"pocketslm-run has no chat mode for this model: {reason}")
-    report = native.lower(config, weights, folder / "model.slm", tokenizer=packed, chat=chat)
+    report = native.lower(
+        traced,
+        weights,
+        folder / "model.slm",
+        tokenizer=packed,
+        chat=chat,
+        progress=lambda done, total: progress("lower to native", done / total),
+    )
     if report.rounded_scales:
         weights.notes.append(
             f"native: scales of {len(report.rounded_scales)} matrices were rounded to fp16"
         )
-    progress("lower to native", 1.0)
-    return Graph("native", "model.slm", recipe.context, recipe.kv_cache)
+    return Graph("native", "model.slm", traced.context, recipe.kv_cache)
 
 
 def _lower_onnx(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``model.onnx``, its data, and ``genai_config.json``."""
     from pocketslm.export.lower import onnx
-    from pocketslm.export.lower.trace import trace
 
-    assert recipe.context is not None
-    progress("trace", 0.0)
-    traced = trace(config, recipe.context)
-    progress("trace", 1.0)
+    config = traced.config
     onnx.lower(
         traced,
-        config,
         weights,
         folder,
         dtype=recipe.dtype,
         progress=lambda done, total: progress("lower to onnx", done / total),
     )
-    if len({size.num_key_value_heads for size in config.layers}) > 1:
+    if len({(a.kv_heads, a.head_dim) for a in config.attentions}) != 1:
         weights.notes.append("onnxruntime-genai cannot run layers with different KV heads")
-    description = genai_config(config, recipe.context, folder)
+    description = genai_config(config, traced.context, folder)
     (folder / GENAI_CONFIG).write_text(json.dumps(description, indent=4) + "\n")
-    return Graph("onnx", onnx.GRAPH_FILE, recipe.context, recipe.dtype)
+    return Graph("onnx", onnx.GRAPH_FILE, traced.context, recipe.dtype)
 
 
 def _lower_onnx_native(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``pocketslm.onnx`` over the ``model.slm`` that is there already."""
     from pocketslm.export.lower import onnx_native
 
-    assert recipe.context is not None
-    onnx_native.lower(config, folder)
-    return Graph("onnx-pocketslm", onnx_native.GRAPH_FILE, recipe.context, "fp16")
+    onnx_native.lower(traced.config, folder)
+    return Graph("onnx-pocketslm", onnx_native.GRAPH_FILE, traced.context, "fp16")
 
 
 def _lower_executorch(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``model.pte``, which ExecuTorch's LLM runner takes with the ``tokenizer.json`` beside it."""
-    from pocketslm.export.lower.trace import trace
-
-    assert recipe.context is not None
-    progress("trace", 0.0)
-    traced = trace(config, recipe.context)
-    progress("trace", 1.0)
     bos, eos = _ends(folder)
     with _no_warnings():
         from pocketslm.export.lower import executorch
 
         weights.notes += executorch.lower(
             traced,
-            config,
             weights,
             folder / executorch.GRAPH_FILE,
-            context=recipe.context,
             bos=bos,
             eos=eos,
             int8_cache=recipe.kv_cache == "int8",
             progress=lambda done, total: progress("lower to executorch", done / total),
         )
     cache = "int8" if recipe.kv_cache == "int8" else "fp32"
-    return Graph("executorch", executorch.GRAPH_FILE, recipe.context, cache)
+    return Graph("executorch", executorch.GRAPH_FILE, traced.context, cache)
 
 
 @contextmanager
@@ -331,23 +327,22 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _lower_executorch_native(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``pocketslm.pte``, with a copy of the ``model.slm`` that is there already."""
-    assert recipe.context is not None
     bos, eos = _ends(folder)
     with _no_warnings():
         from pocketslm.export.lower import executorch_native
 
         executorch_native.lower(
-            config,
+            traced.config,
             folder / "model.slm",
             folder / executorch_native.GRAPH_FILE,
-            context=recipe.context,
+            context=traced.context,
             bos=bos,
             eos=eos,
         )
-    return Graph("executorch-pocketslm", executorch_native.GRAPH_FILE, recipe.context, "fp16")
+    return Graph("executorch-pocketslm", executorch_native.GRAPH_FILE, traced.context, "fp16")
 
 
 # In this order: a later one may use what an earlier one wrote.
@@ -391,11 +386,11 @@ def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, A
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
-                "head_size": config.head_dim,
+                "head_size": max(a.head_dim for a in config.attentions),
                 "hidden_size": config.hidden_size,
-                "num_attention_heads": config.num_attention_heads,
+                "num_attention_heads": max(a.heads for a in config.attentions),
                 "num_hidden_layers": len(config.layers),
-                "num_key_value_heads": config.num_key_value_heads,
+                "num_key_value_heads": max(a.kv_heads for a in config.attentions),
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

@@ -26,19 +26,23 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
 LLAMA3_WORDS = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}|{_LINES}"
 QWEN2_WORDS = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}|{_LINES}"
-_QWEN35 = (
+THREE_DIGITS = r"\p{N}{1,3}"
+MINICPM5_WORDS = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}+|{_LINES}"
+QWEN35_WORDS = (
     rf"{_CONTRACTIONS}|{_LEAD}[\p{{L}}\p{{M}}]+|\p{{N}}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CASED_LINES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_LINES}"
-_GPT4O = (
+TEKKEN_WORDS = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_LINES}"
+GPT4O_WORDS = (
     rf"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     rf"|\p{{N}}{{1,3}}|{_CASED_LINES}"
 )
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+EAST_ASIAN = "[一-龥\u3040-ゟ゠-ヿ]+"
+DEEPSEEK3_WORDS = (
+    r'[!"#$%&'
+    r"'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -58,20 +62,24 @@ class _Pre:
 _GPT2 = _Pre(gpt2=True)
 _DIGITS = _Pre(digits=True, gpt2=True)
 _LLAMA_BPE = _Pre((LLAMA3_WORDS,), ignore_merges=True, add_bos=True)
+_DEEPSEEK3 = _Pre((THREE_DIGITS, EAST_ASIAN, DEEPSEEK3_WORDS))
 _PRE = {
     "default": _Pre((r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "exaone4"), _GPT2),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "exaone4", "granite-docling"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2"), _LLAMA_BPE),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2", "pixtral"), _LLAMA_BPE
+    ),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _Pre((LLAMA3_WORDS,))),
+    "minicpm5": _Pre((THREE_DIGITS, MINICPM5_WORDS), ignore_merges=True),
     "qwen2": _Pre((QWEN2_WORDS,), nfc=True),
-    **dict.fromkeys(("deepseek-r1-qwen", "megrez", "stablelm2"), _Pre((QWEN2_WORDS,))),
-    "qwen35": _Pre((_QWEN35,), nfc=True),
-    "tekken": _Pre((_TEKKEN,), ignore_merges=True, add_bos=True),
-    **dict.fromkeys(("gpt-4o", "llama4"), _Pre((_GPT4O,))),
-    "deepseek-v3": _Pre((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3)),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"), _Pre((QWEN2_WORDS,))),
+    "qwen35": _Pre((QWEN35_WORDS,), nfc=True),
+    "tekken": _Pre((TEKKEN_WORDS,), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _Pre((GPT4O_WORDS,))),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
 }
-_MODELS = ("gpt2", "llama")
+_MODELS = ("gpt2", "llama", "gemma4")
 
 
 def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -84,7 +92,10 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     """
     vocabulary = _Vocabulary(metadata)
     kind = metadata.get("tokenizer.ggml.model")
-    if kind == "gpt2":
+    gemma4 = kind == "gemma4" or (kind == "gpt2" and metadata.get("tokenizer.ggml.pre") == "gemma4")
+    if gemma4:
+        document, add_bos = _marked(vocabulary, _merges(metadata), prefix=False), True
+    elif kind == "gpt2":
         document, add_bos = _byte_level(metadata, vocabulary)
     elif kind == "llama":
         document, add_bos = _sentence_piece(metadata, vocabulary), True
@@ -93,7 +104,8 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
             f"GGUF: tokenizer.ggml.model {kind!r} is not supported; supported: "
             f"{', '.join(_MODELS)}; use the model's Hugging Face checkpoint"
         )
-    add_bos = _flag(metadata, "add_bos_token", add_bos)
+    # Gemma 4's first files say that it needs no BOS, wrongly.
+    add_bos = gemma4 or _flag(metadata, "add_bos_token", add_bos)
     add_eos = _flag(metadata, "add_eos_token", False)
     document["post_processor"] = _template(
         vocabulary, "bos" if add_bos else None, "eos" if add_eos else None
@@ -161,6 +173,9 @@ class _Vocabulary:
         else:
             special = set(self.named.values())
             self.types = [CONTROL if id_ in special else NORMAL for id_ in range(count)]
+        # GGUF cannot say that an added token takes the white space after it along. Phi-3's do.
+        kind = (metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model"))
+        self.rstrip = kind == ("phi3", "llama")
 
     def added(self) -> list[Json]:
         """`added_tokens`: control and unknown tokens are special, user-defined ones are not."""
@@ -170,7 +185,7 @@ class _Vocabulary:
                 "content": token,
                 "single_word": False,
                 "lstrip": False,
-                "rstrip": False,
+                "rstrip": self.rstrip and token not in ("<unk>", "<s>", "<|endoftext|>"),
                 "normalized": False,
                 "special": kind != USER_DEFINED,
             }
@@ -197,8 +212,7 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[J
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps.append({**level, "use_regex": pre.gpt2})
-    merges = [_pair(merge) for merge in _list(metadata, "merges", str, None)]
-    model = _model(vocabulary, merges, ignore_merges=pre.ignore_merges)
+    model = _model(vocabulary, _merges(metadata), ignore_merges=pre.ignore_merges)
     document = _document(
         vocabulary,
         normalizer={"type": "NFC"} if pre.nfc else None,
@@ -207,6 +221,10 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[J
         model=model,
     )
     return document, pre.add_bos
+
+
+def _merges(metadata: Mapping[str, Any]) -> list[list[str]]:
+    return [_pair(merge) for merge in _list(metadata, "merges", str, None)]
 
 
 def _pair(merge: str) -> list[str]:
@@ -223,12 +241,21 @@ def _pair(merge: str) -> list[str]:
 def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Json:
     """`tokenizer.json` of a SentencePiece BPE vocabulary, as Llama 2 and Gemma have it."""
     scores = _list(metadata, "scores", (int, float), len(vocabulary.tokens))
+    merges = merges_from_scores(vocabulary.tokens, vocabulary.types, scores)
+    return _marked(vocabulary, merges, prefix=_flag(metadata, "add_space_prefix", True))
+
+
+def _marked(vocabulary: _Vocabulary, merges: list[list[str]], *, prefix: bool) -> Json:
+    """`tokenizer.json` of a BPE over characters in which "▁" stands for a space.
+
+    With `prefix` a text starts with a space of the tokenizer's own.
+    """
     unknown = vocabulary.named.get("unk")
     if unknown is None and UNKNOWN in vocabulary.types:
         unknown = vocabulary.types.index(UNKNOWN)
     model = _model(
         vocabulary,
-        merges_from_scores(vocabulary.tokens, vocabulary.types, scores),
+        merges,
         unk_token=None if unknown is None else vocabulary.tokens[unknown],
         fuse_unk=True,
         byte_fallback=all(f"<0x{byte:02X}>" in vocabulary.ids for byte in range(256)),
@@ -240,7 +267,7 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Jso
         {"type": "Fuse"},
     ]
     normalize = [space]
-    if _flag(metadata, "add_space_prefix", True):
+    if prefix:
         normalize = [{"type": "Prepend", "prepend": "▁"}, space]
         decode.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return _document(

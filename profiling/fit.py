@@ -291,7 +291,7 @@ def fit_dict(
 
 
 def _decode(cost: Cost, scheme: Scheme, depth: float, limits: Limits, reached: Reached) -> float:
-    read = scheme.read_bytes(cost) + cost.kv_bytes(1, KV_BYTES) * depth
+    read = scheme.read_bytes(cost) + cost.kv_bytes_read(round(depth), KV_BYTES)
     return limits.bandwidth_bytes_s * reached.decode / read
 
 
@@ -307,9 +307,9 @@ def _ram(cost: Cost, scheme: Scheme, context: int, reached: Reached) -> float:
 def _models() -> list[tuple[str, Cost, int]]:
     """Of the catalog: name, cost, longest context."""
     return [
-        (name, Cost.of(entry.dimensions), int(entry.dimensions["context"]))
+        (name, Cost.of(config), config.max_position_embeddings)
         for name, entry in catalog().items()
-        if entry.dimensions is not None
+        if (config := entry.config) is not None
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketslm.export.lower.native import pack_matrix
+from pocketslm.export.lower.native_layout import pack_matrix
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.ops.ids import (
     ACTIVATION,

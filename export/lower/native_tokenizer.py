@@ -1,9 +1,10 @@
 """Pack tokenizer.json and a chat template for ``pocketslm-run``, which has no JSON model reader
 and no Jinja.
 
-The runner covers BPE over bytes with the words of GPT-2 (digits apart or not), Llama 3 and Qwen 2,
-and SentencePiece's BPE with byte fallback (Llama 2, TinyLlama); for anything else these functions
-return a reason instead, and the runner takes token ids.
+The runner covers BPE over bytes with the words of GPT-2 (digits apart or not), Llama 3, Qwen 2 and
+3.5, MiniCPM 5, GPT-4o, Tekken and DeepSeek 3, and SentencePiece's BPE with byte fallback (Llama 2,
+Phi-3, Gemma); for anything else these functions return a reason instead, and the runner takes token
+ids.
 """
 
 from __future__ import annotations
@@ -13,20 +14,32 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pocketslm.models.tokenizer_files import LLAMA3_WORDS, QWEN2_WORDS
+from pocketslm.models import tokenizer_files as words_of
 from pocketslm.runtime.tokenizer import postprocessors
 from pocketslm.runtime.tokenizer.decoders import byte_token
 from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet
 
-VERSION = 2
+VERSION = 3
 NO_TOKEN = 2**32 - 1  # a byte that no text of the training data had; it encodes to nothing
 MARK = "▁"
 Messages = list[dict[str, str]]
 Node = Mapping[str, Any]
 
-# As in runtime/ops/runner/tokenizer.h.
+# As in runtime/ops/runner/words.h and tokenizer.h.
 GPT2, GPT2_DIGITS, LLAMA3, QWEN2, WHOLE, SPACES = range(6)
+MINICPM5, QWEN35, GPT4O, TEKKEN, DEEPSEEK3 = range(6, 11)
 WHOLE_WORDS, NFC, SPACE_ALWAYS, SPACE_AT_START, STRIP_SPACE = (1 << bit for bit in range(5))
+SPECIAL, TAKES_SPACE_BEFORE, TAKES_SPACE_AFTER, MARKED = (1 << bit for bit in range(4))
+
+_SPLITS = {
+    (words_of.LLAMA3_WORDS,): LLAMA3,
+    (words_of.QWEN2_WORDS,): QWEN2,
+    (words_of.QWEN35_WORDS,): QWEN35,
+    (words_of.GPT4O_WORDS,): GPT4O,
+    (words_of.TEKKEN_WORDS,): TEKKEN,
+    (words_of.THREE_DIGITS, words_of.MINICPM5_WORDS): MINICPM5,
+    (words_of.THREE_DIGITS, words_of.EAST_ASIAN, words_of.DEEPSEEK3_WORDS): DEEPSEEK3,
+}
 
 _PREPEND = {"type": "Prepend", "prepend": MARK}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
@@ -36,6 +49,13 @@ _DECODE = [
     {"type": "Fuse"},
 ]
 _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+# Gemma's, which finds nothing: spaces are marks by then.
+_SPLIT_AT_SPACES = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 
 
 class _Unsupported(Exception):
@@ -61,7 +81,7 @@ def _byte_level(tokenizer: Node) -> tuple[int, int]:
         WHOLE_WORDS if tokenizer["model"].get("ignore_merges") else 0
     )
     words = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
-    unknown = "the pre-tokenizer is not GPT-2's, Llama 3's or Qwen 2's"
+    unknown = "the pre-tokenizer is of no known family"
     _check(words and words[-1]["type"] == "ByteLevel", unknown)
     level = words[-1]
     _check(not level.get("add_prefix_space", True), "the pre-tokenizer adds a space")
@@ -72,12 +92,19 @@ def _byte_level(tokenizer: Node) -> tuple[int, int]:
         apart = len(digits) == 1 and digits[0]["type"] == "Digits"
         _check(apart and digits[0].get("individual_digits"), unknown)
         return GPT2_DIGITS, flags
-    _check(len(words) == 2 and words[0]["type"] == "Split", unknown)
-    _check(words[0]["behavior"] == "Isolated", unknown)
-    known = {LLAMA3_WORDS: LLAMA3, QWEN2_WORDS: QWEN2}
-    pattern = words[0]["pattern"].get("Regex")
-    _check(pattern in known, unknown)
-    return known[pattern], flags
+    splits = tuple(_split(step, unknown, alone=len(words) == 2) for step in words[:-1])
+    _check(splits in _SPLITS, unknown)
+    return _SPLITS[splits], flags
+
+
+def _split(step: Node, unknown: str, *, alone: bool) -> str:
+    """The pattern of a `Split` that cuts a text into its matches and what is between them."""
+    _check(step["type"] == "Split" and isinstance(step["pattern"].get("Regex"), str), unknown)
+    # One pattern of a known family matches every character, so to keep the matches is the same.
+    matches = step["behavior"] == "Removed" and step.get("invert") and alone
+    _check(step["behavior"] == "Isolated" or matches, unknown)
+    pattern: str = step["pattern"]["Regex"]
+    return pattern.replace("\r", r"\r").replace("\n", r"\n")
 
 
 def _sentence_piece(tokenizer: Node) -> tuple[int, int]:
@@ -88,7 +115,7 @@ def _sentence_piece(tokenizer: Node) -> tuple[int, int]:
     _check(decoders in (_DECODE, [*_DECODE, _STRIP]), "the decoder is not SentencePiece's")
     _check(not tokenizer["model"].get("ignore_merges"), "the tokenizer's BPE ignores merges")
     flags = STRIP_SPACE if decoders[-1] == _STRIP else 0
-    if not words:
+    if not words or (words == [_SPLIT_AT_SPACES] and _REPLACE in normalizers):
         if normalizers == [_PREPEND, _REPLACE]:
             return WHOLE, flags | SPACE_ALWAYS
         _check(normalizers == [_REPLACE], "the tokenizer normalizes text")
@@ -120,11 +147,11 @@ def _pack(tokenizer: Node) -> bytes:
     options = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
     _check(not any(model.get(o) for o in options), "the tokenizer's BPE has options it lacks")
     added = tokenizer["added_tokens"]
-    touching = ("lstrip", "rstrip", "single_word")
-    _check(not any(t.get(f) for t in added for f in touching), "an added token has conditions")
+    _check(not any(t.get("single_word") for t in added), "an added token has conditions")
     marked = bool(model.get("byte_fallback"))
     words, flags = (_sentence_piece if marked else _byte_level)(tokenizer)
-    normalized = tokenizer.get("normalizer") is not None and any(t["normalized"] for t in added)
+    normalizes = _parts(tokenizer.get("normalizer"), "normalizers")
+    normalized = normalizes and any(t["normalized"] for t in added)
     _check(not normalized, "an added token is looked for in normalized text")
     affixes = postprocessors.build(tokenizer.get("post_processor"))
     _check(not affixes.after, "the tokenizer adds tokens after a text")
@@ -151,7 +178,8 @@ def _pack(tokenizer: Node) -> bytes:
             pieces[id_] = bytes(alphabet[c] for c in piece)
         index.append(id_)
     for id_, content in by_id.items():
-        pieces[id_] = content.encode()
+        _check(not (marked and " " in content and MARK in content), "an added token mixes marks")
+        pieces[id_] = (content.replace(MARK, " ") if marked else content).encode()
     if marked:
         _check(NO_TOKEN not in byte_tokens, "the vocabulary lacks tokens of bytes")
     else:
@@ -170,13 +198,21 @@ def _pack(tokenizer: Node) -> bytes:
     offsets = [0]
     for packed in pieces:
         offsets.append(offsets[-1] + len(packed))
-    special = [t["id"] for t in added if t["special"]]
-    ordinary = [t["id"] for t in added if not t["special"]]
-    lists = (offsets, packed_merges, index, special, ordinary, affixes.before, byte_tokens)
+    packed_added = [word for token in added for word in (token["id"], _added_flags(token, marked))]
+    lists = (offsets, packed_merges, index, packed_added, affixes.before, byte_tokens)
     body = [word for part in lists for word in part]
-    counts = (len(unique), len(index), len(special), len(ordinary), len(affixes.before))
+    counts = (len(unique), len(index), len(added), len(affixes.before))
     header = (VERSION, len(pieces), *counts, words, flags, offsets[-1])
-    return struct.pack(f"<10I{len(body)}I", *header, *body) + b"".join(pieces)
+    return struct.pack(f"<9I{len(body)}I", *header, *body) + b"".join(pieces)
+
+
+def _added_flags(token: Node, marked: bool) -> int:
+    return (
+        SPECIAL * bool(token["special"])
+        | TAKES_SPACE_BEFORE * bool(token.get("lstrip"))
+        | TAKES_SPACE_AFTER * bool(token.get("rstrip"))
+        | MARKED * (marked and MARK in token["content"])
+    )
 
 
 def chat_parts(

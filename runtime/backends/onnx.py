@@ -20,6 +20,7 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
+Array = npt.NDArray[Any]
 _ERRORS_ONLY = 3  # onnxruntime log severity
 
 
@@ -96,16 +97,24 @@ class OnnxSession:
         self._io.bind_output("logits", "cpu")  # first, so that it is output 0
         self._bound = 0, 0  # tokens in, rows of logits out
         self._caches = []
+        self._columns: list[tuple[str, str, tuple[Array, ...]]] = []
+        self._turn = 0  # which of each pair of columns is the past
         for name, value in inputs.items():
             if not name.startswith("past_key_values."):
                 continue
             if value.type not in _FLOATS:
                 raise BackendError(f"KV cache type {value.type} is not supported, expected float")
+            present = name.replace("past_key_values", "present")
+            dtype = _FLOATS[value.type]
+            if len(value.shape) == 3:  # the columns of a convolution, [1, channels, columns]
+                pair = tuple(np.zeros((1, *value.shape[1:]), dtype) for _ in range(2))
+                self._columns.append((name, present, pair))
+                continue
             # Some graphs leave the head size symbolic; the bundle knows it.
             # The native operators fill it in blocks of 16 positions.
-            shape = (1, value.shape[1], -(-self.context // 16) * 16, bundle.head_dim)
-            buffer = np.zeros(shape, _FLOATS[value.type])
-            present = name.replace("past_key_values", "present")
+            head_dim = value.shape[3] if isinstance(value.shape[3], int) else bundle.head_dim
+            shape = (1, value.shape[1], -(-self.context // 16) * 16, head_dim)
+            buffer = np.zeros(shape, dtype)
             self._io.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._io.bind_output(present, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._caches.append(buffer)
@@ -131,7 +140,20 @@ class OnnxSession:
         """See :class:`pocketslm.runtime.backends.Session`."""
         if not 0 <= length <= self.length:
             raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
+        if self._columns and length not in (0, self.length):
+            raise UsageError(
+                f"{self.length} cached tokens cannot be truncated to {length}: a convolution's "
+                "state has no way back; truncate to 0"
+            )
+        if length == 0:
+            for *_, pair in self._columns:
+                pair[self._turn].fill(0)
         self.length = length
+
+    @property
+    def rewind_limit(self) -> int:
+        """See :class:`pocketslm.runtime.backends.Session`."""
+        return self.length if self._columns else min(self.length, 1)
 
     @property
     def profile_start_ns(self) -> int:
@@ -155,7 +177,14 @@ class OnnxSession:
             self._bind_int64("input_ids", self._ids, (1, count))
             self._bind_logits(rows)
             self._bound = count, rows
+        for past, present, pair in self._columns:
+            for bind, name, buffer in (
+                (self._io.bind_input, past, pair[self._turn]),
+                (self._io.bind_output, present, pair[1 - self._turn]),
+            ):
+                bind(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
         self._session.run_with_iobinding(self._io)
+        self._turn = 1 - self._turn
         self.length = total
         logits = self._logits if rows == 1 else self._io.get_outputs()[0].numpy()
         kept: Logits = (logits[0] if all_logits else logits[0, -1:]).astype(np.float32, copy=False)

@@ -113,7 +113,7 @@ def test_the_logit_comparison_can_fail(tiny_hf: Path, tiny_bundle: Path) -> None
     ],
 )
 def test_variants_lower_too(changes: dict[str, Any], tmp_path: Path) -> None:
-    config = ModelConfig(**{**support.TINY.__dict__, **changes})
+    config = support.tiny(**changes)
     folder = support.write_hf(tmp_path / "hf", config)
     export_bundle(open_checkpoint(folder), tmp_path / "b", Recipe(weights="float", head="float"))
     session = open_session(open_bundle(tmp_path / "b"), "onnx", threads=2)

@@ -28,7 +28,7 @@ from pocketslm.runtime.bundle import open_bundle
 
 MAX_GRAPH_ERROR = 0.02  # of float weights over an fp16 cache and an 8-bit head
 MAX_LOGIT_ERROR = 1e-4  # of a model with parts masked against one without them, in fp32
-SIX = ModelConfig(**{**support.TINY.__dict__, "num_hidden_layers": 6})
+SIX = support.tiny(num_hidden_layers=6)
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 264, (3, 40)))
 
 
@@ -140,9 +140,7 @@ def test_layers_that_cannot_go(removed: list[int], six: Path) -> None:
 def test_narrowed_is_masked(architecture: str, tmp_path: Path) -> None:
     """Zeros in the whole model, and the parts really gone, compute the same."""
     biased = architecture == "qwen2"
-    config = ModelConfig(
-        **{**support.TINY.__dict__, "architecture": architecture, "attention_bias": biased}
-    )
+    config = support.tiny(architecture=architecture, attention_bias=biased)
     checkpoint = open_checkpoint(support.write_hf(tmp_path / "hf", config))
     masked = load_reference(checkpoint)
     kept = width.keep_top(width.random_importance(config, 5), groups=1, neurons=64)

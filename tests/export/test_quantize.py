@@ -18,7 +18,6 @@ from pocketslm.export.quantize.calibration import SITES, last_tokens, quantize_l
 from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
 from pocketslm.export.quantize.tune import tune
 from pocketslm.models.checkpoint import open_checkpoint
-from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor, concat_rows, pack_codes
 
@@ -168,9 +167,7 @@ def test_gptq_passes_over_inputs_that_never_come() -> None:
 
 
 def test_awq_changes_nothing_in_fp32(tmp_path: Path) -> None:
-    config = ModelConfig(
-        **{**support.TINY.__dict__, "architecture": "qwen2", "attention_bias": True}
-    )
+    config = support.tiny(architecture="qwen2", attention_bias=True)
     model = load_reference(open_checkpoint(support.write_hf(tmp_path, config)))
     expected, _ = model(IDS, model.empty_cache(8))
     before = {name: value.clone() for name, value in model.named_parameters()}

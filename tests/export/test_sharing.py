@@ -31,7 +31,7 @@ from pocketslm.runtime.tokenizer import load_tokenizer
 
 MAX_FLOAT_ERROR = 1e-5  # of the same sums in another order, of their size
 RUN_BYTES = 24000  # of a file: sections, names or nodes of two second runs
-FOUR = ModelConfig(**{**support.TINY.__dict__, "num_hidden_layers": 4})
+FOUR = support.tiny(num_hidden_layers=4)
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 264, (3, 40)))
 RUNNERS = {target: target for target in TARGETS} | {"runner": "native"}
 

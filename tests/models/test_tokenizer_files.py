@@ -193,6 +193,17 @@ def test_merges_follow_the_scores_and_skip_what_text_cannot_be() -> None:
     ]
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_added_tokens_of_phi3_take_the_white_space_after_them(implementation: Any) -> None:
+    metadata = sentence_piece() | {"general.architecture": "phi3"}
+    tokenizer = load_tokenizer_files(tokenizer_files_from_gguf(metadata), implementation)
+    assert tokenizer.encode("<tag> \n the") == tokenizer.encode("<tag>the")
+    unknown = tokenizer.encode("<unk> the", parse_special=True)
+    assert unknown != tokenizer.encode("<unk>the", parse_special=True)
+    other = load_tokenizer_files(tokenizer_files_from_gguf(sentence_piece()), implementation)
+    assert other.encode("<tag> the") != other.encode("<tag>the")
+
+
 def test_end_tokens_and_affixes() -> None:
     metadata = byte_level(eot_token_id=1, add_bos_token=True, add_eos_token=True)
     files = tokenizer_files_from_gguf(metadata)

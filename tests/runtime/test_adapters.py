@@ -17,7 +17,6 @@ from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.prune.depth import Shared
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
-from pocketslm.models.config import ModelConfig
 from pocketslm.models.updated import WithAdapter
 from pocketslm.runtime.adapters import Update, read_updates
 from pocketslm.runtime.backends.native import NativeModel, NativeSession
@@ -85,7 +84,7 @@ def test_carried_equals_merged_and_leaves_nothing_behind(
 
 
 def test_both_runs_of_a_shared_layer_are_updated(tmp_path: Path) -> None:
-    four = ModelConfig(**{**support.TINY.__dict__, "num_hidden_layers": 4})
+    four = support.tiny(num_hidden_layers=4)
     base = Shared(open_checkpoint(support.write_hf(tmp_path / "hf", four)))
     adapter = write_adapter(tmp_path / "polite", factors(base.config))
     recipe = Recipe(weights="float", head="float", targets=NATIVE)

@@ -1,4 +1,4 @@
-"""Write unicode_table.inl (ranges of letters, numbers and white space) and
+"""Write unicode_table.inl (ranges of letters, marks, numbers, signs and white space) and
 normalization_table.inl (canonical decompositions and combining classes)."""
 
 from __future__ import annotations
@@ -12,13 +12,28 @@ from pocketslm.runtime.tokenizer import unicode_classes
 
 
 def classes() -> Iterator[str]:
-    kinds = {
-        "L": unicode_classes.category("L") or (),
-        "N": unicode_classes.category("N") or (),
-        "S": unicode_classes.WHITE_SPACE,
+    """Ranges of one class; E and O: upper and lower case in turn, upper at even or odd codes."""
+    categories = {
+        "U": ("Lu", "Lt"),
+        "l": ("Ll",),
+        "L": ("Lm", "Lo"),
+        "M": ("M",),
+        "N": ("N",),
+        "P": ("P", "S"),
     }
-    found = sorted((*span, kind) for kind, spans in kinds.items() for span in spans)
-    return (f"{{{first:#x}, {last:#x}, {kind}}}," for first, last, kind in found)
+    spans = {
+        kind: unicode_classes.union(unicode_classes.category(name) or () for name in names)
+        for kind, names in categories.items()
+    }
+    spans["S"] = unicode_classes.WHITE_SPACE
+    found: list[tuple[int, int, str]] = []
+    for first, last, kind in sorted((*span, kind) for kind, own in spans.items() for span in own):
+        if first == last and kind in "Ul":
+            kind = "E" if (first % 2 == 0) == (kind == "U") else "O"
+            if found and found[-1][1:] == (first - 1, kind):
+                first = found.pop()[0]
+        found.append((first, last, kind))
+    return (f"{{{first:#x},{last:#x},{kind}}}," for first, last, kind in found)
 
 
 def decompositions() -> Iterator[str]:

@@ -7,9 +7,17 @@
 
 namespace pocketslm {
 
-enum class CharClass : uint8_t { other, letter, number, space };
+// `letter`: one that has no case. `sign`: punctuation and symbols.
+enum class CharClass : uint8_t { other, upper, lower, letter, mark, number, sign, space };
 
 CharClass char_class(uint32_t code);
+
+// Sets of classes.
+using Classes = uint32_t;
+constexpr Classes one(CharClass kind) { return 1u << static_cast<uint32_t>(kind); }
+constexpr Classes kLetters = one(CharClass::upper) | one(CharClass::lower) | one(CharClass::letter);
+constexpr Classes kMarks = one(CharClass::mark), kNumbers = one(CharClass::number);
+constexpr Classes kSpaces = one(CharClass::space);
 
 // Canonical composition (NFC) of UTF-8 text.
 std::string to_nfc(std::string_view text);

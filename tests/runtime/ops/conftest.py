@@ -11,6 +11,7 @@ import pytest
 import support
 from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
+from pocketslm.export.lower.trace import trace
 from pocketslm.runtime.ops import build
 
 
@@ -47,5 +48,6 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert chat is not None, reason
     weights = native_support.tiny_weights(config, native_support.mixed_kinds)
-    lower(config, weights, path, tokenizer=tokenizer, chat=chat)
+    traced = trace(config, config.max_position_embeddings)
+    lower(traced, weights, path, tokenizer=tokenizer, chat=chat)
     return path

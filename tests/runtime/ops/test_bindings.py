@@ -43,7 +43,12 @@ class OnnxGraph:
         self.names = [n for v in self.session.get_inputs() if (n := v.name).startswith("past")]
         self.caches = {
             name: np.full(
-                (1, config.layers[i // 2].num_key_value_heads, CAPACITY, config.head_dim),
+                (
+                    1,
+                    config.attentions[i // 2].kv_heads,
+                    CAPACITY,
+                    config.attentions[i // 2].head_dim,
+                ),
                 np.nan,
                 np.float16,
             )
@@ -74,7 +79,7 @@ def write_graph(folder: Path, config: ModelConfig) -> OnnxGraph:
 
 @pytest.mark.parametrize(
     "config",
-    [tiny_config(), tiny_config().with_layer_sizes([LayerSize(4, 2, 96), LayerSize(2, 1, 64)])],
+    [tiny_config(), tiny_config().with_sizes([LayerSize(4, 2, 96), LayerSize(2, 1, 64)])],
     ids=["plain", "layers of two widths"],
 )
 def test_onnxruntime_gives_the_bits_of_the_library(config: ModelConfig, tmp_path: Path) -> None:

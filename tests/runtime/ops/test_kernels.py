@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pocketslm.export.lower.native import pack_matrix
+from pocketslm.export.lower.native_layout import pack_matrix
 from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
 from pocketslm.runtime.backends import native
 from pocketslm.runtime.ops import build

@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import earlier_model_file
 import numpy as np
 import pytest
-from native_support import quantize, tiny_config, write_tiny
+from native_support import quantize, tiny_config, tiny_weights
 
 from pocketslm.errors import BundleError
 from pocketslm.models.config import LayerSize
@@ -27,7 +28,8 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         num_attention_heads=4,
         layer_sizes=(LayerSize(2, 2, 32), LayerSize(4, 2, 64)),
     )
-    write_tiny(path, config, lambda name, values: quantize(values, 4, "zp"))
+    weights = tiny_weights(config, lambda name, values: quantize(values, 4, "zp"))
+    earlier_model_file.write(path, config, weights)
     return path.read_bytes()
 
 

@@ -13,6 +13,7 @@ from native_runner import running
 
 from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
+from pocketslm.export.lower.trace import trace
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends.native import NativeModel, isa_names
@@ -49,7 +50,7 @@ def model_path(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     assert chat is not None, reason
     weights = lambda name, shape: checkpoint.weight(name)  # noqa: E731
-    report = lower(checkpoint.config, weights, path, tokenizer=tokenizer, chat=chat)
+    report = lower(trace(checkpoint.config, 2048), weights, path, tokenizer=tokenizer, chat=chat)
     assert not report.rounded_scales
     assert report.kinds == {"int4 g32 min": 210, "int8 g32 sym": 1}
     return path

@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_runner import running
+from native_runner import Runner, running, running_with
 from program_cases import CASES, ENCODERS, program
 from program_support import mutations
 
+import tokenizer_support
 from pocketslm.runtime.backends.native import isa_names
 from pocketslm.runtime.ops import build
 
@@ -27,6 +28,21 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return build.build_runner(probe / "pocketslm-run", sanitize=request.param)
 
 
+@pytest.mark.parametrize("style", ["smollm", "qwen35", "gpt4o", "minicpm5", "deepseek3", "gemma"])
+def test_no_findings_in_tokenizers(sanitized: Path, style: str, tmp_path: Path) -> None:
+    with running_with(sanitized, tokenizer_support.document(style), tmp_path) as runner:
+        for text in tokenizer_support.hard_texts(200):
+            assert runner.ask(op="encode", prompt=text)["event"] == "encoded"
+        assert_no_findings(runner)
+
+
+def assert_no_findings(runner: Runner) -> None:
+    runner.send(op="quit")
+    assert runner.process.wait(60) == 0
+    assert runner.process.stderr is not None
+    assert runner.process.stderr.read() == ""
+
+
 def test_no_findings(sanitized: Path, chat_model: Path) -> None:
     with running([str(sanitized)]) as runner:
         for isa in isa_names():
@@ -38,10 +54,7 @@ def test_no_findings(sanitized: Path, chat_model: Path) -> None:
                 assert len(runner.generate(tokens=TOKENS[:31], max_tokens=9)[0]) <= 9
         runner.generate(prompt="the \u00e9 <|im_end|>", max_tokens=9, temperature=1.0, top_k=5)
         runner.generate(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
-        runner.send(op="quit")
-        assert runner.process.wait(60) == 0
-        assert runner.process.stderr is not None
-        assert runner.process.stderr.read() == ""
+        assert_no_findings(runner)
 
 
 def test_programs(sanitized: Path, tmp_path: Path) -> None:
@@ -56,10 +69,7 @@ def test_programs(sanitized: Path, tmp_path: Path) -> None:
                 for count in pieces:
                     tokens = [i * 37 % 100 for i in range(count)]
                     assert runner.ask(op="logits", tokens=tokens)["event"] == "logits"
-        runner.send(op="quit")
-        assert runner.process.wait(60) == 0
-        assert runner.process.stderr is not None
-        assert runner.process.stderr.read() == ""
+        assert_no_findings(runner)
 
 
 MUTATIONS = 1500
