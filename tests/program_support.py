@@ -279,36 +279,6 @@ class Program:
             3, HIDDEN, self.layers, 0, 0, 0, 0, VOCABULARY, self.context, 0, 0.0, 0.0
         )
 
-    def older_content(self, version: int) -> bytes:
-        """The same model in version 1 or 2, which find weights by roles, if it is a Llama."""
-        file = _File()
-        attends = [op for op in self.operations if op.code == "attend"]
-        inputs = ["query", "key", "value", "query_bias", "key_bias", "value_bias"]
-        parts: dict[str, list[str | None]] = {
-            "embed": ["embedding"],
-            "project": ["attention_norm", None, *inputs],
-            "gated": ["mlp_norm", None, "gate", "up"],
-            "head": ["final_norm", None, "head"],
-        }
-        file.tensor("rope_frequencies", 0, self.tensors[str(attends[0].section(0))])
-        for op in self.operations:
-            roles = parts.get(op.code, [])
-            if op.code == "project_add":
-                roles = ["output" if op.sizes[0] == BUFFER["attended"] else "down"]
-            layer = 0 if op.layer == NONE else op.layer
-            for role, name in zip(roles, op.sections, strict=False):
-                tied = role == "head" and name == self.operations[0].sections[0]
-                if role is not None and name is not None and not tied:
-                    file.tensor(role, layer, self.tensors[name])
-        _, _, _, dim, rope, *_ = attends[0].sizes
-        heads, kv_heads = (max(op.sizes[k] for op in attends) for k in (1, 2))
-        gates = [str(op.sections[3]) for op in self.operations if op.code == "gated"]
-        width = max(self.tensors[name].shape[0] for name in gates)
-        return file.content(
-            *(version, HIDDEN, len(attends), heads, kv_heads, dim, width, VOCABULARY),
-            *(self.context, rope, EPS, 1.0),
-        )
-
     # The interpreter.
 
     def values(self, name: str | None) -> np.ndarray | None:

@@ -10,7 +10,7 @@ import pytest
 from native_runner import running
 from native_support import quantize
 from program_cases import CASES, DECODERS, ENCODERS, WINDOW, program
-from program_support import HIDDEN, VOCABULARY, Program
+from program_support import HIDDEN, VOCABULARY
 
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.models.tensors import Weight
@@ -267,33 +267,6 @@ def test_a_prompt_is_read_from_where_the_session_can_go_back_to(name: str, tmp_p
     assert ran(first[:30] + after) == (20 if name == "llama" else 50) + 4  # before the window
     engine.cached.clear()
     assert ran(first + after) == 324
-
-
-# Versions 1 and 2.
-
-
-@pytest.mark.parametrize("unequal", [False, True], ids=["version 1", "version 2"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_older_files_give_the_bits_of_their_program(
-    tied: bool, unequal: bool, tmp_path: Path
-) -> None:
-    made = Program(layers=2, scheme=mixed)
-    made.embed()
-    for made.layer in range(2):
-        narrow = unequal and made.layer == 1
-        made.attention(2 if narrow else 4, 1 if narrow else 2, bias=tied, output=False)
-        made.product("attended", 32 if narrow else 64)
-        made.mlp(64 if narrow else 96)
-    made.head(tied=tied)
-    (tmp_path / "old.slm").write_bytes(made.older_content(2 if unequal else 1))
-    old = NativeModel(tmp_path / "old.slm")
-    new = NativeModel(made.write(tmp_path / "new.slm"))
-    sizes = {k: v for k, v in vars(old.info).items() if k != "file_bytes"}
-    assert sizes == {k: v for k, v in vars(new.info).items() if k != "file_bytes"}
-    sessions = [model.session(threads=2) for model in (old, new)]
-    outputs = [in_pieces(session, TOKENS[:320], [300, 17, 2, 1]) for session in sessions]
-    assert relative_error(outputs[0], made.run(TOKENS[:320])) <= INT8_TOLERANCE
-    np.testing.assert_array_equal(*outputs)
 
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
