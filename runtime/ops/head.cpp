@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "finite.h"
 #include "session.h"
 
 namespace pocketslm {
@@ -23,6 +24,7 @@ constexpr float kDeviations = 7.0f;
 }  // namespace
 
 int32_t Session::step_greedy(int32_t token) {
+  trust_logits();
   top_count_ = 1;
   for (Member& member : members_) member.top.reserve(1);
   run(&token, 1, Head::greedy, nullptr);
@@ -32,8 +34,13 @@ int32_t Session::step_greedy(int32_t token) {
   return best.token;
 }
 
+bool Session::finite() const {
+  return std::all_of(members_.begin(), members_.end(), [](const Member& m) { return m.finite; });
+}
+
 double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best,
                             float* logits) {
+  trust_logits();
   top_count_ = top;
   for (Member& member : members_) member.top.reserve(top);
   for (size_t done = 0; done < count;) {
@@ -41,6 +48,7 @@ double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int
     run(tokens + done, part, done + part == count ? Head::top : Head::none, nullptr);
     done += part;
   }
+  if (!finite()) return std::numeric_limits<double>::quiet_NaN();
   std::vector<Candidate> found;
   float peak = -std::numeric_limits<float>::infinity();
   for (const Member& member : members_) {
@@ -55,9 +63,14 @@ double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int
   return peak + std::log(total);
 }
 
-// Keeps the highest of these logits and, where asked for, their part of the sum over all.
+// Keeps the highest of these logits and, where asked for, their part of the sum over all. What is not
+// finite is no candidate: NaN has no place in an order.
 void Session::offer(Member& member, const float* logits, size_t count, size_t first_token,
                     bool total) {
+  if (!all_finite(logits, count)) {
+    member.finite = false;
+    return;
+  }
   for (size_t i = 0; i < count; ++i) {
     // Chunks taken from another thread may come out of order, hence the whole comparison.
     const Candidate found{logits[i], static_cast<int32_t>(first_token + i)};
@@ -108,8 +121,10 @@ void Session::run_head(unsigned m, Head head, float* logits) {
         offer(member, y, live, first, head == Head::top);
         return;
       }
-      for (size_t i = 0; i < tokens; ++i)
+      for (size_t i = 0; i < tokens; ++i) {
+        member.finite &= all_finite(y + i * width, live);
         std::memcpy(logits + (t + i) * c.vocab_size + first, y + i * width, live * sizeof(float));
+      }
     });
   }
   mark(m, &pslm_times::head_ns);
@@ -129,7 +144,8 @@ void Session::Screen::prepare(const ActivationTile& input) {
   }
 }
 
-// highest_[block]: what the logits of these blocks may reach, judged by the high nibbles.
+// highest_[block]: what the logits of these blocks may reach, judged by the high nibbles; NaN where
+// one of them is not finite.
 void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end) {
   const Matrix& w = head_matrix();
   const Screen& screen = members_[m].screen;
@@ -144,15 +160,18 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
     matmul(block, 1, w.cols, tile, high, kBlockRows);
     kernels_.weigh_scales(reinterpret_cast<const uint16_t*>(block + layout.scales),
                           screen.energies.data(), w.cols / kGroup, variance);
-    float highest = -std::numeric_limits<float>::infinity();
-    for (size_t r = 0; r < kBlockRows; ++r)
-      highest = std::max(
-          highest, 16.0f * high[r] + kDeviations * std::sqrt(kNibbleVariance * variance[r]));
-    highest_[b] = highest;
+    float highest = -std::numeric_limits<float>::infinity(), zero = 0;
+    for (size_t r = 0; r < kBlockRows; ++r) {
+      const float reach = 16.0f * high[r] + kDeviations * std::sqrt(kNibbleVariance * variance[r]);
+      highest = std::max(highest, reach);
+      zero += reach - reach;
+    }
+    highest_[b] = highest + zero;
   }
 }
 
-// The greedy token: the most promising block first, then whatever may still exceed what was found.
+// The greedy token: the most promising block first, then whatever may still exceed what was found,
+// or is not finite.
 void Session::settle(const ActivationTile& input) {
   const Matrix& w = head_matrix();
   const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(w.kind)];
@@ -168,7 +187,7 @@ void Session::settle(const ActivationTile& input) {
       std::max_element(highest, highest + w.blocks()) - highest);
   compute(likely);
   for (size_t b = 0; b < w.blocks(); ++b)
-    if (b != likely && highest[b] >= member.top.front().logit) compute(b);
+    if (b != likely && member.finite && !(highest[b] < member.top.front().logit)) compute(b);
 }
 
 }  // namespace pocketslm

@@ -102,12 +102,12 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
 
 void Session::bind_cache(void* const* places, size_t positions) {
   cache_.bind(places, positions);
-  context_ = std::min<size_t>(positions / kPositionBlock * kPositionBlock,
-                              model_.config.max_context);
+  context_ = context_of(positions);
   length_ = 0;
 }
 
 void Session::forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits) {
+  trust_logits();
   for (size_t done = 0; done < count;) {
     const size_t part = std::min(kBatch, count - done);
     Head head = Head::none;

@@ -59,7 +59,12 @@ class Session {
   size_t context() const { return context_; }
   size_t length() const { return length_; }
   void set_length(size_t length) { length_ = length; }
-  // PSLM_KV_CALLER: see pslm_bind_cache.
+  // Whether the last call's logits were, those of rows included that screening passed over.
+  bool finite() const;
+  // PSLM_KV_CALLER: see pslm_bind_cache; what the context is of that many positions.
+  size_t context_of(size_t positions) const {
+    return std::min<size_t>(positions / kPositionBlock * kPositionBlock, model_.config.max_context);
+  }
   void bind_cache(void* const* places, size_t positions);
   // One entry a layer, or none; what is in the context came of other weights and is forgotten.
   void set_updates(std::vector<LayerUpdates> updates);
@@ -84,6 +89,7 @@ class Session {
     // Of the head: the highest logits that this thread saw, a heap, and the sum of all.
     std::vector<Candidate> top;
     float peak = 0, sum = 0;  // sum of exp(logit - peak)
+    bool finite = true;       // no logit was NaN or infinite
     Screen screen;
   };
   enum class Head { none, last_logits, all_logits, greedy, top };
@@ -97,6 +103,9 @@ class Session {
   void prepare_queries(size_t token, const float* q, size_t heads, float* out);
   const Matrix& head_matrix() const {
     return model_.head.data ? model_.head : model_.embedding;
+  }
+  void trust_logits() {
+    for (Member& member : members_) member.finite = true;
   }
   void run_head(unsigned m, Head head, float* logits);
   void offer(Member& member, const float* logits, size_t count, size_t first_token, bool total);
