@@ -5,7 +5,7 @@
 #include <tuple>
 #include <utility>
 
-#include "half.h"
+#include "finite.h"
 #include "kernels.h"
 
 namespace pocketslm {
@@ -51,16 +51,8 @@ Form form_of(Code code) {
   return {};
 }
 
-template <typename T>
-bool all_finite(const T* values, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    if constexpr (sizeof(T) == 2) {
-      if (!std::isfinite(half_to_float(values[i]))) return false;
-    } else {
-      if (!std::isfinite(values[i])) return false;
-    }
-  }
-  return true;
+bool finite_halves(const uint16_t* halves, size_t count) {
+  return std::none_of(halves, halves + count, [](uint16_t h) { return (h & 0x7c00) == 0x7c00; });
 }
 
 class Resolver {
@@ -266,7 +258,7 @@ void Resolver::embed() {
     check(positions->kind == WeightKind::f32
               ? all_finite(reinterpret_cast<const float*>(positions->data), count)
           : positions->kind == WeightKind::f16
-              ? all_finite(reinterpret_cast<const uint16_t*>(positions->data), count)
+              ? finite_halves(reinterpret_cast<const uint16_t*>(positions->data), count)
               : true,
           "positions hold a value that is not finite");
   }

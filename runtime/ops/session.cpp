@@ -97,13 +97,9 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   }
 }
 
-size_t Session::bindable(size_t positions) const {
-  return std::min<size_t>(positions / kPositionBlock * kPositionBlock, model_.config.max_context);
-}
-
 void Session::bind_cache(void* const* places, size_t positions, size_t length) {
   states_.bind(places, positions);
-  context_ = bindable(positions);
+  context_ = context_of(positions);
   length_ = length;
 }
 
@@ -118,6 +114,7 @@ void Session::restore(size_t count, const uint8_t* in) {
 }
 
 void Session::forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits) {
+  trust_logits();
   for (size_t done = 0; done < count;) {
     const size_t part = std::min(batch_, count - done);
     Head head = Head::none;

@@ -72,7 +72,7 @@ std::string run_on(const std::vector<int>& cpus) {
 }
 
 void drop_from_page_cache(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) return;  // opening the model says why
   fsync(file);  // pages that were not written yet would stay
   posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
@@ -113,6 +113,18 @@ void Engine::unload() {
 }
 
 std::string Engine::load(const LoadOptions& options) {
+  std::string failure;
+  try {
+    failure = load_parts(options);
+  } catch (...) {
+    unload();
+    throw;
+  }
+  if (!failure.empty()) unload();
+  return failure;
+}
+
+std::string Engine::load_parts(const LoadOptions& options) {
   unload();
   if (const std::string failure = run_on(options.cpus); !failure.empty()) return failure;
   if (options.cold) drop_from_page_cache(options.path);
@@ -137,7 +149,6 @@ std::string Engine::load(const LoadOptions& options) {
   }
   profiled_ = options.profile;
   restart_times();
-  if (!failure.empty()) unload();
   load_ms_ = milliseconds_since(start);
   return failure;
 }
@@ -155,7 +166,7 @@ std::string Engine::read_chat(const Json& chat) {
   }
   if (const Json* eos = chat.find("eos"))
     for (const Json& id : eos->items) {
-      if (!(id.number >= 0 && id.number < model_info_.vocab_size))
+      if (!id.is_whole(0, model_info_.vocab_size - 1.0))
         return "the chat section names an unknown token";
       chat_.eos.push_back(static_cast<int32_t>(id.number));
     }
@@ -316,6 +327,7 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
 
 std::string Engine::logits(const std::vector<int32_t>& tokens, size_t first,
                            std::vector<float>& out) {
+  if (tokens.empty()) return "the prompt is empty";
   const size_t common = keep_common(tokens, first);
   const bool all = first + 1 < tokens.size();
   const size_t count = tokens.size() - common;

@@ -241,6 +241,10 @@ class Counted(NativeSession):
         self.ran += len(tokens)
         return super().forward_top(tokens, count)
 
+    def step_greedy(self, token: int) -> int:
+        self.ran += 1
+        return super().step_greedy(token)
+
 
 @pytest.mark.parametrize("name", ["llama", "lfm", "mistral"])
 def test_a_prompt_is_read_from_where_the_session_can_go_back_to(name: str, tmp_path: Path) -> None:
