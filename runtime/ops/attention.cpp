@@ -70,8 +70,8 @@ Session::Spans Session::spans_of(const Step& step) const {
   return {begin, seen.end, length, (positions - 1 + length) / length};
 }
 
-// The job's rows over positions [begin, end), whose begin is a multiple of 16: of a ring in two parts
-// where it is passed. `seen`: what each row sees.
+// The job's rows over positions [begin, end), whose begin is a multiple of 16; in two parts where a
+// ring is passed. `seen`: what each row sees.
 void Session::attend_over(const Step& step, size_t head, size_t begin, size_t end,
                           const Seen* seen, AttentionJob& job) {
   const auto kernel =

@@ -57,7 +57,8 @@ inline V16 activated(V16 x) {
 
 template <Activation A>
 void gated(const float* gate, const float* up, size_t n, float* out) {
-  for (size_t i = 0; i < n; i += 16) store(out + i, mul(activated<A>(load(gate + i)), load(up + i)));
+  for (size_t i = 0; i < n; i += 16)
+    store(out + i, mul(activated<A>(load(gate + i)), load(up + i)));
 }
 
 template <Activation A>

@@ -202,7 +202,8 @@ void Session::prepare_rotation() {
 
 void Session::apply(const Norm& norm, const float* x, size_t n, float* out) const {
   if (norm.kind == NormKind::rms) kernels_.rms_norm(x, norm.weight, n, norm.eps, out);
-  if (norm.kind == NormKind::layer) kernels_.layer_norm(x, norm.weight, norm.bias, n, norm.eps, out);
+  if (norm.kind == NormKind::layer)
+    kernels_.layer_norm(x, norm.weight, norm.bias, n, norm.eps, out);
 }
 
 // The rows of `width` in quantized form, each made ready by prepare(token) before. One token is
@@ -265,7 +266,8 @@ void Session::set_updates(std::vector<StepUpdates> updates) {
     const auto& [first, second, third] = updates[i].of;
     widest = std::max(widest, first.rank + second.rank + third.rank);
     const Step& step = program_.steps[i];
-    updates_hidden_ |= step.code == Code::project_add && step.buffer == BufferId::hidden && first.rank;
+    updates_hidden_ |=
+        step.code == Code::project_add && step.buffer == BufferId::hidden && first.rank;
   }
   lowered_.assign(widest * batch_, 0.0f);
   for (Member& member : members_) member.lowered.assign(widest, 0.0f);

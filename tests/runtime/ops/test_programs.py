@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from pathlib import Path
 
@@ -14,9 +15,17 @@ from program_support import HIDDEN, VOCABULARY
 
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.models.tensors import Weight
-from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
+from pocketslm.runtime.backends.native import (
+    ErrorText,
+    NativeModel,
+    NativeSession,
+    _Options,
+    isa_names,
+    load_library,
+)
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.generation import Engine
+from pocketslm.runtime.ops.ids import STATE
 
 # Root-mean-square error over the spread of the output. Float weights leave the fp16 cache as the
 # largest error; quantized ones add int8 activations, an int8 cache about as much again.
@@ -206,6 +215,67 @@ def test_a_convolution_goes_back_to_nothing_but_the_beginning(tmp_path: Path) ->
     session.truncate(20)
     with pytest.raises(UsageError, match="expected 0 or 20 to 20"):
         session.truncate(19)
+
+
+class CallersCache:
+    """A session whose keys and values lie in arrays of ours, which begin as NaN."""
+
+    def __init__(self, path: Path, positions: int) -> None:
+        self.library, self.error = load_library(), ErrorText()
+        self.model = NativeModel(path)
+        self.handle = ctypes.c_void_p()
+        options, handle = _Options(0, 2, 2, 0, None), ctypes.byref(self.handle)
+        self.error.check(
+            self.library.pslm_session_open(
+                self.model._handle, ctypes.byref(options), handle, self.error.argument
+            )
+        )
+        self.arrays = []
+        for index in range(self.model.info.states):
+            state = (ctypes.c_uint32 * 4)()
+            assert self.library.pslm_model_state(self.model._handle, index, state) == 0
+            assert state[0] == STATE["kv"]
+            shape = (2, state[1], positions, state[2])
+            self.arrays += list(np.full(shape, np.nan, np.float16))
+        assert self.library.pslm_model_state(self.model._handle, index + 1, state) != 0
+        self.positions = positions
+
+    def forward(self, tokens: np.ndarray, past: int) -> np.ndarray:
+        places = (ctypes.c_void_p * len(self.arrays))(*(a.ctypes.data for a in self.arrays))
+        sizes = (ctypes.c_size_t(n) for n in (len(places), self.positions, past))
+        bind = self.library.pslm_bind_cache
+        self.error.check(bind(self.handle, places, *sizes, self.error.argument))
+        ids, out = tokens.astype(np.int32), np.empty(VOCABULARY, np.float32)
+        arguments = ids.ctypes.data, ids.size, 1, out.ctypes.data, out.size, self.error.argument
+        self.error.check(self.library.pslm_forward(self.handle, *arguments))
+        return out
+
+    def close(self) -> None:
+        self.library.pslm_session_close(self.handle)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_callers_cache_keeps_all_positions(name: str, tmp_path: Path) -> None:
+    """So a window can be cut back to any length."""
+    path = program(name).write(tmp_path / "m.slm")
+    session = CallersCache(path, 500)
+    session.forward(TOKENS[:400], 0)
+    other = NativeModel(path).session(threads=1)
+    for length in (390, 17):
+        other.forward(TOKENS[:length])
+        expected = other.forward(TOKENS[5:9])
+        other.truncate(0)
+        actual = session.forward(TOKENS[5:9], length)
+        assert relative_error(actual, expected[0]) <= FLOAT_TOLERANCE
+    session.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("lfm", "state of a convolution"), ("bert", "bidirectional")]
+)
+def test_what_a_callers_cache_cannot_hold(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=reason):
+        CallersCache(program(name).write(tmp_path / "m.slm"), 100)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
