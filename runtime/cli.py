@@ -53,7 +53,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     model = load(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    config = generation_config(arguments, model)
+    config = generation_config(arguments, model).but(logprobs=arguments.json)
     records = (
         model.generate(prompt, config)
         if arguments.raw

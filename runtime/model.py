@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ class Record:
 
     token: int
     text: str
-    logprob: float
+    logprob: float | None
     time_ns: int
     finish: Finish | None = None
 
@@ -61,6 +61,9 @@ class TextModel(Protocol):
 
 class Model:
     """A bundle ready to generate: session, cache and tokenizer.
+
+    Any thread may call it: generations and changes of the adapter come after each other, as
+    :class:`pocketslm.runtime.generation.Engine` says.
 
     defaults: the model's own sampling settings, from its ``generation_config.json``.
     """
@@ -108,10 +111,9 @@ class Model:
             raise BundleError(f"{self.bundle.path} has no adapter {name!r}, it has: {known}")
         if not isinstance(session, AdapterSession):
             raise BackendError(f"{session.backend} cannot add adapters; use --backend native")
-        session.use_adapter(
-            [] if name is None else read_updates(adapters[name], self.bundle.layer_runs)
-        )
-        self.engine.cached.clear()
+        updates = [] if name is None else read_updates(adapters[name], self.bundle.layer_runs)
+        with self.engine.exclusive():
+            session.use_adapter(updates)
 
     @property
     def name(self) -> str:
@@ -130,6 +132,7 @@ class Model:
     ) -> Iterator[Record]:
         """Continue a text or token ids; yields a record for each token as it is made.
 
+        A record's logprob is None unless ``config.logprobs`` asks for it.
         The records' texts joined are the generated text: no character is ever split, and a stop
         string is held back until it is certain that it does not come. Text of a special token
         inside ``prompt`` stays ordinary text; give ids to use special tokens.
@@ -151,7 +154,7 @@ class Model:
 
 
 def _with_text(
-    steps: Iterator[Step], decoder: StreamDecoder, stop_strings: tuple[str, ...]
+    steps: Generator[Step, None, None], decoder: StreamDecoder, stop_strings: tuple[str, ...]
 ) -> Iterator[Record]:
     held = ""
     for step in steps:
@@ -165,6 +168,8 @@ def _with_text(
         else:
             certain = len(held) - _possible_stop(held, stop_strings)
             text, held = held[:certain], held[certain:]
+        if finish:
+            steps.close()  # whoever waits for the session need not wait for the caller
         yield Record(step.token, text, step.logprob, step.time_ns, finish)
         if finish:
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -251,22 +251,11 @@ class Program:
         return path
 
     def content(self) -> bytes:
+        """The file in version 3."""
         names = list(self.tensors)
-        body, table = bytearray(), bytearray()
-
-        def add(role: str, kind: int, rows: int, cols: int, data: bytes) -> None:
-            body.extend(b"\0" * (-len(body) % 64))
-            place = TABLE_ROOM + len(body)
-            table.extend(struct.pack("<HHIIIQQ", ROLE[role], kind, 0, rows, cols, place, len(data)))
-            body.extend(data)
-
+        file = _File()
         for name in names:
-            tensor = self.tensors[name]
-            if not isinstance(tensor, QuantTensor) and tensor.ndim == 1:
-                add("vector", KIND["vector"], 1, tensor.size, tensor.astype("<f4").tobytes())
-            else:
-                kind, data, _ = pack_matrix(tensor)
-                add("projection", kind, *tensor.shape, data.tobytes())
+            file.tensor("projection" if "matrix" in name else "vector", 0, self.tensors[name])
 
         def padded(values: list, count: int, rest: float) -> list:
             return values + [rest] * (count - len(values))
@@ -284,17 +273,11 @@ class Program:
             )
             for op in self.operations
         )
-        add("program", KIND["blob"], 1, len(program), program)
-        states = b"".join(struct.pack("<4I", *state) for state in self.states)
-        add("states", KIND["blob"], 1, len(states), states)
-        body.extend(b"\0" * (-len(body) % 64))
-        header = struct.pack(
-            "<8sIIQ9I2f60x",
-            *(b"PSLMODEL", 3, len(table) // 32, TABLE_ROOM + len(body)),
-            *(HIDDEN, self.layers, 0, 0, 0, 0, VOCABULARY, self.context, 0, 0.0, 0.0),
+        file.blob("program", program)
+        file.blob("states", b"".join(struct.pack("<4I", *state) for state in self.states))
+        return file.content(
+            3, HIDDEN, self.layers, 0, 0, 0, 0, VOCABULARY, self.context, 0, 0.0, 0.0
         )
-        assert len(header) + len(table) <= TABLE_ROOM
-        return (header + table).ljust(TABLE_ROOM, b"\0") + bytes(body)
 
     # The interpreter.
 
@@ -417,6 +400,41 @@ class Program:
         return cap * np.tanh(y / cap) if cap else y
 
 
+class _File:
+    """Sections behind room for their table."""
+
+    def __init__(self) -> None:
+        self.body, self.table = bytearray(), bytearray()
+
+    def section(self, role: str, kind: int, layer: int, shape: Sequence[int], data: bytes) -> None:
+        self.body.extend(b"\0" * (-len(self.body) % 64))
+        place = TABLE_ROOM + len(self.body)
+        self.table.extend(
+            struct.pack("<HHIIIQQ", ROLE[role], kind, layer, *shape, place, len(data))
+        )
+        self.body.extend(data)
+
+    def blob(self, role: str, data: bytes) -> None:
+        self.section(role, KIND["blob"], 0, (1, len(data)), data)
+
+    def tensor(self, role: str, layer: int, tensor: Weight) -> None:
+        if not isinstance(tensor, QuantTensor) and tensor.ndim == 1:
+            data = tensor.astype("<f4").tobytes()
+            self.section(role, KIND["vector"], layer, (1, tensor.size), data)
+            return
+        kind, packed, _ = pack_matrix(tensor)
+        self.section(role, kind, layer, tensor.shape, packed.tobytes())
+
+    def content(self, version: int, *numbers: float) -> bytes:
+        self.body.extend(b"\0" * (-len(self.body) % 64))
+        size = TABLE_ROOM + len(self.body)
+        header = struct.pack(
+            "<8sIIQ9I2f60x", b"PSLMODEL", version, len(self.table) // 32, size, *numbers
+        )
+        assert len(header) + len(self.table) <= TABLE_ROOM
+        return (header + self.table).ljust(TABLE_ROOM, b"\0") + bytes(self.body)
+
+
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
@@ -425,3 +443,29 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 assert ACTIVATIONS.keys() == ACTIVATION.keys()
+
+
+def records(content: bytes, role: str) -> tuple[int, int]:
+    """Where the blob of a role lies, and its bytes."""
+    for at in range(128, TABLE_ROOM, 32):
+        found, _, _, _, _, offset, size = struct.unpack_from("<HHIIIQQ", content, at)
+        if found == ROLE[role]:
+            return offset, size
+    raise AssertionError(role)
+
+
+def mutations(content: bytes, count: int) -> Iterator[bytes]:
+    """The file with up to three changes of header, table, program and states."""
+    rng = np.random.default_rng(SEED)
+    sections = struct.unpack_from("<I", content, 12)[0]
+    spans = [(8, 128 + 32 * sections), *(records(content, role) for role in ("program", "states"))]
+    for _ in range(count):
+        changed = bytearray(content)
+        for _ in range(rng.integers(1, 4)):
+            # Most of them where most depends on them.
+            start, size = spans[rng.choice(3, p=[0.2, 0.6, 0.2])]
+            place = start + int(rng.integers(0, size // 4)) * 4
+            word = rng.choice([0, 1, 2, 3, 7, 16, 31, 32, 64, 65, 2**20, NONE, 0x7FC00000])
+            width = int(rng.choice([1, 2, 4]))
+            changed[place : place + width] = int(word).to_bytes(4, "little")[:width]
+        yield bytes(changed)

@@ -1,13 +1,18 @@
-// The C border: arguments are checked before anything is touched, exceptions end here.
+// The C border: arguments are checked before anything is touched, exceptions end here, and a session
+// is entered by one thread at a time.
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <new>
 #include <system_error>
+#include <type_traits>
 
 #include "cpu.h"
+#include "finite.h"
 #include "model_file.h"
 #include "pocketslm.h"
 #include "session.h"
@@ -19,6 +24,12 @@ struct pslm_model {
 };
 struct pslm_session {
   Session engine;
+  mutable std::atomic<bool> entered{false};
+  mutable std::atomic<size_t> length{0};  // the engine's, for who asks while a call runs
+  const pid_t process = getpid();
+
+  // After a fork the child has the calling thread and none of the others.
+  bool lost_threads() const { return engine.threads() > 1 && process != getpid(); }
 };
 
 namespace {
@@ -39,7 +50,35 @@ pslm_status guarded(pslm_error error, F&& f) {
     return report(error, PSLM_ERROR_MEMORY, "out of memory");
   } catch (const std::system_error& failure) {
     return report(error, PSLM_ERROR_MEMORY, std::string("cannot start threads: ") + failure.what());
+  } catch (const std::exception& failure) {
+    return report(error, PSLM_ERROR_MEMORY, failure.what());
   }
+}
+
+// Runs f inside a session, unless another thread is there. What fails leaves the length as it was, or
+// at 0 where the state has no way back.
+template <typename S, typename F>
+pslm_status enter(S* session, pslm_error error, F&& f) {
+  if (session->lost_threads())
+    return report(error, PSLM_ERROR_FORK,
+                  "this session's threads stayed behind in a fork; open one in this process");
+  if (session->entered.exchange(true, std::memory_order_acquire))
+    return report(error, PSLM_ERROR_BUSY, "another thread uses this session");
+  auto& engine = session->engine;
+  const size_t before = engine.length();
+  const pslm_status status = guarded(error, [&] { return f(engine); });
+  if constexpr (!std::is_const_v<S>)
+    if (status != PSLM_OK) engine.truncate(engine.can_rewind(before) ? before : 0);
+  session->length.store(engine.length(), std::memory_order_relaxed);
+  session->entered.store(false, std::memory_order_release);
+  return status;
+}
+
+// No token can be chosen by logits that are NaN or infinite.
+pslm_status check_logits(const Session& engine, pslm_error error) {
+  if (engine.finite()) return PSLM_OK;
+  return report(error, PSLM_ERROR_NOT_FINITE,
+                "the model's logits are not finite: its weights or its adapter are damaged");
 }
 
 pslm_status check_tokens(const Session& session, const int32_t* tokens, size_t count,
@@ -214,33 +253,37 @@ pslm_status pslm_session_open(const pslm_model* model, const pslm_options* optio
   });
 }
 
-void pslm_session_close(pslm_session* session) { delete session; }
+void pslm_session_close(pslm_session* session) {
+  if (!session || session->lost_threads()) return;
+  if (!session->entered.exchange(true, std::memory_order_acquire)) delete session;
+}
 
 pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t count,
                             size_t positions, size_t length, pslm_error error) {
   if (!session || !tensors) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  Session& engine = session->engine;
-  if (engine.states().type() != PSLM_KV_CALLER)
-    return report(error, PSLM_ERROR_ARGUMENT, "the session has a cache of its own");
-  if (const size_t expected = 2 * engine.states().kv_states(); count != expected)
-    return report(error, PSLM_ERROR_ARGUMENT,
-                  std::to_string(count) + " cache tensors, expected " + std::to_string(expected));
-  for (size_t i = 0; i < count; ++i)
-    if (!tensors[i]) return report(error, PSLM_ERROR_ARGUMENT, "a cache tensor is null");
-  const size_t context = engine.bindable(positions);
-  if (length > context)
-    return report(error, PSLM_ERROR_CONTEXT,
-                  std::to_string(length) + " positions do not fit the context of " +
-                      std::to_string(context));
-  engine.bind_cache(tensors, positions, length);
-  return PSLM_OK;
+  return enter(session, error, [&](Session& engine) {
+    if (engine.states().type() != PSLM_KV_CALLER)
+      return report(error, PSLM_ERROR_ARGUMENT, "the session has a cache of its own");
+    if (const size_t expected = 2 * engine.states().kv_states(); count != expected)
+      return report(error, PSLM_ERROR_ARGUMENT,
+                    std::to_string(count) + " cache tensors, expected " + std::to_string(expected));
+    for (size_t i = 0; i < count; ++i)
+      if (!tensors[i]) return report(error, PSLM_ERROR_ARGUMENT, "a cache tensor is null");
+    const size_t context = engine.context_of(positions);
+    if (length > context)
+      return report(error, PSLM_ERROR_CONTEXT,
+                    std::to_string(length) + " positions do not fit the context of " +
+                        std::to_string(context));
+    engine.bind_cache(tensors, positions, length);
+    return PSLM_OK;
+  });
 }
 
 pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates, size_t count,
                              pslm_error error) {
   if (!session || (count && !updates)) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  const ModelFile& model = session->engine.model();
-  return guarded(error, [&] {
+  return enter(session, error, [&](Session& engine) {
+    const ModelFile& model = engine.model();
     const std::vector<Step>& steps = model.program.steps;
     std::vector<StepUpdates> all(count ? steps.size() : 0);
     for (size_t i = 0; i < count; ++i) {
@@ -273,22 +316,28 @@ pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates, 
       slot->rank = u.rank, slot->rows = matrix->rows;
       slot->a.assign(u.a, u.a + matrix->cols * u.rank);
       slot->b.assign(u.b, u.b + u.rank * matrix->rows);
+      if (!all_finite(slot->a.data(), slot->a.size()) ||
+          !all_finite(slot->b.data(), slot->b.size()))
+        return report(error, PSLM_ERROR_ARGUMENT,
+                      "update of role " + std::to_string(u.role) + ", layer " +
+                          std::to_string(u.layer) + " has numbers that are not finite");
     }
-    session->engine.set_updates(std::move(all));
+    engine.set_updates(std::move(all));
     return PSLM_OK;
   });
 }
 
 pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info) {
   if (!session || !info) return PSLM_ERROR_ARGUMENT;
-  const Session& engine = session->engine;
-  *info = {};
-  info->context = static_cast<uint32_t>(engine.context());
-  info->threads = engine.threads();
-  info->kv_type = engine.states().type();
-  info->kv_bytes = engine.states().bytes();
-  info->isa = engine.kernels().name;
-  return PSLM_OK;
+  return enter(session, {}, [&](const Session& engine) {
+    *info = {};
+    info->context = static_cast<uint32_t>(engine.context());
+    info->threads = engine.threads();
+    info->kv_type = engine.states().type();
+    info->kv_bytes = engine.states().bytes();
+    info->isa = engine.kernels().name;
+    return PSLM_OK;
+  });
 }
 
 pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t count,
@@ -297,34 +346,41 @@ pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t co
   if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no tokens");
   if (which < PSLM_LOGITS_NONE || which > PSLM_LOGITS_ALL)
     return report(error, PSLM_ERROR_ARGUMENT, "unknown choice of logits");
-  Session& engine = session->engine;
-  if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
   const size_t rows = which == PSLM_LOGITS_ALL ? count : which == PSLM_LOGITS_LAST ? 1 : 0;
-  if (rows && (!logits || capacity / engine.model().output_size() < rows))
+  if (rows && (!logits || capacity / session->engine.model().output_size() < rows))
     return report(error, PSLM_ERROR_ARGUMENT, "the logits buffer is too small");
-  engine.forward(tokens, count, which, logits);
-  return PSLM_OK;
+  return enter(session, error, [&](Session& engine) {
+    if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
+    engine.forward(tokens, count, which, logits);
+    return check_logits(engine, error);
+  });
 }
 
 pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                              pslm_error error) {
   if (!session || !next) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   if (const pslm_status status = check_head(session->engine, error)) return status;
-  if (const pslm_status status = check_tokens(session->engine, &token, 1, error)) return status;
-  *next = session->engine.step_greedy(token);
-  return PSLM_OK;
+  return enter(session, error, [&](Session& engine) {
+    if (const pslm_status status = check_tokens(engine, &token, 1, error)) return status;
+    *next = engine.step_greedy(token);
+    return check_logits(engine, error);
+  });
 }
 
 pslm_status pslm_set_profiling(pslm_session* session, uint32_t on) {
   if (!session) return PSLM_ERROR_ARGUMENT;
-  session->engine.clock().set(on != 0);
-  return PSLM_OK;
+  return enter(session, {}, [&](Session& engine) {
+    engine.clock().set(on != 0);
+    return PSLM_OK;
+  });
 }
 
 pslm_status pslm_read_times(const pslm_session* session, pslm_times* times) {
   if (!session || !times) return PSLM_ERROR_ARGUMENT;
-  *times = session->engine.clock().times();
-  return PSLM_OK;
+  return enter(session, {}, [&](const Session& engine) {
+    *times = engine.clock().times();
+    return PSLM_OK;
+  });
 }
 
 pslm_status pslm_forward_top(pslm_session* session, const int32_t* tokens, size_t count, size_t top,
@@ -332,51 +388,66 @@ pslm_status pslm_forward_top(pslm_session* session, const int32_t* tokens, size_
   if (!session || (count && !tokens) || !best || !logits || !log_total)
     return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no tokens");
-  Session& engine = session->engine;
-  if (const pslm_status status = check_head(engine, error)) return status;
-  const uint32_t vocabulary = engine.model().config.vocab_size;
+  if (const pslm_status status = check_head(session->engine, error)) return status;
+  const uint32_t vocabulary = session->engine.model().config.vocab_size;
   if (top == 0 || top > vocabulary)
     return report(error, PSLM_ERROR_ARGUMENT,
                   "the " + std::to_string(top) + " most probable tokens of " +
                       std::to_string(vocabulary));
-  if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
-  return guarded(error, [&] {
+  return enter(session, error, [&](Session& engine) {
+    if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
     *log_total = engine.forward_top(tokens, count, top, best, logits);
+    return check_logits(engine, error);
+  });
+}
+
+size_t pslm_length(const pslm_session* session) {
+  return session ? session->length.load(std::memory_order_relaxed) : 0;
+}
+
+pslm_status pslm_truncate(pslm_session* session, size_t length) {
+  if (!session) return PSLM_ERROR_ARGUMENT;
+  return enter(session, {}, [&](Session& engine) {
+    if (!engine.can_rewind(length)) return PSLM_ERROR_ARGUMENT;
+    engine.truncate(length);
     return PSLM_OK;
   });
 }
 
-size_t pslm_length(const pslm_session* session) { return session ? session->engine.length() : 0; }
-
-pslm_status pslm_truncate(pslm_session* session, size_t length) {
-  if (!session || !session->engine.can_rewind(length)) return PSLM_ERROR_ARGUMENT;
-  session->engine.truncate(length);
-  return PSLM_OK;
-}
-
 size_t pslm_rewind_limit(const pslm_session* session) {
-  return session ? session->engine.rewind_limit() : 0;
+  size_t limit = 0;
+  if (session)
+    enter(session, {}, [&](const Session& engine) {
+      limit = engine.rewind_limit();
+      return PSLM_OK;
+    });
+  return limit;
 }
 
+// The shape of a cache of the session's own never changes, so that this needs no turn.
 size_t pslm_kv_bytes(const pslm_session* session, size_t count) {
-  if (!session || count > session->engine.context()) return 0;
-  return session->engine.states().saved_bytes(count);
+  if (!session || session->engine.states().type() == PSLM_KV_CALLER) return 0;
+  return count > session->engine.context() ? 0 : session->engine.states().saved_bytes(count);
 }
 
 pslm_status pslm_kv_save(const pslm_session* session, size_t count, void* buffer,
                          size_t capacity) {
-  if (!session || !buffer || !session->engine.can_rewind(count) ||
-      capacity < session->engine.states().saved_bytes(count))
-    return PSLM_ERROR_ARGUMENT;
-  session->engine.save(count, static_cast<uint8_t*>(buffer));
-  return PSLM_OK;
+  if (!session || !buffer) return PSLM_ERROR_ARGUMENT;
+  return enter(session, {}, [&](const Session& engine) {
+    if (!engine.can_rewind(count) || capacity < engine.states().saved_bytes(count))
+      return PSLM_ERROR_ARGUMENT;
+    engine.save(count, static_cast<uint8_t*>(buffer));
+    return PSLM_OK;
+  });
 }
 
 pslm_status pslm_kv_restore(pslm_session* session, size_t count, const void* buffer,
                             size_t bytes) {
-  if (!session || !buffer || count > session->engine.context() ||
-      bytes != session->engine.states().saved_bytes(count))
-    return PSLM_ERROR_ARGUMENT;
-  session->engine.restore(count, static_cast<const uint8_t*>(buffer));
-  return PSLM_OK;
+  if (!session || !buffer) return PSLM_ERROR_ARGUMENT;
+  return enter(session, {}, [&](Session& engine) {
+    if (count > engine.context() || bytes != engine.states().saved_bytes(count))
+      return PSLM_ERROR_ARGUMENT;
+    engine.restore(count, static_cast<const uint8_t*>(buffer));
+    return PSLM_OK;
+  });
 }

@@ -70,8 +70,8 @@ Session::Spans Session::spans_of(const Step& step) const {
   return {begin, seen.end, length, (positions - 1 + length) / length};
 }
 
-// The job's rows over positions [begin, end), whose begin is a multiple of 16: of a ring in two parts
-// where it is passed. `seen`: what each row sees.
+// The job's rows over positions [begin, end), whose begin is a multiple of 16; in two parts where a
+// ring is passed. `seen`: what each row sees.
 void Session::attend_over(const Step& step, size_t head, size_t begin, size_t end,
                           const Seen* seen, AttentionJob& job) {
   const auto kernel =
@@ -84,7 +84,7 @@ void Session::attend_over(const Step& step, size_t head, size_t begin, size_t en
   states_.describe(step.state, head, job);
   for (size_t at = begin; at < end; at += job.end - job.begin) {
     // Positions of the job are places in the ring.
-    const size_t place = at % room, shift = at - place;
+    const size_t place = at < room ? at : at % room, shift = at - place;
     for (size_t r = 0; r < job.rows; ++r) {
       limits[r] = static_cast<uint32_t>(seen[r].end > shift ? seen[r].end - shift : 0);
       starts[r] = static_cast<uint32_t>(seen[r].begin > shift ? seen[r].begin - shift : 0);

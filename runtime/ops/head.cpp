@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "finite.h"
 #include "session.h"
 
 namespace pocketslm {
@@ -23,6 +24,7 @@ constexpr float kDeviations = 7.0f;
 }  // namespace
 
 int32_t Session::step_greedy(int32_t token) {
+  trust_logits();
   top_count_ = 1;
   for (Member& member : members_) member.top.reserve(1);
   run(&token, 1, Head::greedy, nullptr);
@@ -32,8 +34,13 @@ int32_t Session::step_greedy(int32_t token) {
   return best.token;
 }
 
+bool Session::finite() const {
+  return std::all_of(members_.begin(), members_.end(), [](const Member& m) { return m.finite; });
+}
+
 double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best,
                             float* logits) {
+  trust_logits();
   top_count_ = top;
   for (Member& member : members_) member.top.reserve(top);
   for (size_t done = 0; done < count;) {
@@ -41,6 +48,7 @@ double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int
     run(tokens + done, part, done + part == count ? Head::top : Head::none, nullptr);
     done += part;
   }
+  if (!finite()) return std::numeric_limits<double>::quiet_NaN();
   std::vector<Candidate> found;
   float peak = -std::numeric_limits<float>::infinity();
   for (const Member& member : members_) {
@@ -55,9 +63,14 @@ double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int
   return peak + std::log(total);
 }
 
-// Keeps the highest of these logits and, where asked for, their part of the sum over all.
+// Keeps the highest of these logits and, where asked for, their part of the sum over all. What is not
+// finite is no candidate: NaN has no place in an order.
 void Session::offer(Member& member, const float* logits, size_t count, size_t first_token,
                     bool total) {
+  if (!all_finite(logits, count)) {
+    member.finite = false;
+    return;
+  }
   for (size_t i = 0; i < count; ++i) {
     // Chunks taken from another thread may come out of order, hence the whole comparison.
     const Candidate found{logits[i], static_cast<int32_t>(first_token + i)};
@@ -113,10 +126,12 @@ void Session::run_head(unsigned m, Head head, float* logits) {
       for (size_t i = 0; i < tokens; ++i) {
         float* row = y + i * width;
         finish_logits(head, row, live, first);
-        if (head == Head::greedy || head == Head::top)
+        if (head == Head::greedy || head == Head::top) {
           offer(member, row, live, first, head == Head::top);
-        else
+        } else {
+          member.finite &= all_finite(row, live);
           std::memcpy(logits + (t + i) * w.rows + first, row, live * sizeof(float));
+        }
       }
     });
   }
@@ -134,6 +149,7 @@ void Session::finish_logits(Head head, float* logits, size_t count, size_t first
 
 // The normalized residual stream, of all tokens or the last.
 void Session::write_output(unsigned m, Head head, float* output) {
+  Member& member = members_[m];
   const Norm& norm = program_.head().norm;
   const size_t n = program_.hidden_size, first = head == Head::all_logits ? 0 : count_ - 1;
   const float* rows = buffer(BufferId::residual) + first * n;
@@ -143,6 +159,7 @@ void Session::write_output(unsigned m, Head head, float* output) {
         std::memcpy(output + t * n, rows + t * n, n * sizeof(float));
       else
         apply(norm, rows + t * n, n, output + t * n);
+      member.finite &= all_finite(output + t * n, n);
     }
   });
 }
@@ -161,7 +178,8 @@ void Session::Screen::prepare(const ActivationTile& input) {
   }
 }
 
-// highest_[block]: what the logits of these blocks may reach, judged by the high nibbles.
+// highest_[block]: what the logits of these blocks may reach, judged by the high nibbles; NaN where
+// one of them is not finite.
 void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end) {
   const Matrix& w = *program_.head().w[0];
   const Screen& screen = members_[m].screen;
@@ -176,15 +194,18 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
     matmul(block, 1, w.cols, tile, high, kBlockRows);
     kernels_.weigh_scales(reinterpret_cast<const uint16_t*>(block + layout.scales),
                           screen.energies.data(), w.cols / kGroup, variance);
-    float highest = -std::numeric_limits<float>::infinity();
-    for (size_t r = 0; r < kBlockRows; ++r)
-      highest = std::max(
-          highest, 16.0f * high[r] + kDeviations * std::sqrt(kNibbleVariance * variance[r]));
-    highest_[b] = highest;
+    float highest = -std::numeric_limits<float>::infinity(), zero = 0;
+    for (size_t r = 0; r < kBlockRows; ++r) {
+      const float reach = 16.0f * high[r] + kDeviations * std::sqrt(kNibbleVariance * variance[r]);
+      highest = std::max(highest, reach);
+      zero += reach - reach;
+    }
+    highest_[b] = highest + zero;
   }
 }
 
-// The greedy token: the most promising block first, then whatever may still exceed what was found.
+// The greedy token: the most promising block first, then whatever may still exceed what was found,
+// or is not finite.
 void Session::settle(const ActivationTile& input) {
   const Matrix& w = *program_.head().w[0];
   const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(w.kind)];
@@ -200,7 +221,7 @@ void Session::settle(const ActivationTile& input) {
       std::max_element(highest, highest + w.blocks()) - highest);
   compute(likely);
   for (size_t b = 0; b < w.blocks(); ++b)
-    if (b != likely && highest[b] >= member.top.front().logit) compute(b);
+    if (b != likely && member.finite && !(highest[b] < member.top.front().logit)) compute(b);
 }
 
 }  // namespace pocketslm

@@ -78,6 +78,10 @@ struct QuantizedRow {
   int32_t* corrections;
 };
 
+// Whether int8 codes can say what numbers of this largest magnitude are: 127 / peak must be finite.
+// Others get codes of 0, and of NaN and infinity a scale that makes every product NaN.
+static constexpr bool has_codes(float peak) { return peak >= 4.0e-37f && peak <= 3.4028234e38f; }
+
 // Query rows of one KV head against cached positions [begin, end).
 constexpr size_t kMaxQueryRows = 12;
 constexpr size_t kPositionBlock = 16;  // keys are stored [block][head_dim][16 positions]

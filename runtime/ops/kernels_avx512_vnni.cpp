@@ -39,6 +39,18 @@ inline float reduce_max(V16 a) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
+// Magnitudes are compared by their bits, in which NaN is the largest.
+inline V16 larger_magnitude(V16 peaks, V16 a) {
+  return {_mm512_castsi512_ps(
+      _mm512_max_epi32(_mm512_castps_si512(peaks.v), _mm512_castps_si512(abs(a).v)))};
+}
+inline float reduce_magnitude(V16 peaks) {
+  const __m512i v = _mm512_castps_si512(peaks.v);
+  const __m256i h = _mm256_max_epi32(_mm512_castsi512_si256(v), _mm512_extracti32x8_epi32(v, 1));
+  __m128i q = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_max_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(q, _mm_shuffle_epi32(q, 0xb1))));
+}
 inline V16 load_kv(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }

@@ -70,17 +70,13 @@ void rms_norm(const float* x, const float* weight, size_t n, float eps, float* o
   for (size_t i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 
-// The result of an out-of-range conversion is undefined in C++, and a NaN must not become that.
-int8_t round_i8(float x) {
-  if (!(x > -127.0f)) return -127;
-  return x < 127.0f ? static_cast<int8_t>(std::lrint(x)) : 127;
-}
-
 float to_i8(const float* x, size_t n, int8_t* out) {
   float peak = 0;
-  for (size_t i = 0; i < n; ++i) peak = std::fmax(peak, std::fabs(x[i]));
-  const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
-  for (size_t i = 0; i < n; ++i) out[i] = round_i8(x[i] * inverse);
+  for (size_t i = 0; i < n; ++i)
+    if (!std::isnan(peak) && !(std::fabs(x[i]) <= peak)) peak = std::fabs(x[i]);
+  const float inverse = has_codes(peak) ? 127.0f / peak : 0.0f;
+  for (size_t i = 0; i < n; ++i)
+    out[i] = inverse ? static_cast<int8_t>(std::lrint(x[i] * inverse)) : int8_t{0};
   return peak / 127.0f;
 }
 

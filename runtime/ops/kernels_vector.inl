@@ -4,7 +4,7 @@
 
 inline V16 exp16(V16 x) {
   // 2^n * e^r with |r| <= ln(2)/2 and a Taylor polynomial of degree 6 (error below 1 ulp of 2^-22).
-  // The bounds come first: of a NaN, x86 gives the second operand.
+  // The order of the operands keeps a NaN: of two, x86 takes the second where either is one.
   x = max(set1(-87.0f), x);
   x = min(set1(88.0f), x);
   const V16 n = round_even(mul(x, set1(1.44269504f)));
@@ -57,7 +57,8 @@ inline V16 activated(V16 x) {
 
 template <Activation A>
 void gated(const float* gate, const float* up, size_t n, float* out) {
-  for (size_t i = 0; i < n; i += 16) store(out + i, mul(activated<A>(load(gate + i)), load(up + i)));
+  for (size_t i = 0; i < n; i += 16)
+    store(out + i, mul(activated<A>(load(gate + i)), load(up + i)));
 }
 
 template <Activation A>
@@ -114,10 +115,17 @@ void quantize(const float* x, size_t groups, const QuantizedRow& row) {
   const size_t stride = row.tokens;
   for (size_t g = 0; g < groups; ++g) {
     const V16 lo = load(x + g * kGroup), hi = load(x + g * kGroup + 16);
-    const float peak = reduce_max(max(abs(lo), abs(hi)));
+    const float peak = reduce_magnitude(larger_magnitude(abs(lo), hi));
     const float scale = peak / 127.0f;
-    const V16 inverse = set1(peak > 0 ? 127.0f / peak : 0.0f);
     int8_t* codes = row.codes + g * stride * kGroup;
+    if (!has_codes(peak)) {
+      for (size_t k = 0; k < kGroup; k += 16) store_i8(codes + k, zero());
+      row.scales[g * stride] = scale;
+      row.sums[g * stride] = scale * 0.0f;
+      row.corrections[g * stride] = 0;
+      continue;
+    }
+    const V16 inverse = set1(127.0f / peak);
     const int32_t sum = store_i8(codes, mul(lo, inverse)) + store_i8(codes + 16, mul(hi, inverse));
     row.scales[g * stride] = scale;
     row.sums[g * stride] = scale * static_cast<float>(sum);
@@ -131,9 +139,13 @@ void to_f16(const float* x, size_t n, uint16_t* out) {
 
 float to_i8(const float* x, size_t n, int8_t* out) {
   V16 peaks = zero();
-  for (size_t i = 0; i < n; i += 16) peaks = max(peaks, abs(load(x + i)));
-  const float peak = reduce_max(peaks);
-  const V16 inverse = set1(peak > 0 ? 127.0f / peak : 0.0f);
+  for (size_t i = 0; i < n; i += 16) peaks = larger_magnitude(peaks, load(x + i));
+  const float peak = reduce_magnitude(peaks);
+  if (!has_codes(peak)) {
+    for (size_t i = 0; i < n; i += 16) store_i8(out + i, zero());
+    return peak / 127.0f;
+  }
+  const V16 inverse = set1(127.0f / peak);
   for (size_t i = 0; i < n; i += 16) store_i8(out + i, mul(load(x + i), inverse));
   return peak / 127.0f;
 }
@@ -200,7 +212,6 @@ inline void key_scores(const AttentionJob& job, size_t row, size_t position, flo
     for (size_t w = 0; w < W; ++w) {
       const size_t p = w * kPositionBlock;
       if (job.key_scales) acc[r][w] = mul(acc[r][w], load(job.key_scales + position + p));
-      if (job.cap > 0) acc[r][w] = capped(acc[r][w], job.cap);
       store(scores + r * kSpan + p, acc[r][w]);
     }
 }
@@ -281,6 +292,7 @@ void attend(const AttentionJob& job) {
     POCKETSLM_FOR_ROW_GROUPS(job.rows, (all_key_scores<R, T>(job, row, first, count, scores)))
     for (size_t r = 0; r < job.rows; ++r) {
       float* s = scores[r];
+      if (job.cap > 0) soft_cap(s, count, job.cap);
       const size_t visible = job.limits[r] <= first          ? 0
                              : job.limits[r] - first < count ? job.limits[r] - first
                                                              : count;

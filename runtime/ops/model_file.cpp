@@ -27,7 +27,8 @@ ModelFile::~ModelFile() {
 }
 
 Failure ModelFile::open(const char* path) {
-  const int file = ::open(path, O_RDONLY | O_CLOEXEC);
+  // Not to wait for the other end where a pipe lies in its place.
+  const int file = ::open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0)
     return {PSLM_ERROR_FILE, "cannot open " + std::string(path) + ": " + std::strerror(errno)};
   struct stat info;

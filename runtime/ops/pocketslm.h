@@ -1,8 +1,17 @@
 /* The C border of the native engine.
  *
  * Every function that can fail returns a status and, where it takes `error`, writes one line of
- * text into the caller's buffer. Nothing throws or exits across this border. A session may be used
- * by one thread at a time; a model may be shared by any number of sessions.
+ * text into the caller's buffer. Nothing throws or exits across this border.
+ *
+ * Threads. A model may be shared by any number of sessions and threads. A session serves one thread
+ * at a time: a second one that comes in meanwhile gets PSLM_ERROR_BUSY and changes nothing, and
+ * pslm_session_close leaves a session alone that another thread is in. pslm_length may always be
+ * asked. After fork() the child has no more than the calling thread: there, sessions of several
+ * threads give PSLM_ERROR_FORK, and closing one frees nothing.
+ *
+ * Files. A model file is mapped, and read for as long as the model is open. Whoever cuts or rewrites
+ * it in place meanwhile ends this process with SIGBUS or changes its answers: write a new file beside
+ * it and rename() it over the old one, whose content stays with those that have it open.
  */
 #ifndef POCKETSLM_H
 #define POCKETSLM_H
@@ -29,7 +38,10 @@ typedef enum {
   PSLM_ERROR_FORMAT = 3,   /* the file is not a valid model.slm of a known version */
   PSLM_ERROR_CONTEXT = 4,  /* the tokens do not fit the session's context */
   PSLM_ERROR_MEMORY = 5,
-  PSLM_ERROR_ISA = 6 /* the named kernel path is unknown or this CPU lacks it */
+  PSLM_ERROR_ISA = 6,        /* the named kernel path is unknown or this CPU lacks it */
+  PSLM_ERROR_BUSY = 7,       /* another thread is in the session */
+  PSLM_ERROR_FORK = 8,       /* the session's threads stayed behind in a fork */
+  PSLM_ERROR_NOT_FINITE = 9  /* the model computes NaN or infinity */
 } pslm_status;
 
 typedef enum {

@@ -5,7 +5,7 @@
 #include <tuple>
 #include <utility>
 
-#include "half.h"
+#include "finite.h"
 #include "kernels.h"
 
 namespace pocketslm {
@@ -51,16 +51,8 @@ Form form_of(Code code) {
   return {};
 }
 
-template <typename T>
-bool all_finite(const T* values, size_t count) {
-  for (size_t i = 0; i < count; ++i) {
-    if constexpr (sizeof(T) == 2) {
-      if (!std::isfinite(half_to_float(values[i]))) return false;
-    } else {
-      if (!std::isfinite(values[i])) return false;
-    }
-  }
-  return true;
+bool finite_halves(const uint16_t* halves, size_t count) {
+  return std::none_of(halves, halves + count, [](uint16_t h) { return (h & 0x7c00) == 0x7c00; });
 }
 
 class Resolver {
@@ -117,7 +109,8 @@ class Resolver {
   Step step_;
   // The width of what each buffer holds now, 0 where it is nothing that may be read.
   size_t held_[kBuffers]{};
-  size_t pieces_ = kNone, panel_ = kNone;  // the steps that attended and hidden come from, if direct
+  // The steps that attended and hidden come from, if they are as these left them.
+  size_t pieces_ = kNone, panel_ = kNone;
 };
 
 // A section that the record names; null where it names none.
@@ -266,7 +259,7 @@ void Resolver::embed() {
     check(positions->kind == WeightKind::f32
               ? all_finite(reinterpret_cast<const float*>(positions->data), count)
           : positions->kind == WeightKind::f16
-              ? all_finite(reinterpret_cast<const uint16_t*>(positions->data), count)
+              ? finite_halves(reinterpret_cast<const uint16_t*>(positions->data), count)
               : true,
           "positions hold a value that is not finite");
   }
@@ -274,7 +267,8 @@ void Resolver::embed() {
 }
 
 void Resolver::normalize() {
-  check(record_->sizes[0] < kBuffers, "the buffer is unknown here: the file needs a newer pocketslm");
+  check(record_->sizes[0] < kBuffers,
+        "the buffer is unknown here: the file needs a newer pocketslm");
   step_.buffer = static_cast<BufferId>(record_->sizes[0]);
   step_.width = record_->sizes[1], step_.group = record_->sizes[2];
   check(step_.width == input(step_.buffer), "the buffer has another width");
@@ -440,8 +434,8 @@ void Resolver::set_counters() {
 void Resolver::run(const std::vector<OperationRecord>& operations,
                    const std::vector<StateRecord>& states, bool all_used) {
   if (operations.size() < 2 || operations.size() > kMaxOperations)
-    throw Fault{"a program of " + std::to_string(operations.size()) + " operations, expected 2 to " +
-                std::to_string(kMaxOperations)};
+    throw Fault{"a program of " + std::to_string(operations.size()) +
+                " operations, expected 2 to " + std::to_string(kMaxOperations)};
   if (states.size() > kMaxOperations) throw Fault{"more states than operations"};
   program_.states = states;
   program_.hidden_size = limits_.hidden_size;
@@ -458,7 +452,8 @@ void Resolver::run(const std::vector<OperationRecord>& operations,
     const Code code = static_cast<Code>(record_->code);
     if (!form_of(code).sections)
       throw Fault{"operation " + std::to_string(index_) + " has code " +
-                  std::to_string(record_->code) + ", unknown here: the file needs a newer pocketslm"};
+                  std::to_string(record_->code) +
+                  ", unknown here: the file needs a newer pocketslm"};
     check_form();
     check((code == Code::embed) == (index_ == 0) &&
               (code == Code::head) == (index_ + 1 == operations.size()),
@@ -478,7 +473,8 @@ void Resolver::run(const std::vector<OperationRecord>& operations,
     program_.steps.push_back(step_);
   }
   for (size_t i = 0; i < states.size(); ++i)
-    if (!stored_[i]) throw Fault{"state " + std::to_string(i) + " is declared, but nothing stores it"};
+    if (!stored_[i])
+      throw Fault{"state " + std::to_string(i) + " is declared, but nothing stores it"};
   for (size_t i = 0; all_used && i < used_.size(); ++i)
     if (!used_[i] && table_.sections[i].kind != static_cast<uint16_t>(WeightKind::blob))
       throw Fault{describe(table_.sections[i]) + " (number " + std::to_string(i) +

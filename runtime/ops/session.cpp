@@ -97,13 +97,9 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   }
 }
 
-size_t Session::bindable(size_t positions) const {
-  return std::min<size_t>(positions / kPositionBlock * kPositionBlock, model_.config.max_context);
-}
-
 void Session::bind_cache(void* const* places, size_t positions, size_t length) {
   states_.bind(places, positions);
-  context_ = bindable(positions);
+  context_ = context_of(positions);
   length_ = length;
 }
 
@@ -118,6 +114,7 @@ void Session::restore(size_t count, const uint8_t* in) {
 }
 
 void Session::forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits) {
+  trust_logits();
   for (size_t done = 0; done < count;) {
     const size_t part = std::min(batch_, count - done);
     Head head = Head::none;
@@ -205,7 +202,8 @@ void Session::prepare_rotation() {
 
 void Session::apply(const Norm& norm, const float* x, size_t n, float* out) const {
   if (norm.kind == NormKind::rms) kernels_.rms_norm(x, norm.weight, n, norm.eps, out);
-  if (norm.kind == NormKind::layer) kernels_.layer_norm(x, norm.weight, norm.bias, n, norm.eps, out);
+  if (norm.kind == NormKind::layer)
+    kernels_.layer_norm(x, norm.weight, norm.bias, n, norm.eps, out);
 }
 
 // The rows of `width` in quantized form, each made ready by prepare(token) before. One token is
@@ -268,7 +266,8 @@ void Session::set_updates(std::vector<StepUpdates> updates) {
     const auto& [first, second, third] = updates[i].of;
     widest = std::max(widest, first.rank + second.rank + third.rank);
     const Step& step = program_.steps[i];
-    updates_hidden_ |= step.code == Code::project_add && step.buffer == BufferId::hidden && first.rank;
+    updates_hidden_ |=
+        step.code == Code::project_add && step.buffer == BufferId::hidden && first.rank;
   }
   lowered_.assign(widest * batch_, 0.0f);
   for (Member& member : members_) member.lowered.assign(widest, 0.0f);
@@ -356,25 +355,31 @@ void Session::add_projection(unsigned m, const Step& step, const StepUpdates& up
   const float* bias = step.bias[0];
   const PanelView input = product_input(m, step);
   const float* low = lower(m, {&update}, input);
-  const bool normed = step.norm.kind != NormKind::none;
-  const bool plain = !normed && !bias && step.scale == 1.0f;
   float* residual = buffer(BufferId::residual);
+  const bool normed = step.norm.kind != NormKind::none;
+  if (!normed && !bias && step.scale == 1.0f) {
+    multiply(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, const float* y) {
+      const size_t width = blocks * kBlockRows;
+      for (size_t i = 0; i < tokens; ++i) {
+        float* x = residual + (t + i) * w.rows + b * kBlockRows;
+        for (size_t j = 0; j < width; ++j) x[j] += y[i * width + j];
+        if (low) update.add(low + (t + i) * update.rank, b * kBlockRows, width, x);
+      }
+    });
+    return;
+  }
   multiply(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, float* y) {
     const size_t width = blocks * kBlockRows, first = b * kBlockRows;
     for (size_t i = 0; i < tokens; ++i) {
       float* row = y + i * width;
-      float* x = residual + (t + i) * w.rows + first;
-      if (plain) {
-        for (size_t j = 0; j < width; ++j) x[j] += row[j];
-        if (low) update.add(low + (t + i) * update.rank, first, width, x);
-        continue;
-      }
       for (size_t j = 0; bias && j < width; ++j) row[j] += bias[first + j];
       if (low) update.add(low + (t + i) * update.rank, first, width, row);
-      if (normed)
+      if (normed) {
         std::memcpy(&projected_[(t + i) * w.rows + first], row, width * sizeof(float));
-      else
-        for (size_t j = 0; j < width; ++j) x[j] += step.scale * row[j];
+        continue;
+      }
+      float* x = residual + (t + i) * w.rows + first;
+      for (size_t j = 0; j < width; ++j) x[j] += step.scale * row[j];
     }
   });
   if (!normed) return;

@@ -66,8 +66,12 @@ class Session {
   void truncate(size_t length);
   void save(size_t count, uint8_t* out) const { states_.save(count, out); }
   void restore(size_t count, const uint8_t* in);
-  // PSLM_KV_CALLER: see pslm_bind_cache. The context that tensors of `positions` give.
-  size_t bindable(size_t positions) const;
+  // Whether the last call's logits were, those of rows included that screening passed over.
+  bool finite() const;
+  // PSLM_KV_CALLER: see pslm_bind_cache; what the context is of that many positions.
+  size_t context_of(size_t positions) const {
+    return std::min<size_t>(positions / kPositionBlock * kPositionBlock, model_.config.max_context);
+  }
   void bind_cache(void* const* places, size_t positions, size_t length);
   // One entry a step, or none; what is in the context came of other weights and is forgotten.
   void set_updates(std::vector<StepUpdates> updates);
@@ -92,6 +96,7 @@ class Session {
     // Of the head: the highest logits that this thread saw, a heap, and the sum of all.
     std::vector<Candidate> top;
     float peak = 0, sum = 0;  // sum of exp(logit - peak)
+    bool finite = true;       // no logit was NaN or infinite
     Screen screen;
   };
   enum class Head { none, last_logits, all_logits, greedy, top };
@@ -106,6 +111,9 @@ class Session {
   void add_projection(unsigned m, const Step& step, const StepUpdates& updates);
   void gated(unsigned m, const Step& step, const StepUpdates& updates);
   void short_conv(unsigned m, const Step& step);
+  void trust_logits() {
+    for (Member& member : members_) member.finite = true;
+  }
   void run_head(unsigned m, Head head, float* logits);
 
   struct Seen {

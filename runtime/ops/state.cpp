@@ -109,9 +109,9 @@ size_t States::saved_from(const Kept& kept, size_t count) {
              : 0;
 }
 
-// Calls copy(pointer, bytes) for every run of bytes that belongs to the first positions, of a window
-// the last ones of these. Whole key blocks are saved: what lies past the last position is never read
-// before it is overwritten.
+// Calls copy(pointer, bytes) for every run of bytes that belongs to the first positions, or to the
+// last of these that a window needs. Whole key blocks are saved: what lies past the last position is
+// never read before it is overwritten.
 template <typename Copy>
 void States::visit_saved(size_t count, Copy&& copy) const {
   if (!count) return;

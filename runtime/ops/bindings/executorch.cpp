@@ -9,6 +9,7 @@
 //   out     float [1, vocab_size], of the last token
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <list>
 #include <memory>
 
@@ -31,8 +32,8 @@ using executorch::runtime::KernelRuntimeContext;
 using executorch::runtime::Span;
 
 // Kernels have no state of their own, so decoders are kept here, by where their model lies. A
-// program may be unloaded and another mapped in its place, so the header and the table of sections are compared at
-// every call.
+// program may be unloaded and another mapped in its place, so the header and the table of sections
+// are compared at every call.
 class Decoders {
  public:
   std::shared_ptr<Decoder> find(const uint8_t* model, size_t bytes, uint32_t threads,
@@ -68,7 +69,7 @@ class Decoders {
 };
 
 bool has(const Tensor& tensor, ScalarType type, ssize_t rank) {
-  return tensor.scalar_type() == type && tensor.dim() == rank;
+  return tensor.scalar_type() == type && tensor.dim() == rank && tensor.const_data_ptr();
 }
 
 std::string decode(const Tensor& tokens, const Tensor& start, const Tensor& model,
@@ -121,10 +122,24 @@ std::string decode(const Tensor& tokens, const Tensor& start, const Tensor& mode
   return decoder->run(step);
 }
 
-void run(KernelRuntimeContext& context, Span<EValue*> stack) {
+// A program says what a kernel gets, so that nothing of it is taken for granted. ExecuTorch knows no
+// exceptions.
+std::string decode(Span<EValue*> stack) {
+  constexpr size_t kTensors = 6;
+  if (stack.size() < kTensors) return "there are fewer than 6 arguments";
+  for (size_t i = 0; i < kTensors; ++i)
+    if (!stack[i] || !stack[i]->isTensor()) return "argument " + std::to_string(i) + " is no tensor";
   const auto tensor = [&](size_t index) -> const Tensor& { return stack[index]->toTensor(); };
-  const std::string failure =
-      decode(tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5));
+  return decode(tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5));
+}
+
+void run(KernelRuntimeContext& context, Span<EValue*> stack) {
+  std::string failure;
+  try {
+    failure = decode(stack);
+  } catch (const std::exception& error) {
+    failure = error.what();
+  }
   if (failure.empty()) return;
   ET_LOG(Error, "pocketslm::decoder: %s", failure.c_str());
   context.fail(Error::InvalidArgument);

@@ -72,7 +72,7 @@ std::string run_on(const std::vector<int>& cpus) {
 }
 
 void drop_from_page_cache(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) return;  // opening the model says why
   fsync(file);  // pages that were not written yet would stay
   posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
@@ -113,6 +113,18 @@ void Engine::unload() {
 }
 
 std::string Engine::load(const LoadOptions& options) {
+  std::string failure;
+  try {
+    failure = load_parts(options);
+  } catch (...) {
+    unload();
+    throw;
+  }
+  if (!failure.empty()) unload();
+  return failure;
+}
+
+std::string Engine::load_parts(const LoadOptions& options) {
   unload();
   if (const std::string failure = run_on(options.cpus); !failure.empty()) return failure;
   if (options.cold) drop_from_page_cache(options.path);
@@ -137,7 +149,6 @@ std::string Engine::load(const LoadOptions& options) {
   }
   profiled_ = options.profile;
   restart_times();
-  if (!failure.empty()) unload();
   load_ms_ = milliseconds_since(start);
   return failure;
 }
@@ -155,7 +166,7 @@ std::string Engine::read_chat(const Json& chat) {
   }
   if (const Json* eos = chat.find("eos"))
     for (const Json& id : eos->items) {
-      if (!(id.number >= 0 && id.number < model_info_.vocab_size))
+      if (!id.is_whole(0, model_info_.vocab_size - 1.0))
         return "the chat section names an unknown token";
       chat_.eos.push_back(static_cast<int32_t>(id.number));
     }
@@ -214,11 +225,12 @@ std::string Engine::encode_chat(const std::vector<Message>& messages,
   return "";
 }
 
-// Keep what the session already holds of these tokens, at most `limit` of them.
+// Keep what the session already holds of these tokens, at most `limit` of them; none where it has
+// forgotten what it knew then.
 size_t Engine::keep_common(const std::vector<int32_t>& tokens, size_t limit) {
   size_t common = 0;
   while (common < cached_.size() && common < limit && cached_[common] == tokens[common]) ++common;
-  pslm_truncate(session_, common);
+  if (pslm_truncate(session_, common) != PSLM_OK) pslm_truncate(session_, common = 0);
   cached_.resize(common);
   return common;
 }
@@ -227,6 +239,7 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
                              const std::function<void(const NewToken&)>& on_token,
                              const std::function<bool()>& go_on, Outcome& outcome) {
   if (prompt.empty()) return "the prompt is empty";
+  if (!model_info_.head_macs) return "the model is an encoder: it has no next token";
   const size_t context = session_info().context;
   if (prompt.size() > context)
     return std::to_string(prompt.size()) + " tokens do not fit the context of " +
@@ -314,10 +327,11 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
 
 std::string Engine::logits(const std::vector<int32_t>& tokens, size_t first,
                            std::vector<float>& out) {
+  if (tokens.empty()) return "the prompt is empty";
   const size_t common = keep_common(tokens, first);
   const bool all = first + 1 < tokens.size();
   const size_t count = tokens.size() - common;
-  out.resize((all ? count : 1) * model_info_.vocab_size);
+  out.resize((all ? count : 1) * model_info_.output_size);
   ErrorLine error;
   if (pslm_forward(session_, tokens.data() + common, count,
                    all ? PSLM_LOGITS_ALL : PSLM_LOGITS_LAST, out.data(), out.size(),
@@ -325,7 +339,7 @@ std::string Engine::logits(const std::vector<int32_t>& tokens, size_t first,
     return error.text;
   if (all)
     out.erase(out.begin(), out.begin() + static_cast<std::ptrdiff_t>((first - common) *
-                                                                     model_info_.vocab_size));
+                                                                     model_info_.output_size));
   cached_ = tokens;
   return "";
 }
@@ -343,7 +357,7 @@ std::vector<int32_t> Engine::random_tokens(size_t count) const {
 std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size_t repeats,
                           const std::function<bool()>& go_on, Times& times) {
   ErrorLine error;
-  std::vector<float> logits(model_info_.vocab_size);
+  std::vector<float> logits(model_info_.output_size);
   for (size_t repeat = 0; repeat < repeats; ++repeat) {
     reset();
     restart_times();

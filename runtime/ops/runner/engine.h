@@ -100,6 +100,7 @@ class Engine {
 
  private:
   void unload();
+  std::string load_parts(const LoadOptions& options);
   std::string read_chat(const Json& chat);
   size_t keep_common(const std::vector<int32_t>& tokens, size_t limit);
 

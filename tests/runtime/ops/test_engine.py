@@ -281,9 +281,13 @@ def test_bad_arguments_are_typed_errors(
         session.truncate(1)
     with pytest.raises(UsageError, match="threads"):
         model.session(threads=0)
-    with pytest.raises(UsageError, match="65 threads"):
+    with pytest.raises(UsageError, match="threads is 65"):
         model.session(threads=65)
-    with pytest.raises(UsageError, match="above the model"):
+    with pytest.raises(UsageError, match="threads is 4294967297"):
+        model.session(threads=2**32 + 1)
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        session.step_greedy(2**32 + 5)
+    with pytest.raises(UsageError, match="context is 10000, expected 1 to 640"):
         model.session(context=10_000)
     with pytest.raises(UsageError, match="KV type"):
         model.session(kv_type="fp8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from native_support import quantize, tiny_config, tiny_weights
 
-from pocketslm.errors import BundleError
+from pocketslm.errors import BackendError, BundleError
 from pocketslm.models.config import LayerSize
 from pocketslm.runtime.backends.native import NativeModel
 
@@ -111,7 +112,9 @@ def test_random_mutations_never_crash(tmp_path: Path, content: bytes) -> None:
             else:
                 accepted += 1
                 if accepted <= 200 and model.info.max_context <= 4096:
-                    model.session(threads=1).forward([0, 1, 2])
+                    # Weights that are other bytes may give logits that are not finite.
+                    with contextlib.suppress(BackendError):
+                        model.session(threads=1).forward([0, 1, 2])
                 del model
             file.seek(0)
             file.write(content[:table_end])

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
+from native_runner import running
 from native_support import quantize
 from program_cases import CASES, DECODERS, ENCODERS, WINDOW, program
 from program_support import HIDDEN, VOCABULARY
 
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.models.tensors import Weight
-from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
+from pocketslm.runtime.backends.native import (
+    ErrorText,
+    NativeModel,
+    NativeSession,
+    _Options,
+    isa_names,
+    load_library,
+)
+from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.generation import Engine
+from pocketslm.runtime.ops.ids import STATE
 
 # Root-mean-square error over the spread of the output. Float weights leave the fp16 cache as the
 # largest error; quantized ones add int8 activations, an int8 cache about as much again.
 FLOAT_TOLERANCE = 2e-3
 INT8_TOLERANCE = 0.06
+ARM_TOLERANCE = 2e-3  # another mathematical library, and other batches
 PIECES = [300, 17, 2, 1, 1, 1, 260]  # batches, single tokens, and more than a window's ring
 TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, sum(PIECES))
 # Models that forget: of windows what is older, of convolutions all but the last columns.
@@ -99,6 +112,26 @@ def test_thread_counts_give_the_same_bits(tmp_path: Path) -> None:
         outputs = [model.session(threads=threads).forward(TOKENS[:290]) for threads in (1, 2, 3)]
         for other in outputs[1:]:
             np.testing.assert_array_equal(outputs[0], other)
+
+
+@pytest.mark.parametrize(("cpu", "isa"), [("max", "neon_i8mm"), ("cortex-a76", "neon_dotprod")])
+def test_arm_paths_agree_with_this_machine(
+    cpu: str, isa: str, arm_runner_path: Path, tmp_path: Path
+) -> None:
+    with running(["qemu-aarch64-static", "-cpu", cpu, str(arm_runner_path)]) as runner:
+        for name, kv_type in itertools.product(CASES, ("fp16", "int8")):
+            path = program(name, mixed).write(tmp_path / f"{name}.slm")
+            loaded = runner.ask(op="load", path=str(path), threads=2, kv=kv_type)
+            assert loaded["isa"] == isa
+            session = NativeModel(path).session(threads=2, kv_type=kv_type)
+            # A batch, a single token behind it, and more than a window.
+            for count in (27,) if name in ENCODERS else (27, 28, 60):
+                tokens = TOKENS[:count]
+                asked = runner.ask(op="logits", tokens=tokens.tolist())
+                session.truncate(0)
+                expected = session.forward(tokens)[0]
+                actual = np.array(asked["logits"], np.float32)
+                assert relative_error(actual, expected) <= ARM_TOLERANCE
 
 
 # State.
@@ -184,6 +217,67 @@ def test_a_convolution_goes_back_to_nothing_but_the_beginning(tmp_path: Path) ->
         session.truncate(19)
 
 
+class CallersCache:
+    """A session whose keys and values lie in arrays of ours, which begin as NaN."""
+
+    def __init__(self, path: Path, positions: int) -> None:
+        self.library, self.error = load_library(), ErrorText()
+        self.model = NativeModel(path)
+        self.handle = ctypes.c_void_p()
+        options, handle = _Options(0, 2, 2, 0, None), ctypes.byref(self.handle)
+        self.error.check(
+            self.library.pslm_session_open(
+                self.model._handle, ctypes.byref(options), handle, self.error.argument
+            )
+        )
+        self.arrays = []
+        for index in range(self.model.info.states):
+            state = (ctypes.c_uint32 * 4)()
+            assert self.library.pslm_model_state(self.model._handle, index, state) == 0
+            assert state[0] == STATE["kv"]
+            shape = (2, state[1], positions, state[2])
+            self.arrays += list(np.full(shape, np.nan, np.float16))
+        assert self.library.pslm_model_state(self.model._handle, index + 1, state) != 0
+        self.positions = positions
+
+    def forward(self, tokens: np.ndarray, past: int) -> np.ndarray:
+        places = (ctypes.c_void_p * len(self.arrays))(*(a.ctypes.data for a in self.arrays))
+        sizes = (ctypes.c_size_t(n) for n in (len(places), self.positions, past))
+        bind = self.library.pslm_bind_cache
+        self.error.check(bind(self.handle, places, *sizes, self.error.argument))
+        ids, out = tokens.astype(np.int32), np.empty(VOCABULARY, np.float32)
+        arguments = ids.ctypes.data, ids.size, 1, out.ctypes.data, out.size, self.error.argument
+        self.error.check(self.library.pslm_forward(self.handle, *arguments))
+        return out
+
+    def close(self) -> None:
+        self.library.pslm_session_close(self.handle)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_callers_cache_keeps_all_positions(name: str, tmp_path: Path) -> None:
+    """So a window can be cut back to any length."""
+    path = program(name).write(tmp_path / "m.slm")
+    session = CallersCache(path, 500)
+    session.forward(TOKENS[:400], 0)
+    other = NativeModel(path).session(threads=1)
+    for length in (390, 17):
+        other.forward(TOKENS[:length])
+        expected = other.forward(TOKENS[5:9])
+        other.truncate(0)
+        actual = session.forward(TOKENS[5:9], length)
+        assert relative_error(actual, expected[0]) <= FLOAT_TOLERANCE
+    session.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("lfm", "state of a convolution"), ("bert", "bidirectional")]
+)
+def test_what_a_callers_cache_cannot_hold(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=reason):
+        CallersCache(program(name).write(tmp_path / "m.slm"), 100)
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_keep_nothing(name: str, tmp_path: Path) -> None:
     made = program(name)
@@ -202,6 +296,51 @@ def test_encoders_keep_nothing(name: str, tmp_path: Path) -> None:
         session.forward_top(TOKENS[:3], 2)
     with pytest.raises(ContextOverflowError):
         session.forward(np.zeros(641, np.int64))
+
+
+class Counted(NativeSession):
+    """Counts the tokens that run."""
+
+    ran = 0
+
+    def forward(self, tokens: np.ndarray, **options: bool) -> np.ndarray:
+        self.ran += len(tokens)
+        return super().forward(tokens, **options)
+
+    def forward_top(self, tokens: np.ndarray, count: int) -> tuple:
+        self.ran += len(tokens)
+        return super().forward_top(tokens, count)
+
+    def step_greedy(self, token: int) -> int:
+        self.ran += 1
+        return super().step_greedy(token)
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm", "mistral"])
+def test_a_prompt_is_read_from_where_the_session_can_go_back_to(name: str, tmp_path: Path) -> None:
+    """The state after the prompt before serves a session that forgets; never that of others."""
+    model = NativeModel(program(name, mixed).write(tmp_path / "m.slm"))
+    session = Counted(model, threads=1)
+    engine = Engine(session)
+    config = GenerationConfig(max_new_tokens=5)
+    first = [int(token) for token in TOKENS[:300]]
+
+    def answer(engine: Engine, prompt: list[int]) -> list[int]:
+        return [step.token for step in engine.generate(prompt, config, [])]
+
+    def ran(prompt: list[int]) -> int:
+        """How many tokens this prompt makes the session run, with the right answer."""
+        before = session.ran
+        assert answer(engine, prompt) == answer(Engine(model.session(threads=1)), prompt)
+        return session.ran - before
+
+    after = [(token + 1) % VOCABULARY for token in first[:20]]
+    assert ran(first) == 300 + 4
+    assert ran(first + after) == 20 + 4  # behind the prompt, but the answer was another
+    assert ran(first[:290] + after) == (310 if name == "lfm" else 20) + 4  # within the prompt
+    assert ran(first[:30] + after) == (20 if name == "llama" else 50) + 4  # before the window
+    engine.cached.clear()
+    assert ran(first + after) == 324
 
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:

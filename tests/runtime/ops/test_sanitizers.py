@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from native_runner import Runner, running, running_with
+from program_cases import CASES, ENCODERS, program
+from program_support import mutations
 
 import tokenizer_support
 from pocketslm.runtime.backends.native import isa_names
@@ -17,7 +19,7 @@ TOKENS = [i * 37 % 264 for i in range(290)]  # more than one batch, with a tail 
 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
 def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    probe = tmp_path_factory.mktemp("probe")
+    probe = tmp_path_factory.mktemp(request.param.partition(",")[0])
     (probe / "empty.cpp").write_text("int main() {}\n")
     flags = [f"-fsanitize={request.param}", "-o", str(probe / "empty")]
     command = [*build.find_toolchain().command, str(probe / "empty.cpp"), *flags]
@@ -53,3 +55,37 @@ def test_no_findings(sanitized: Path, chat_model: Path) -> None:
         runner.generate(prompt="the \u00e9 <|im_end|>", max_tokens=9, temperature=1.0, top_k=5)
         runner.generate(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
         assert_no_findings(runner)
+
+
+def test_programs(sanitized: Path, tmp_path: Path) -> None:
+    """Every feature of a program: batches, single tokens and a ring that is passed."""
+    with running([str(sanitized)]) as runner:
+        for name in CASES:
+            path = str(program(name).write(tmp_path / f"{name}.slm"))
+            for kv, isa in (("fp16", isa_names()[0]), ("int8", isa_names()[-1])):
+                loaded = runner.ask(op="load", path=path, threads=3, isa=isa, kv=kv)
+                assert loaded["event"] == "loaded", loaded
+                pieces = [290] if name in ENCODERS else [290, 310, 311, 20]
+                for count in pieces:
+                    tokens = [i * 37 % 100 for i in range(count)]
+                    assert runner.ask(op="logits", tokens=tokens)["event"] == "logits"
+        assert_no_findings(runner)
+
+
+MUTATIONS = 1500
+
+
+@pytest.mark.parametrize("name", ["gemma3", "lfm", "bert"])
+def test_mutated_programs(name: str, sanitized: Path, tmp_path: Path) -> None:
+    """What is still accepted runs within its memory."""
+    if "thread" in sanitized.parent.name:
+        pytest.skip("one thread has no races")
+    content, path, accepted = program(name, context=64).content(), tmp_path / "m.slm", 0
+    with running([str(sanitized)]) as runner:
+        for changed in mutations(content, MUTATIONS // 3):
+            path.write_bytes(changed)
+            loaded = runner.ask(op="load", path=str(path), threads=1, isa="auto", context=32)
+            if loaded["event"] == "loaded":
+                accepted += 1
+                runner.ask(op="logits", tokens=list(range(9)))
+    assert accepted
