@@ -29,10 +29,11 @@ SOURCES = Path(__file__).resolve().parent
 COMMON = (
     *("api", "attention", "cpu", "head", "kv_cache", "model_file", "probes", "read_plan"),
     *("session", "thread_pool"),
+    *(f"runner/{name}" for name in ("json", "tokenizer", "unicode", "words")),
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
-RUNNER = ("engine", "json", "main", "protocol", "sampler", "tokenizer", "unicode", "words")
+RUNNER = ("engine", "main", "protocol", "sampler")
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
     # Rounding is part of the contract: every path adds and multiplies in the same order.
