@@ -11,7 +11,7 @@ import numpy as np
 from pocketslm.errors import TokenizerError
 from pocketslm.runtime.backends.native import ErrorText, NativeModel, load_library
 
-SPECIAL, PREFIX, GOES_ON = 1, 2, 4  # PSLM_TEXT_
+SPECIAL, WHOLE, GOES_ON = 1, 2, 4  # PSLM_TEXT_
 
 
 class NativeTokenizer:
@@ -44,7 +44,7 @@ class NativeTokenizer:
                 f"cannot encode text with the lone surrogate {text[error.start]!r}; expected "
                 "Unicode text; decode its source with errors='replace'"
             ) from None
-        flags = SPECIAL * parse_special | PREFIX * add_special_tokens
+        flags = SPECIAL * parse_special | WHOLE * add_special_tokens
         call = self._library.pslm_encode
         # A byte is a token at most, but for what NFC makes of it.
         return list(_filled(call, self._handle, data, len(data), flags, ctypes.c_int32, len(data)))
@@ -52,7 +52,7 @@ class NativeTokenizer:
     def decode(self, ids: Sequence[int], *, goes_on: bool = False) -> bytes:
         """The bytes of ``ids`` without special tokens, which may end inside a character.
 
-        ``goes_on``: these are not the first tokens of a text.
+        ``goes_on``: these are not the first tokens of a text. WordPiece's spaces before signs stay.
         Raises :class:`UsageError` for ids outside the vocabulary.
         """
         tokens = np.asarray(ids, np.int64).clip(-1, 2**31 - 1).astype(np.int32)

@@ -375,13 +375,13 @@ pslm_status pslm_encode(const pslm_tokenizer* tokenizer, const char* text, size_
                         pslm_error error) {
   if (!tokenizer || (bytes && !text) || (capacity && !tokens) || !count)
     return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  if (flags & ~uint32_t{PSLM_TEXT_SPECIAL | PSLM_TEXT_PREFIX})
+  if (flags & ~uint32_t{PSLM_TEXT_SPECIAL | PSLM_TEXT_WHOLE})
     return report(error, PSLM_ERROR_ARGUMENT, "unknown flags of text");
   return guarded(error, [&] {
     const Tokenizer& own = tokenizer->tokenizer;
     std::vector<int32_t> out;
-    if (flags & PSLM_TEXT_PREFIX) out = own.prefix();
-    own.encode({{{text, bytes}, (flags & PSLM_TEXT_SPECIAL) != 0}}, out);
+    const TextPart part{{text, bytes}, (flags & PSLM_TEXT_SPECIAL) != 0};
+    flags & PSLM_TEXT_WHOLE ? own.encode_whole(part, out) : own.encode({part}, out);
     return hand_over(out.data(), out.size(), tokens, capacity, count, error);
   });
 }

@@ -29,7 +29,7 @@ SOURCES = Path(__file__).resolve().parent
 COMMON = (
     *("api", "attention", "cpu", "head", "kv_cache", "model_file", "probes", "read_plan"),
     *("session", "thread_pool"),
-    *(f"runner/{name}" for name in ("json", "tokenizer", "unicode", "words")),
+    *(f"runner/{name}" for name in ("bert", "json", "tokenizer", "unicode", "words")),
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")

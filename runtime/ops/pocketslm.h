@@ -39,7 +39,7 @@ typedef enum {
 } pslm_kv_type;
 enum {
   PSLM_TEXT_SPECIAL = 1, /* encode: the names of special tokens mean them; not for users' text */
-  PSLM_TEXT_PREFIX = 2,  /* encode: with what stands before a prompt, commonly one token */
+  PSLM_TEXT_WHOLE = 2,   /* encode: with what stands around a text, such as BOS; not for chats */
   PSLM_TEXT_GOES_ON = 4  /* decode: these are not the first tokens of a text */
 };
 typedef enum { PSLM_LOGITS_NONE = 0, PSLM_LOGITS_LAST = 1, PSLM_LOGITS_ALL = 2 } pslm_logits;

@@ -14,7 +14,8 @@ from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import pack_tokenizer
 from pocketslm.runtime.backends.native import ErrorText, NativeModel, load_library
 from pocketslm.runtime.backends.native_tokenizer import NativeTokenizer
-from tokenizer_support import document, hard_texts, loaded
+from pocketslm.runtime.tokenizer import load_tokenizer_files
+from tokenizer_support import document, hard_texts, loaded, word_piece
 
 
 def model(folder: Path, tokenizer: bytes | None, size: int = 3002) -> NativeModel:
@@ -44,6 +45,19 @@ def test_ids_and_text_equal_the_python_reader(style: str, tmp_path: Path) -> Non
             if kept[:1] == ids[:1]:
                 assert b"".join(parts) == data
             assert native.decode(ids, goes_on=True) == b"".join(map(python.token_bytes, kept))
+
+
+def test_word_pieces_equal_the_python_reader(tmp_path: Path) -> None:
+    packed, reason = pack_tokenizer(word_piece())
+    assert packed is not None, reason
+    native = NativeTokenizer(model(tmp_path, packed))
+    python = load_tokenizer_files({"tokenizer.json": word_piece()}, "python")
+    for text in hard_texts(300):
+        for special in (False, True):
+            ids = python.encode(text, parse_special=special, add_special_tokens=special)
+            assert native.encode(text, parse_special=special, add_special_tokens=special) == ids
+    # Unlike the readers it writes no space away before a sign.
+    assert native.decode(native.encode("The quick, lazy dog.")) == b"the quick , lazy dog ."
 
 
 def test_several_threads_share_one(tmp_path: Path) -> None:
