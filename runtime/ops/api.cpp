@@ -70,17 +70,6 @@ pslm_status check_tokens(const Session& session, const int32_t* tokens, size_t c
   return PSLM_OK;
 }
 
-// Into the caller's memory, if it is large enough; `capacity` 0 asks for the size alone.
-template <typename T>
-pslm_status hand_over(const T* made, size_t size, T* out, size_t capacity, size_t* count,
-                      pslm_error error) {
-  *count = size;
-  if (size <= capacity) std::copy(made, made + size, out);
-  if (size <= capacity || capacity == 0) return PSLM_OK;
-  return report(error, PSLM_ERROR_ARGUMENT,
-                "no room for " + std::to_string(size) + ", only for " + std::to_string(capacity));
-}
-
 uint32_t default_threads() {
   const size_t cpus = cpus_by_speed().size();
   return cpus == 0 ? 1 : cpus < 8 ? static_cast<uint32_t>(cpus) : 8;
@@ -369,6 +358,21 @@ pslm_status pslm_tokenizer_open(const pslm_model* model, pslm_tokenizer** tokeni
 }
 
 void pslm_tokenizer_close(pslm_tokenizer* tokenizer) { delete tokenizer; }
+
+namespace {
+
+// Into the caller's memory, if it is large enough; `capacity` 0 asks for the size alone.
+template <typename T>
+pslm_status hand_over(const T* made, size_t size, T* out, size_t capacity, size_t* count,
+                      pslm_error error) {
+  *count = size;
+  if (size <= capacity) std::copy(made, made + size, out);
+  if (size <= capacity || capacity == 0) return PSLM_OK;
+  return report(error, PSLM_ERROR_ARGUMENT,
+                "no room for " + std::to_string(size) + ", only for " + std::to_string(capacity));
+}
+
+}  // namespace
 
 pslm_status pslm_encode(const pslm_tokenizer* tokenizer, const char* text, size_t bytes,
                         uint32_t flags, int32_t* tokens, size_t capacity, size_t* count,
