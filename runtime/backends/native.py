@@ -132,6 +132,12 @@ def load_library() -> ctypes.CDLL:
         "model_close": (None, (pointer,)),
         "model_describe": (ctypes.c_int, (pointer, p(_ModelInfo))),
         "model_blob": (pointer, (pointer, _u32, p(_size))),
+        "tokenizer_open": (ctypes.c_int, (pointer, p(pointer), NativeError)),
+        "tokenizer_close": (None, (pointer,)),
+        **dict.fromkeys(
+            ("encode", "decode"),
+            (ctypes.c_int, (pointer, pointer, _size, _u32, pointer, _size, p(_size), NativeError)),
+        ),
         "session_open": (ctypes.c_int, (pointer, p(_Options), p(pointer), NativeError)),
         "session_close": (None, (pointer,)),
         "session_describe": (ctypes.c_int, (pointer, p(_SessionInfo))),

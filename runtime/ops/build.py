@@ -32,7 +32,9 @@ COMMON = (
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
-RUNNER = ("engine", "json", "main", "protocol", "sampler", "tokenizer", "unicode", "words")
+RUNNER = ("engine", "main", "protocol", "sampler")
+# Text to tokens and back, for both.
+TEXT = tuple(f"runner/{name}" for name in ("bert", "json", "tokenizer", "unicode", "words"))
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
     # Rounding is part of the contract: every path adds and multiplies in the same order.
@@ -174,7 +176,7 @@ def build_library(directory: Path, sanitize: str | None = None) -> Path:
     suffix = "" if sanitize is None else "-" + sanitize.replace(",", "-")
     output = directory / f"libpocketslm-{source_hash()}{suffix}.so"
     flags = [] if sanitize is None else sanitizer_flags(sanitize)
-    return compile_and_link(output, toolchain, (*COMMON, *BINDINGS), flags, ["-shared"])
+    return compile_and_link(output, toolchain, (*COMMON, *TEXT, *BINDINGS), flags, ["-shared"])
 
 
 def executorch_library() -> Path:
@@ -208,7 +210,7 @@ def executorch_library() -> Path:
 def build_runner(output: Path, target: str | None = None, sanitize: str | None = None) -> Path:
     """Build ``pocketslm-run``, static unless a sanitizer is asked for."""
     toolchain = find_toolchain(target)
-    names = [*COMMON, *(f"runner/{name}" for name in RUNNER)]
+    names = [*COMMON, *TEXT, *(f"runner/{name}" for name in RUNNER)]
     flags, link = [], ["-static", "-s"]
     if toolchain.machine == "aarch64":
         link += ["-Wl,-z,max-page-size=16384"]  # phones with 16 KB pages

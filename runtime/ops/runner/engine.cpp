@@ -193,8 +193,8 @@ void Engine::reset() {
 
 std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens) const {
   if (!tokenizer_.loaded()) return "the model file has no tokenizer; pass tokens instead";
-  tokens = tokenizer_.prefix();
-  tokenizer_.encode({{text, true}}, tokens);
+  tokens.clear();
+  tokenizer_.encode_whole({text, true}, tokens);
   return "";
 }
 

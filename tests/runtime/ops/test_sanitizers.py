@@ -28,9 +28,12 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return build.build_runner(probe / "pocketslm-run", sanitize=request.param)
 
 
-@pytest.mark.parametrize("style", ["smollm", "qwen35", "gpt4o", "minicpm5", "deepseek3", "gemma"])
+@pytest.mark.parametrize(
+    "style", ["smollm", "qwen35", "gpt4o", "minicpm5", "deepseek3", "gemma", "bert"]
+)
 def test_no_findings_in_tokenizers(sanitized: Path, style: str, tmp_path: Path) -> None:
-    with running_with(sanitized, tokenizer_support.document(style), tmp_path) as runner:
+    text = tokenizer_support.word_piece() if style == "bert" else tokenizer_support.document(style)
+    with running_with(sanitized, text, tmp_path) as runner:
         for text in tokenizer_support.hard_texts(200):
             assert runner.ask(op="encode", prompt=text)["event"] == "encoded"
         assert_no_findings(runner)
