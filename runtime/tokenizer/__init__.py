@@ -8,7 +8,7 @@ Decoding, streaming and chat templates are one code for both.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -190,9 +190,20 @@ class Tokenizer:
         )
         return self._encode_fragments(fragments)
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The same prompt as text, special tokens written out; for showing, not for encoding."""
-        fragments = self._render(messages, add_generation_prompt=add_generation_prompt)
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        strftime_now: Callable[[str], str] | None = None,
+    ) -> str:
+        """The same prompt as text, special tokens written out; for showing, not for encoding.
+
+        `strftime_now` writes dates in it, by default today's.
+        """
+        fragments = self._render(
+            messages, add_generation_prompt=add_generation_prompt, strftime_now=strftime_now
+        )
         texts = self._vocabulary.texts
         return "".join(part if isinstance(part, str) else texts[part] for part in fragments)
 
