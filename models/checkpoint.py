@@ -16,6 +16,7 @@ from pocketslm.errors import CheckpointError
 from pocketslm.models import architectures
 from pocketslm.models.config import ModelConfig, config_from_gguf, config_from_hf
 from pocketslm.models.tensors import Weight
+from pocketslm.models.tokenizer_files import tokenizer_notes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ORIGIN_FILE = "origin.json"
@@ -25,6 +26,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
     "special_tokens_map.json",
+    "config.json",  # for the ids of its special tokens
 )
 
 
@@ -220,7 +222,7 @@ class GGUFCheckpoint:
             [f"{', '.join(lossy)} blocks were dequantized: no target holds them as they are"]
             if lossy
             else []
-        )
+        ) + tokenizer_notes(meta)
 
     def files(self) -> list[Path]:
         return [self.path]

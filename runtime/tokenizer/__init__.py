@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -24,7 +25,7 @@ from pocketslm.runtime.tokenizer.identity import (
 )
 from pocketslm.runtime.tokenizer.stream import StreamDecoder
 from pocketslm.runtime.tokenizer.unicode_classes import WHITE_SPACE, characters
-from pocketslm.runtime.tokenizer.vocabulary import Vocabulary
+from pocketslm.runtime.tokenizer.vocabulary import Vocabulary, any_of
 
 __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer", "load_tokenizer_files"]
 
@@ -109,6 +110,16 @@ class Tokenizer:
     def leading_strip(self) -> tuple[str, int]:
         """A character, and how often it is taken off the start of a decoded text."""
         return self._decoder.strip, self._decoder.strip_count
+
+    @property
+    def texts(self) -> Mapping[int, str]:
+        """The text of every token, as the vocabulary writes it."""
+        return self._vocabulary.texts
+
+    @property
+    def affixes(self) -> tuple[int, ...]:
+        """The tokens that `encode` adds before and after a text, where asked to."""
+        return (*self._affixes.before, *self._affixes.after)
 
     def token_id(self, text: str) -> int | None:
         """The id of the token with exactly this text in the vocabulary; None if there is none."""
@@ -221,6 +232,28 @@ class Tokenizer:
         )
         texts = self._vocabulary.texts
         return "".join(part if isinstance(part, str) else texts[part] for part in fragments)
+
+    def turn_end(self) -> int | None:
+        """The token with which the chat template closes the assistant's turn; None if there is
+        none, or no template that takes a question and an answer."""
+        if not self._chat:
+            return None
+        answer = "ANSWER"
+        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": answer})
+        try:
+            fragments = self._render(turns, add_generation_prompt=False)
+        except TokenizerError:
+            return None
+        for part, following in pairwise([*fragments, ""]):
+            if not isinstance(part, str) or answer not in part:
+                continue
+            rest = part.partition(answer)[2].strip()
+            if not rest:
+                return following if isinstance(following, int) else None
+            written = any_of(token.content for token in self._vocabulary.added)
+            match = written.match(rest) if written else None
+            return self.token_id(match.group()) if match else None
+        return None
 
     def _render(self, messages: Sequence[Message], **options: Any) -> list[Fragment]:
         if not self._chat:

@@ -20,8 +20,8 @@ from pocketslm.runtime.tokenizer import fields
 Json = Mapping[str, object]
 
 _TOKEN_VARIABLE = re.compile(r"(?:[a-z]+_)?[a-z]+_token")
-_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_LISTS = ("extra_special_tokens", "additional_special_tokens")
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+TOKEN_LISTS = ("extra_special_tokens", "additional_special_tokens")
 _FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
 
 
@@ -141,8 +141,8 @@ def _decoder(config: Json) -> list[dict[str, Any]]:
 
 def _special(config: Json) -> list[tuple[str, dict[str, bool]]]:
     """The tokens that are named or listed as special ones, and their flags where they have any."""
-    values = [config.get(name) for name in _NAMED]
-    for key in _LISTS:
+    values = [config.get(name) for name in NAMED]
+    for key in TOKEN_LISTS:
         listed = config.get(key)
         if isinstance(listed, list):
             values += listed
