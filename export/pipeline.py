@@ -234,20 +234,18 @@ def _lower_native(
 ) -> Graph:
     """``model.slm``, with tokenizer and chat template inside where the runner covers them."""
     from pocketslm.export.lower import native
-    from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
+    from pocketslm.export.lower.native_chat import chat_parts
+    from pocketslm.export.lower.native_tokenizer import pack_tokenizer
     from pocketslm.runtime.tokenizer import load_tokenizer
 
     assert recipe.context is not None
     progress("lower to native", 0.0)
-    tokenizer = load_tokenizer(folder)
     packed, reason = pack_tokenizer((folder / "tokenizer.json").read_bytes())
-    chat = None
-    if packed is not None:
-        chat, reason = chat_parts(tokenizer.render_chat, sorted(tokenizer.eos_token_ids))
+    chat, no_chat = chat_parts(load_tokenizer(folder))
     if packed is None:
         weights.notes.append(f"pocketslm-run takes token ids of this model, not text: {reason}")
-    elif chat is None:
-        weights.notes.append(f"pocketslm-run has no chat mode for this model: {reason}")
+    elif no_chat:
+        weights.notes.append(f"pocketslm-run has no chat mode for this model: {no_chat}")
     report = native.lower(config, weights, folder / "model.slm", tokenizer=packed, chat=chat)
     if report.rounded_scales:
         weights.notes.append(

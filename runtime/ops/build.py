@@ -32,7 +32,7 @@ COMMON = (
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
-RUNNER = ("engine", "json", "main", "protocol", "sampler", "tokenizer", "unicode")
+RUNNER = ("chat", "engine", "json", "main", "protocol", "sampler", "tokenizer", "unicode")
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
     # Rounding is part of the contract: every path adds and multiplies in the same order.

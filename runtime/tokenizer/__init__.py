@@ -74,10 +74,14 @@ class Tokenizer:
         self._affixes = affixes
         self._bytes: dict[tuple[int, bool], bytes] = {}
         self._stripping = {t.id: t for t in vocabulary.added if t.lstrip or t.rstrip}
-        self._chat = chat_template and ChatTemplate(
-            chat_template,
-            {token.content: token.id for token in vocabulary.added if token.special},
-            variables,
+        self._chat = (
+            None
+            if not chat_template
+            else ChatTemplate(
+                chat_template,
+                {token.content: token.id for token in vocabulary.added if token.special},
+                variables,
+            )
         )
         self.identity = identity
 
@@ -110,6 +114,11 @@ class Tokenizer:
     def leading_strip(self) -> tuple[str, int]:
         """A character, and how often it is taken off the start of a decoded text."""
         return self._decoder.strip, self._decoder.strip_count
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template; None if there is none."""
+        return self._chat.source if self._chat else None
 
     @property
     def texts(self) -> Mapping[int, str]:

@@ -82,7 +82,7 @@ class ChatTemplate:
                 "flatten them"
             ) from None
         marks = self._marks(inputs)
-        given = {name: marks.get(text, text) for name, text in self.variables.items()}
+        given: dict[str, Any] = {n: marks.get(text, text) for n, text in self.variables.items()}
         given |= {"add_generation_prompt": add_generation_prompt}
         given |= {"strftime_now": strftime_now} if strftime_now else {}
         fragments = self._fragments({**given, **inputs}, marks)

@@ -64,12 +64,13 @@ def read_identity(generation: Json, model: Json, named: Mapping[str, int]) -> Id
 def _ids(value: object, where: str, *, unset: bool) -> tuple[int, ...]:
     """An id or a list of ids; with `unset`, a negative one stands for none."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(id_) is int and (id_ >= 0 or unset) for id_ in ids):
+    found = [id_ for id_ in ids if type(id_) is int and (id_ >= 0 or unset)]
+    if len(found) != len(ids):
         raise TokenizerError(
             f"{where} is {str(value)[:80]!r}; expected an id or a list of ids; "
             "fetch or export the file again"
         )
-    return tuple(dict.fromkeys(id_ for id_ in ids if id_ >= 0))
+    return tuple(dict.fromkeys(id_ for id_ in found if id_ >= 0))
 
 
 def special_names(config: Json, special_map: Json) -> dict[str, str]:
@@ -94,28 +95,28 @@ def with_added_tokens(document: Json, config: Json, special_map: Json) -> dict[s
     listed = fields.optional(document, "added_tokens", list, [], "tokenizer")
     model = fields.mapping(document.get("model"), "model")
     vocabulary = model.get("vocab")
-    vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
+    known_ids: dict[str, int] = vocabulary if isinstance(vocabulary, dict) else {}
     tokens: dict[str, dict[str, Any]] = {}
     for node in listed:
         entry = fields.mapping(node, "added_tokens")
         tokens[fields.field(entry, "content", str, "added_tokens")] = entry
     before = dict(tokens)
-    for entry in _decoder(config):
-        content = entry["content"]
-        tokens[content] = {**tokens.get(content, {}), **entry}
-    described = set(tokens)
+    for described in _decoder(config):
+        content: str = described["content"]
+        tokens[content] = {**tokens.get(content, {}), **described}
+    known = set(tokens)
     for content, flags in _special(_merged_config(config, special_map)):
-        own = tokens[content] if content in described else {"content": content, **flags}
+        own = tokens[content] if content in known else {"content": content, **flags}
         tokens[content] = {**own, "special": True}
     tokens.pop("", None)
     if all(before.get(content) == entry for content, entry in tokens.items()):
         return dict(document)
-    known = [entry["id"] for entry in before.values() if type(entry.get("id")) is int]
-    following = max([len(vocabulary) - 1, *known]) + 1
+    taken = [entry["id"] for entry in before.values() if type(entry.get("id")) is int]
+    following = max([len(known_ids) - 1, *taken]) + 1
     for content, entry in tokens.items():
         if content in before:
             continue
-        id_ = vocabulary.get(content)
+        id_ = known_ids.get(content)
         if id_ is None:
             id_, following = following, following + 1
         tokens[content] = {**dict.fromkeys(_FLAGS, False), **entry, "id": id_}
@@ -147,7 +148,7 @@ def _special(config: Json) -> list[tuple[str, dict[str, bool]]]:
         if isinstance(listed, list):
             values += listed
             break
-    found = []
+    found: list[tuple[str, dict[str, bool]]] = []
     for value in values:
         if isinstance(value, str):
             found.append((value, {}))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import index
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import nodes, pass_context
 from jinja2.exceptions import SecurityError
@@ -143,7 +143,8 @@ def _children(value: object) -> list[Any] | None:
     return None
 
 
-_KEYS, _VALUES, _ITEMS = type({}.keys()), type({}.values()), type({}.items())
+_EMPTY: dict[Any, Any] = {}
+_KEYS, _VALUES, _ITEMS = type(_EMPTY.keys()), type(_EMPTY.values()), type(_EMPTY.items())
 
 
 class MeteredEnvironment(ImmutableSandboxedEnvironment):
@@ -153,7 +154,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, finalize=_finalize)
-        self.concat = lambda parts: _current.get().join(parts)  # type: ignore[method-assign,assignment]
+        self.concat = lambda parts: _current.get().join(parts)  # type: ignore[method-assign]
         self.globals.pop("lipsum")
         self.filters = {
             name: _filter(name, filter_)
@@ -167,7 +168,8 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             "$spend": _spend,
         }
         self.tests = {
-            name: _weighing(test) if name in _COMPARING else test for name, test in TESTS.items()
+            name: _weighing(cast("Any", test)) if name in _COMPARING else test
+            for name, test in TESTS.items()
         }
 
     def call_binop(self, context: Any, sign: str, left: Any, right: Any) -> Any:
@@ -468,7 +470,8 @@ class Metered(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        for holder in (node, *node.ops):
+        holders: list[Any] = [node, *node.ops]
+        for holder in holders:
             if not isinstance(holder.expr, nodes.Const):
                 holder.expr = _applied("$weigh", holder.expr, node)
         return node
@@ -490,7 +493,7 @@ class Metered(NodeTransformer):
         return node
 
 
-def _applied(name: str, value: nodes.Expr, node: nodes.Node) -> nodes.Filter:
+def _applied(name: str, value: Any, node: nodes.Node) -> nodes.Filter:
     return nodes.Filter(value, name, [], [], None, None, lineno=node.lineno)
 
 
