@@ -193,9 +193,11 @@ ORDINARY = (
     " {{ (1, 2)[::-1] }} {{ messages[0].content[1:] }} {{ [1, 2, 3] | batch(2) | list }}"
     " {{ '<' | e }} {{ {'b': 1}.items() | list }} {{ 'a' in 'ab' }} {{ [1] == [1] }} {{ loop }}"
     "{% for i in range(4) if i % 2 %}{{ loop.index }}/{{ loop.length }}{{ ',' if not loop.last }}"
-    "{% endfor %} {% for i in [1, [2]] recursive %}{{ loop(i) if i is iterable else i }}{% endfor %}"
+    "{% endfor %} {% for i in [1, [2]] recursive %}{{ loop(i) if i is iterable else i }}"
+    "{% endfor %}"
     "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ varargs }}{% endmacro %}{{ f(1) }}{{ f(1, 2, 3) }}"
-    "{% macro g() %}{{ caller() }}{% endmacro %}{% call g() %}w{% endcall %}{% filter upper %}x{% endfilter %}{% set y %}q{% endset %}{{ y }}"
+    "{% macro g() %}{{ caller() }}{% endmacro %}{% call g() %}w{% endcall %}"
+    "{% filter upper %}x{% endfilter %}{% set y %}q{% endset %}{{ y }}"
 )
 
 
