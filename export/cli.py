@@ -363,7 +363,7 @@ def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: 
 
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
-    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    files = checkpoint.tokenizer_files()
     text = resolve(recipe.calibration or "lee", say)
     ids = last_tokens(text, load_tokenizer_files(files).encode, 1024, 256)
     return mixed_precision(
@@ -508,7 +508,7 @@ def _delta(arguments: argparse.Namespace) -> None:
 
     bands = None if arguments.bands is None else parse_bands(arguments.bands)
     base, tuned = open_source(arguments.base, say), open_source(arguments.tuned, say)
-    files = {name: data.decode() for name, data in tuned.tokenizer_files().items()}
+    files = tuned.tokenizer_files()
     window = max(1, min(512, tuned.config.max_position_embeddings, arguments.tokens))
     encode = load_tokenizer_files(files).encode
     ids = last_tokens(resolve(arguments.text, say), encode, arguments.tokens, window)

@@ -212,7 +212,7 @@ def window_of(checkpoint: Checkpoint) -> int:
 
 def _influence(checkpoint: Checkpoint, base: Recipe, calibration: str) -> list[float]:
     """Block influence of each layer on the calibration text: one forward pass."""
-    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    files = checkpoint.tokenizer_files()
     window = base.calibration_window
     tokens = max(window, min(base.calibration_tokens, INFLUENCE_TOKENS))
     ids = last_tokens(resolve(calibration), load_tokenizer_files(files).encode, tokens, window)

@@ -1,5 +1,4 @@
-"""Pack tokenizer.json and a chat template for ``pocketslm-run``, which has no JSON model reader
-and no Jinja.
+"""Pack tokenizer.json for ``pocketslm-run``, which has no reader of such files.
 
 The runner covers BPE over bytes with the words of GPT-2 (digits apart or not), Llama 3, Qwen 2 and
 3.5, MiniCPM 5, GPT-4o, Tekken and DeepSeek 3, SentencePiece's BPE with byte fallback (Llama 2,
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pocketslm.models import tokenizer_files as words_of
@@ -22,7 +21,6 @@ from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet
 VERSION = 3
 NO_TOKEN = 2**32 - 1  # a byte that no text of the training data had; it encodes to nothing
 MARK = "▁"
-Messages = list[dict[str, str]]
 Node = Mapping[str, Any]
 
 # As in runtime/ops/runner/words.h and tokenizer.h.
@@ -250,55 +248,3 @@ def _added_flags(token: Node, marked: bool) -> int:
         | TAKES_SPACE_AFTER * bool(token.get("rstrip"))
         | MARKED * (marked and MARK in token["content"])
     )
-
-
-def chat_parts(
-    render: Callable[[Messages, bool], str], eos: Sequence[int]
-) -> tuple[dict[str, Any] | None, str]:
-    """The strings of a template around alternating messages, or None and the reason.
-
-    ``render(messages, add_generation_prompt)`` is the template. It is taken apart with marks for
-    contents and put to the test on longer conversations.
-    """
-    marks = {"system": "<<system>>", "user": "<<user>>", "assistant": "<<assistant>>"}
-
-    def message(role: str) -> dict[str, str]:
-        return {"role": role, "content": marks[role]}
-
-    def between(text: str, left: str, right: str) -> str:
-        start = text.index(left) + len(left) if left else 0
-        return text[start : text.index(right, start) if right else len(text)]
-
-    system, user, assistant = (message(role) for role in marks)
-    try:
-        asked = render([user], True)
-        with_system = render([system, user], True)
-        continued = render([user, assistant, user], True)
-        tail = continued[continued.index(marks["assistant"]) + len(marks["assistant"]) :]
-        parts = {
-            "start_system": between(with_system, "", marks["system"]),
-            "system_to_user": between(with_system, marks["system"], marks["user"]),
-            "start_user": between(asked, "", marks["user"]),
-            "user_to_assistant": between(asked, marks["user"], ""),
-            "assistant_to_user": between(tail, "", marks["user"]),
-        }
-        for start in ([user], [system, user]):
-            conversation = [*start, assistant, user, assistant, user]
-            if render(conversation, True) != _join(conversation, parts):
-                return None, "the chat template depends on more than the roles' order"
-    except Exception as error:  # a template may raise what it likes
-        return None, f"the chat template could not be taken apart ({error!r})"
-    return {**parts, "eos": list(eos)}, ""
-
-
-def _join(messages: Messages, parts: Mapping[str, str]) -> str:
-    text, previous = "", "start"
-    for message in messages:
-        text += (
-            parts[f"{previous}_to_{message['role']}"]
-            if previous != "start"
-            else (parts[f"start_{message['role']}"])
-        )
-        text += message["content"]
-        previous = message["role"]
-    return text + parts["user_to_assistant"]

@@ -32,7 +32,7 @@ COMMON = (
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
-RUNNER = ("engine", "main", "protocol", "sampler")
+RUNNER = ("chat", "engine", "main", "protocol", "sampler")
 # Text to tokens and back, for both.
 TEXT = tuple(f"runner/{name}" for name in ("bert", "json", "tokenizer", "unicode", "words"))
 FLAGS = (
