@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pocketslm.errors import BundleError
-from pocketslm.runtime import strict_json
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
 
 MANIFEST = "pocketslm.json"
@@ -234,7 +233,7 @@ def _bare_graph(path: Path) -> Graph:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        data = strict_json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

@@ -6,6 +6,7 @@ sampling is possible; there are no log-probabilities.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -106,12 +107,12 @@ class ExecuTorchModel:
                 now = time.perf_counter_ns() - start
                 found = [at for stop in stops if (at := held.find(stop)) >= 0]
                 if found:
-                    yield Record(token, held[: min(found)], None, now, "stop")
+                    yield Record(token, held[: min(found)], math.nan, now, "stop")
                     return
                 certain = max(0, len(held) - longest)
-                yield Record(token, held[:certain], None, now)
+                yield Record(token, held[:certain], math.nan, now)
                 held = held[certain:]
-            yield Record(token, held, None, time.perf_counter_ns() - start, "length")
+            yield Record(token, held, math.nan, time.perf_counter_ns() - start, "length")
         finally:
             self._module.stop()
             thread.join()

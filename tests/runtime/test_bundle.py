@@ -64,7 +64,7 @@ def test_manifests_that_are_refused(name: str, copy: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\0", "[" * 100_000, '{"schema": 2, "schema": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "\0", "[" * 100_000])
 def test_manifests_that_are_not_json_objects(text: str, copy: Path) -> None:
     (copy / MANIFEST).write_text(text)
     with pytest.raises(BundleError):

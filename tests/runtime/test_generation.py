@@ -314,6 +314,11 @@ def test_the_context_is_never_overrun(model: Model) -> None:
             model.engine.generate(prompt, config.but(max_new_tokens=limit), ())
     with pytest.raises(UsageError, match="empty"):
         model.engine.generate([], config, ())
+    for ids in ([1.5], [1, "2"], np.array([0.5])):
+        with pytest.raises(UsageError, match="token ids must be whole numbers"):
+            model.engine.generate(ids, config, ())  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="token ids are whole numbers, not float64"):
+        model.engine.session.forward(np.array([1.0]))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="token 264 is outside"):
         list(model.engine.generate([264], config, ()))
 
