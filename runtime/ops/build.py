@@ -161,8 +161,33 @@ def compile_and_link(
             objects = list(pool.map(compile_unit, units))
         linked = Path(scratch) / output.name
         run([*toolchain.command, *flags, *objects, *link_flags, "-pthread", "-o", str(linked)])
+        seal(linked)
         linked.replace(output)
     return output
+
+
+# A program or library ends with this and the SHA-256 of all before it, which loaders do not read:
+# one that was cut, as by a loss of power, would end the process that loads it.
+SEAL = b"\npocketslm "
+
+
+def seal(path: Path) -> None:
+    """Say at the end of the file what it holds, and have it on the disk."""
+    with path.open("r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(SEAL + digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a program or library is there, as it was built."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    size = len(data) - len(SEAL) - hashlib.sha256().digest_size
+    return size > 0 and data[size:] == SEAL + hashlib.sha256(data[:size]).digest()
 
 
 def sanitizer_flags(names: str) -> list[str]:
@@ -194,7 +219,7 @@ def executorch_library() -> Path:
         raise BuildError(f"{root} has no extension/pybindings/_portable_lib")
     release = importlib.metadata.version("executorch")
     output = cache_directory() / f"libpocketslm-executorch-{release}-{source_hash()}.so"
-    if output.is_file():
+    if is_whole(output):
         return output
     include = root / "include"
     flags = [
@@ -229,7 +254,7 @@ def built_library() -> Path | None:
     """The library for these sources where it lies in the package or the cache."""
     name = f"libpocketslm-{source_hash()}.so"
     places = (SOURCES / "lib" / name, cache_directory() / name)
-    return next((path for path in places if path.is_file()), None)
+    return next((path for path in places if is_whole(path)), None)
 
 
 def library() -> Path:
@@ -243,7 +268,7 @@ def runner(target: str | None = None) -> Path:
     From the cache, or compiled now.
     """
     path = cache_directory() / "-".join(filter(None, ("pocketslm-run", target, source_hash())))
-    return path if path.is_file() else build_runner(path, target)
+    return path if is_whole(path) else build_runner(path, target)
 
 
 def main() -> int:
