@@ -244,8 +244,8 @@ def _library(arguments: argparse.Namespace) -> Library:
 
 
 def _read(file: str) -> Source:
-    from pocketslm.runtime.assistant.readers import read_bytes, read_file
+    from pocketslm.runtime.assistant.readers import read_file, read_stream
 
     if file == "-":
-        return read_bytes(sys.stdin.buffer.read(), "standard input")
+        return read_stream(sys.stdin.buffer, "standard input")
     return read_file(Path(file))
