@@ -6,7 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
+
+from pocketslm.errors import UsageError
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -27,12 +30,66 @@ class Commands:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.set_defaults(run=run)
+        record_given(parser)
         return parser
 
     def group(self, name: str, summary: str) -> Commands:
         """A command with commands of its own, as ``doc``."""
         parser = self._subparsers.add_parser(name, help=summary)
         return Commands(parser.add_subparsers(required=True, metavar="TASK"))
+
+
+def record_given(parser: argparse.ArgumentParser) -> None:
+    """Make the options that are added later tell which of them a command line gives."""
+    for name, action in _RECORDED.items():
+        parser.register("action", name, action)
+
+
+def _recorded(action: type[argparse.Action]) -> type[argparse.Action]:
+    class Recorded(action):  # type: ignore[valid-type, misc]
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: Any,
+            option: str | None = None,
+        ) -> None:
+            super().__call__(parser, namespace, values, option)
+            if option is not None:
+                namespace.given = given(namespace) | {self.dest: option}
+
+    return Recorded
+
+
+_RECORDED = {
+    None: _recorded(argparse._StoreAction),
+    "append": _recorded(argparse._AppendAction),
+    "store_true": _recorded(argparse._StoreTrueAction),
+}
+
+
+def given(arguments: argparse.Namespace) -> dict[str, str]:
+    """The options on the command line by name, each as it was spelled."""
+    found: dict[str, str] = getattr(arguments, "given", {})
+    return found
+
+
+def chosen(arguments: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
+    """The fields of a dataclass that the command line gives; the others keep their defaults."""
+    names = [field.name for field in fields(config) if field.name in given(arguments)]
+    return {name: getattr(arguments, name) for name in names}
+
+
+def refuse(arguments: argparse.Namespace, where: str, *names: str) -> None:
+    """UsageError for an option that was given and does nothing, as ``where`` says."""
+    for name, option in given(arguments).items():
+        if name in names:
+            raise UsageError(f"{option} does nothing {where}; leave it out")
+
+
+def refuse_others(arguments: argparse.Namespace, where: str, *names: str) -> None:
+    """As :func:`refuse`, for every option but these."""
+    refuse(arguments, where, *(given(arguments).keys() - set(names)))
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:

@@ -35,6 +35,8 @@ def _fetch(arguments: argparse.Namespace) -> None:
     from pocketslm.models.catalog import catalog, fetch
 
     if arguments.list:
+        if arguments.name is not None:
+            raise UsageError(f"--list lists all of the catalog; leave out {arguments.name!r}")
         entries = catalog().values()
         if arguments.json:
             print_json([asdict(entry) for entry in entries])

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocketslm.terminal import Commands, add_backend, add_json, add_threads, print_json, say
+from pocketslm.terminal import (
+    Commands,
+    add_backend,
+    add_json,
+    add_threads,
+    print_json,
+    refuse,
+    say,
+)
 
 if TYPE_CHECKING:
     from pocketslm.runtime.config import GenerationConfig
@@ -25,12 +33,18 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("prompt", help='the prompt; "-" reads it from standard input')
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    add_system(parser)
     add_generation(parser)
     add_json(parser)
 
     parser = commands.add("chat", _chat, "talk with a model", "pocketslm chat out/smollm2")
     parser.add_argument("bundle", type=Path)
+    add_system(parser)
     add_generation(parser)
+
+
+def add_system(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", help="a system message")
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +57,6 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float)
     group.add_argument("--seed", type=int)
     group.add_argument("--stop", action="append", default=[], help="text that ends generation")
-    group.add_argument("--system", help="a system message")
     add_backend(parser)
     add_threads(parser)
     parser.add_argument("--adapter", metavar="NAME", help="one of the bundle's LoRA adapters")
@@ -51,6 +64,8 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.raw:
+        refuse(arguments, "with --raw, which has no messages", "system")
     model = load(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     config = generation_config(arguments, model)
@@ -109,6 +124,7 @@ def generation_config(
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     sampling = {name: getattr(arguments, name) for name in names}
     if arguments.temperature == 0:
+        refuse(arguments, "with --temperature 0, which draws nothing", *names[1:])
         sampling = {"do_sample": False}
     elif any(value is not None for value in sampling.values()):
         sampling["do_sample"] = True

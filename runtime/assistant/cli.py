@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketslm.runtime.cli import add_generation, generation_config, load
-from pocketslm.terminal import Commands, add_json, print_columns, print_json, say
+from pocketslm.terminal import Commands, add_json, print_columns, print_json, refuse, say
 
 if TYPE_CHECKING:
     from pocketslm.runtime.assistant.answer import Answer, Citation, Event
@@ -102,6 +102,8 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
 
 
 def _add(arguments: argparse.Namespace) -> None:
+    if len(arguments.file) > 1:
+        refuse(arguments, "for several files", "title")
     with _library(arguments) as library:
         for file in arguments.file:
             document = library.add(_read(file))
@@ -166,6 +168,8 @@ def _work(arguments: argparse.Namespace, *tasks: Start) -> None:
 
     which = arguments.document or str(sample_document())
     kept = which.isdecimal() and not Path(which).exists()
+    if not kept:
+        refuse(arguments, "with a document that is not in it", "library")
     with _library(arguments) if kept else Library(":memory:") as library:
         document = library.open(int(which)) if kept else library.add(_read(which))
         assistant, cancel = _assistant(arguments), threading.Event()

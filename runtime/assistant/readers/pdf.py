@@ -16,8 +16,7 @@ MAX_PAGES = 5000
 
 def read(data: bytes) -> Iterator[Block]:
     try:
-        from pypdf import PdfReader
-        from pypdf.errors import DependencyError
+        from pypdf import PdfReader, errors
     except ImportError:
         raise DocumentError(
             "is a PDF, which needs pypdf; `pip install pocketslm[assistant]`"
@@ -38,7 +37,7 @@ def read(data: bytes) -> Iterator[Block]:
         raise
     except GeneratorExit:
         raise
-    except DependencyError:
+    except errors.DependencyError:
         raise DocumentError(
             "is encrypted, which needs cryptography; `pip install cryptography`, or save it without"
         ) from None
