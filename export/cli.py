@@ -26,6 +26,7 @@ from pocketslm.terminal import (
     refuse,
     refuse_others,
     say,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -355,9 +356,9 @@ def export(arguments: argparse.Namespace) -> None:
         print_json(json.loads(manifest.to_json()) | {"seconds": seconds})
         return
     weights = ", ".join(f"{size / 1e6:.1f} MB {name}" for name, size in manifest.weights.items())
-    print(f"{arguments.out}: {manifest.size_bytes / 1e6:.1f} MB in {seconds:.1f} s ({weights})")
+    show(f"{arguments.out}: {manifest.size_bytes / 1e6:.1f} MB in {seconds:.1f} s ({weights})")
     for note in manifest.notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
 
 
 def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: Progress) -> Recipe:
@@ -405,10 +406,10 @@ def _prune(arguments: argparse.Namespace) -> None:
         print_json({"out": str(arguments.out), "config": pruned.config.to_dict()})
         return
     for note in pruned.notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
     widths = [size.intermediate_size for size in pruned.config.layers]
     heads = [size.num_key_value_heads for size in pruned.config.layers]
-    print(
+    show(
         f"{arguments.out}: {pruned.config.num_hidden_layers} layers of {_span(heads)} KV heads and "
         f"{_span(widths)} neurons, hidden size {pruned.config.hidden_size}"
     )
@@ -438,7 +439,7 @@ def _methods(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json([asdict(row) for row in found])
     else:
-        print(methods.markdown(found))
+        show(methods.markdown(found))
 
 
 def _heal(arguments: argparse.Namespace) -> None:
@@ -462,7 +463,7 @@ def _heal(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-    print(f"{arguments.out}: KL {first:.3f} -> {last:.3f} nats on its text in {seconds:.0f} s")
+    show(f"{arguments.out}: KL {first:.3f} -> {last:.3f} nats on its text in {seconds:.0f} s")
 
 
 def _delta(arguments: argparse.Namespace) -> None:
@@ -487,7 +488,7 @@ def _delta(arguments: argparse.Namespace) -> None:
             ids,
             lambda done, total: progress("split differences", done / total),
         )
-    print(f"{arguments.out}: {size / 1e6:.1f} MB; the model is {arguments.base}+{arguments.out}")
+    show(f"{arguments.out}: {size / 1e6:.1f} MB; the model is {arguments.base}+{arguments.out}")
 
 
 def _eval_task(arguments: argparse.Namespace) -> None:
@@ -523,8 +524,8 @@ def _eval_task(arguments: argparse.Namespace) -> None:
     for name in ("acc", "acc_norm"):
         value, error, ci = (getattr(result, name + part) for part in ("", "_stderr", "_ci95"))
         interval = f", of all {result.total} items ± {ci:.4f} (95 %)" if ci else ""
-        print(f"{name:8} {value:.4f} ± {error:.4f}{interval}")
-    print(f"over {result.items} of {result.total} items of {result.task}")
+        show(f"{name:8} {value:.4f} ± {error:.4f}{interval}")
+    show(f"over {result.items} of {result.total} items of {result.task}")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -551,7 +552,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         print_json(quality.to_dict())
         return
     change = quality.perplexity / quality.source_perplexity - 1
-    print(
+    show(
         f"perplexity {quality.perplexity:.3f} ({quality.source} {quality.source_perplexity:.3f}, "
         f"{change:+.2%})\nmean KL    {quality.kl:.5f} nats\ntop-1      {quality.top1:.2%} agree\n"
         f"over {quality.tokens} tokens of {quality.corpus} in windows of {quality.window}"

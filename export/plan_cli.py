@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from pocketslm.terminal import Commands, add_json, print_json, refuse_others, say
+from pocketslm.terminal import Commands, add_json, print_json, refuse_others, say, show
 
 MODEL = "a Hugging Face folder, .gguf file or catalog name; +UPDATE adds a LoRA adapter or delta"
 BUDGET = (
@@ -107,5 +107,5 @@ def plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(json.loads(manifest.to_json()) | {"trial": chosen.number, **chosen.metrics})
         return
-    print((work / plan.REPORT).read_text())
-    print(f"{arguments.out}: trial {chosen.number}, {plan.describe(chosen.recipe)}")
+    show((work / plan.REPORT).read_text())
+    show(f"{arguments.out}: trial {chosen.number}, {plan.describe(chosen.recipe)}")

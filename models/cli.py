@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pocketslm.errors import UsageError
-from pocketslm.terminal import Commands, add_json, print_columns, print_json, say
+from pocketslm.terminal import Commands, add_json, print_columns, print_json, say, show
 
 
 def add_commands(commands: Commands) -> None:
@@ -46,7 +46,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
         raise UsageError("give a catalog name, or --list for all of them")
     path = fetch(arguments.name, say)
-    print_json({"name": arguments.name, "path": str(path)}) if arguments.json else print(path)
+    print_json({"name": arguments.name, "path": str(path)}) if arguments.json else show(str(path))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

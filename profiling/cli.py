@@ -18,6 +18,7 @@ from pocketslm.terminal import (
     print_json,
     refuse,
     say,
+    show,
 )
 
 
@@ -179,7 +180,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             say=say,
             progress=progress,
         )
-    print(format_rows(rows, arguments.output), end="")
+    show(format_rows(rows, arguments.output), end="")
 
 
 def _bench_doc(arguments: argparse.Namespace) -> None:
@@ -195,8 +196,8 @@ def _bench_doc(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(asdict(report) | {"model": model.name, "backend": model.backend})
     else:
-        print(f"{model.name}, {model.backend}")
-        print(format_report(report), end="")
+        show(f"{model.name}, {model.backend}")
+        show(format_report(report), end="")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -205,7 +206,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     rows = read_rows(arguments.a)
     differences = compare(rows, read_rows(arguments.b)) if arguments.b else compare_two(rows)
-    print(compare_table(differences), end="")
+    show(compare_table(differences), end="")
     if any(one.low is None for one in differences):
         say(f"fewer than {LEAST_RUNS} runs on a side say nothing: measure with `bench --runs 10`")
     elif any(not one.in_turns for one in differences):
@@ -230,7 +231,7 @@ def _fit(arguments: argparse.Namespace) -> None:
         arguments.context,
         arguments.prompt,
     )
-    print_json(fit_dict(*found)) if arguments.json else print(format_fit(*found), end="")
+    print_json(fit_dict(*found)) if arguments.json else show(format_fit(*found), end="")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ from pocketslm.terminal import (
     add_json,
     add_threads,
     print_json,
+    read_input,
     refuse,
     say,
+    show,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.raw:
         refuse(arguments, "with --raw, which has no messages", "system")
     model = load(arguments)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = read_input("a prompt") if arguments.prompt == "-" else arguments.prompt
     config = generation_config(arguments, model)
     records = (
         model.generate(prompt, config)
@@ -78,21 +81,59 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
+    from pocketslm.errors import ContextOverflowError, TokenizerError, UsageError
+
     model = load(arguments)
     config = generation_config(arguments, model)
     messages = _system(arguments)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the chat
     say(f"{model.name}, context {model.context}. Ctrl-D ends, Ctrl-C stops.")
-    while True:
-        try:
-            question = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
+    while (question := _question()) is not None:
         if not question.strip():
             continue
         messages.append({"role": "user", "content": question})
-        answer = stream(model.chat(messages, config))
+        try:
+            messages = _fitting(model, messages, config)
+            answer = stream(model.chat(messages, config))
+        except (ContextOverflowError, TokenizerError, UsageError) as error:
+            say(f"not answered: {error}")
+            messages.pop()
+            continue
+        if not answer.records:  # stopped before the first token
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": answer.text})
         finish(model, answer)
+
+
+def _question() -> str | None:
+    """The next line, None at the end of the input."""
+    if sys.stdin is None:
+        return None
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _fitting(
+    model: Model, messages: list[dict[str, str]], config: GenerationConfig
+) -> list[dict[str, str]]:
+    """The messages without the oldest turns, as far as they leave no room for an answer."""
+    room = config.max_new_tokens or max(1, model.context // 8)
+    begin = next(i for i, message in enumerate(messages) if message["role"] != "system")
+    dropped = 0
+    while (
+        len(messages) > begin + 1
+        and len(model.tokenizer.apply_chat_template(messages)) + room > model.context
+    ):
+        messages = [*messages[:begin], *messages[begin + 2 :]]
+        dropped += 1
+    if dropped:
+        turns = "turn" if dropped == 1 else f"{dropped} turns"
+        say(f"[the context of {model.context} is full: the oldest {turns} forgotten]")
+    return messages
 
 
 def load(arguments: argparse.Namespace) -> Model:
@@ -153,19 +194,20 @@ def stream(records: Iterator[Record], *, quiet: bool = False) -> Answer:
             answer.records.append(record)
             answer.text += record.text
             if not quiet:
-                print(record.text, end="", flush=True)
+                show(record.text, end="")
     except KeyboardInterrupt:
         answer.interrupted = True
     if not quiet:
-        print(flush=True)
+        show("")
     return answer
 
 
 def finish(model: Model, answer: Answer, as_json: bool = False) -> None:
     """Report what an answer took, and on which backend."""
     count = len(answer.records)
-    if not count:
+    if not count and answer.interrupted:
         raise KeyboardInterrupt
+    assert count, "a generation ends with a record"
     first, last = answer.records[0], answer.records[-1]
     ttft_ms = first.time_ns / 1e6
     decode_s = (last.time_ns - first.time_ns) / 1e9

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +22,7 @@ from pocketslm.cli import _parser, main
 from pocketslm.export.heal import HealConfig
 from pocketslm.export.prune.folder import PruneConfig
 from pocketslm.profiling.devices.bench import Conditions
+from pocketslm.runtime.bundle import MANIFEST
 from pocketslm.runtime.model import Model, Record
 
 
@@ -264,11 +268,100 @@ def test_sampling_options_sample(tiny_bundle: Path, capsys: Captured) -> None:
 def test_chat_reads_a_pipe(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nagain\n"))
     assert main(["chat", str(tiny_bundle), "-n", "5"]) == 0
     assert capsys.readouterr().err.count("TTFT") == 2
+
+
+def test_a_chat_goes_on_when_its_context_is_full(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """The oldest turns go, a question that is too long is refused, a byte that is no text is none:
+    every other question is answered."""
+    lines = [b"one " * 20] * 6 + [b"long " * 300, b"not \xff UTF-8", b"last"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
+    prompts: list[list[dict[str, str]]] = []
+    chat = Model.chat
+
+    def seen(self: Model, messages: list[dict[str, str]], config: Any) -> Iterator[Record]:
+        prompts.append(list(messages))
+        return chat(self, messages, config)
+
+    monkeypatch.setattr(Model, "chat", seen)
+    assert main(["chat", str(tiny_bundle), "-n", "5", "--system", "Be brief."]) == 0
+    told = capsys.readouterr().err
+    assert told.count("TTFT") == 8
+    assert "of 256 is full: the oldest" in told
+    assert told.count("not answered: ") == 1
+    for messages in prompts:
+        roles = [message["role"] for message in messages]
+        assert roles == ["system", *["user", "assistant"] * (len(roles) // 2 - 1), "user"]
+    assert prompts[-1][-1]["content"] == "last"
+    assert "long" not in prompts[-1][-3]["content"]
+
+
+def _shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        f"{sys.executable} -m pocketslm {command}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("inspect BUNDLE > /dev/full", "cannot write the output: No space left on device"),
+        ("run BUNDLE - <&-", "standard input is closed, expected a prompt"),
+        ("doc rewrite BUNDLE - <&-", "standard input is closed, expected a passage"),
+        ("doc summarize BUNDLE --document - <&-", "standard input is closed, expected a document"),
+        (r"run BUNDLE - < <(printf 'a\xffb')", "a prompt on standard input is not UTF-8"),
+    ],
+)
+def test_streams_that_fail_are_one_line(command: str, message: str, tiny_bundle: Path) -> None:
+    line = command.replace("BUNDLE", str(tiny_bundle)).replace("'", "'\\''")
+    done = _shell(f"--version > /dev/null; bash -c '{sys.executable} -m pocketslm {line}'")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"pocketslm: error: {message}")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_chat_without_input_ends(tiny_bundle: Path) -> None:
+    assert _shell(f"chat {tiny_bundle} <&-").returncode == 0
+
+
+def test_a_locale_without_a_character_shows_its_code(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Text.")
+    library = f"--library {tmp_path / 'library'}"
+    assert _shell(f"doc add {tmp_path / 'a.txt'} --title Grüße {library}").returncode == 0
+    done = _shell(f"doc list {library}", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0
+    assert r"Gr\xfc\xdfe" in done.stdout
+
+
+def test_a_file_s_names_cannot_write_on_the_terminal(
+    tiny_bundle: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    evil = "\x1b[2J\nred\u202e\x9b"
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    changed = {"name": evil, "notes": [evil], "weights": {evil: 1}}
+    (bundle / MANIFEST).write_text(json.dumps(manifest | changed))
+    assert main(["inspect", str(bundle)]) == 0
+    assert main(["inspect", f"nowhere{evil}"]) == 2
+    (tmp_path / "a.txt").write_text("Text.")
+    library = ["--library", str(tmp_path / "library")]
+    assert main(["doc", "add", str(tmp_path / "a.txt"), "--title", evil, *library]) == 0
+    assert main(["doc", "list", *library]) == 0
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err):
+        assert set(text) & set(evil) <= {"\n", *"[2Jred"}
+        assert r"\x1b[2J\nred\u202e\x9b" in text
+    assert len(shown.err.splitlines()) == 2
 
 
 def test_ctrl_c_keeps_what_there_is(

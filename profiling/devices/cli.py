@@ -15,6 +15,7 @@ from pocketslm.terminal import (
     print_json,
     refuse,
     say,
+    show,
 )
 
 SPECS = "local, ssh:[user@]host[:port], adb or adb:SERIAL"
@@ -108,7 +109,7 @@ def bench(arguments: argparse.Namespace) -> None:
             )
     finally:
         if rows:
-            print(format_rows(rows, arguments.output), end="", flush=True)
+            show(format_rows(rows, arguments.output), end="")
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -134,7 +135,7 @@ def _info(arguments: argparse.Namespace) -> None:
         files = tuple(dict.fromkeys((*info.FILES, *sampler.FILES)))
         text = device.shell(script(files, (*info.COMMANDS, *sampler.COMMANDS)))
         if arguments.raw:
-            print(text, end="")
+            show(text, end="")
             return
         tree = parse(text)
         machine = info.machine(tree, device.kind)

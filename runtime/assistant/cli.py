@@ -12,8 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pocketslm.errors import UsageError
 from pocketslm.runtime.cli import add_generation, generation_config, load
-from pocketslm.terminal import Commands, add_json, print_columns, print_json, refuse, say
+from pocketslm.terminal import (
+    Commands,
+    add_json,
+    print_columns,
+    print_json,
+    read_input,
+    refuse,
+    say,
+    show,
+)
 
 if TYPE_CHECKING:
     from pocketslm.runtime.assistant.answer import Answer, Citation, Event
@@ -155,7 +165,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _rewrite(arguments: argparse.Namespace) -> None:
-    passage = sys.stdin.read() if arguments.passage == "-" else arguments.passage
+    passage = read_input("a passage") if arguments.passage == "-" else arguments.passage
     assistant, cancel = _assistant(arguments), threading.Event()
     events = assistant.rewrite(passage, arguments.instruction, cancel)
     _show(arguments, assistant, events, cancel)
@@ -206,13 +216,13 @@ def _show(
             elif isinstance(event, Progress):
                 say(f"part {event.done + 1} of {event.total}")
             elif not arguments.json:
-                print(event, end="", flush=True)
+                show(event, end="")
     finally:
         signal.signal(signal.SIGINT, before)
     if arguments.json:
         print_json(asdict(answer) | {"backend": assistant.model.backend})
         return answer
-    print(flush=True)
+    show("")
     if document:
         for citation in answer.citations:
             say(f"  {_quoted(document, citation)}")
@@ -251,5 +261,7 @@ def _read(file: str) -> Source:
     from pocketslm.runtime.assistant.readers import read_file, read_stream
 
     if file == "-":
+        if sys.stdin is None:
+            raise UsageError("standard input is closed, expected a document")
         return read_stream(sys.stdin.buffer, "standard input")
     return read_file(Path(file))
