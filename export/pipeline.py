@@ -23,7 +23,13 @@ from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
-from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, read_weight
+from pocketslm.models.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    Checkpoint,
+    checkpoint_sha256,
+    read_weight,
+)
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
@@ -59,6 +65,8 @@ def export_bundle(
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     if recipe.removed_layers is not None:
         checkpoint = WithoutLayers(checkpoint, parse_ranges(recipe.removed_layers))
+    if recipe.overrides:
+        _check_overrides(recipe, checkpoint.config)
     with _replacing(out, overwrite) as folder:
         for name, content in checkpoint.tokenizer_files().items():
             (folder / name).write_bytes(content)
@@ -97,6 +105,14 @@ def export_bundle(
         (folder / MANIFEST).write_text(manifest.to_json())
         progress("hash", 1.0)
     return manifest
+
+
+def _check_overrides(recipe: Recipe, config: ModelConfig) -> None:
+    from pocketslm.models.reference import parameter_shapes
+
+    matrices = {name for name, shape in parameter_shapes(config).items() if len(shape) == 2}
+    if unknown := sorted(recipe.overrides.keys() - matrices - {EMBEDDING, HEAD}):
+        raise ExportError(f"overrides name {unknown[0]!r}, which is no matrix of the model")
 
 
 def _calibration(recipe: Recipe, folder: Path) -> tuple[Recipe, Any]:
