@@ -350,6 +350,7 @@ def export(arguments: argparse.Namespace) -> None:
             adapters=arguments.adapter,
             overwrite=arguments.overwrite,
             progress=progress,
+            say=say,
         )
     seconds = time.perf_counter() - start
     if arguments.json:

@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from pocketslm import __version__
 from pocketslm.errors import ExportError
 from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
+from pocketslm.export.publish import published
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
 from pocketslm.models.checkpoint import (
@@ -46,13 +45,16 @@ def export_bundle(
     adapters: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress = lambda step, fraction: None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Write the bundle ``out`` and return its manifest.
 
     ``adapters``: folders of LoRA adapters that PEFT saved, to lie beside the base's weights.
-    The bundle appears whole or not at all: it is written beside ``out`` and renamed. ``progress``
-    is called with the step's name and the fraction of it that is done. Raises ExportError where
-    ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
+    The bundle appears whole or not at all: it is written beside ``out`` and renamed; ``say`` tells
+    where ``overwrite`` leaves a moment without one. What killed exports left of it is removed.
+    ``progress`` is called with the step's name and the fraction of it that is done. Raises
+    ExportError where ``out`` is in the way or cannot be written, CheckpointError where the source
+    cannot be read.
     """
     recipe = (recipe or Recipe()).resolved(checkpoint.config)
     asked = [target for target in recipe.targets or () if target.startswith("executorch")]
@@ -67,7 +69,10 @@ def export_bundle(
         checkpoint = WithoutLayers(checkpoint, parse_ranges(recipe.removed_layers))
     if recipe.overrides:
         _check_overrides(recipe, checkpoint.config)
-    with _replacing(out, overwrite) as folder:
+    if out.exists() and not (overwrite and (out / MANIFEST).exists()):
+        hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
+        raise ExportError(f"{out} exists already; {hint}")
+    with published(out, replace=overwrite, say=say) as folder:
         for name, content in checkpoint.tokenizer_files().items():
             (folder / name).write_bytes(content)
         recipe, ids = _calibration(recipe, folder)
@@ -438,29 +443,3 @@ def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, A
             "repetition_penalty": generation.get("repetition_penalty", 1.0),
         },
     }
-
-
-@contextmanager
-def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside ``out`` that takes its place when the block ends well."""
-    if out.exists() and not (overwrite and (out / MANIFEST).exists()):
-        hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
-        raise ExportError(f"{out} exists already; {hint}")
-    folder = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            old = folder.with_name(folder.name + ".old")
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    except OSError as error:
-        raise ExportError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if folder is not None and folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)

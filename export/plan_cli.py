@@ -102,7 +102,9 @@ def plan(arguments: argparse.Namespace) -> None:
     plan.write_report(trials, budget, work)
     chosen = plan.choose(trials)
     recipe = replace(chosen.recipe, targets=targets)
-    manifest = export_bundle(checkpoint, arguments.out, recipe, overwrite=arguments.overwrite)
+    manifest = export_bundle(
+        checkpoint, arguments.out, recipe, overwrite=arguments.overwrite, say=say
+    )
     evaluate_bundle(arguments.out, source=checkpoint, text=text, window=plan.window_of(checkpoint))
     if arguments.json:
         print_json(json.loads(manifest.to_json()) | {"trial": chosen.number, **chosen.metrics})
