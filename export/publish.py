@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -16,11 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pocketslm.errors import ExportError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 Say = Callable[[str], None]
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -117,9 +113,8 @@ def _locked(folder: Path) -> Iterator[None]:
     """Nobody else makes, sweeps or puts folders in this one meanwhile."""
     held = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            with suppress(OSError):  # some file systems have no locks
-                fcntl.flock(held, fcntl.LOCK_EX)
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(held, fcntl.LOCK_EX)
         yield
     finally:
         os.close(held)
@@ -127,8 +122,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _try_lock(folder: Path) -> int | None:
     """An open file that holds the folder's lock until it is closed; None: another has it."""
-    if fcntl is None:
-        return None
     held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
