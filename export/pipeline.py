@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +20,18 @@ from pocketslm.errors import ExportError
 from pocketslm.export.lower.trace import Traced, trace
 from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
+from pocketslm.export.publish import published
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
 from pocketslm.export.tokenizer import settled
-from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, read_weight
+from pocketslm.models.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    Checkpoint,
+    checkpoint_sha256,
+    read_weight,
+)
+from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
@@ -42,13 +48,16 @@ def export_bundle(
     adapters: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress = lambda step, fraction: None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Write the bundle ``out`` and return its manifest.
 
     ``adapters``: folders of LoRA adapters that PEFT saved, to lie beside the base's weights.
-    The bundle appears whole or not at all: it is written beside ``out`` and renamed. ``progress``
-    is called with the step's name and the fraction of it that is done. Raises ExportError where
-    ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
+    The bundle appears whole or not at all: it is written beside ``out`` and renamed; ``say`` tells
+    where ``overwrite`` leaves a moment without one. What killed exports left of it is removed.
+    ``progress`` is called with the step's name and the fraction of it that is done. Raises
+    ExportError where ``out`` is in the way or cannot be written, CheckpointError where the source
+    cannot be read.
     """
     recipe = (recipe or Recipe()).resolved(checkpoint.config)
     asked = [target for target in recipe.targets or () if target.startswith("executorch")]
@@ -61,7 +70,12 @@ def export_bundle(
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     if recipe.removed_layers is not None:
         checkpoint = WithoutLayers(checkpoint, parse_ranges(recipe.removed_layers))
-    with _replacing(out, overwrite) as folder:
+    if recipe.overrides:
+        _check_overrides(recipe, checkpoint.config)
+    if out.exists() and not (overwrite and (out / MANIFEST).exists()):
+        hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
+        raise ExportError(f"{out} exists already; {hint}")
+    with published(out, replace=overwrite, say=say) as folder:
         files, notes = settled(checkpoint.tokenizer_files(), checkpoint.config.vocab_size)
         for name, content in files.items():
             (folder / name).write_bytes(content)
@@ -106,6 +120,14 @@ def export_bundle(
         (folder / MANIFEST).write_text(manifest.to_json())
         progress("hash", 1.0)
     return manifest
+
+
+def _check_overrides(recipe: Recipe, config: ModelConfig) -> None:
+    from pocketslm.models.reference import parameter_shapes
+
+    matrices = {name for name, shape in parameter_shapes(config).items() if len(shape) == 2}
+    if unknown := sorted(recipe.overrides.keys() - matrices - {EMBEDDING, HEAD}):
+        raise ExportError(f"overrides name {unknown[0]!r}, which is no matrix of the model")
 
 
 def _calibration(recipe: Recipe, folder: Path) -> tuple[Recipe, Any]:
@@ -369,29 +391,3 @@ def _ends(folder: Path) -> tuple[int, list[int]]:
     identity = load_tokenizer(folder).identity
     first = identity.eos[0] if identity.eos else 0
     return first if identity.bos is None else identity.bos, list(identity.eos)
-
-
-@contextmanager
-def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside ``out`` that takes its place when the block ends well."""
-    if out.exists() and not (overwrite and (out / MANIFEST).exists()):
-        hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
-        raise ExportError(f"{out} exists already; {hint}")
-    folder = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            old = folder.with_name(folder.name + ".old")
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    except OSError as error:
-        raise ExportError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if folder is not None and folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
