@@ -317,18 +317,18 @@ class Architecture:
 
     def finish_gguf(self, f: Fields, config: ModelConfig, tensors: Collection[str]) -> ModelConfig:
         """Corrections that only a GGUF file needs; by default biases as its tensors say."""
+
+        def biased(index: int, part: str) -> bool:
+            return self.gguf.stored(f"model.layers.{index}.{part}.bias") in tensors
+
         layers = []
         for index, layer in enumerate(config.stored_layers):
             a = layer.attention
             if a is not None:
-                a = replace(
-                    a,
-                    bias=f"blk.{index}.attn_q.bias" in tensors,
-                    output_bias=f"blk.{index}.attn_output.bias" in tensors,
-                )
-                layer = replace(layer, mixer=a)
-            bias = f"blk.{index}.ffn_up.bias" in tensors
-            layers.append(replace(layer, mlp=replace(layer.mlp, bias=bias)))
+                qkv, output = (biased(index, f"self_attn.{p}_proj") for p in ("q", "o"))
+                layer = replace(layer, mixer=replace(a, bias=qkv, output_bias=output))
+            mlp = replace(layer.mlp, bias=biased(index, "mlp.up_proj"))
+            layers.append(replace(layer, mlp=mlp))
         return replace(config, stored_layers=tuple(layers))
 
 

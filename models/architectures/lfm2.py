@@ -134,6 +134,7 @@ ARCHITECTURES = [
             parts=GGUF_PARTS
             | {"conv.taps": "shortconv.conv", "conv.out_proj": "shortconv.out_proj"},
             fused={"shortconv.in_proj": _BCX},
+            flat_taps=True,
         ),
     )
 ]

@@ -33,6 +33,7 @@ class WeightMap:
     pairs: our parts whose rows lie as rotary pairs (x0, y0, x1, y1, ...), not as halves.
     norm_offset: what their norm weights lack to ours.
     transposed: matrices lie as [in, out] (GPT-2's Conv1D).
+    flat_taps: the taps of a convolution lie as [channels, taps], not [channels, 1, taps].
     ignored: patterns of their names that hold nothing a model needs.
     """
 
@@ -44,6 +45,7 @@ class WeightMap:
     pairs: tuple[str, ...] = ()
     norm_offset: float = 0.0
     transposed: bool = False
+    flat_taps: bool = False
     ignored: tuple[str, ...] = ()
 
     def split(self, name: str) -> tuple[int | None, str, str]:
@@ -92,7 +94,7 @@ class WeightMap:
                 back = np.empty_like(order)
                 back[order] = np.arange(len(order))
                 array = array[back]
-            if part == "conv.taps":
+            if part == "conv.taps" and not self.flat_taps:
                 array = array[:, None]
             fused = next((parts for parts in self.fused.values() if part in parts), None)
             if layer is not None and fused is not None:

@@ -1,0 +1,185 @@
+"""Families through GGUF: the files are those of llama.cpp, which also runs them as an oracle."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from architectures import LLAMA3_ROPE, ROWS, YARN_ROPE, write_folder
+
+import support
+from pocketslm.models import architectures
+from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
+from pocketslm.models.config import ModelConfig, ShortConv
+from pocketslm.models.reference import load_reference
+from pocketslm.models.tensors import floats
+
+# A GGUF in F32 is the same model; llama.cpp computes attention by other kernels, in fp32 here.
+MAX_FOLDER_ERROR = 1e-4
+MAX_LLAMA_CPP_ERROR = 2e-3
+IDS = np.random.default_rng(4).integers(0, 250, 90)
+# Keys below the architecture's name, beside those that follow from the configuration.
+KEYS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama untied": {},
+    "llama 3": {},
+    "llama yarn": {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": YARN_ROPE["factor"],
+        "rope.scaling.original_context_length": YARN_ROPE["original_max_position_embeddings"],
+    },
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {
+        "attention.sliding_window": 32,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3": {"attention.sliding_window": 32},
+    "smollm3": {},
+    "granite": {
+        "attention.scale": 0.2,
+        "embedding_scale": 6.0,
+        "residual_scale": 0.5,
+        "logit_scale": 4.0,
+    },
+    "olmo2": {},
+    "exaone4": {},
+    "hunyuan": {},
+    "ernie 4.5": {},
+    "phi3": {
+        "rope.scaling.original_context_length": 64,
+        "rope.scaling.attn_factor": math.sqrt(1 + math.log(256 / 64) / math.log(64)),
+    },
+    "phi4 mini": {},
+    "phi2": {},
+    "gpt2": {},
+    "gpt_neox": {"use_parallel_residual": True},
+    "gpt_neox in turn": {"use_parallel_residual": False},
+    "lfm2": {"shortconv.l_cache": 3},
+}
+# What llama.cpp's own rules for a family do not allow at this size.
+NOT_IN_LLAMA_CPP = {
+    "phi4 mini": "it reads the factors of LongRoPE for this family always",
+}
+
+
+def write(path: Path, name: str, checkpoint: Checkpoint) -> Path:
+    """The checkpoint as a GGUF in F32."""
+    config = checkpoint.config
+    architecture = architectures.by_name(config.architecture)
+    writer = gguf.GGUFWriter(str(path), architecture.gguf_types[0])
+    writer.add_name("tiny")
+    for key, value in (metadata(config) | KEYS[name]).items():
+        key = f"{architecture.gguf_types[0]}.{key}"
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    add_tokenizer(writer)
+    shapes = {n: tuple(p.shape) for n, p in load_reference(checkpoint, 8).named_parameters()}
+    state = {parameter: floats(checkpoint.weight(parameter)) for parameter in shapes}
+    for stored, array in architecture.gguf.write(config, state).items():
+        writer.add_tensor(stored, array.astype(np.float32))
+    rotary = config.rotaries[0] if config.rotaries else None
+    if name == "llama 3":
+        assert rotary is not None
+        writer.add_tensor("rope_freqs.weight", np.array(rotary.divisors, np.float32))
+    if name == "phi3":
+        assert rotary is not None
+        writer.add_tensor("rope_factors_short.weight", np.array(rotary.divisors, np.float32))
+        writer.add_tensor("rope_factors_long.weight", np.array(rotary.long_divisors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def metadata(c: ModelConfig) -> dict[str, Any]:
+    a = c.attentions[0]
+    kv_heads = [layer.size.num_key_value_heads for layer in c.stored_layers]
+    keys: dict[str, Any] = {
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "block_count": c.num_hidden_layers,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": a.heads,
+        "attention.head_count_kv": kv_heads if 0 in kv_heads else a.kv_heads,
+        "attention.key_length": a.head_dim,
+        "attention.value_length": a.head_dim,
+        f"attention.layer_norm_{'rms_' if c.norm == 'rms' else ''}epsilon": c.norm_eps,
+        "vocab_size": c.vocab_size,
+    }
+    if c.rotaries:
+        rotary = c.rotaries[0]
+        theta = rotary.theta
+        if rotary.divisors is not None and "alpha" in (rotary.declared or ""):
+            # llama.cpp's converter stretches the base.
+            theta *= rotary.divisors[-1] ** (rotary.dim / (rotary.dim - 2))
+        keys |= {"rope.freq_base": theta, "rope.dimension_count": rotary.dim}
+    return keys
+
+
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    tokens = [*support.byte_alphabet(), *support.SPECIAL, *support.MERGED]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] * len(support.SPECIAL) + [1] * len(support.MERGED))
+    writer.add_token_merges([" ".join(pair) for pair in support.MERGED])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_chat_template(support.CHATML)
+
+
+def logits(checkpoint: Checkpoint) -> np.ndarray:
+    model = load_reference(checkpoint, 256)
+    out, _ = model(torch.from_numpy(IDS)[None], model.empty_cache())
+    array: np.ndarray = out[0].numpy()
+    return array
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_gguf_is_the_model_that_it_was_made_from(name: str, tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path / "hf", ROWS[name])
+    whole = open_checkpoint(folder)
+    checkpoint = open_checkpoint(write(tmp_path / "m.gguf", name, whole))
+    assert checkpoint.notes == []
+    layers = zip(checkpoint.config.stored_layers, whole.config.stored_layers, strict=True)
+    for ours, theirs in layers:
+        assert ours.size == theirs.size
+        assert isinstance(ours.mixer, ShortConv) == isinstance(theirs.mixer, ShortConv)
+    error = np.abs(logits(checkpoint) - logits(whole)).max()
+    assert error <= MAX_FOLDER_ERROR
+
+
+@pytest.mark.parametrize("name", [name for name in KEYS if name not in NOT_IN_LLAMA_CPP])
+def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    folder, _ = write_folder(tmp_path / "hf", ROWS[name])
+    path = write(tmp_path / "m.gguf", name, open_checkpoint(folder))
+    f32 = llama_cpp.GGML_TYPE_F32
+    model = llama_cpp.Llama(
+        str(path), n_ctx=128, logits_all=True, verbose=False, n_threads=1, type_k=f32, type_v=f32
+    )
+    model.eval(IDS.tolist())
+    expected = model.scores[: len(IDS)]
+    error = np.abs(logits(open_checkpoint(path)) - expected).max()
+    assert error <= MAX_LLAMA_CPP_ERROR * np.abs(expected).max()
+
+
+def test_the_table_names_llama_3_as_its_row_does() -> None:
+    declared = ROWS["llama 3"].fields["rope_parameters"]
+    assert declared == LLAMA3_ROPE | {"rope_theta": 500000.0}
