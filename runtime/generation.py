@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import ContextOverflowError, UsageError
+from pocketslm.runtime import forks
 from pocketslm.runtime.backends import ForgettingSession, Logits, SavingSession, Session, TopSession
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.sampling import (
@@ -98,6 +99,11 @@ class Turns:
     """
 
     def __init__(self) -> None:
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """Nobody is at work here yet."""
         self._changed = threading.Condition()
         self._holder: object = None
         self._thread = 0  # where the holder was last at work

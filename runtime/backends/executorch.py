@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 import struct
-import threading
 import weakref
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import BackendError, BundleError, UsageError
-from pocketslm.runtime.backends import Logits, check_logits, check_tokens, usable_cores
+from pocketslm.runtime.backends import Logits, OneProcess, check_logits, check_tokens, usable_cores
 from pocketslm.runtime.backends.native import ErrorText, NativeError
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
@@ -132,7 +131,7 @@ class ExecuTorchSession:
         self.backend = f"executorch {version('executorch')}" + " + pocketslm" * native
         self.threads = threads or usable_cores()
         self.length = 0
-        self._lock = threading.Lock()  # of the cache and the program
+        self._lock = OneProcess()  # of the cache and the program
         load_library().pslm_et_set_threads(self.threads)
         try:
             self._program = Program(path)
