@@ -70,6 +70,6 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "parameters": sum(map(prod, parameter_shapes(checkpoint.config).values())),
         "architecture": checkpoint.config.to_dict(),
         "stored bytes": checkpoint.stored_bytes(),
-        "KV cache bytes a token (fp32)": checkpoint.config.kv_bytes_per_token,
+        "state bytes at 4096 tokens (fp16)": checkpoint.config.state_bytes(4096, 2, batch=256),
         "notes": checkpoint.notes,
     }

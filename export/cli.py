@@ -372,7 +372,7 @@ def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: 
 
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
-    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    files = checkpoint.tokenizer_files()
     text = resolve(recipe.calibration or "lee", say)
     ids = last_tokens(text, load_tokenizer_files(files).encode, 1024, 256)
     return mixed_precision(
@@ -408,8 +408,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         return
     for note in pruned.notes:
         show(f"note: {note}")
-    widths = [size.intermediate_size for size in pruned.config.layers]
-    heads = [size.num_key_value_heads for size in pruned.config.layers]
+    widths = [layer.mlp.width for layer in pruned.config.layers]
+    heads = [a.kv_heads for a in pruned.config.attentions]
     show(
         f"{arguments.out}: {pruned.config.num_hidden_layers} layers of {_span(heads)} KV heads and "
         f"{_span(widths)} neurons, hidden size {pruned.config.hidden_size}"
@@ -476,7 +476,7 @@ def _delta(arguments: argparse.Namespace) -> None:
 
     bands = None if arguments.bands is None else parse_bands(arguments.bands)
     base, tuned = open_source(arguments.base, say), open_source(arguments.tuned, say)
-    files = {name: data.decode() for name, data in tuned.tokenizer_files().items()}
+    files = tuned.tokenizer_files()
     window = max(1, min(512, tuned.config.max_position_embeddings, arguments.tokens))
     encode = load_tokenizer_files(files).encode
     ids = last_tokens(resolve(arguments.text, say), encode, arguments.tokens, window)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from pocketslm.errors import CheckpointError, ExportError, UsageError
 from pocketslm.export.quantize import gptq
-from pocketslm.export.quantize.calibration import SITES, run_layer
+from pocketslm.export.quantize.calibration import run_layer
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint, checkpoint_sha256, one_line
 from pocketslm.models.reference import load_reference, parameter_shapes
+from pocketslm.models.sites import LAYERS, Site
 from pocketslm.models.tensors import floats
 from pocketslm.models.updated import Updated
 
@@ -124,12 +125,12 @@ def _calibrated(
 ) -> dict[str, dict[str, Any]]:
     """The layers' matrices split for what the already split ones before them make of ``ids``."""
     model = load_reference(tuned, ids.shape[1])
-    x = model.model.embed_tokens(ids)
+    x = model.embed(ids)
     split: dict[str, dict[str, Any]] = {}
     for index in range(len(model.model.layers)):
 
-        def visit(site: str, hessian: Tensor, at: str = f"model.layers.{index}") -> None:
-            for name in (f"{at}.{matrix}.weight" for matrix in SITES[site]):
+        def visit(site: Site, hessian: Tensor, at: str = f"{LAYERS}{index}") -> None:
+            for name in (f"{at}.{matrix}.weight" for matrix in site.matrices):
                 delta = _difference(base, tuned, name)
                 if delta.any():
                     split[name] = _split(delta, bands, hessian)

@@ -35,6 +35,7 @@ from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
+from pocketslm.models.sites import matrices
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 Ids = npt.NDArray[np.int64]
@@ -140,7 +141,7 @@ def heal_folder(
     if out.exists():
         raise UsageError(f"{out} exists already; choose another")
     content = read_text(text)
-    files = {name: data.decode() for name, data in student.tokenizer_files().items()}
+    files = student.tokenizer_files()
     ids = np.asarray(load_tokenizer_files(files).encode(content)[held_out:], np.int64)
     work = out.with_name(f".{out.name}.healing")
     model, losses = heal(student, teacher, ids, work, config, progress)
@@ -262,24 +263,26 @@ class LowRank(nn.Module):
         return weight + self.b @ self.a
 
 
-def add_lora(
-    model: nn.Module, rank: int, update: Callable[[Tensor, int], nn.Module] = LowRank
-) -> None:
+def add_lora(model: Any, rank: int, update: Callable[[Tensor, int], nn.Module] = LowRank) -> None:
     """Make every matrix of the blocks learn through a low-rank update; all else is frozen."""
     model.requires_grad_(False)
     for module in _projections(model):
         parametrize.register_parametrization(module, "weight", update(module.weight, rank))
 
 
-def keep_zeros(model: nn.Module) -> None:
+def keep_zeros(model: Any) -> None:
     """Zeros of the blocks' matrices get no gradient, so that they stay zeros."""
     for module in _projections(model):
         module.weight.register_hook(partial(torch.mul, module.weight.detach() != 0))
 
 
-def _projections(model: nn.Module) -> list[Any]:
-    """The modules of the blocks that have a matrix."""
-    return [module for name, module in model.named_modules() if name.endswith("_proj")]
+def _projections(model: Any) -> list[Any]:
+    """The modules of the layers' matrices."""
+    return [
+        layer.get_submodule(name)
+        for layer, described in zip(model.model.layers, model.config.stored_layers, strict=True)
+        for name in matrices(described)
+    ]
 
 
 def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
@@ -301,7 +304,7 @@ def learning_rate(config: HealConfig, step: int) -> float:
 def _forward(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B, S, V] and the normalized last hidden state [B, S, H]."""
     kept: list[Tensor] = []
-    hook = model.model.norm.register_forward_hook(lambda module, args, out: kept.append(out))
+    hook = model.lm_head.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     try:
         logits, _ = model(ids, model.empty_cache(len(ids)))
     finally:

@@ -72,7 +72,7 @@ class Workbench:
         self.checkpoint = checkpoint
         self.window = 512
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+        files = checkpoint.tokenizer_files()
         encode = load_tokenizer_files(files).encode
         ids = encode(read_text(text))
         self.windows: list[Ids] = windows_of(ids, self.window, windows)
@@ -240,8 +240,9 @@ def _narrow(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
         "neurons 3/4": {"neurons": c.intermediate_size * 3 // 4},
         "channels 15/16": {"channels": c.hidden_size * 15 // 16},
     }
-    if c.num_key_value_heads > 1:
-        targets["one KV head less"] = {"groups": c.num_key_value_heads - 1}
+    most = max(a.kv_heads for a in c.attentions)
+    if most > 1:
+        targets["one KV head less"] = {"groups": most - 1}
 
     def make(method: str, detail: str) -> Row:
         model = bench.model()

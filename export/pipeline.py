@@ -17,11 +17,13 @@ from typing import Any
 
 from pocketslm import __version__
 from pocketslm.errors import ExportError
+from pocketslm.export.lower.trace import Traced, trace
 from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
 from pocketslm.export.publish import published
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
+from pocketslm.export.tokenizer import settled
 from pocketslm.models.checkpoint import (
     EMBEDDING,
     HEAD,
@@ -33,6 +35,7 @@ from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
+from pocketslm.runtime.config import generation_defaults
 
 Progress = Callable[[str, float], None]
 
@@ -73,8 +76,10 @@ def export_bundle(
         hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
         raise ExportError(f"{out} exists already; {hint}")
     with published(out, replace=overwrite, say=say) as folder:
-        for name, content in checkpoint.tokenizer_files().items():
+        files, notes = settled(checkpoint.tokenizer_files(), checkpoint.config.vocab_size)
+        for name, content in files.items():
             (folder / name).write_bytes(content)
+        generation_defaults(folder)  # which reads them as every run will
         recipe, ids = _calibration(recipe, folder)
         if recipe.neurons is not None:
             checkpoint = _with_neurons(checkpoint, ids, recipe.neurons)
@@ -84,8 +89,13 @@ def export_bundle(
         for adapter in adapters:
             _carry(checkpoint, adapter, recipe, folder)
         stored = _StoredWeights(checkpoint, recipe, prepared)
+        assert recipe.context is not None
+        progress("trace", 0.0)
+        traced = trace(checkpoint.config, recipe.context)
+        progress("trace", 1.0)
+        stored.notes += notes
         graphs = [
-            lower(checkpoint.config, recipe, stored, folder, progress)
+            lower(traced, recipe, stored, folder, progress)
             for target, lower in _LOWERINGS.items()
             if target in recipe.targets
         ]
@@ -246,97 +256,87 @@ class _StoredWeights:
 
 
 def _lower_native(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``model.slm``, with tokenizer and chat template inside where the runner covers them."""
     from pocketslm.export.lower import native
-    from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
+    from pocketslm.export.lower.native_chat import chat_parts
+    from pocketslm.export.lower.native_tokenizer import pack_tokenizer
     from pocketslm.runtime.tokenizer import load_tokenizer
 
-    assert recipe.context is not None
     progress("lower to native", 0.0)
-    tokenizer = load_tokenizer(folder)
     packed, reason = pack_tokenizer((folder / "tokenizer.json").read_bytes())
-    chat = None
-    if packed is not None:
-        chat, reason = chat_parts(tokenizer.render_chat, sorted(tokenizer.eos_token_ids))
+    chat, no_chat = chat_parts(load_tokenizer(folder))
     if packed is None:
         weights.notes.append(f"pocketslm-run takes token ids of this model, not text: {reason}")
-    elif chat is None:
-        weights.notes.append(f"pocketslm-run has no chat mode for this model: {reason}")
-    report = native.lower(config, weights, folder / "model.slm", tokenizer=packed, chat=chat)
+    elif no_chat:
+        weights.notes.append(f"pocketslm-run has no chat mode for this model: {no_chat}")
+    report = native.lower(
+        traced,
+        weights,
+        folder / "model.slm",
+        tokenizer=packed,
+        chat=chat,
+        progress=lambda done, total: progress("lower to native", done / total),
+    )
     if report.rounded_scales:
         weights.notes.append(
             f"native: scales of {len(report.rounded_scales)} matrices were rounded to fp16"
         )
-    progress("lower to native", 1.0)
-    return Graph("native", "model.slm", recipe.context, recipe.kv_cache)
+    return Graph("native", "model.slm", traced.context, recipe.kv_cache)
 
 
 def _lower_onnx(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``model.onnx``, its data, and ``genai_config.json``."""
     from pocketslm.export.lower import onnx
-    from pocketslm.export.lower.trace import trace
+    from pocketslm.export.lower.genai import genai_config
 
-    assert recipe.context is not None
-    progress("trace", 0.0)
-    traced = trace(config, recipe.context)
-    progress("trace", 1.0)
+    config = traced.config
     onnx.lower(
         traced,
-        config,
         weights,
         folder,
         dtype=recipe.dtype,
         progress=lambda done, total: progress("lower to onnx", done / total),
     )
-    if len({size.num_key_value_heads for size in config.layers}) > 1:
+    if len({(a.kv_heads, a.head_dim) for a in config.attentions}) != 1:
         weights.notes.append("onnxruntime-genai cannot run layers with different KV heads")
-    description = genai_config(config, recipe.context, folder)
+    description = genai_config(config, traced.context, folder)
     (folder / GENAI_CONFIG).write_text(json.dumps(description, indent=4) + "\n")
-    return Graph("onnx", onnx.GRAPH_FILE, recipe.context, recipe.dtype)
+    return Graph("onnx", onnx.GRAPH_FILE, traced.context, recipe.dtype)
 
 
 def _lower_onnx_native(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``pocketslm.onnx`` over the ``model.slm`` that is there already."""
     from pocketslm.export.lower import onnx_native
 
-    assert recipe.context is not None
-    onnx_native.lower(config, folder)
-    return Graph("onnx-pocketslm", onnx_native.GRAPH_FILE, recipe.context, "fp16")
+    onnx_native.lower(traced.config, folder)
+    return Graph("onnx-pocketslm", onnx_native.GRAPH_FILE, traced.context, "fp16")
 
 
 def _lower_executorch(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``model.pte``, which ExecuTorch's LLM runner takes with the ``tokenizer.json`` beside it."""
-    from pocketslm.export.lower.trace import trace
-
-    assert recipe.context is not None
-    progress("trace", 0.0)
-    traced = trace(config, recipe.context)
-    progress("trace", 1.0)
     bos, eos = _ends(folder)
     with _no_warnings():
         from pocketslm.export.lower import executorch
 
         weights.notes += executorch.lower(
             traced,
-            config,
             weights,
             folder / executorch.GRAPH_FILE,
-            context=recipe.context,
             bos=bos,
             eos=eos,
             int8_cache=recipe.kv_cache == "int8",
             progress=lambda done, total: progress("lower to executorch", done / total),
         )
     cache = "int8" if recipe.kv_cache == "int8" else "fp32"
-    return Graph("executorch", executorch.GRAPH_FILE, recipe.context, cache)
+    return Graph("executorch", executorch.GRAPH_FILE, traced.context, cache)
 
 
 @contextmanager
@@ -352,23 +352,22 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _lower_executorch_native(
-    config: ModelConfig, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``pocketslm.pte``, with a copy of the ``model.slm`` that is there already."""
-    assert recipe.context is not None
     bos, eos = _ends(folder)
     with _no_warnings():
         from pocketslm.export.lower import executorch_native
 
         executorch_native.lower(
-            config,
+            traced.config,
             folder / "model.slm",
             folder / executorch_native.GRAPH_FILE,
-            context=recipe.context,
+            context=traced.context,
             bos=bos,
             eos=eos,
         )
-    return Graph("executorch-pocketslm", executorch_native.GRAPH_FILE, recipe.context, "fp16")
+    return Graph("executorch-pocketslm", executorch_native.GRAPH_FILE, traced.context, "fp16")
 
 
 # In this order: a later one may use what an earlier one wrote.
@@ -382,64 +381,13 @@ _LOWERINGS = {
 
 
 def _ends(folder: Path) -> tuple[int, list[int]]:
-    """The tokens that begin a text and that end an answer."""
+    """The token that begins a text, and those that end an answer.
+
+    ExecuTorch's file has to name one of the first kind; where a model has none, its runners are
+    told to begin with what they end with, which they do only when asked to.
+    """
     from pocketslm.runtime.tokenizer import load_tokenizer
 
-    eos = sorted(load_tokenizer(folder).eos_token_ids)
-    return _generation(folder).get("bos_token_id", eos[0] if eos else 0), eos
-
-
-def _generation(folder: Path) -> dict[str, Any]:
-    """``generation_config.json``, where the model has one."""
-    path = folder / "generation_config.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, Any]:
-    """onnxruntime-genai's description of the graph; sampling defaults from generation_config."""
-    generation = _generation(folder)
-    eos = generation.get("eos_token_id", 0)
-    pad = generation.get("pad_token_id")
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    return {
-        "model": {
-            "bos_token_id": generation.get("bos_token_id", first_eos),
-            "eos_token_id": eos,
-            "pad_token_id": first_eos if pad is None else pad,
-            "context_length": context,
-            "type": "llama",
-            "vocab_size": config.vocab_size,
-            "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": "model.onnx",
-                "head_size": config.head_dim,
-                "hidden_size": config.hidden_size,
-                "num_attention_heads": config.num_attention_heads,
-                "num_hidden_layers": len(config.layers),
-                "num_key_value_heads": config.num_key_value_heads,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        "search": {
-            "do_sample": bool(generation.get("do_sample", False)),
-            "temperature": generation.get("temperature", 1.0),
-            "top_k": generation.get("top_k", 50),
-            "top_p": generation.get("top_p", 1.0),
-            "max_length": context,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": True,
-            "repetition_penalty": generation.get("repetition_penalty", 1.0),
-        },
-    }
+    identity = load_tokenizer(folder).identity
+    first = identity.eos[0] if identity.eos else 0
+    return first if identity.bos is None else identity.bos, list(identity.eos)

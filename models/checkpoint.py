@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,17 +16,21 @@ import numpy as np
 
 from pocketslm.errors import CheckpointError
 from pocketslm.models import architectures
-from pocketslm.models.config import ModelConfig, config_from_gguf, config_from_hf
-from pocketslm.models.tensors import Weight
+from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.config import ModelConfig
+from pocketslm.models.tensors import Array, QuantTensor, Weight, floats
+from pocketslm.models.tokenizer_files import tokenizer_notes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ORIGIN_FILE = "origin.json"
+_LFS = b"version https://git-lfs"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
     "special_tokens_map.json",
+    "config.json",  # for the ids of its special tokens
 )
 
 
@@ -114,36 +120,20 @@ class HFCheckpoint:
         model_type = data.get("model_type")
         if not isinstance(model_type, str):
             raise CheckpointError(f"{path}/config.json has no model_type")
-        self.config = config_from_hf(data, architectures.canonical(model_type))
+        self.architecture = architectures.of_hf(model_type)
+        _refuse_quantized(path, data)
+        fields = Fields(data, f"{path}/config.json")
+        self.config = self.architecture.read_hf(fields)
         origin = _read_origin(path)
         self.licence = _model_card_licence(path / "README.md") or origin["licence"]
-        self.notes: list[str] = origin["notes"]
+        self.notes: list[str] = [*origin["notes"], *fields.settle()]
         self.made_from: list[str] = origin["made_from"]
         self.sparse: str | None = origin["sparse"]
-        self._where = self._index()
-
-    def _index(self) -> dict[str, Path]:
-        """Tensor name to the file that holds it."""
-        from safetensors import SafetensorError, safe_open
-
-        index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            names = set(read_json(index).get("weight_map", {}).values())
-            if any(Path(name).name != name for name in names):
-                raise CheckpointError(f"{index} names files outside its folder")
-            files = [self.path / name for name in sorted(names)]
-        else:
-            files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{self.path} has no .safetensors files")
-        where: dict[str, Path] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    where.update(dict.fromkeys(tensors.keys(), file))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"cannot read {file}: {one_line(error)}") from None
-        return where
+        files, note = _weight_files(path)
+        self.notes += note
+        self._where = _index(files)
+        self._prefix = _prefix(self._where, self.architecture.hf.stored(EMBEDDING))
+        self._check_tensors()
 
     def files(self) -> list[Path]:
         return sorted(set(self._where.values()))
@@ -162,21 +152,52 @@ class HFCheckpoint:
         return dict(sizes)
 
     def weight(self, name: str) -> Weight:
-        from safetensors import SafetensorError, safe_open
-
         if name == HEAD and self.config.tie_word_embeddings:
             name = EMBEDDING
-        if name not in self._where:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        return self.architecture.hf.read(name, self.config, self._read)
+
+    def _read(self, name: str) -> Weight:
+        from safetensors import SafetensorError, safe_open
+
+        stored = self._stored(name)
+        if stored not in self._where:
+            raise CheckpointError(f"{self.path} has no tensor {stored!r}")
         try:
-            with safe_open(self._where[name], framework="pt") as tensors:
-                tensor = tensors.get_tensor(name)
+            with safe_open(self._where[stored], framework="pt") as tensors:
+                tensor = tensors.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"cannot read {name!r} of {self._where[name]}: {one_line(error)}"
+                f"cannot read {stored!r} of {self._where[stored]}: {one_line(error)}"
             ) from None
         array: np.ndarray[Any, Any] = tensor.float().numpy()
         return array
+
+    def _stored(self, name: str) -> str:
+        """A name of the family's as this folder has it."""
+        old, new = self._prefix
+        return new + name.removeprefix(old) if name.startswith(old) else name
+
+    def _check_tensors(self) -> None:
+        """Every tensor is read, or refused by name; a head of its own is used."""
+        head = self._stored(self.architecture.hf.stored(HEAD)) if self.config.head else None
+        if self.config.tie_word_embeddings and head in self._where:
+            own = self._read(self.architecture.hf.stored(HEAD))
+            shared = self._read(self.architecture.hf.stored(EMBEDDING))
+            if not np.array_equal(floats(own), floats(shared)):
+                self.config = replace(self.config, tie_word_embeddings=False)
+                self.notes.append(
+                    f"{head} differs from the embedding although tie_word_embeddings is true; "
+                    "it is used"
+                )
+        parameters = [*_parameters(self.config)]
+        if self.config.tie_word_embeddings and self.config.head:
+            parameters.append(HEAD)
+        old, new = self._prefix
+        found = {
+            old + name.removeprefix(new) if name.startswith(new) else name: name
+            for name in self._where
+        }
+        _refuse_unread(self.path, self.architecture.hf.unread(found, parameters))
 
     def tokenizer_files(self) -> dict[str, bytes]:
         found = {name: self.path / name for name in _TOKENIZER_FILES}
@@ -190,15 +211,15 @@ class HFCheckpoint:
 
 
 class GGUFCheckpoint:
-    """One .gguf file; its metadata carries configuration, tokenizer and chat template."""
+    """A .gguf file, or the first of several; its metadata carries configuration and tokenizer."""
 
     format = "gguf"
 
     def __init__(self, path: Path) -> None:
-        from pocketslm.models.gguf_reader import GGUFFile
+        from pocketslm.models.gguf_reader import open_gguf
 
         self.path = path
-        self.file = GGUFFile(path)
+        self.file = open_gguf(path)
         meta = self.file.metadata
         name = meta.get("general.architecture")
         if not isinstance(name, str):
@@ -206,24 +227,24 @@ class GGUFCheckpoint:
         self.name = path.stem
         self.made_from: list[str] = []
         self.sparse: str | None = None
-        self.licence = meta.get("general.license")
-        architecture = architectures.canonical(name)
-        divisors = None
-        if "rope_freqs.weight" in self.file.tensors:
-            values = self.file.read("rope_freqs.weight")
-            assert isinstance(values, np.ndarray)
-            divisors = tuple(float(v) for v in values)
-        self.config = config_from_gguf(meta, architecture, self.file.tensors, divisors)
+        licence = meta.get("general.license")
+        self.licence = licence if isinstance(licence, str) else None
+        self.architecture = architectures.of_gguf(name)
+        fields = Fields(meta, str(path), f"{name}.")
+        self.config = self.architecture.read_gguf(fields, self.file.tensors, self._vector)
+        fields.settle_gguf()
+        unread = self.architecture.gguf.unread(self.file.tensors, _parameters(self.config))
+        _refuse_unread(path, unread)
         tensors = self.file.tensors.items()
         lossy = sorted({t.kind.name for n, t in tensors if not self.file.is_kept(n)})
-        self.notes = (
-            [f"{', '.join(lossy)} blocks were dequantized: no target holds them as they are"]
-            if lossy
-            else []
-        )
+        self.notes = [
+            f"{kind} blocks were rounded to int8 g32: no target holds them as they are"
+            for kind in lossy
+        ]
+        self.notes += tokenizer_notes(meta)
 
     def files(self) -> list[Path]:
-        return [self.path]
+        return self.file.paths
 
     def stored_bytes(self) -> dict[str, int]:
         sizes: Counter[str] = Counter()
@@ -234,13 +255,21 @@ class GGUFCheckpoint:
     def weight(self, name: str) -> Weight:
         if name == HEAD and self.config.tie_word_embeddings:
             name = EMBEDDING
-        stored = gguf_name(name)
-        if stored not in self.file.tensors:
-            raise CheckpointError(f"{self.path} has no tensor {stored!r} ({name})")
-        weight = self.file.read(stored)
-        module = architectures.load(self.config.architecture)
-        sanitized: Weight = module.sanitize_gguf(name, weight, self.config)
-        return sanitized
+        return self.architecture.gguf.read(name, self.config, self._read)
+
+    def _read(self, name: str) -> Weight:
+        if name not in self.file.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}")
+        return self.file.read(name)
+
+    def _vector(self, name: str) -> Array | None:
+        """A vector of floats that belongs to the configuration, if the file has it."""
+        if name not in self.file.tensors:
+            return None
+        values = self.file.read(name)
+        if isinstance(values, QuantTensor) or values.ndim != 1:
+            raise CheckpointError(f"{self.path}: {name} is not a vector of floats")
+        return values
 
     def tokenizer_files(self) -> dict[str, bytes]:
         from pocketslm.models.tokenizer_files import tokenizer_files_from_gguf
@@ -249,29 +278,85 @@ class GGUFCheckpoint:
         return {k: v.encode() if isinstance(v, str) else v for k, v in files.items()}
 
 
-_GGUF_PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_GGUF_TOP = {EMBEDDING: "token_embd.weight", HEAD: "output.weight"} | {
-    "model.norm.weight": "output_norm.weight"
-}
+def _parameters(config: ModelConfig) -> list[str]:
+    from pocketslm.models.reference import parameter_shapes  # imports torch
+
+    return list(parameter_shapes(config))
 
 
-def gguf_name(name: str) -> str:
-    """``model.layers.3.mlp.up_proj.weight`` -> ``blk.3.ffn_up.weight``."""
-    if name in _GGUF_TOP:
-        return _GGUF_TOP[name]
-    _, _, layer, rest = name.split(".", 3)
-    part, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{_GGUF_PARTS[part]}.{kind}"
+def _refuse_unread(path: Path, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"{path} has tensors that the config does not account for: "
+            f"{', '.join(names[:3])}{more}; the model would compute something else without them"
+        )
+
+
+def _refuse_quantized(path: Path, data: Mapping[str, Any]) -> None:
+    """Weights that need more than a cast to become floats."""
+    found = data.get("quantization_config") or data.get("compression_config")
+    if not found:
+        return
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    raise CheckpointError(
+        f"{path}/config.json: quantization_config names the method "
+        f"{str(method or 'unknown')[:40]!r}, which is not supported; use the checkpoint it was "
+        "made from, or a GGUF"
+    )
+
+
+def _weight_files(path: Path) -> tuple[list[Path], list[str]]:
+    """The files that hold the weights, as transformers picks them, and a note on those left out."""
+    found = sorted(path.glob("*.safetensors"))
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists():
+        files = [whole]
+    elif index.exists():
+        parts = read_json(index).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(n, str) for n in parts.values()):
+            raise CheckpointError(f"{index}: weight_map is not an object of file names")
+        names = sorted(set(parts.values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index} names files outside its folder")
+        files = [path / name for name in names]
+        if missing := [file.name for file in files if not file.exists()]:
+            raise CheckpointError(f"{index} names {missing[0]}, which is not there; fetch it again")
+    else:
+        files = found
+    if not files:
+        raise CheckpointError(f"{path} has no .safetensors files")
+    left = [file.name for file in found if file not in files]
+    return files, [f"not read, as transformers does not: {', '.join(left)}"] if left else []
+
+
+def _index(files: Sequence[Path]) -> dict[str, Path]:
+    """Tensor name to the file that holds it."""
+    from safetensors import SafetensorError, safe_open
+
+    where: dict[str, Path] = {}
+    for file in files:
+        try:
+            with file.open("rb") as head:
+                if head.read(len(_LFS)) == _LFS:
+                    raise CheckpointError(f"{file} is a Git LFS pointer; run `git lfs pull` there")
+            with safe_open(file, framework="pt") as tensors:
+                names = list(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {file}: {one_line(error)}") from None
+        if twice := sorted(where.keys() & set(names)):
+            raise CheckpointError(f"{twice[0]} is in {where[twice[0]].name} and in {file.name}")
+        where.update(dict.fromkeys(names, file))
+    return where
+
+
+def _prefix(where: Mapping[str, Path], embedding: str) -> tuple[str, str]:
+    """What of a family's names a folder replaces, and by what: files without ``model.`` exist."""
+    own = embedding.split(".")[0] + "."
+    for new in (own, "", "language_model." + own, own + "language_model."):
+        if new + embedding.removeprefix(own) in where:
+            return own, new
+    return "", ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

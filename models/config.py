@@ -1,13 +1,22 @@
-"""The dimensions of a decoder-only model, read from Hugging Face JSON or GGUF metadata."""
+"""What decides the shape and the arithmetic of a model: a configuration with layers in it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 from pocketslm.errors import CheckpointError
+
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
+NormKind = Literal["rms", "layer"]
+# Where a layer's norms stand. pre: before attention and before the MLP. post: after each. both:
+# before and after each. parallel: attention and MLP read the layer's input at once, through one
+# norm; parallel2: through a norm each. last: after each residual sum (BERT).
+Placement = Literal["pre", "post", "both", "parallel", "parallel2", "last"]
+MAX_LAYERS = 1024
+_MAX_SIZE = 1 << 24  # of any width, far above every model that this project serves
+_MAX_POSITIONS = 1 << 24
 
 
 class LayerSize(NamedTuple):
@@ -19,79 +28,213 @@ class LayerSize(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Everything that decides the shape and arithmetic of a checkpoint; names as Hugging Face's.
+class Rotary:
+    """One table of rotary position embeddings; the first ``dim`` of a head are rotated.
 
-    ``layer_sizes``: one entry a layer where layers differ (see :meth:`with_layer_sizes`), else
-    None; ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size`` are then the
-    largest of any layer.
-    ``layer_sharing``: each of the ``num_hidden_layers`` stored layers runs twice in succession,
-    with a cache for each time (MobileLLM-LS, https://arxiv.org/abs/2402.14905).
-    ``rope_divisors`` [head_dim / 2] divide the rotary frequencies (one form for every way of
-    stretching a context: linear, Llama 3's bands, a GGUF's ``rope_freqs.weight``).
+    theta: the base of the frequencies ``theta ** (-2i / dim)``.
+    divisors: [dim / 2], divide the frequencies (any way of stretching a context); None: ones.
+    long_divisors: [dim / 2], take their place where the context is longer than ``original``
+    (LongRoPE).
+    factor: multiplies cosines and sines.
+    declared: Hugging Face's rope parameters, as JSON, so that they can be written back.
+    """
+
+    dim: int
+    theta: float = 10000.0
+    divisors: tuple[float, ...] | None = None
+    long_divisors: tuple[float, ...] | None = None
+    original: int | None = None
+    factor: float = 1.0
+    declared: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dim < 2 or self.dim % 2:
+            raise CheckpointError(f"config: {self.dim} rotated dimensions, RoPE needs pairs")
+        _positive("rope_theta", self.theta)
+        _positive("the factor of rotary tables", self.factor)
+        for divisors in (self.divisors, self.long_divisors):
+            if divisors is not None and len(divisors) != self.dim // 2:
+                raise CheckpointError(
+                    f"config: {len(divisors)} rotary divisors, expected {self.dim // 2}"
+                )
+            for value in divisors or ():
+                _positive("a rotary divisor", value)
+
+    def frequencies(self, context: int) -> list[float]:
+        """Radians a position [dim / 2], for sequences of up to ``context`` tokens."""
+        plain = [self.theta ** (-2.0 * i / self.dim) for i in range(self.dim // 2)]
+        divisors = self.divisors
+        if self.long_divisors is not None and context > (self.original or 0):
+            divisors = self.long_divisors
+        if divisors is None:
+            return plain
+        return [f / d for f, d in zip(plain, divisors, strict=True)]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention of one layer.
+
+    scale: multiplies the scores. rotary: which of the model's rotary tables; None: no positions.
+    window: how many positions a token sees, its own among them; None: all before it.
+    softcap: scores become ``cap * tanh(score / cap)``. bias: of Q, K and V.
+    qk_norm: RMSNorm of Q and K: of each head, or of all heads together (``full``).
+    norm_after_rope: Q and K are normalized after their rotation, not before.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rotary: int | None = 0
+    window: int | None = None
+    softcap: float | None = None
+    bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["head", "full"] | None = None
+    norm_after_rope: bool = False
+
+    def __post_init__(self) -> None:
+        _size("num_attention_heads", self.heads)
+        _size("num_key_value_heads", self.kv_heads)
+        _size("head_dim", self.head_dim)
+        if self.heads % self.kv_heads:
+            raise CheckpointError(
+                f"config: {self.heads} attention heads cannot be shared by {self.kv_heads} "
+                "key-value heads, expected a multiple"
+            )
+        if self.window is not None:
+            _size("sliding_window", self.window)
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class ShortConv:
+    """A gated causal convolution over the last ``taps`` tokens, channel by channel (LFM2)."""
+
+    taps: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.taps, int) or not 2 <= self.taps <= 16:
+            raise CheckpointError(f"config: a convolution over {self.taps!r} tokens, at most 16")
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """width: of the inside. gated: ``act(gate(x)) * up(x)``, else ``act(up(x))``."""
+
+    width: int
+    activation: Activation = "silu"
+    gated: bool = True
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _size("intermediate_size", self.width)
+        if self.activation not in get_args(Activation):
+            raise CheckpointError(
+                f"config: hidden_act {self.activation!r} is not supported, expected one of "
+                + ", ".join(get_args(Activation))
+            )
+
+
+@dataclass(frozen=True)
+class Layer:
+    mixer: Attention | ShortConv
+    mlp: Mlp
+    norms: Placement = "pre"
+
+    @property
+    def attention(self) -> Attention | None:
+        return self.mixer if isinstance(self.mixer, Attention) else None
+
+    @property
+    def size(self) -> LayerSize:
+        """The widths that pruning changes; a layer without attention has no heads."""
+        a = self.attention
+        return LayerSize(a.heads if a else 0, a.kv_heads if a else 0, self.mlp.width)
+
+    def resized(self, size: LayerSize) -> Layer:
+        """The same layer with other widths."""
+        mixer = self.mixer
+        if isinstance(mixer, Attention):
+            mixer = replace(
+                mixer, heads=size.num_attention_heads, kv_heads=size.num_key_value_heads
+            )
+        return replace(self, mixer=mixer, mlp=replace(self.mlp, width=size.intermediate_size))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shape and arithmetic of a checkpoint.
+
+    stored_layers: each layer that has weights.
+    layer_sharing: each of them runs twice in succession, with a cache for each time
+    (MobileLLM-LS, https://arxiv.org/abs/2402.14905).
+    rotaries: the rotary tables that layers refer to.
+    embedding_scale, residual_scale, logit_scale: multiply the embedding, what a layer adds to the
+    residual stream, and the logits. logit_softcap: logits become ``cap * tanh(logit / cap)``.
+    learned_positions: rows of a table that is added to the embedding; 0: there is none.
+    embedding_norm: the embedding is normalized. final_norm: the last layer's output is.
+    head: whether there is an output head; an encoder gives its hidden states.
+    causal: a token sees those before it alone.
     """
 
     architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_divisors: tuple[float, ...] | None = None
+    stored_layers: tuple[Layer, ...]
+    rotaries: tuple[Rotary, ...] = ()
+    norm: NormKind = "rms"
+    norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
-    attention_bias: bool = False  # of Q, K and V
-    output_bias: bool = False  # of the attention output
-    mlp_bias: bool = False
-    hidden_act: str = "silu"
-    layer_sizes: tuple[LayerSize, ...] | None = None
+    head_bias: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    learned_positions: int = 0
+    embedding_norm: bool = False
+    final_norm: bool = True
+    head: bool = True
+    causal: bool = True
     layer_sharing: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-                raise CheckpointError(f"config: {name} is {value!r}, expected a positive integer")
-        if self.layer_sizes is not None and len(self.layer_sizes) != self.num_hidden_layers:
+        for name in ("vocab_size", "hidden_size"):
+            _size(name, getattr(self, name))
+        positions = self.max_position_embeddings
+        if not _is_int(positions) or not 0 < positions <= _MAX_POSITIONS:
             raise CheckpointError(
-                f"config: {len(self.layer_sizes)} layer sizes, expected one for each of "
-                f"{self.num_hidden_layers} layers"
+                f"config: max_position_embeddings is {positions!r}, expected 1 to {_MAX_POSITIONS}"
             )
-        largest = LayerSize(
-            self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
-        )
-        for size in self.layer_sizes or (largest,):
-            if any(not 0 < part <= most for part, most in zip(size, largest, strict=True)):
-                raise CheckpointError(f"config: layer size {tuple(size)}, at most {tuple(largest)}")
-            if size.num_attention_heads % size.num_key_value_heads:
+        if not 0 < len(self.stored_layers) <= MAX_LAYERS:
+            raise CheckpointError(
+                f"config: {len(self.stored_layers)} layers, expected 1 to {MAX_LAYERS}"
+            )
+        if not isinstance(self.norm_eps, int | float) or not 0 <= self.norm_eps < 1:
+            raise CheckpointError(f"config: the norms' epsilon is {self.norm_eps!r}, expected < 1")
+        for name in ("embedding_scale", "residual_scale", "logit_scale"):
+            _positive(name, getattr(self, name))
+        for layer in self.stored_layers:
+            a = layer.attention
+            if a is None or a.rotary is None:
+                continue
+            if not 0 <= a.rotary < len(self.rotaries):
+                raise CheckpointError(f"config: a layer reads rotary table {a.rotary}")
+            if self.rotaries[a.rotary].dim > a.head_dim:
                 raise CheckpointError(
-                    f"config: {size.num_attention_heads} attention heads cannot be shared by "
-                    f"{size.num_key_value_heads} key-value heads, expected a multiple"
+                    f"config: {self.rotaries[a.rotary].dim} dimensions of a head of {a.head_dim} "
+                    "are rotated"
                 )
-        if self.head_dim % 2:
-            raise CheckpointError(f"config: head_dim {self.head_dim} is odd, RoPE needs pairs")
-        if self.hidden_act != "silu":
-            raise CheckpointError(
-                f"config: hidden_act {self.hidden_act!r} is not supported, expected 'silu'"
-            )
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of one token in an fp32 KV cache."""
-        return sum(2 * size.num_key_value_heads * self.head_dim * 4 for size in self.layers)
 
     @property
     def repeats(self) -> int:
@@ -99,172 +242,186 @@ class ModelConfig:
         return 2 if self.layer_sharing else 1
 
     @property
-    def layers(self) -> tuple[LayerSize, ...]:
-        """The widths of each layer that runs, and so has a cache: a shared one counts twice."""
-        return tuple(size for size in self.stored_layers for _ in range(self.repeats))
+    def layers(self) -> tuple[Layer, ...]:
+        """Each layer that runs, and so has a state of its own: a shared one counts twice."""
+        return tuple(layer for layer in self.stored_layers for _ in range(self.repeats))
 
     @property
-    def stored_layers(self) -> tuple[LayerSize, ...]:
-        """The widths of each layer that has weights."""
-        if self.layer_sizes is not None:
-            return self.layer_sizes
-        size = LayerSize(self.num_attention_heads, self.num_key_value_heads, self.intermediate_size)
-        return (size,) * self.num_hidden_layers
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention of each layer that runs and has one."""
+        return tuple(layer.attention for layer in self.layers if layer.attention is not None)
 
-    def with_layer_sizes(self, sizes: Sequence[LayerSize]) -> ModelConfig:
-        """The same model with other stored layers; their number and largest widths follow."""
-        heads, kv_heads, intermediate = (max(widths) for widths in zip(*sizes, strict=True))
-        return replace(
-            self,
-            num_hidden_layers=len(sizes),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            intermediate_size=intermediate,
-            layer_sizes=tuple(sizes) if len(set(sizes)) > 1 else None,
-        )
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.stored_layers)
+
+    @property
+    def intermediate_size(self) -> int:
+        """The widest MLP."""
+        return max(layer.mlp.width for layer in self.stored_layers)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have the same widths."""
+        return len({layer.size for layer in self.stored_layers}) == 1
+
+    def with_sizes(self, sizes: Sequence[LayerSize]) -> ModelConfig:
+        """The same layers with other widths, one entry a stored layer."""
+        pairs = zip(self.stored_layers, sizes, strict=True)
+        return replace(self, stored_layers=tuple(layer.resized(size) for layer, size in pairs))
+
+    def state_bytes(self, tokens: int, bytes_per_value: float, batch: int = 0) -> int:
+        """Bytes of the states of a session that holds ``tokens`` tokens.
+
+        bytes_per_value: 4 for fp32, 2 for fp16, 1 + 4 / head_dim for int8 with a scale.
+        batch: tokens that a windowed layer must be able to take beside its window; 0: windows are
+        not used, each layer keeps all tokens.
+        """
+        total = 0.0
+        for layer in self.layers:
+            if (a := layer.attention) is None:
+                assert isinstance(layer.mixer, ShortConv)
+                total += (layer.mixer.taps - 1) * self.hidden_size * 4
+                continue
+            kept = tokens
+            if batch and a.window is not None:
+                kept = min(tokens, -(-(a.window + batch) // 16) * 16)
+            total += 2 * a.kv_width * kept * bytes_per_value
+        return round(total)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON; what has its default value is left out."""
+        data = _without_defaults(self)
+        data["stored_layers"] = [
+            {
+                ("attention" if layer.attention else "short_conv"): _without_defaults(layer.mixer),
+                "mlp": _without_defaults(layer.mlp),
+            }
+            | ({} if layer.norms == "pre" else {"norms": layer.norms})
+            for layer in self.stored_layers
+        ]
+        data["rotaries"] = [_without_defaults(rotary) for rotary in self.rotaries]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """The inverse of :meth:`to_dict`, strict: our own files have no unknown fields."""
-        fields = dict(data)
-        if fields.get("rope_divisors") is not None:
-            fields["rope_divisors"] = tuple(fields["rope_divisors"])
-        if fields.get("layer_sizes") is not None:
-            fields["layer_sizes"] = tuple(LayerSize(*size) for size in fields["layer_sizes"])
-        return cls(**fields)
+        """The inverse of :meth:`to_dict`; also reads the flat form of earlier bundles.
 
-
-def config_from_hf(data: Mapping[str, Any], architecture: str) -> ModelConfig:
-    """Read a Hugging Face ``config.json``; fields that do not concern us are ignored.
-
-    Raises CheckpointError where a needed field is missing or names something unsupported.
-    """
-
-    def need(name: str) -> Any:
-        if data.get(name) is None:
-            raise CheckpointError(f"config.json has no {name!r}; is this a decoder-only model?")
-        return data[name]
-
-    heads = need("num_attention_heads")
-    # transformers 5 writes one `rope_parameters` object, 4 wrote `rope_theta` and `rope_scaling`.
-    rope = dict(data.get("rope_scaling") or {}) | dict(data.get("rope_parameters") or {})
-    hidden = need("hidden_size")
-    head_dim = data.get("head_dim") or hidden // heads
-    theta = float(rope.get("rope_theta") or data.get("rope_theta") or 10000.0)
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=need("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=need("intermediate_size"),
-        num_hidden_layers=need("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=data.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        max_position_embeddings=need("max_position_embeddings"),
-        rms_norm_eps=data.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_divisors=_rope_divisors(rope, rope_frequencies(theta, head_dim)),
-        # MobileLLM has a name of its own for a tied head.
-        tie_word_embeddings=bool(data.get("tie_word_embeddings") or data.get("share_embedding")),
-        # Qwen2 has biases on Q, K and V alone, and no field that says so.
-        attention_bias=architecture == "qwen2" or bool(data.get("attention_bias", False)),
-        output_bias=architecture != "qwen2" and bool(data.get("attention_bias", False)),
-        mlp_bias=bool(data.get("mlp_bias", False)),
-        hidden_act=data.get("hidden_act", "silu"),
-        layer_sizes=_layer_sizes(data.get("layer_sizes")),
-        layer_sharing=bool(data.get("layer_sharing")),
-    )
-
-
-def _layer_sizes(data: Any) -> tuple[LayerSize, ...] | None:
-    """Our own field of config.json: a list of objects of LayerSize's fields."""
-    if data is None:
-        return None
-    try:
-        sizes = tuple(LayerSize(**size) for size in data)
-    except TypeError:
-        sizes = ()
-    if not sizes or any(not isinstance(part, int) for size in sizes for part in size):
-        raise CheckpointError(
-            "config.json: layer_sizes is not a list of objects with the integers "
-            + ", ".join(LayerSize._fields)
-        )
-    return sizes
-
-
-def rope_frequencies(theta: float, head_dim: int) -> list[float]:
-    """The unscaled rotary frequencies [head_dim / 2], in radians a position."""
-    return [theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
-
-
-def _rope_divisors(rope: Mapping[str, Any], frequencies: list[float]) -> tuple[float, ...] | None:
-    """Hugging Face's RoPE scaling parameters as divisors of the frequencies."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise CheckpointError(f"RoPE scaling {kind!r} is not supported, expected linear or llama3")
-    try:
-        factor = float(rope["factor"])
-        if kind == "linear":
-            return (factor,) * len(frequencies)
-        # Llama 3.1: wavelengths longer than the original context are stretched by `factor`,
-        # short ones kept, those between blended (https://arxiv.org/abs/2407.21783).
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        original = float(rope["original_max_position_embeddings"])
-    except KeyError as error:
-        raise CheckpointError(f"config.json: RoPE scaling {kind!r} has no {error}") from None
-    divisors = []
-    for frequency in frequencies:
-        turns = original * frequency / (2 * math.pi)
-        smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
-        divisors.append(1.0 / ((1.0 - smooth) / factor + smooth))
-    return tuple(divisors)
-
-
-def config_from_gguf(
-    meta: Mapping[str, Any],
-    architecture: str,
-    names: Collection[str],
-    rope_divisors: tuple[float, ...] | None = None,
-) -> ModelConfig:
-    """Read the ``<arch>.*`` keys of GGUF metadata.
-
-    ``names``: the file's tensor names; ``rope_divisors``: its ``rope_freqs.weight``, if any.
-    """
-    arch = meta["general.architecture"]
-
-    def need(key: str) -> Any:
+        Raises CheckpointError where it is neither.
+        """
         try:
-            return meta[f"{arch}.{key}"]
-        except KeyError:
-            raise CheckpointError(f"GGUF metadata has no {arch}.{key}") from None
+            if "stored_layers" not in data:
+                return uniform(**data)
+            values = dict(data)
+            values["stored_layers"] = tuple(_layer(part) for part in data["stored_layers"])
+            values["rotaries"] = tuple(_rotary(part) for part in data.get("rotaries", ()))
+            return cls(**values)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"not an architecture's description: {' '.join(str(error).split())}"
+            ) from None
 
-    heads = need("attention.head_count")
-    hidden = need("embedding_length")
-    head_dim = meta.get(f"{arch}.attention.key_length", hidden // heads)
-    if rope_divisors is None and (kind := meta.get(f"{arch}.rope.scaling.type", "none")) != "none":
-        if kind != "linear":
-            raise CheckpointError(f"GGUF RoPE scaling {kind!r} is not supported, expected linear")
-        rope_divisors = (float(need("rope.scaling.factor")),) * (head_dim // 2)
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=meta.get(f"{arch}.vocab_size") or len(meta.get("tokenizer.ggml.tokens", ())),
-        hidden_size=hidden,
-        intermediate_size=need("feed_forward_length"),
-        num_hidden_layers=need("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=meta.get(f"{arch}.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        max_position_embeddings=need("context_length"),
-        rms_norm_eps=float(need("attention.layer_norm_rms_epsilon")),
-        rope_theta=float(meta.get(f"{arch}.rope.freq_base", 10000.0)),
-        rope_divisors=rope_divisors,
-        tie_word_embeddings="output.weight" not in names,
-        attention_bias="blk.0.attn_q.bias" in names,
-        output_bias="blk.0.attn_output.bias" in names,
-        mlp_bias="blk.0.ffn_gate.bias" in names,
+
+def uniform(
+    *,
+    architecture: str,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    max_position_embeddings: int,
+    rms_norm_eps: float = 1e-5,
+    rope_theta: float = 10000.0,
+    rope_divisors: Sequence[float] | None = None,
+    tie_word_embeddings: bool = False,
+    attention_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    hidden_act: Activation = "silu",
+    layer_sizes: Sequence[Sequence[int]] | None = None,
+    layer_sharing: bool = False,
+) -> ModelConfig:
+    """A model of Llama's block, from the fields that Hugging Face's LlamaConfig has.
+
+    attention_bias: of Q, K and V; output_bias: of the attention's output. layer_sizes: the widths
+    of each layer, where they differ.
+    """
+    count = _count(num_hidden_layers)
+    layer = Layer(
+        Attention(
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            scale=_size("head_dim", head_dim) ** -0.5,
+            bias=attention_bias,
+            output_bias=output_bias,
+        ),
+        Mlp(intermediate_size, hidden_act, bias=mlp_bias),
     )
+    divisors = None if rope_divisors is None else tuple(rope_divisors)
+    config = ModelConfig(
+        architecture=architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        max_position_embeddings=max_position_embeddings,
+        stored_layers=(layer,) * count,
+        rotaries=(Rotary(head_dim, rope_theta, divisors),),
+        norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        layer_sharing=layer_sharing,
+    )
+    if layer_sizes is None:
+        return config
+    return config.with_sizes([LayerSize(*size) for size in layer_sizes])
+
+
+def _count(layers: Any) -> int:
+    """A number of layers, checked before anything of that many is made."""
+    if not _is_int(layers) or not 0 < layers <= MAX_LAYERS:
+        raise CheckpointError(
+            f"config: num_hidden_layers is {layers!r}, expected 1 to {MAX_LAYERS}"
+        )
+    return int(layers)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _size(name: str, value: Any) -> int:
+    if not _is_int(value) or not 0 < value <= _MAX_SIZE:
+        raise CheckpointError(f"config: {name} is {value!r}, expected a positive integer")
+    return int(value)
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise CheckpointError(f"config: {name} is {value!r}, expected a positive number")
+
+
+def _without_defaults(value: Any) -> dict[str, Any]:
+    kept = {}
+    for entry in fields(value):
+        part = getattr(value, entry.name)
+        if part != entry.default:
+            kept[entry.name] = part
+    return kept
+
+
+def _layer(data: Mapping[str, Any]) -> Layer:
+    mixer: Attention | ShortConv
+    mixer = (
+        Attention(**data["attention"]) if "attention" in data else ShortConv(**data["short_conv"])
+    )
+    return Layer(mixer, Mlp(**data["mlp"]), data.get("norms", "pre"))
+
+
+def _rotary(data: Mapping[str, Any]) -> Rotary:
+    values = dict(data)
+    for name in ("divisors", "long_divisors"):
+        if values.get(name) is not None:
+            values[name] = tuple(values[name])
+    return Rotary(**values)

@@ -2,20 +2,22 @@
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every length is checked against
 the file before it is used, so a truncated or hostile file is a CheckpointError and never an
-allocation. Block layouts and the dequantization of K-quants come from the ``gguf`` library.
+allocation. Block layouts and the dequantization of most blocks come from the ``gguf`` library.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf.quants import IQ4_NL, Q4_K, dequantize
 
 from pocketslm.errors import CheckpointError
 from pocketslm.models.tensors import Array, QuantTensor, Weight, pack_codes
@@ -97,7 +99,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.paths = path, [path]
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -116,6 +118,8 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         for _ in range(kv_count):
             key = cursor.string()
+            if key in self.metadata:
+                raise CheckpointError(f"{path} has the key {key!r} twice; file corrupt?")
             self.metadata[key] = cursor.value(cursor.scalar("I"))
         heads = [self._tensor_head(cursor) for _ in range(tensor_count)]
         alignment = self.metadata.get("general.alignment", 32)
@@ -145,9 +149,9 @@ class GGUFFile:
         self, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int, start: int
     ) -> TensorInfo:
         block, block_bytes = GGML_QUANT_SIZES[kind]
-        count = 1
-        for dim in shape:
-            count *= dim
+        count = prod(shape)
+        if count == 0:
+            raise CheckpointError(f"{self.path}: tensor {name!r} has the shape {shape}")
         if shape[-1] % block:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} rows of {shape[-1]} do not divide into "
@@ -163,7 +167,8 @@ class GGUFFile:
         return TensorInfo(shape, kind, begin, nbytes)
 
     def read(self, name: str) -> Weight:
-        """A tensor: quantized blocks kept where :class:`QuantTensor` holds them, else float32."""
+        """A tensor: quantized blocks kept where :class:`QuantTensor` holds them, others rounded to
+        8 bits; anything else as float32."""
         info = self.tensors[name]
         raw = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
         if (unpack := _BLOCKS.get(info.kind)) is not None and len(info.shape) == 2:
@@ -171,7 +176,9 @@ class GGUFFile:
             return unpack(raw.reshape(info.shape[0], -1, block_bytes))
         try:
             values: Array = dequantize(raw, info.kind)
-            return values.astype(np.float32, copy=False).reshape(info.shape)
+            values = values.astype(np.float32, copy=False).reshape(info.shape)
+            blocks = not self.is_kept(name)
+            return _rounded(values) if blocks and len(info.shape) == 2 else values
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} is {info.kind.name}, which cannot be read; "
@@ -179,15 +186,57 @@ class GGUFFile:
             ) from None
 
     def is_kept(self, name: str) -> bool:
-        """Whether :meth:`read` returns the file's own values (False: dequantized K-quants)."""
+        """Whether :meth:`read` returns the file's own values (False: blocks that were rounded)."""
         kind = self.tensors[name].kind
         return kind in _BLOCKS or kind.name in ("F32", "F16", "BF16", "F64")
 
 
+class SplitGGUF:
+    """Several files that llama.cpp's gguf-split made of one, read as one."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self._where: dict[str, GGUFFile] = {}
+        for path in paths:
+            part = GGUFFile(path)
+            if twice := sorted(part.tensors.keys() & self._where.keys()):
+                raise CheckpointError(f"{path}: tensor {twice[0]!r} is in an earlier part too")
+            self._where |= dict.fromkeys(part.tensors, part)
+        self.metadata = GGUFFile(paths[0]).metadata
+        expected = self.metadata.get("split.tensors.count")
+        if isinstance(expected, int) and expected != len(self._where):
+            raise CheckpointError(
+                f"{paths[0]}: {len(self._where)} tensors in {len(paths)} parts, expected {expected}"
+            )
+        self.tensors = {name: part.tensors[name] for name, part in self._where.items()}
+
+    def read(self, name: str) -> Weight:
+        return self._where[name].read(name)
+
+    def is_kept(self, name: str) -> bool:
+        return self._where[name].is_kept(name)
+
+
+def open_gguf(path: Path) -> GGUFFile | SplitGGUF:
+    """A GGUF file; of one that was split, the first part stands for all.
+
+    Raises CheckpointError where it is another part than the first, or one is missing.
+    """
+    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None:
+        return GGUFFile(path)
+    stem, number, count = match[1], int(match[2]), int(match[3])
+    parts = [path.with_name(f"{stem}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
+    if number != 1:
+        raise CheckpointError(f"{path} is part {number} of {count}; give {parts[0].name}")
+    if missing := [part.name for part in parts if not part.exists()]:
+        raise CheckpointError(f"{path} is one of {count} parts, but {missing[0]} is not beside it")
+    return SplitGGUF(parts)
+
+
 def _nibbles(packed: Array) -> Array:
     """GGUF's 4-bit blocks [N, G, 16] (first half of a block in the low nibbles) as codes [N, K]."""
-    codes = np.concatenate([packed & 15, packed >> 4], axis=2)
-    return pack_codes(codes.reshape(len(packed), -1), 4)
+    return np.concatenate([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
 
 
 def _half(raw: Array) -> Array:
@@ -195,13 +244,31 @@ def _half(raw: Array) -> Array:
     return halves[..., 0]
 
 
+def _fifth_bits(raw: Array) -> Array:
+    """The high bits of 5-bit codes [N, G, 4] as [N, K], each worth 16."""
+    words: Array = np.ascontiguousarray(raw).view("<u4")
+    bits = (words >> np.arange(32, dtype=np.uint32)) & 1
+    return (bits.astype(np.uint8) << 4).reshape(len(raw), -1)
+
+
 def _q4_0(blocks: Array) -> QuantTensor:
-    return QuantTensor(_nibbles(blocks[..., 2:]), _half(blocks[..., :2]), 4, 32)
+    return QuantTensor(pack_codes(_nibbles(blocks[..., 2:]), 4), _half(blocks[..., :2]), 4, 32)
 
 
 def _q4_1(blocks: Array) -> QuantTensor:
     scales, minimums = _half(blocks[..., :2]), _half(blocks[..., 2:4])
-    return QuantTensor(_nibbles(blocks[..., 4:]), scales, 4, 32, minimums=minimums)
+    return QuantTensor(pack_codes(_nibbles(blocks[..., 4:]), 4), scales, 4, 32, minimums=minimums)
+
+
+def _q5_0(blocks: Array) -> QuantTensor:
+    codes = _nibbles(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6])
+    return QuantTensor(codes + np.uint8(128 - 16), _half(blocks[..., :2]), 8, 32)
+
+
+def _q5_1(blocks: Array) -> QuantTensor:
+    scales, minimums = _half(blocks[..., :2]), _half(blocks[..., 2:4])
+    codes = _nibbles(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8])
+    return QuantTensor(codes, scales, 8, 32, minimums=minimums)
 
 
 def _q8_0(blocks: Array) -> QuantTensor:
@@ -210,8 +277,59 @@ def _q8_0(blocks: Array) -> QuantTensor:
     return QuantTensor(codes, _half(blocks[..., :2]), 8, 32)
 
 
+def _k_scales(blocks: Array) -> tuple[Array, Array]:
+    """Scales and minimums [N, K / 32] of Q4_K and Q5_K: 6-bit integers times a half a block."""
+    rows = len(blocks)
+    scales, minimums = Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
+    whole, low = (_half(blocks[..., at : at + 2]).astype(np.float32) for at in (0, 2))
+    scales = whole[..., None] * scales.reshape(rows, -1, 8)
+    minimums = -low[..., None] * minimums.reshape(rows, -1, 8)
+    return scales.reshape(rows, -1), minimums.reshape(rows, -1)
+
+
+def _k_nibbles(packed: Array) -> Array:
+    """Codes [N, K] of blocks [N, G, 128]: 32 bytes hold 32 low nibbles, then 32 high ones."""
+    lines = packed.reshape(len(packed), -1, 1, 32)
+    return np.concatenate([lines & 15, lines >> 4], axis=2).reshape(len(packed), -1)
+
+
+def _q4_k(blocks: Array) -> QuantTensor:
+    scales, minimums = _k_scales(blocks)
+    codes = pack_codes(_k_nibbles(blocks[..., 16:]), 4)
+    return QuantTensor(codes, scales, 4, 32, minimums=minimums)
+
+
+def _q5_k(blocks: Array) -> QuantTensor:
+    scales, minimums = _k_scales(blocks)
+    bits = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    codes = _k_nibbles(blocks[..., 48:]) | (bits << 4).reshape(len(blocks), -1)
+    return QuantTensor(codes, scales, 8, 32, minimums=minimums)
+
+
+def _iq4_nl(blocks: Array) -> QuantTensor:
+    values = np.array(IQ4_NL.kvalues, np.int16)[_nibbles(blocks[..., 2:])]
+    return QuantTensor((values + 128).astype(np.uint8), _half(blocks[..., :2]), 8, 32)
+
+
+# Blocks that are kept as they are, code for code: those of more than 4 bits in 8.
 _BLOCKS = {
     GGMLQuantizationType.Q4_0: _q4_0,
     GGMLQuantizationType.Q4_1: _q4_1,
+    GGMLQuantizationType.Q5_0: _q5_0,
+    GGMLQuantizationType.Q5_1: _q5_1,
     GGMLQuantizationType.Q8_0: _q8_0,
+    GGMLQuantizationType.Q4_K: _q4_k,
+    GGMLQuantizationType.Q5_K: _q5_k,
+    GGMLQuantizationType.IQ4_NL: _iq4_nl,
 }
+
+
+def _rounded(values: Array) -> QuantTensor:
+    """A matrix of other blocks in 8 bits, groups of 32."""
+    rows, columns = values.shape
+    groups = values.reshape(rows, -1, 32)
+    with np.errstate(over="ignore"):
+        scales = (np.abs(groups).max(-1) / 127).astype(np.float16)
+    divisors = np.where(scales == 0, 1, scales).astype(np.float32)
+    codes = np.clip(np.rint(groups / divisors[..., None]), -127, 127) + 128
+    return QuantTensor(codes.astype(np.uint8).reshape(rows, columns), scales, 8, 32)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pocketslm.errors import TokenizerError
+from pocketslm.models.pretokenizer_guess import guess_pretokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of `tokenizer.ggml.token_type`."""
@@ -26,19 +28,23 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
 LLAMA3_WORDS = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}|{_LINES}"
 QWEN2_WORDS = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}|{_LINES}"
-_QWEN35 = (
+THREE_DIGITS = r"\p{N}{1,3}"
+MINICPM5_WORDS = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}+|{_LINES}"
+QWEN35_WORDS = (
     rf"{_CONTRACTIONS}|{_LEAD}[\p{{L}}\p{{M}}]+|\p{{N}}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CASED_LINES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_LINES}"
-_GPT4O = (
+TEKKEN_WORDS = rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_LINES}"
+GPT4O_WORDS = (
     rf"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     rf"|\p{{N}}{{1,3}}|{_CASED_LINES}"
 )
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DEEPSEEK3 = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+EAST_ASIAN = "[一-龥\u3040-ゟ゠-ヿ]+"
+DEEPSEEK3_WORDS = (
+    r'[!"#$%&'
+    r"'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -58,20 +64,32 @@ class _Pre:
 _GPT2 = _Pre(gpt2=True)
 _DIGITS = _Pre(digits=True, gpt2=True)
 _LLAMA_BPE = _Pre((LLAMA3_WORDS,), ignore_merges=True, add_bos=True)
+_DEEPSEEK3 = _Pre((THREE_DIGITS, EAST_ASIAN, DEEPSEEK3_WORDS))
 _PRE = {
     "default": _Pre((r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]")),
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "exaone4"), _GPT2),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "exaone4", "granite-docling"), _GPT2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2"), _LLAMA_BPE),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2", "pixtral"), _LLAMA_BPE
+    ),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _Pre((LLAMA3_WORDS,))),
+    "minicpm5": _Pre((THREE_DIGITS, MINICPM5_WORDS), ignore_merges=True),
     "qwen2": _Pre((QWEN2_WORDS,), nfc=True),
-    **dict.fromkeys(("deepseek-r1-qwen", "megrez", "stablelm2"), _Pre((QWEN2_WORDS,))),
-    "qwen35": _Pre((_QWEN35,), nfc=True),
-    "tekken": _Pre((_TEKKEN,), ignore_merges=True, add_bos=True),
-    **dict.fromkeys(("gpt-4o", "llama4"), _Pre((_GPT4O,))),
-    "deepseek-v3": _Pre((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3)),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"), _Pre((QWEN2_WORDS,))),
+    "qwen35": _Pre((QWEN35_WORDS,), nfc=True),
+    "tekken": _Pre((TEKKEN_WORDS,), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _Pre((GPT4O_WORDS,))),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
 }
-_MODELS = ("gpt2", "llama")
+_MODELS = ("gpt2", "llama", "gemma4")
+_ROLES = (  # tokenizer.ggml.<role>_token_id, and its name in a token's role here
+    ("bos", "bos"),
+    ("eos", "eos"),
+    ("eot", "eot"),
+    ("eom", "eom"),
+    ("unknown", "unk"),
+    ("padding", "pad"),
+)
 
 
 def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -84,7 +102,10 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     """
     vocabulary = _Vocabulary(metadata)
     kind = metadata.get("tokenizer.ggml.model")
-    if kind == "gpt2":
+    gemma4 = kind == "gemma4" or (kind == "gpt2" and metadata.get("tokenizer.ggml.pre") == "gemma4")
+    if gemma4:
+        document, add_bos = _marked(vocabulary, _merges(metadata), prefix=False), True
+    elif kind == "gpt2":
         document, add_bos = _byte_level(metadata, vocabulary)
     elif kind == "llama":
         document, add_bos = _sentence_piece(metadata, vocabulary), True
@@ -93,7 +114,8 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
             f"GGUF: tokenizer.ggml.model {kind!r} is not supported; supported: "
             f"{', '.join(_MODELS)}; use the model's Hugging Face checkpoint"
         )
-    add_bos = _flag(metadata, "add_bos_token", add_bos)
+    # Gemma 4's first files say that it needs no BOS, wrongly.
+    add_bos = gemma4 or _flag(metadata, "add_bos_token", add_bos)
     add_eos = _flag(metadata, "add_eos_token", False)
     document["post_processor"] = _template(
         vocabulary, "bos" if add_bos else None, "eos" if add_eos else None
@@ -123,17 +145,31 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
+def tokenizer_notes(metadata: Mapping[str, Any]) -> list[str]:
+    """What `tokenizer_files_from_gguf` reads otherwise than the metadata says it, in words."""
+    notes = []
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, list) else 0
+    for role, _ in _ROLES:
+        id_ = metadata.get(key := f"tokenizer.ggml.{role}_token_id")
+        if _is_unset(role, id_, count):
+            notes.append(f"{key} is {id_}, which is no token, and was ignored")
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and not metadata.get("tokenizer.ggml.pre"):
+        with suppress(TokenizerError):  # reading the tokenizer says what is wrong with it
+            guess = _guessed(_Vocabulary(metadata))
+            notes.append(f"tokenizer.ggml.pre is missing; by its vocabulary it is {guess!r}")
+    return notes
+
+
+def _is_unset(role: str, id_: object, count: int) -> bool:
+    """Whether an id stands for none: -1 as it is stored, or out of range where nothing needs it."""
+    if not isinstance(id_, int) or 0 <= id_ < count:
+        return False
+    return id_ in (-1, 2**32 - 1) or role in ("padding", "unknown")
+
+
 class _Vocabulary:
     """Tokens, their types and the tokens with a role (`bos`, `eos`, `eot`, ...)."""
-
-    _ROLES = (
-        ("bos", "bos"),
-        ("eos", "eos"),
-        ("eot", "eot"),
-        ("eom", "eom"),
-        ("unknown", "unk"),
-        ("padding", "pad"),
-    )
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.tokens: list[str] = _list(metadata, "tokens", str, None)
@@ -146,9 +182,9 @@ class _Vocabulary:
             )
         count = len(self.tokens)
         self.named: dict[str, int] = {}
-        for key, name in self._ROLES:
+        for key, name in _ROLES:
             id_ = metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if id_ is None:
+            if id_ is None or _is_unset(key, id_, count):
                 continue
             if not isinstance(id_, int) or not 0 <= id_ < count:
                 raise TokenizerError(
@@ -161,6 +197,14 @@ class _Vocabulary:
         else:
             special = set(self.named.values())
             self.types = [CONTROL if id_ in special else NORMAL for id_ in range(count)]
+        # GGUF cannot say that an added token takes the white space after it along. Phi-3's do.
+        kind = (metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model"))
+        self.rstrip = kind == ("phi3", "llama")
+
+    def ordinary(self) -> list[str]:
+        """The tokens that training made."""
+        pairs = zip(self.tokens, self.types, strict=True)
+        return [token for token, kind in pairs if token and kind == NORMAL]
 
     def added(self) -> list[Json]:
         """`added_tokens`: control and unknown tokens are special, user-defined ones are not."""
@@ -170,7 +214,7 @@ class _Vocabulary:
                 "content": token,
                 "single_word": False,
                 "lstrip": False,
-                "rstrip": False,
+                "rstrip": self.rstrip and token not in ("<unk>", "<s>", "<|endoftext|>"),
                 "normalized": False,
                 "special": kind != USER_DEFINED,
             }
@@ -181,7 +225,7 @@ class _Vocabulary:
 
 def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[Json, bool]:
     """`tokenizer.json` of a byte-level vocabulary, and whether texts begin with BOS."""
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.get("tokenizer.ggml.pre") or _guessed(vocabulary)
     pre = _PRE.get(name) if isinstance(name, str) else None
     if pre is None:
         raise TokenizerError(
@@ -197,8 +241,7 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[J
     ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps.append({**level, "use_regex": pre.gpt2})
-    merges = [_pair(merge) for merge in _list(metadata, "merges", str, None)]
-    model = _model(vocabulary, merges, ignore_merges=pre.ignore_merges)
+    model = _model(vocabulary, _merges(metadata), ignore_merges=pre.ignore_merges)
     document = _document(
         vocabulary,
         normalizer={"type": "NFC"} if pre.nfc else None,
@@ -207,6 +250,22 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[J
         model=model,
     )
     return document, pre.add_bos
+
+
+def _merges(metadata: Mapping[str, Any]) -> list[list[str]]:
+    return [_pair(merge) for merge in _list(metadata, "merges", str, None)]
+
+
+def _guessed(vocabulary: _Vocabulary) -> str:
+    """The pre-tokenizer's name where metadata has none."""
+    name = guess_pretokenizer(vocabulary.ordinary())
+    if name is None:
+        raise TokenizerError(
+            "GGUF: tokenizer.ggml.pre is missing, and the vocabulary does not tell how words are "
+            "cut; expected the name of a pre-tokenizer; convert the model again, or use its "
+            "Hugging Face checkpoint"
+        )
+    return name
 
 
 def _pair(merge: str) -> list[str]:
@@ -223,12 +282,21 @@ def _pair(merge: str) -> list[str]:
 def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Json:
     """`tokenizer.json` of a SentencePiece BPE vocabulary, as Llama 2 and Gemma have it."""
     scores = _list(metadata, "scores", (int, float), len(vocabulary.tokens))
+    merges = merges_from_scores(vocabulary.tokens, vocabulary.types, scores)
+    return _marked(vocabulary, merges, prefix=_flag(metadata, "add_space_prefix", True))
+
+
+def _marked(vocabulary: _Vocabulary, merges: list[list[str]], *, prefix: bool) -> Json:
+    """`tokenizer.json` of a BPE over characters in which "▁" stands for a space.
+
+    With `prefix` a text starts with a space of the tokenizer's own.
+    """
     unknown = vocabulary.named.get("unk")
     if unknown is None and UNKNOWN in vocabulary.types:
         unknown = vocabulary.types.index(UNKNOWN)
     model = _model(
         vocabulary,
-        merges_from_scores(vocabulary.tokens, vocabulary.types, scores),
+        merges,
         unk_token=None if unknown is None else vocabulary.tokens[unknown],
         fuse_unk=True,
         byte_fallback=all(f"<0x{byte:02X}>" in vocabulary.ids for byte in range(256)),
@@ -240,7 +308,7 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Jso
         {"type": "Fuse"},
     ]
     normalize = [space]
-    if _flag(metadata, "add_space_prefix", True):
+    if prefix:
         normalize = [{"type": "Prepend", "prepend": "▁"}, space]
         decode.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return _document(

@@ -104,15 +104,17 @@ class WithAdapter(Updated):
                 f"{where}: {more[0]} is {data[more[0]]!r}, expected a plain LoRA adapter; merge it "
                 "with PEFT's merge_and_unload"
             )
-        self.rank, alpha = data.get("r"), data.get("lora_alpha")
+        rank: Any = data.get("r")
+        alpha: Any = data.get("lora_alpha")
+        self.rank = rank
         for key, value, kind, least in (
-            ("r", self.rank, int, 1),
+            ("r", rank, int, 1),
             ("lora_alpha", alpha, int | float, -_MOST),
         ):
             number = isinstance(value, kind) and not isinstance(value, bool)
             if not (number and least <= value <= _MOST):
                 raise CheckpointError(f"{where}: {key} is {value!r:.40}, expected a number")
-        self.scale = alpha / (sqrt(self.rank) if data.get("use_rslora") else self.rank)
+        self.scale = alpha / (sqrt(rank) if data.get("use_rslora") else rank)
         self._names = self._matrices()
 
     def _matrices(self) -> set[str]:

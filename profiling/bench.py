@@ -252,11 +252,10 @@ class _Session:
 
 
 def _vocab_size(bundle: Bundle) -> int:
-    if bundle.manifest:
-        size = bundle.manifest.architecture.get("vocab_size")
-    else:
-        config = json.loads((bundle.path / GENAI_CONFIG).read_text(encoding="utf-8"))
-        size = config["model"].get("vocab_size")
+    if bundle.config is not None:
+        return bundle.config.vocab_size
+    config = json.loads((bundle.path / GENAI_CONFIG).read_text(encoding="utf-8"))
+    size = config["model"].get("vocab_size")
     if not isinstance(size, int) or size < 1:
         raise BundleError(f"{bundle.path} does not say its vocabulary's size: {size!r}")
     return size
@@ -272,9 +271,9 @@ def _ours(bundle: Bundle, backend: str) -> _Contender:
         bundle.graph_bytes(bundle.graph(backend)),
         backend,
     )
-    if manifest is None:
+    if manifest is None or bundle.config is None:
         return ours
-    cost = Cost.of(manifest.architecture)
+    cost = Cost.of(bundle.config)
     weights = sum(manifest.weights.values())
     return replace(
         ours,
@@ -311,7 +310,7 @@ def _prepare_peers(
 
 
 def _peer(peer: Peer, path: Path, bundle: Bundle) -> _Contender:
-    cost = Cost.of(bundle.manifest.architecture) if bundle.manifest else None
+    cost = None if bundle.config is None else Cost.of(bundle.config)
     return _Contender(peer, path, bundle.name, _sha256(path), _size(path), cost=cost)
 
 

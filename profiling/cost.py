@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from pocketslm.models.config import ModelConfig, ShortConv
+from pocketslm.models.sites import axes, sites
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a decoder with gated MLPs, from its dimensions.
+    """Of a model, from its configuration.
 
-    heads, kv_heads: of all layers together; layer_macs: multiply-accumulates of one token in the
-    layers, attention over the context apart; head_macs: in the output head, which a prompt runs
-    for its last token only; embedding_values: entries of the embedding table; tied: whether the
-    head is that table.
+    config: the model. layer_macs: multiply-accumulates of one token in the layers, attention over
+    the context apart. head_macs: in the output head, which a prompt runs for its last token only.
+    embedding_values: entries of the embedding table. tied: whether the head is that table.
     """
 
-    heads: int
-    kv_heads: int
-    head_dim: int
+    config: ModelConfig
     layer_macs: int
     head_macs: int
     embedding_values: int
     tied: bool
 
     @classmethod
-    def of(cls, dimensions: Mapping[str, Any]) -> Cost:
-        """Of a manifest's ``architecture`` or a catalog entry's ``dimensions``."""
-        d = dimensions
-        if "hidden_size" in d:
-            hidden, vocab, tied = d["hidden_size"], d["vocab_size"], d["tie_word_embeddings"]
-            size = d["num_attention_heads"], d["num_key_value_heads"], d["intermediate_size"]
-            layers = d.get("layer_sizes") or [size] * d["num_hidden_layers"]
-            layers = layers * (2 if d.get("layer_sharing") else 1)
-        else:
-            hidden, vocab, tied = d["hidden"], d["vocab"], d["tied"]
-            layers = [(d["heads"], d["kv_heads"], d["ffn"])] * d["layers"]
-        heads, kv_heads, ffn = (sum(widths) for widths in zip(*layers, strict=True))
-        head_dim = d["head_dim"]
+    def of(cls, config: ModelConfig) -> Cost:
+        macs = 0
+        for layer in config.layers:
+            a = layer.attention
+            sizes = {"channels": config.hidden_size, "neurons": layer.mlp.width}
+            if a is not None:
+                sizes |= {"queries": a.query_width, "values": a.kv_width}
+            for site in sites(layer):
+                for name in site.matrices:
+                    rows, columns = axes(layer, name)
+                    assert rows is not None
+                    assert columns is not None
+                    macs += sizes[rows] * sizes[columns]
+            if isinstance(layer.mixer, ShortConv):
+                macs += layer.mixer.taps * config.hidden_size
+        table = config.vocab_size * config.hidden_size
         return cls(
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            layer_macs=hidden * (head_dim * 2 * (heads + kv_heads) + 3 * ffn),
-            head_macs=vocab * hidden,
-            embedding_values=vocab * hidden,
-            tied=bool(tied),
+            config=config,
+            layer_macs=macs,
+            head_macs=table if config.head else 0,
+            embedding_values=table,
+            tied=config.tie_word_embeddings,
         )
 
     @property
@@ -57,11 +56,19 @@ class Cost:
 
     def attention_macs(self, position: int) -> int:
         """Of one token with ``position`` tokens before it: scores, and the sum of values."""
-        return 2 * self.heads * self.head_dim * (position + 1)
+        seen = position + 1
+        return sum(
+            2 * a.query_width * (seen if a.window is None else min(seen, a.window))
+            for a in self.config.attentions
+        )
 
     def prompt_macs(self, tokens: int) -> int:
         """Of a whole prompt on an empty cache, its attention being causal."""
-        attention = self.heads * self.head_dim * tokens * (tokens + 1)
+        attention = 0
+        for a in self.config.attentions:
+            full = tokens if a.window is None else min(tokens, a.window)
+            seen = full * (full + 1) // 2 + (tokens - full) * full
+            attention += 2 * a.query_width * seen
         return self.layer_macs * tokens + attention + self.head_macs
 
     def token_macs(self, position: int) -> int:
@@ -69,5 +76,15 @@ class Cost:
         return self.layer_macs + self.head_macs + self.attention_macs(position)
 
     def kv_bytes(self, tokens: int, bytes_per_value: float) -> int:
-        """Keys and values of that many tokens: 2 x KV heads of all layers x head size x tokens."""
-        return round(2 * self.kv_heads * self.head_dim * tokens * bytes_per_value)
+        """Keys and values of that many tokens, each layer keeping what it can still see."""
+        return self.config.state_bytes(tokens, bytes_per_value, batch=PREFILL_BATCH)
+
+    def kv_bytes_read(self, position: float, bytes_per_value: float) -> float:
+        """Keys and values that one token with ``position`` tokens before it reads."""
+        return sum(
+            2 * a.kv_width * (position if a.window is None else min(position, a.window))
+            for a in self.config.attentions
+        ) * float(bytes_per_value)
+
+
+PREFILL_BATCH = 256  # tokens that the native engine takes beside a window

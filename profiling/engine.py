@@ -13,12 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from pocketslm import __version__
 from pocketslm.profiling.machine import installed_version
-from pocketslm.runtime.backends import BACKENDS, Session, TopSession, open_session
+from pocketslm.runtime.backends import BACKENDS, Session, open_session
 from pocketslm.runtime.bundle import open_bundle
+from pocketslm.runtime.generation import greedy_step
 
 
 @dataclass(frozen=True)
@@ -121,29 +120,24 @@ class PocketSlm:
 
 
 class SessionEngine:
-    """One of our backends."""
+    """One of our backends, driven as ``Model.generate`` drives it."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self.backend = session.backend
-        self._next = np.zeros(1, np.int64)
+        self._step = greedy_step(session)
+        self._next = 0
 
     def reset(self) -> None:
         self._session.truncate(0)
 
     def prefill(self, ids: list[int]) -> int:
-        return self._run(np.array(ids, np.int64))
+        self._next = self._step(ids)
+        return self._next
 
     def step(self) -> int:
-        if not isinstance(self._session, TopSession):
-            return self._run(self._next)
-        # As the peers do, which return the token and not its logits.
-        self._next[0] = self._session.step_greedy(int(self._next[0]))
-        return int(self._next[0])
-
-    def _run(self, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> int:
-        self._next[0] = self._session.forward(tokens)[0].argmax()
-        return int(self._next[0])
+        self._next = self._step([self._next])
+        return self._next
 
 
 def missing_library(module: str, distribution: str) -> str | None:

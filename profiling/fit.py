@@ -340,7 +340,7 @@ def fit_dict(
 
 
 def _decode(cost: Cost, scheme: Scheme, depth: float, limits: Limits, reached: Reached) -> float:
-    read = scheme.read_bytes(cost) + cost.kv_bytes(1, KV_BYTES) * depth
+    read = scheme.read_bytes(cost) + cost.kv_bytes_read(depth, KV_BYTES)
     return limits.bandwidth_bytes_s * reached.decode / read
 
 
@@ -356,9 +356,9 @@ def _ram(cost: Cost, scheme: Scheme, context: int, reached: Reached) -> float:
 def _models() -> list[tuple[str, Cost, int]]:
     """Of the catalog: name, cost, longest context."""
     return [
-        (name, Cost.of(entry.dimensions), int(entry.dimensions["context"]))
+        (name, Cost.of(config), config.max_position_embeddings)
         for name, entry in catalog().items()
-        if entry.dimensions is not None
+        if (config := entry.config) is not None
     ]
 
 
@@ -437,7 +437,7 @@ def _reached_decode(row: Measurement) -> float | None:
     if not row.decode_tps or row.limits is None or row.bytes_per_token is None:
         return None
     _, cost = _model(row)
-    read = row.bytes_per_token + cost.kv_bytes(1, KV_BYTES) * _mean_depth(row)
+    read = row.bytes_per_token + cost.kv_bytes_read(_mean_depth(row), KV_BYTES)
     return statistics.median(row.decode_tps) * read / row.limits.bandwidth_bytes_s
 
 

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pocketslm import schema
-from pocketslm.errors import BundleError
+from pocketslm.errors import BundleError, CheckpointError
+from pocketslm.models.config import ModelConfig
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
 
 MANIFEST = "pocketslm.json"
@@ -72,12 +73,16 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle; ``manifest`` is None for a foreign folder or file."""
+    """An opened bundle; of a foreign folder or file, manifest and config are None.
+
+    head_dim: what a foreign folder's genai_config.json says; 0 elsewhere.
+    """
 
     path: Path
     graphs: tuple[Graph, ...]
-    head_dim: int
     manifest: Manifest | None = None
+    config: ModelConfig | None = None
+    head_dim: int = 0
 
     @property
     def name(self) -> str:
@@ -101,7 +106,7 @@ class Bundle:
     @property
     def layer_runs(self) -> int:
         """How often in succession each stored layer runs."""
-        return 2 if self.manifest and self.manifest.architecture.get("layer_sharing") else 1
+        return self.config.repeats if self.config is not None else 1
 
     def graph_bytes(self, graph: Graph) -> int:
         """Size of a graph with its external data (``model.onnx`` and ``model.onnx.data``)."""
@@ -132,20 +137,21 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     """
     path = Path(path)
     if path.suffix == ".pte" and path.is_file():
-        return Bundle(path.parent, (_bare_graph(path),), head_dim=0)
+        return Bundle(path.parent, (_bare_graph(path),))
     if not path.is_dir():
         hint = "export it first with `pocketslm export`" if path.suffix == ".gguf" else "no folder"
         raise BundleError(f"{path} is not a bundle folder ({hint})")
     if (path / MANIFEST).exists():
         manifest = read_manifest(path)
         _check_files(path, manifest, verify)
-        head_dim = manifest.architecture.get("head_dim")
-        if not isinstance(head_dim, int) or isinstance(head_dim, bool) or head_dim < 1:
-            raise BundleError(f"{path / MANIFEST}: architecture has no head_dim")
-        return Bundle(path, tuple(manifest.graphs), head_dim, manifest)
+        try:
+            config = ModelConfig.from_dict(manifest.architecture)
+        except CheckpointError as error:
+            raise BundleError(f"{path / MANIFEST}: {error}") from None
+        return Bundle(path, tuple(manifest.graphs), manifest, config)
     if (path / GENAI_CONFIG).exists():
         graph, head_dim = _genai_graph(path)
-        return Bundle(path, (graph,), head_dim)
+        return Bundle(path, (graph,), head_dim=head_dim)
     raise BundleError(f"{path} has neither {MANIFEST} nor {GENAI_CONFIG}; it is not a bundle")
 
 

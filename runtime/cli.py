@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> None:
         refuse(arguments, "with --raw, which has no messages", "system")
     model = load(arguments)
     prompt = read_input("a prompt") if arguments.prompt == "-" else arguments.prompt
-    config = generation_config(arguments, model)
+    config = generation_config(arguments, model).but(logprobs=arguments.json)
     records = (
         model.generate(prompt, config)
         if arguments.raw

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from pocketslm.errors import UsageError
+
+# Below it logits divided by it may not be finite any more.
+LEAST_TEMPERATURE = 1e-6
+# Whole numbers up to here are the same in JSON, which the runner reads.
+MOST_SEED = 10**15
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -15,10 +30,12 @@ class GenerationConfig:
     """Names, meanings and defaults as in transformers, but greedy unless told otherwise.
 
     max_new_tokens: None generates until a stop or the end of the context. do_sample: False takes
-    the most probable token and ignores temperature, top_k, top_p and min_p. penalize_prompt:
-    whether repetition_penalty counts the prompt's tokens as seen, as it does in transformers.
-    stop_strings: text that ends generation and is not returned. seed: None draws differently each
-    time. ignore_eos: go on after an end-of-sequence token, as benchmarks do.
+    the most probable token and ignores temperature, top_k, top_p and min_p; so does a temperature
+    of 0. penalize_prompt: whether repetition_penalty counts the prompt's tokens as seen, as it does
+    in transformers. stop_strings: text that ends generation and is not returned. seed: None draws
+    differently each time. ignore_eos: go on after an end-of-sequence token, as benchmarks do.
+    logprobs: say how probable each token was, which takes the logits of the whole vocabulary.
+    Raises UsageError for a value that makes no sense.
     """
 
     max_new_tokens: int | None = None
@@ -32,23 +49,35 @@ class GenerationConfig:
     seed: int | None = None
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
+        count, seed = self.max_new_tokens, self.seed
         rules = {
-            "max_new_tokens": (
-                self.max_new_tokens is None or self.max_new_tokens >= 1,
-                "at least 1",
+            "max_new_tokens": (count is None or (_whole(count) and count >= 1), "1 or more"),
+            "temperature": (
+                _number(self.temperature)
+                and (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf),
+                f"0 (greedy) or a number from {LEAST_TEMPERATURE:g} on",
             ),
-            "temperature": (0 < self.temperature < float("inf"), "a positive number"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "top_k": (_whole(self.top_k) and self.top_k >= 0, "0 (off) or more"),
+            "top_p": (_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (
+                _number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
+                "from 0.01 to 100",
+            ),
+            "seed": (seed is None or (_whole(seed) and 0 <= seed <= MOST_SEED), "0 to 10^15"),
             "stop_strings": (all(self.stop_strings), "non-empty texts"),
         }
         for name, (holds, expected) in rules.items():
             if not holds:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn, not chosen."""
+        return self.do_sample and self.temperature > 0
 
     def but(self, **changes: Any) -> GenerationConfig:
         """A copy with fields changed; None leaves a field as it is."""
@@ -70,5 +99,5 @@ def generation_defaults(folder: Path) -> GenerationConfig:
         data = json.loads(path.read_text(encoding="utf-8"))
         known = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         return GenerationConfig().but(**{name: data.get(name) for name in known})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, UsageError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None

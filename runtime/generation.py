@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from operator import index
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import ContextOverflowError, UsageError
-from pocketslm.runtime.backends import Logits, Session, TopSession
+from pocketslm.runtime.backends import ForgettingSession, Logits, SavingSession, Session, TopSession
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.sampling import (
     highest_needed,
@@ -28,12 +31,13 @@ Finish = Literal["eos", "stop", "length", "context"]
 class Step:
     """One generated token.
 
-    logprob: natural log of its probability under the model, before any processor. time_ns: since
-    generation was asked for; the first step's is the time to first token (TTFT).
+    logprob: natural log of its probability under the model, before any processor; None where
+    `GenerationConfig.logprobs` did not ask for it. time_ns: since the first step was asked for; the
+    first one's is the time to first token (TTFT).
     """
 
     token: int
-    logprob: float
+    logprob: float | None
     time_ns: int
     finish: Finish | None = None
 
@@ -46,7 +50,7 @@ class SelfDriven(Protocol):
 
     def generate(
         self, ids: Sequence[int], config: GenerationConfig, eos: Collection[int], limit: int
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """What :meth:`Engine.generate` yields, for at most ``limit`` tokens."""
         ...
 
@@ -56,12 +60,74 @@ class Scores:
     """Logits of the tokens that may come next.
 
     tokens: their ids, in ascending order; None where there is a logit for each of the vocabulary.
-    log_total: the logarithm of the sum of exp over all logits of the vocabulary.
+    log_total: the logarithm of the sum of exp over all logits of the vocabulary, where wanted.
     """
 
     logits: Logits
     tokens: npt.NDArray[np.int32] | None
-    log_total: float
+    log_total: float | None
+
+
+Pick = Callable[[Sequence[int]], tuple[int, float | None]]
+"""Appends tokens; the one that comes next, and its log-probability where wanted."""
+
+
+def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
+    """A function that appends tokens and gives the most probable next one.
+
+    It takes the cheapest way that the session has: what ``Model.generate`` runs, and ``bench``
+    times.
+    """
+    if not isinstance(session, TopSession):
+        return lambda tokens: int(session.forward(np.asarray(tokens, np.int64))[0].argmax())
+    fused = session
+
+    def step(tokens: Sequence[int]) -> int:
+        if len(tokens) == 1:
+            return fused.step_greedy(tokens[0])
+        return int(fused.forward_top(np.asarray(tokens, np.int64), 1)[0][0])
+
+    return step
+
+
+class Turns:
+    """Who may use a session: one generation after the other.
+
+    A turn that another thread has is waited for. One that the same thread left unfinished is taken
+    away from its holder, who would be waited for in vain; it is told when it goes on.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._holder: object = None
+        self._thread = 0  # where the holder was last at work
+
+    @contextmanager
+    def turn(self) -> Iterator[object]:
+        """Have the session, until the end of the block or until it is taken away."""
+        me = threading.get_ident()
+        mine = object()
+        with self._changed:
+            while self._holder is not None and self._thread != me:
+                self._changed.wait()
+            self._holder, self._thread = mine, me
+        try:
+            yield mine
+        finally:
+            with self._changed:
+                if self._holder is mine:
+                    self._holder = None
+                    self._changed.notify()
+
+    def go_on(self, turn: object) -> None:
+        """Raises UsageError where the turn was taken away."""
+        with self._changed:
+            if self._holder is not turn:
+                raise UsageError(
+                    "this generation is stale: the model was used for something else before it "
+                    "ended; end or close a generation first, or load the model twice"
+                )
+            self._thread = threading.get_ident()
 
 
 class Engine:
@@ -69,54 +135,107 @@ class Engine:
 
     A prompt that begins as the last sequence did is only prefilled from where it differs: the
     second question about a document does not read the document again.
+
+    Any thread may generate at any time: generations come after each other, and each gives what it
+    would give alone. One that its thread left unfinished ends, with UsageError when it is resumed,
+    as soon as the same thread uses the engine otherwise; threads that wait for it go on when it is
+    closed.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.cached: list[int] = []
+        # Of a session that forgets: how many tokens the last prompt had, and the state after them.
+        self._snapshot: tuple[int, bytes] | None = None
+        self._turns = Turns()
 
     def generate(
         self, tokens: Sequence[int], config: GenerationConfig, eos_token_ids: Collection[int]
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Yield a step for each new token after the prompt ``tokens``, until a finish.
 
-        The last step has ``finish`` set. Raises UsageError for an empty prompt and
-        ContextOverflowError, before anything runs, where prompt and max_new_tokens do not fit.
+        The last step has ``finish`` set. Raises UsageError for an empty or odd prompt and
+        ContextOverflowError, before anything runs, where prompt and max_new_tokens do not fit;
+        BackendError where the model computes NaN or infinity.
         """
-        limit = self._limit(len(tokens), config)
-        if isinstance(self.session, SelfDriven) and self.session.can_generate(config):
-            self.cached = []
-            return self.session.generate(tokens, config, eos_token_ids, limit)
-        return self._steps(list(tokens), config, eos_token_ids, limit)
+        ids = _whole(tokens)
+        return self._in_turn(self._steps(ids, config, eos_token_ids, self._limit(len(ids), config)))
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
-        return self._scorer(None)(self._rewind(ids)).logits
+        with self._turns.turn():
+            return self._scorer(None)(self._rewind(_whole(ids))).logits
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Change the session so that what its cache holds counts no more."""
+        with self._turns.turn():
+            self.cached.clear()
+            yield
+
+    def _in_turn(self, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
+        """The same steps, the last of them when the turn is over."""
+        last = None
+        with self._turns.turn() as turn, closing(steps):
+            for step in steps:
+                if step.finish:
+                    last = step
+                    break
+                yield step
+                self._turns.go_on(turn)
+        if last:
+            yield last
 
     def _steps(
         self, ids: list[int], config: GenerationConfig, eos: Collection[int], limit: int
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
+        if isinstance(self.session, SelfDriven) and self.session.can_generate(config):
+            self.cached.clear()
+            yield from self.session.generate(ids, config, eos, limit)
+            return
         start = time.perf_counter_ns()
-        processors, sample = processors_for(config, len(ids)), sampler_for(config)
-        score = self._scorer(highest_needed(config))
-        scores = score(self._rewind(ids))
+        pick = self._picker(config, ids)
+        token, logprob = pick(self._rewind(ids))
         for count in range(1, limit + 1):
-            processed = scores.logits.copy() if processors else scores.logits
-            for process in processors:
-                processed = process(ids, processed)
-            choice = sample(processed)
-            token = choice if scores.tokens is None else int(scores.tokens[choice])
             finish: Finish | None = None
             if token in eos and not config.ignore_eos:
                 finish = "eos"
             elif count == limit:
                 finish = "length" if config.max_new_tokens else "context"
-            logprob = float(scores.logits[choice]) - scores.log_total
             yield Step(token, logprob, time.perf_counter_ns() - start, finish)
             if finish:
                 return
+            if count == 1:
+                self._remember()
             ids.append(token)
-            scores = score([token])
+            token, logprob = pick([token])
+
+    def _picker(self, config: GenerationConfig, ids: Sequence[int]) -> Pick:
+        """What picks tokens after ``ids``, which grow with them."""
+        if highest_needed(config) == 1 and not config.logprobs:
+            step = greedy_step(self.session)
+
+            def most_probable(new: Sequence[int]) -> tuple[int, None]:
+                token = step(new)
+                self.cached.extend(new)
+                return token, None
+
+            return most_probable
+        processors, sample = processors_for(config, len(ids)), sampler_for(config)
+        score = self._scorer(highest_needed(config), log_total=config.logprobs)
+
+        def sampled(new: Sequence[int]) -> tuple[int, float | None]:
+            scores = score(new)
+            processed = scores.logits.copy() if processors else scores.logits
+            for process in processors:
+                processed = process(ids, processed)
+            choice = sample(processed)
+            token = choice if scores.tokens is None else int(scores.tokens[choice])
+            if scores.log_total is None:
+                return token, None
+            return token, float(scores.logits[choice]) - scores.log_total
+
+        return sampled
 
     def _rewind(self, ids: Sequence[int]) -> Sequence[int]:
         """Cut the cache to what it shares with ``ids``; the rest of them, at least one."""
@@ -125,12 +244,35 @@ class Engine:
             if ours != theirs:
                 break
             shared += 1
-        keep = min(shared, len(ids) - 1)  # the last token must run, for its logits
-        self.session.truncate(keep)
+        # The last token must run, for its logits.
+        keep = self._cut(min(shared, len(ids) - 1))
         del self.cached[keep:]
         return ids[keep:]
 
-    def _scorer(self, highest: int | None) -> Callable[[Sequence[int]], Scores]:
+    def _cut(self, length: int) -> int:
+        """Cut the session back to its first ``length`` tokens, or to fewer of them where it has
+        forgotten what it knew then; how many there are."""
+        session = self.session
+        if self._snapshot is not None and self._snapshot[0] > length:
+            self._snapshot = None  # of other tokens, or other weights
+        if isinstance(session, ForgettingSession) and length < session.rewind_limit:
+            length = 0
+            if self._snapshot is not None and isinstance(session, SavingSession):
+                session.restore(*self._snapshot)
+                return self._snapshot[0]
+        session.truncate(length)
+        return length
+
+    def _remember(self) -> None:
+        """Keep the state after a prompt, if the session will not find its way back."""
+        session = self.session
+        forgets = isinstance(session, ForgettingSession) and session.rewind_limit > 1
+        if forgets and isinstance(session, SavingSession):
+            self._snapshot = session.length, session.save()
+
+    def _scorer(
+        self, highest: int | None, *, log_total: bool = False
+    ) -> Callable[[Sequence[int]], Scores]:
         """A function that appends tokens and scores the next one, by the ``highest`` logits only
         where that is enough and the session's head picks them out by itself."""
         session = self.session
@@ -138,15 +280,15 @@ class Engine:
         def all_of_them(ids: Sequence[int]) -> Scores:
             logits = session.forward(np.asarray(ids, np.int64))[0]
             self.cached.extend(ids)
-            return Scores(logits, None, log_sum_exp(logits))
+            return Scores(logits, None, log_sum_exp(logits) if log_total else None)
 
         def top(ids: Sequence[int]) -> Scores:
             assert isinstance(session, TopSession)
             assert highest is not None
-            tokens, logits, log_total = session.forward_top(np.asarray(ids, np.int64), highest)
+            tokens, logits, total = session.forward_top(np.asarray(ids, np.int64), highest)
             self.cached.extend(ids)
             order = np.argsort(tokens)  # as in the vocabulary, so that a seed draws the same
-            return Scores(logits[order], tokens[order], log_total)
+            return Scores(logits[order], tokens[order], total if log_total else None)
 
         fused = isinstance(session, TopSession) and highest is not None
         return top if fused else all_of_them
@@ -165,3 +307,11 @@ class Engine:
                 "prompt, lower --max-new-tokens or export with a longer --context"
             )
         return asked or room
+
+
+def _whole(ids: Sequence[int]) -> list[int]:
+    """The ids, as plain integers; an array of floats would be cut to them without a word."""
+    try:
+        return [index(id_) for id_ in ids]
+    except TypeError as error:
+        raise UsageError(f"token ids must be whole numbers: {error}") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.generation import Engine, Finish, Step
 from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from pocketslm.runtime.tokenizer.vocabulary import any_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +24,12 @@ class Record:
 
     token: int
     text: str
-    logprob: float
+    logprob: float | None
     time_ns: int
     finish: Finish | None = None
+
+
+_MARK = re.compile("[\udc00-\udfff]")
 
 
 class TextModel(Protocol):
@@ -61,6 +66,9 @@ class TextModel(Protocol):
 
 class Model:
     """A bundle ready to generate: session, cache and tokenizer.
+
+    Any thread may call it: generations and changes of the adapter come after each other, as
+    :class:`pocketslm.runtime.generation.Engine` says.
 
     defaults: the model's own sampling settings, from its ``generation_config.json``.
     """
@@ -108,10 +116,9 @@ class Model:
             raise BundleError(f"{self.bundle.path} has no adapter {name!r}, it has: {known}")
         if not isinstance(session, AdapterSession):
             raise BackendError(f"{session.backend} cannot add adapters; use --backend native")
-        session.use_adapter(
-            [] if name is None else read_updates(adapters[name], self.bundle.layer_runs)
-        )
-        self.engine.cached.clear()
+        updates = [] if name is None else read_updates(adapters[name], self.bundle.layer_runs)
+        with self.engine.exclusive():
+            session.use_adapter(updates)
 
     @property
     def name(self) -> str:
@@ -130,9 +137,11 @@ class Model:
     ) -> Iterator[Record]:
         """Continue a text or token ids; yields a record for each token as it is made.
 
+        A record's logprob is None unless ``config.logprobs`` asks for it.
         The records' texts joined are the generated text: no character is ever split, and a stop
         string is held back until it is certain that it does not come. Text of a special token
-        inside ``prompt`` stays ordinary text; give ids to use special tokens.
+        inside ``prompt`` stays ordinary text; give ids to use special tokens. A stop string may
+        hold special tokens, though they are no text of the answer.
         """
         config = config or self.defaults
         ids = (
@@ -141,7 +150,8 @@ class Model:
             else list(prompt)
         )
         steps = self.engine.generate(ids, config, self.tokenizer.eos_token_ids)
-        return _with_text(steps, StreamDecoder(self.tokenizer), config.stop_strings)
+        stops, marks = _marked_stops(config.stop_strings, self.tokenizer)
+        return _with_text(steps, StreamDecoder(self.tokenizer), stops, marks)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], config: GenerationConfig | None = None
@@ -151,11 +161,15 @@ class Model:
 
 
 def _with_text(
-    steps: Iterator[Step], decoder: StreamDecoder, stop_strings: tuple[str, ...]
+    steps: Generator[Step, None, None],
+    decoder: StreamDecoder,
+    stop_strings: tuple[str, ...],
+    marks: Mapping[int, str] | None = None,
 ) -> Iterator[Record]:
-    held = ""
+    held, marks = "", marks or {}
     for step in steps:
-        held += decoder.push(step.token) if step.finish != "eos" else ""
+        if step.finish != "eos":
+            held += marks.get(step.token) or decoder.push(step.token)
         held += decoder.flush() if step.finish else ""
         finish = step.finish
         if (end := _stop_at(held, stop_strings)) is not None:
@@ -165,9 +179,33 @@ def _with_text(
         else:
             certain = len(held) - _possible_stop(held, stop_strings)
             text, held = held[:certain], held[certain:]
+        if finish:
+            steps.close()  # whoever waits for the session need not wait for the caller
+        text = _MARK.sub("", text)
         yield Record(step.token, text, step.logprob, step.time_ns, finish)
         if finish:
             return
+
+
+def _marked_stops(
+    stop_strings: tuple[str, ...], tokenizer: Tokenizer
+) -> tuple[tuple[str, ...], dict[int, str]]:
+    """The stop strings, also with marks for their special tokens, and those marks by token.
+
+    A mark is a lone surrogate, which no decoded text has. So a special token is found and never
+    shown, and neither it nor its text is taken for the other.
+    """
+    texts = {
+        text: id_
+        for id_ in tokenizer.special_ids
+        if (text := tokenizer.texts[id_]) and any(text in stop for stop in stop_strings)
+    }
+    special = any_of(texts)
+    if special is None:
+        return stop_strings, {}
+    marks = {id_: chr(0xDC00 + number) for number, id_ in enumerate(texts.values())}
+    marked = [special.sub(lambda match: marks[texts[match.group()]], stop) for stop in stop_strings]
+    return (*stop_strings, *marked), marks
 
 
 def _stop_at(text: str, stop_strings: tuple[str, ...]) -> int | None:

@@ -98,7 +98,7 @@ def processors_for(config: GenerationConfig, prompt_length: int) -> list[Process
     if config.repetition_penalty != 1.0:
         start = 0 if config.penalize_prompt else prompt_length
         chain.append(repetition_penalty(config.repetition_penalty, start))
-    if config.do_sample:
+    if config.samples:
         if config.temperature != 1.0:
             chain.append(temperature(config.temperature))
         if config.top_k > 0:
@@ -111,14 +111,14 @@ def processors_for(config: GenerationConfig, prompt_length: int) -> list[Process
 
 
 def sampler_for(config: GenerationConfig) -> Sampler:
-    return multinomial(config.seed) if config.do_sample else greedy
+    return multinomial(config.seed) if config.samples else greedy
 
 
 def highest_needed(config: GenerationConfig) -> int | None:
     """How many of the highest logits decide the next token; None where all of them may."""
     if config.repetition_penalty != 1.0:
         return None
-    return (config.top_k or None) if config.do_sample else 1
+    return (config.top_k or None) if config.samples else 1
 
 
 def softmax(logits: Array) -> npt.NDArray[np.float64]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pocketslm.export.lower.native import NativeReport, lower
-from pocketslm.models.config import ModelConfig
+from pocketslm.export.lower.trace import trace
+from pocketslm.models.config import ModelConfig, uniform
 from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
 
 SEED = 7
@@ -29,7 +30,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
         "rope_theta": 1000.0,
         "tie_word_embeddings": True,
     }
-    return ModelConfig(**{**fields, **changes})
+    return uniform(**fields | changes)
 
 
 def quantize(values: np.ndarray, bits: int, kind: str) -> QuantTensor:
@@ -100,7 +101,7 @@ def write_tiny(
     scheme: Callable[[str, np.ndarray], Weight] = lambda name, values: values,
 ) -> tuple[NativeReport, Callable[[str, tuple[int, ...]], Weight]]:
     weights = tiny_weights(config, scheme)
-    return lower(config, weights, path), weights
+    return lower(trace(config, config.max_position_embeddings), weights, path), weights
 
 
 def reference_logits(
@@ -108,18 +109,19 @@ def reference_logits(
 ) -> np.ndarray:
     """Logits [n, vocab], plainly."""
     c = config
-    dim = c.head_dim
+    (first, *_), (rotary,) = c.attentions, c.rotaries
+    dim = first.head_dim
 
     def get(name: str, *shape: int) -> np.ndarray:
         w = weights(name, shape)
         return (w.dequantize() if isinstance(w, QuantTensor) else w).astype(np.float64)
 
     def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.rms_norm_eps) * weight
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_eps) * weight
 
-    frequencies = c.rope_theta ** (-np.arange(0, dim, 2) / dim)
-    if c.rope_divisors is not None:
-        frequencies = frequencies / np.array(c.rope_divisors)
+    frequencies = rotary.theta ** (-np.arange(0, dim, 2) / dim)
+    if rotary.divisors is not None:
+        frequencies = frequencies / np.array(rotary.divisors)
     angles = np.arange(len(tokens))[:, None] * frequencies
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
 
@@ -129,14 +131,14 @@ def reference_logits(
 
     embedding = get("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
     x = embedding[tokens]
-    for layer, (heads, kv_heads, intermediate) in enumerate(c.layers):
+    for layer, (heads, kv_heads, intermediate) in enumerate(entry.size for entry in c.layers):
         prefix = f"model.layers.{layer}."
         y = norm(x, get(prefix + "input_layernorm.weight", c.hidden_size))
 
         def project(name: str, count: int, prefix: str = prefix, y: np.ndarray = y) -> np.ndarray:
             w = get(f"{prefix}self_attn.{name}.weight", count * dim, c.hidden_size)
             out = y @ w.T
-            if c.attention_bias:
+            if first.bias:
                 out = out + get(f"{prefix}self_attn.{name}.bias", count * dim)
             return out.reshape(len(tokens), count, dim)
 

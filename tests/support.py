@@ -9,22 +9,31 @@ from typing import Any
 import torch
 
 from pocketslm.models import architectures
-from pocketslm.models.config import ModelConfig
+from pocketslm.models.config import ModelConfig, uniform
 from pocketslm.models.hf_writer import hf_config
+from pocketslm.models.transformer import Model
 from pocketslm.runtime.tokenizer import pretokenizers
 
-TINY = ModelConfig(
-    architecture="llama",
-    vocab_size=264,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=256,
-    tie_word_embeddings=True,
-)
+_FIELDS: dict[str, Any] = {
+    "architecture": "llama",
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """A tiny model of Llama's block, with other fields of :func:`uniform` where asked for."""
+    return uniform(**_FIELDS | changes)
+
+
+TINY = tiny()
 MERGED = ("th", "he", "in", "er")
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|pad|>")
 CHATML = (
@@ -99,7 +108,7 @@ def random_state(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights by Hugging Face name, large enough that the logits differ clearly."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        model = architectures.load(config.architecture).Model(config, context=8)
+        model = Model(config, context=8)
 
     def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         noise = torch.randn(shape, generator=generator)
@@ -112,10 +121,12 @@ def random_state(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def write_hf(folder: Path, config: ModelConfig = TINY, seed: int = 0, **extra: Any) -> Path:
     """A Hugging Face folder of a random model; ``extra`` fields go into config.json."""
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(random_state(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    state = {name: tensor.numpy() for name, tensor in random_state(config, seed).items()}
+    names = architectures.by_name(config.architecture).hf
+    save_file(names.write(config, state), folder / "model.safetensors", metadata={"format": "pt"})
     data = hf_config(config) | {"bos_token_id": 256, "eos_token_id": 257} | extra
     (folder / "config.json").write_text(json.dumps(data))
     for name, text in tokenizer_files().items():
@@ -128,8 +139,9 @@ def write_gguf(path: Path, config: ModelConfig = TINY, kind: str = "Q4_1", seed:
     import gguf
     from gguf.quants import quantize
 
-    from pocketslm.models.checkpoint import gguf_name
-
+    first = config.stored_layers[0]
+    attention = first.attention
+    assert attention is not None
     quantized = gguf.GGMLQuantizationType[kind]
     writer = gguf.GGUFWriter(str(path), config.architecture)
     writer.add_name("tiny")
@@ -137,11 +149,11 @@ def write_gguf(path: Path, config: ModelConfig = TINY, kind: str = "Q4_1", seed:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_head_count(attention.heads)
+    writer.add_head_count_kv(attention.kv_heads)
+    writer.add_key_length(attention.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rotaries[0].theta)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -151,17 +163,12 @@ def write_gguf(path: Path, config: ModelConfig = TINY, kind: str = "Q4_1", seed:
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
     writer.add_chat_template(CHATML)
-    for name, tensor in random_state(config, seed).items():
-        array = tensor.numpy()
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        part = name.split(".")[-2]
-        if config.architecture == "llama" and part in heads:
-            halves = array.reshape(heads[part], 2, -1, *array.shape[1:])
-            array = halves.swapaxes(1, 2).reshape(array.shape)
+    state = {name: tensor.numpy() for name, tensor in random_state(config, seed).items()}
+    for name, array in architectures.by_name(config.architecture).gguf.write(config, state).items():
         if array.ndim == 2:
-            writer.add_tensor(gguf_name(name), quantize(array, quantized), raw_dtype=quantized)
+            writer.add_tensor(name, quantize(array, quantized), raw_dtype=quantized)
         else:
-            writer.add_tensor(gguf_name(name), array)
+            writer.add_tensor(name, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from typing import Any
 
 import tokenizers
 from hypothesis import settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pocketslm.models.tokenizer_files import _PRE
 from pocketslm.runtime.tokenizer import (
@@ -19,6 +20,7 @@ from pocketslm.runtime.tokenizer import (
 
 IMPLEMENTATIONS = ("tokenizers", "python")
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ORDINARY_ADDED = ["<tool_call>", "im_end"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and it's 1234567 times faster than they'll say.",
@@ -37,25 +39,78 @@ AWKWARD = [
     *("😀", "👩‍👩‍👧‍👦", "🇩🇪", "e\u0301", "é", "\u0301", "ǅ", "가", "가", "龥", "\U00031350"),
     *("<|im", "_end|>", "<", ">", "|", "don't", "WE'RE", "ab", "the quick", "//", "...\n"),
 ]
+HARD = [
+    *AWKWARD,
+    *CORPUS,
+    *("7", " 7", "  7", "12", "12345", "1234567", "3.14", "١٢٣٤", "a1b22c333", "\t12", "\n 5"),
+    *(
+        "\n\n",
+        "\n\n\n",
+        " \n",
+        "\n ",
+        "\r",
+        "\t\t",
+        "   x",
+        "a  b",
+        "  ",
+        "\u3000\u3000x",
+        " \x0b ",
+    ),
+    *(
+        "العربية",
+        "بِسْمِ",
+        "עברית",
+        "हिन्दी",
+        "தமிழ்",
+        "ไทย",
+        "한국어",
+        "中文字符",
+        "カタカナ",
+        "ひらがな",
+    ),
+    *("iPhone", "XMLHttpRequest", "ÉCOLE", "école", "ŒUVRE's", "I'M", "you'Ve", "'", "''s", "'d "),
+    *("/x/y//\n/", "</td>", "<h1>", "<bos>", "<start_of_turn>", "<think>", "[CLS]", "##ing", "_a_"),
+    *(
+        "e\u0301\u0323",
+        "\u0301",
+        "a\u200db",
+        "\u202e",
+        "\u00ad",
+        "\x7f",
+        "\x00",
+        "\ufffd",
+        "\U0010ffff",
+    ),
+    *(
+        "for(i=0;i<n;++i){\n\tx[i]+=1;\n}\n",
+        "SELECT * FROM t;--",
+        "https://a.b/c?d=e&f#g",
+        "$x^2$",
+        "§ 3",
+    ),
+    *("x" * 101, "a" * 1000, " " * 70 + "end", "\n" * 70, "ab " * 50, "🙂" * 20),
+]
+
+
+def hard_texts(count: int, seed: int = 1) -> list[str]:
+    """`HARD`, and `count` texts put together from it at random."""
+    rng = random.Random(seed)
+    mixed = ("".join(rng.choices(HARD, k=rng.randint(1, 8))) for _ in range(count))
+    return [*HARD, *mixed]
+
+
 # Fixed examples: `tokenizers` carries older Unicode tables for its normalizers than Python does,
 # so a random search comes, once in ten thousand texts, across a mark that only one of them knows.
 FUZZ = settings(deadline=None, derandomize=True)
 texts = st.lists(st.one_of(st.sampled_from(AWKWARD), st.text(max_size=8)), max_size=8).map("".join)
 
 
-def split(pattern: str) -> dict[str, Any]:
-    return {
-        "type": "Sequence",
-        "pretokenizers": [
-            {
-                "type": "Split",
-                "pattern": {"Regex": pattern},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            BYTE_LEVEL | {"use_regex": False},
-        ],
-    }
+def split(*patterns: str) -> dict[str, Any]:
+    steps = [
+        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
+        for p in patterns
+    ]
+    return sequence("pretokenizers", *steps, BYTE_LEVEL | {"use_regex": False})
 
 
 def sequence(key: str, *members: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +148,16 @@ BYTE_STYLES: dict[str, dict[str, Any]] = {
     },
     "llama3": {"pre_tokenizer": split(_PRE["llama-bpe"].splits[0]), "ignore_merges": True},
     "qwen2": {"pre_tokenizer": split(_PRE["qwen2"].splits[0]), "normalizer": {"type": "NFC"}},
-    "gpt4o": {"pre_tokenizer": split(_PRE["gpt-4o"].splits[0])},
+    **{
+        name: {"pre_tokenizer": split(*_PRE[pre].splits), "ignore_merges": _PRE[pre].ignore_merges}
+        for name, pre in (
+            ("qwen35", "qwen35"),
+            ("gpt4o", "gpt-4o"),
+            ("tekken", "tekken"),
+            ("minicpm5", "minicpm5"),
+            ("deepseek3", "deepseek-v3"),
+        )
+    },
     "nested-class": {"pre_tokenizer": split(r" ?[^(\s|[.,!?…。，、।۔،])]+")},
     "possessive": {
         "pre_tokenizer": split(r"[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}|[\w-]+|[\x{2028}\u3000]|^\S")
@@ -171,26 +235,35 @@ STYLES = {**BYTE_STYLES, **MARK_STYLES}
 
 @functools.cache
 def trained(marks: bool) -> dict[str, Any]:
-    """A small tokenizer.json trained by `tokenizers`: byte-level, or with marks and bytes."""
+    """A small tokenizer.json trained by `tokenizers`: byte-level, or with marks and bytes.
+
+    It is trained across words, so that ids show where words end.
+    """
     if marks:
         model = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
-        model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
         special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
         alphabet: list[str] = []
     else:
         model = tokenizers.Tokenizer(models.BPE())
-        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         special = SPECIAL
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=3000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    model.train_from_iterator(CORPUS, trainer)
+    model.train_from_iterator([*CORPUS, *hard_texts(600, seed=3)], trainer)
     document: dict[str, Any] = json.loads(model.to_str())
     document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] in SPECIAL]
-    size = len(document["model"]["vocab"])
-    for index, content in enumerate(ORDINARY_ADDED):
-        token = document["added_tokens"][0] | {"id": size + index, "content": content}
+    # As in real files, no merges lead to an added token.
+    added = {*SPECIAL, *ORDINARY_ADDED}
+    document["model"]["merges"] = [
+        merge for merge in document["model"]["merges"] if not added & {*merge, "".join(merge)}
+    ]
+    ids = dict(document["model"]["vocab"])
+    for content in ORDINARY_ADDED:
+        id_ = ids.setdefault(content, len(ids))
+        token = document["added_tokens"][0] | {"id": id_, "content": content}
         document["added_tokens"].append(token | {"special": False})
     return document
 
@@ -213,6 +286,25 @@ def document(style: str) -> str:
         "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
     }
     return json.dumps(whole)
+
+
+@functools.cache
+def word_piece(lowercase: bool = True) -> str:
+    """A small tokenizer.json of BERT's kind, with the padding and truncation of an encoder."""
+    model = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    model.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=1500, special_tokens=BERT_SPECIAL, show_progress=False
+    )
+    model.train_from_iterator([*CORPUS, *hard_texts(600, seed=3)], trainer)
+    model.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    model.decoder = decoders.WordPiece()
+    model.enable_truncation(16)
+    model.enable_padding(length=16)
+    return model.to_str()
 
 
 @functools.cache

@@ -6,44 +6,43 @@ operators are documented in onnxruntime's docs/ContribOperators.md.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
-from pocketslm.export.lower.trace import Traced
+from pocketslm.export.lower.onnx_graph import (
+    DATA_FILE,
+    DataFile,
+    DType,
+    GraphBuilder,
+    describe,
+    new_value,
+)
+from pocketslm.export.lower.trace import Node, Traced
+from pocketslm.export.lower.walk import Progress, Walk, WeightReader, is_op, refuse
 from pocketslm.models import ops
-from pocketslm.models.config import ModelConfig
-from pocketslm.models.tensors import Array, QuantTensor, Weight, concat_rows
+from pocketslm.models.config import Layer, ModelConfig, ShortConv
+from pocketslm.models.tensors import Array, QuantTensor, Weight, concat_rows, floats
 
-DType = Literal["fp32", "fp16"]
-GRAPH_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+GRAPH_FILE = "model.onnx"
 OPSET, IR_VERSION = 21, 10
 CONTRIB = "com.microsoft"
 # MatMulNBits: 4 = activations are quantized to int8, block by block, inside the operator.
 ACCURACY_LEVEL = 4
-_ALIGNMENT = 4096  # of tensors in the data file: one page, so that each maps alone
-_EXTERNAL_FROM = 1024  # bytes; smaller tensors stay inside the graph file
 _INT64_MAX = np.iinfo(np.int64).max
-
-# torch.fx.Node; its arguments are typed so widely that each use would need a cast.
-Node = Any
-WeightReader = Callable[[str, tuple[int, ...]], Weight]
 
 
 def lower(
     traced: Traced,
-    config: ModelConfig,
     weights: WeightReader,
     folder: Path,
     *,
     dtype: DType = "fp32",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``.
 
@@ -51,36 +50,9 @@ def lower(
     that of activations, scales and KV cache. ``progress`` is called with nodes done and in total.
     """
     with (folder / DATA_FILE).open("wb") as data:
-        lowering = _Lowering(traced, config, weights, dtype, _DataFile(data))
+        lowering = _Lowering(traced, weights, dtype, DataFile(data))
         model = lowering.run(progress)
     ir.save(model, folder / GRAPH_FILE)
-
-
-class _DataFile:
-    """The external data: tensors appended at page boundaries, each written once."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def add(self, name: str, array: Array) -> ir.TensorProtocol:
-        if array.nbytes < _EXTERNAL_FROM:
-            return ir.Tensor(array, name=name)
-        self.file.write(b"\0" * (-self.file.tell() % _ALIGNMENT))
-        offset = self.file.tell()
-        self.file.write(np.ascontiguousarray(array).data)
-        return _external(name, array, offset)
-
-
-def _external(name: str, array: Array, offset: int) -> ir.ExternalTensor:
-    """An array whose bytes begin at ``offset`` of the data file."""
-    return ir.ExternalTensor(
-        DATA_FILE,
-        offset,
-        array.nbytes,
-        ir.DataType.from_numpy(array.dtype),
-        shape=ir.Shape(array.shape),
-        name=name,
-    )
 
 
 @dataclass
@@ -92,49 +64,27 @@ class _Linear:
     bias: Array | None
 
 
-class _Lowering:
-    """One walk over the traced graph; ``values`` maps its nodes to ONNX values."""
+class _Lowering(GraphBuilder, Walk):
+    """One walk over the traced graph; ``values`` maps its nodes to ONNX values.
 
-    def __init__(
-        self,
-        traced: Traced,
-        config: ModelConfig,
-        weights: WeightReader,
-        dtype: DType,
-        data: _DataFile,
-    ) -> None:
-        self.traced, self.config, self.weights, self.data = traced, config, weights, data
-        self.float = {"fp32": np.float32, "fp16": np.float16}[dtype]
-        self.float_type = ir.DataType.from_numpy(np.dtype(self.float))
-        self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = {}
+    A value of None is a linear that waits for its user, which may stack it with its siblings.
+    """
+
+    target = "ONNX"
+
+    def __init__(self, traced: Traced, weights: WeightReader, dtype: DType, data: DataFile) -> None:
+        Walk.__init__(self, traced, weights)
+        GraphBuilder.__init__(self, dtype, data)
         self.values: dict[Node, Any] = {}
         self.group_sums: dict[tuple[ir.Value, int], ir.Value] = {}
-        self.stored: dict[str, ir.TensorProtocol] = {}
-        self.names: dict[str, int] = {}
+        self.cached_positions: ir.Value | None = None
 
-    def run(self, progress: Callable[[int, int], None]) -> ir.Model:
+    def run(self, progress: Progress) -> ir.Model:
         inputs = self._inputs()
-        emitters: dict[Any, Callable[[Node], Any]] = {
-            ops.embedding: self._embedding,
-            ops.linear: self._linear,
-            ops.rms_norm: self._rms_norm,
-            ops.swiglu: self._swiglu,
-            ops.attention: self._attention,
-            ops.last_tokens: self._last_tokens,
-            torch.ops.aten.add.Tensor: self._add,
-            operator.getitem: self._getitem,
-        }
-        nodes = list(self.traced.graph.nodes)
-        for done, node in enumerate(nodes, 1):
-            if node.op == "call_function":
-                if node.target not in emitters:
-                    raise AssertionError(f"no ONNX lowering for {node.target}")
-                self.values[node] = emitters[node.target](node)
-            progress(done, len(nodes))
+        self.walk(progress)
         graph = ir.Graph(
             inputs,
-            self._outputs(nodes[-1]),
+            self._outputs(),
             nodes=self.nodes,
             initializers=list(self.initializers.values()),
             opset_imports={"": OPSET, CONTRIB: 1},
@@ -146,51 +96,59 @@ class _Lowering:
 
     def _inputs(self) -> list[ir.Value]:
         c = self.config
-        ids = _value("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
-        mask = _value("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
+        ids = new_value("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+        self.mask = new_value(
+            "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]
+        )
         # An input with a default: onnxruntime-genai need not know it, evaluation overrides it.
         self.keep = self._constant("logits_to_keep", np.array([1], np.int64))
-        placeholders = {n.name: n for n in self.traced.graph.nodes if n.op == "placeholder"}
-        self.values[placeholders[self.traced.input_ids]] = ids
-        caches = []
-        for layer, names in enumerate(self.traced.past):
-            heads = c.layers[layer].num_key_value_heads
-            shape = ["batch_size", heads, "past_sequence_length", c.head_dim]
-            for kind, name in zip(("key", "value"), names, strict=True):
-                cache = _value(f"past_key_values.{layer}.{kind}", self.float_type, shape)
-                self.values[placeholders[name]] = cache
-                caches.append(cache)
+        self.ids = self.values[self.traced.input_ids] = ids
+        states, by_slot = [], {}
+        for index, layer in enumerate(c.layers):
+            for slot, (kind, shape) in enumerate(_states(layer, c, "past_sequence_length")):
+                state = new_value(f"past_key_values.{index}.{kind}", self.float_type, shape)
+                by_slot[index, slot] = state
+                states.append(state)
+        for node, slot_ in self.traced.states.items():
+            self.values[node] = by_slot[slot_]
         # GroupQueryAttention wants the index of the last token and the length with it.
-        total = self._op("ReduceSum", [mask, self._constant("mask_axes", np.array([1], np.int64))])
+        total = self._op(
+            "ReduceSum", [self.mask, self._constant("mask_axes", np.array([1], np.int64))]
+        )
         last = self._op("Sub", [total, self._constant("one", np.array([1], np.int64))])
         self.last_index = self._op("Cast", [last], to=ir.DataType.INT32)
-        size = self._op("Shape", [mask], start=1, end=2)
-        scalar = self._op("Squeeze", [size])
-        self.total_length = self._op("Cast", [scalar], to=ir.DataType.INT32)
-        return [ids, mask, *caches, self.keep]
+        size = self._op("Shape", [self.mask], start=1, end=2)
+        self.total = self._op("Squeeze", [size])
+        self.total_length = self._op("Cast", [self.total], to=ir.DataType.INT32)
+        return [ids, self.mask, *states, self.keep]
 
-    def _outputs(self, output: Node) -> list[ir.Value]:
+    def _outputs(self) -> list[ir.Value]:
         c = self.config
-        logits, *present = (self.values[node] for node in output.args[0])
+        logits = self.values[self.traced.output]
         if self.float is not np.float32:
             logits = self._op("Cast", [logits], to=ir.DataType.FLOAT)
         # The literal 1 tells onnxruntime-genai that prefill returns the last position only.
-        _describe(logits, "logits", ir.DataType.FLOAT, ["batch_size", 1, c.vocab_size])
-        for index, value in enumerate(present):
-            heads = c.layers[index // 2].num_key_value_heads
-            shape = ["batch_size", heads, "total_sequence_length", c.head_dim]
-            kind = "key" if index % 2 == 0 else "value"
-            _describe(value, f"present.{index // 2}.{kind}", self.float_type, shape)
-        return [logits, *present]
+        width = c.vocab_size if c.head else c.hidden_size
+        describe(logits, "logits", ir.DataType.FLOAT, ["batch_size", 1, width])
+        outputs = [logits]
+        for index, (layer, present) in enumerate(zip(c.layers, self.traced.present, strict=True)):
+            kinds = _states(layer, c, "total_sequence_length")
+            for (kind, shape), node in zip(kinds, present, strict=True):
+                value = self.values[node]
+                describe(value, f"present.{index}.{kind}", self.float_type, shape)
+                outputs.append(value)
+        return outputs
 
     # One method per operator of pocketslm.models.ops.
 
-    def _embedding(self, node: Node) -> ir.Value:
+    def embedding(self, node: Node) -> None:
         ids, weight_node = node.args
-        name, weight = self._parameter(weight_node)
+        name, weight = self.parameter(weight_node)
         ids = self.values[ids]
         if not isinstance(weight, QuantTensor):
-            return self._op("Gather", [self._constant(name, weight.astype(self.float)), ids])
+            table = self._constant(name, weight.astype(self.float))
+            self.values[node] = self._op("Gather", [table, ids])
+            return
         rows = self._op(
             "GatherBlockQuantized",
             [self._codes(name, weight, flat=True), ids, *self._scales(name, weight)],
@@ -199,64 +157,163 @@ class _Lowering:
             block_size=weight.group_size,
             quantize_axis=1,
         )
-        if weight.minimums is None:
-            return rows
-        offsets = self._op("Gather", [self._offsets(name, weight), ids])
-        grouped = self._reshape(rows, [0, 0, -1, weight.group_size])
-        axes = self._constant("last_axis", np.array([-1], np.int64))
-        shifted = self._op("Add", [grouped, self._op("Unsqueeze", [offsets, axes])])
-        return self._reshape(shifted, [0, 0, weight.shape[1]])
+        if weight.minimums is not None:
+            offsets = self._op("Gather", [self._offsets(name, weight), ids])
+            grouped = self._reshape(rows, [0, 0, -1, weight.group_size])
+            axes = self._constant("last_axis", np.array([-1], np.int64))
+            shifted = self._op("Add", [grouped, self._op("Unsqueeze", [offsets, axes])])
+            rows = self._reshape(shifted, [0, 0, weight.shape[1]])
+        self.values[node] = rows
 
-    def _linear(self, node: Node) -> ir.Value | None:
-        users = list(node.users)
-        if len(users) == 1 and users[0].target in (ops.attention, ops.swiglu):
-            return None  # emitted by its user, which may stack it with its siblings
-        return self._project([node])
+    def positions(self, node: Node) -> None:
+        name, table = self.parameter(node.args[2])
+        rows = self._op(
+            "Gather", [self._constant(name, floats(table).astype(self.float)), self._positions()]
+        )
+        axes = self._constant("first_axis", np.array([0], np.int64))
+        self.values[node] = self._op("Unsqueeze", [rows, axes])
 
-    def _rms_norm(self, node: Node) -> ir.Value:
-        x, weight, eps = node.args
+    def linear(self, node: Node) -> None:
+        if node in self.values:
+            return  # emitted with a sibling
+        readers = [_through(user, ops.rotary) for user in node.users]
+        if len(readers) == 1 and self._stacks(readers[0]):
+            self.values[node] = None
+            return
+        siblings = [user for user in node.args[0].users if is_op(user, ops.linear)]
+        stacked = self._project(siblings) if len(siblings) > 1 else None
+        if stacked is None:
+            self.values[node] = self._project([node])
+            return
+        sizes = np.array([self.traced.widths[sibling] for sibling in siblings], np.int64)
+        parts = self._ops(
+            "Split",
+            [stacked, self._constant("split_" + "_".join(map(str, sizes)), sizes)],
+            outputs=tuple(range(len(siblings))),
+            axis=-1,
+        )
+        self.values |= dict(zip(siblings, parts, strict=True))
+
+    def _by_attention(self, node: Node) -> bool:
+        """Whether attention does a rotation: if it reads it, and takes tables of this width."""
+        if not is_op(node, ops.rotary) or not all(is_op(u, ops.attention) for u in node.users):
+            return False
+        pairs: int = self.traced.tables[node.args[1]][1].shape[1]
+        return pairs % 8 == 0
+
+    def _stacks(self, reader: Node) -> bool:
+        """Whether an operator takes all products that it reads as one."""
+        if is_op(reader, ops.attention):
+            parts = [n.args[0] if self._by_attention(n) else n for n in reader.args[:3]]
+            return all(is_op(part, ops.linear) for part in parts)
+        return is_op(reader, ops.gated)
+
+    def rms_norm(self, node: Node) -> None:
         if node in self.values:  # the residual sum before it has emitted both
-            value: ir.Value = self.values[node]
-            return value
-        return self._op(
+            return
+        x, weight, eps = node.args
+        value, heads = self.values[x], self.groups(node) > 1
+        if heads:
+            value = self._reshape(value, [0, 0, -1, self.traced.parameters[weight][1][0]])
+        value = self._op(
             "SimplifiedLayerNormalization",
-            [self.values[x], self._norm_weight(weight)],
+            [value, self._norm_weight(weight)],
             epsilon=eps,
             axis=-1,
             stash_type=1,
         )
+        if heads:
+            value = self._reshape(value, [0, 0, self.traced.widths[node]])
+        self.values[node] = value
 
-    def _add(self, node: Node) -> ir.Value:
+    def layer_norm(self, node: Node) -> None:
+        x, weight, bias, eps = node.args
+        inputs = [self.values[x], self._norm_weight(weight), self._norm_weight(bias)]
+        self.values[node] = self._op("LayerNormalization", inputs, epsilon=eps, axis=-1)
+
+    def add(self, node: Node) -> None:
         a, b = (self.values[arg] for arg in node.args)
-        norms = [user for user in node.users if user.target is ops.rms_norm]
+        norms = [user for user in node.users if is_op(user, ops.rms_norm)]
         if len(norms) != 1:
-            return self._op("Add", [a, b])
+            self.values[node] = self._op("Add", [a, b])
+            return
         _, weight, eps = norms[0].args
-        normalized, total = self._ops(
+        self.values[norms[0]], self.values[node] = self._ops(
             "SkipSimplifiedLayerNormalization",
             [a, b, self._norm_weight(weight)],
             outputs=(0, 3),
             domain=CONTRIB,
             epsilon=eps,
         )
-        self.values[norms[0]] = normalized
-        return total
 
-    def _swiglu(self, node: Node) -> ir.Value:
-        gate_up = self._stacked(node.args)
+    def scale(self, node: Node) -> None:
+        x, factor = node.args
+        self.values[node] = self._op("Mul", [self.values[x], self._number(factor)])
+
+    def softcap(self, node: Node) -> None:
+        x, cap = node.args
+        inner = self._op("Tanh", [self._op("Div", [self.values[x], self._number(cap)])])
+        self.values[node] = self._op("Mul", [inner, self._number(cap)])
+
+    def activate(self, node: Node) -> None:
+        x, kind = node.args
+        self.values[node] = self._activated(self.values[x], kind)
+
+    def gated(self, node: Node) -> None:
+        *parts, kind = node.args
+        gate_up = self._stacked(parts)
         gate: ir.Value | None
         up: ir.Value | None
         if gate_up is not None:
             gate, up = self._ops("Split", [gate_up], outputs=(0, 1), axis=-1, num_outputs=2)
         else:
-            gate, up = (self._late(arg) for arg in node.args)
-        return self._op("Mul", [self._op("QuickGelu", [gate], domain=CONTRIB, alpha=1.0), up])
+            gate, up = (self._late(arg) for arg in parts)
+        assert gate is not None
+        self.values[node] = self._op("Mul", [self._activated(gate, kind), up])
 
-    def _attention(self, node: Node) -> list[ir.Value]:
-        q, k, v, past_k, past_v, cos, sin, heads, kv_heads, scale = node.args
+    def _activated(self, x: ir.Value, kind: str) -> ir.Value:
+        if kind == "silu":
+            return self._op("QuickGelu", [x], domain=CONTRIB, alpha=1.0)
+        if kind.startswith("gelu"):
+            return self._op("Gelu", [x], approximate="tanh" if kind == "gelu_tanh" else "none")
+        x = self._op("Relu", [x])
+        return self._op("Mul", [x, x]) if kind == "relu2" else x
+
+    def rotary(self, node: Node) -> None:
+        """Rotated by the attention itself where nothing stands between."""
+        if self._by_attention(node):
+            return
+        x, cos, sin, _, heads = node.args
+        tables = [self._table(cos), self._table(sin)]
+        dim = self.traced.tables[cos][1].shape[1] * 2
+        batched = self._op(
+            "Unsqueeze", [self._positions(), self._constant("first_axis", np.array([0], np.int64))]
+        )
+        shape = self._op("Shape", [self.ids])
+        batched = self._op("Expand", [batched, shape])
+        partial = {} if dim * heads == self.traced.widths[node] else {"rotary_embedding_dim": dim}
+        self.values[node] = self._op(
+            "RotaryEmbedding",
+            [self._late(x), batched, *tables],
+            domain=CONTRIB,
+            num_heads=heads,
+            **partial,
+        )
+
+    def attention(self, node: Node) -> None:
+        q, k, v, past_k, past_v, heads, kv_heads, scale, window, softcap, causal = node.args
+        if not causal:
+            raise refuse(self.target, "attention in both directions is not supported")
+        tables: list[ir.Value | None] = [None, None]
+        if self._by_attention(q) and self._by_attention(k):
+            tables = [self._table(q.args[1]), self._table(q.args[2])]
+            q, k = q.args[0], k.args[0]
         packed = self._stacked((q, k, v))
         qkv = [packed, None, None] if packed is not None else [self._late(n) for n in (q, k, v)]
-        return self._ops(
+        options: dict[str, Any] = {"do_rotary": int(tables[0] is not None)}
+        options |= {} if window is None else {"local_window_size": window}
+        options |= {} if softcap is None else {"softcap": softcap}
+        self.values[node] = self._ops(
             "GroupQueryAttention",
             [
                 *qkv,
@@ -264,33 +321,60 @@ class _Lowering:
                 self.values[past_v],
                 self.last_index,
                 self.total_length,
-                self._table(cos),
-                self._table(sin),
+                *tables,
             ],
             outputs=(0, 1, 2),
             domain=CONTRIB,
             num_heads=heads,
             kv_num_heads=kv_heads,
             scale=scale,
-            do_rotary=1,
+            **options,
         )
 
-    def _last_tokens(self, node: Node) -> ir.Value:
+    def short_conv(self, node: Node) -> None:
+        b, c, x, taps, bias, past = node.args
+        name, weight = self.parameter(taps)
+        weight = floats(weight)
+        columns = self._op("Mul", [self.values[b], self.values[x]])
+        columns = self._op("Transpose", [columns], perm=[0, 2, 1])
+        columns = self._op("Concat", [self.values[past], columns], axis=2)
+        inputs = [columns, self._constant(name, weight[:, None].astype(self.float))]
+        if bias is not None:
+            bias_name, array = self.vector(bias)
+            inputs.append(self._constant(bias_name, array.astype(self.float)))
+        out = self._op("Conv", inputs, group=len(weight), kernel_shape=[weight.shape[1]])
+        out = self._op("Mul", [self.values[c], self._op("Transpose", [out], perm=[0, 2, 1])])
+        starts = self._constant(
+            f"back_{weight.shape[1]}", np.array([1 - weight.shape[1]], np.int64)
+        )
+        ends = self._constant("to_the_end", np.array([_INT64_MAX], np.int64))
+        axes = self._constant("columns_axis", np.array([2], np.int64))
+        self.values[node] = [out, self._op("Slice", [columns, starts, ends, axes])]
+
+    def last_tokens(self, node: Node) -> None:
         ends = self._constant("to_the_end", np.array([_INT64_MAX], np.int64))
         axes = self._constant("mask_axes", np.array([1], np.int64))
         starts = self._op("Neg", [self.keep])
-        return self._op("Slice", [self.values[node.args[0]], starts, ends, axes])
+        self.values[node] = self._op("Slice", [self.values[node.args[0]], starts, ends, axes])
 
-    def _getitem(self, node: Node) -> ir.Value:
+    def getitem(self, node: Node) -> None:
         source, index = node.args
-        value: ir.Value = self.values[source][index]
-        return value
+        self.values[node] = self.values[source][index]
+
+    def _positions(self) -> ir.Value:
+        """Positions of the new tokens [S] as int64."""
+        if self.cached_positions is None:
+            length = self._op("Squeeze", [self._op("Shape", [self.ids], start=1, end=2)])
+            start = self._op("Sub", [self.total, length])
+            step = self._constant("step", np.array(1, np.int64))
+            self.cached_positions = self._op("Range", [start, self.total, step])
+        return self.cached_positions
 
     # Products.
 
     def _stacked(self, nodes: Sequence[Any]) -> ir.Value | None:
-        """One product for linear nodes that read the same input, if their schemes agree."""
-        if any(n.target is not ops.linear or len(n.users) != 1 for n in nodes):
+        """One product for waiting linear nodes of the same input, if their schemes agree."""
+        if any(not is_op(n, ops.linear) or self.values[n] is not None for n in nodes):
             return None
         return self._project(nodes) if len({n.args[0] for n in nodes}) == 1 else None
 
@@ -311,9 +395,8 @@ class _Lowering:
 
     def _linear_parameters(self, node: Node) -> _Linear:
         _, weight_node, bias_node = node.args
-        name, weight = self._parameter(weight_node)
-        bias = None if bias_node is None else self._parameter(bias_node)[1]
-        assert not isinstance(bias, QuantTensor)
+        name, weight = self.parameter(weight_node)
+        bias = None if bias_node is None else self.vector(bias_node)[1]
         return _Linear(name, weight, None if bias is None else bias.astype(self.float))
 
     def _product(self, x: ir.Value, linear: _Linear) -> ir.Value:
@@ -350,17 +433,13 @@ class _Lowering:
 
     # Constants.
 
-    def _parameter(self, node: Node) -> tuple[str, Weight]:
-        name, shape = self.traced.parameters[node.name]
-        return name, self.weights(name, shape)
-
     def _norm_weight(self, node: Node) -> ir.Value:
-        name, weight = self._parameter(node)
-        assert not isinstance(weight, QuantTensor)
+        name, weight = self.vector(node)
         return self._constant(name, weight.astype(self.float))
 
     def _table(self, node: Node) -> ir.Value:
-        return self._constant(f"{node.name}_cache", self.traced.buffers[node.name], self.float)
+        name, array = self.traced.tables[node]
+        return self._constant(f"{name}_cache", array, self.float)
 
     def _codes(self, name: str, weight: QuantTensor, *, flat: bool) -> ir.Value:
         """Codes as [N, groups, bytes] for a product, [N, bytes] for a lookup.
@@ -391,60 +470,6 @@ class _Lowering:
         offsets = weight.minimums.astype(np.float32) + zero * weight.scales.astype(np.float32)
         return self._constant(f"{name}.offsets", offsets, self.float)
 
-    def _constant(
-        self, name: str, array: Array, dtype: Any = None, content: str | None = None
-    ) -> ir.Value:
-        """An initializer, made once per name; constants of the same ``content`` share bytes."""
-        if name in self.initializers:
-            return self.initializers[name]
-        array = array if dtype is None else array.astype(dtype)
-        shared = self.stored.get(content) if content is not None else None
-        if isinstance(shared, ir.ExternalTensor):
-            assert shared.offset is not None
-            tensor: ir.TensorProtocol = _external(name, array, shared.offset)
-        else:
-            tensor = self.data.add(name, array)
-            if content is not None:
-                self.stored[content] = tensor
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-            const_value=tensor,
-        )
-        self.initializers[name] = value
-        return value
-
-    # Nodes.
-
-    def _reshape(self, x: ir.Value, shape: list[int]) -> ir.Value:
-        name = "shape_" + "_".join(map(str, shape))
-        return self._op("Reshape", [x, self._constant(name, np.array(shape, np.int64))])
-
-    def _op(self, kind: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
-        return self._ops(kind, inputs, outputs=(0,), **attributes)[0]
-
-    def _ops(
-        self,
-        kind: str,
-        inputs: Sequence[ir.Value | None],
-        *,
-        outputs: tuple[int, ...],
-        domain: str = "",
-        **attributes: Any,
-    ) -> list[ir.Value]:
-        """Append a node; ``outputs`` are the positions that are wanted, others stay unnamed."""
-        number = self.names.get(kind, 0)
-        self.names[kind] = number + 1
-        name = f"{kind}_{number}"
-        node = ir.node(
-            kind, inputs, attributes, domain=domain, num_outputs=max(outputs) + 1, name=name
-        )
-        for position, value in enumerate(node.outputs):
-            value.name = f"{name}_out{position}" if position in outputs else ""
-        self.nodes.append(node)
-        return [node.outputs[position] for position in outputs]
-
 
 def _stack(parts: list[_Linear]) -> _Linear | None:
     """Rows of several products under each other; None where their schemes differ."""
@@ -466,9 +491,15 @@ def _stack(parts: list[_Linear]) -> _Linear | None:
     return _Linear("+".join(part.name for part in parts), weight, bias)
 
 
-def _value(name: str, dtype: ir.DataType, shape: list[Any]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+def _through(node: Node, operator_: Any) -> Node:
+    """The one reader of a node of this kind, else the node."""
+    return next(iter(node.users)) if is_op(node, operator_) and len(node.users) == 1 else node
 
 
-def _describe(value: ir.Value, name: str, dtype: ir.DataType, shape: list[Any]) -> None:
-    value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+def _states(layer: Layer, c: ModelConfig, positions: str) -> list[tuple[str, list[Any]]]:
+    """Name and shape of each state of a layer."""
+    if (a := layer.attention) is not None:
+        shape = ["batch_size", a.kv_heads, positions, a.head_dim]
+        return [("key", shape), ("value", list(shape))]
+    assert isinstance(layer.mixer, ShortConv)
+    return [("conv", ["batch_size", c.hidden_size, layer.mixer.taps - 1])]

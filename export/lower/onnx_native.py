@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from pocketslm.export.lower.walk import refuse
 from pocketslm.models.config import ModelConfig
 
 GRAPH_FILE, MODEL_FILE = "pocketslm.onnx", "model.slm"
@@ -59,13 +60,15 @@ def lower(config: ModelConfig, folder: Path) -> None:
 
 
 def _caches(config: ModelConfig, name: str) -> list[ir.Value]:
+    if len(config.attentions) != len(config.layers):
+        raise refuse("onnx-pocketslm", "a layer's state is not keys and values")
     return [
         _value(
             f"{name}.{index}.{kind}",
             ir.DataType.FLOAT16,
-            ["batch_size", layer.num_key_value_heads, "cache_length", config.head_dim],
+            ["batch_size", a.kv_heads, "cache_length", a.head_dim],
         )
-        for index, layer in enumerate(config.layers)
+        for index, a in enumerate(config.attentions)
         for kind in ("key", "value")
     ]
 

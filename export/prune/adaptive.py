@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pocketslm.errors import ExportError, UsageError
 from pocketslm.export.prune.width import Widths
-from pocketslm.models.config import LayerSize, ModelConfig
+from pocketslm.models.config import Layer, ModelConfig
+from pocketslm.models.sites import axes, matrices
 
 AMPLITUDE = 0.02  # A
 STEP = 0.05  # D: the mean sparsity that one step adds
@@ -49,9 +50,10 @@ def schedule(
 
 def everything(config: ModelConfig) -> Widths:
     """What to keep before anything is pruned."""
+    sizes = [layer.size for layer in config.stored_layers]
     return Widths(
-        [torch.ones(size.num_key_value_heads, dtype=torch.bool) for size in config.stored_layers],
-        [torch.ones(size.intermediate_size, dtype=torch.bool) for size in config.stored_layers],
+        [torch.ones(size.num_key_value_heads, dtype=torch.bool) for size in sizes],
+        [torch.ones(size.intermediate_size, dtype=torch.bool) for size in sizes],
         torch.ones(config.hidden_size, dtype=torch.bool),
     )
 
@@ -59,8 +61,8 @@ def everything(config: ModelConfig) -> Widths:
 def share_removed(config: ModelConfig, kept: Widths) -> float:
     """The share of the layers' weights that is not kept; norms and biases are not counted."""
     whole = gone = 0
-    for size, groups, neurons in zip(config.stored_layers, kept.groups, kept.neurons, strict=True):
-        of_group, of_neuron = _weights(config, size)
+    for layer, groups, neurons in zip(config.stored_layers, kept.groups, kept.neurons, strict=True):
+        of_group, of_neuron = _weights(config, layer)
         whole += of_group * len(groups) + of_neuron * len(neurons)
         gone += of_group * int((~groups).sum()) + of_neuron * int((~neurons).sum())
     return gone / whole
@@ -119,7 +121,9 @@ def measure(model: Any, ids: Tensor) -> tuple[list[float], Widths]:
 
         return after
 
-    weights = [weight for layer in layers for weight, *_ in _coupled(layer)]
+    described = model.config.stored_layers
+    pairs = list(zip(layers, described, strict=True))
+    weights = [weight for layer, about in pairs for weight, *_ in _coupled(layer, about)]
     gradients = [torch.zeros_like(weight) for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)
@@ -135,10 +139,10 @@ def measure(model: Any, ids: Tensor) -> tuple[list[float], Widths]:
             handle.remove()
     found = iter(gradients)
     groups, neurons = [], []
-    for layer, size in zip(layers, model.config.stored_layers, strict=True):
-        scores = {"heads": torch.zeros(size.num_key_value_heads)}
-        scores["neurons"] = torch.zeros(size.intermediate_size)
-        for weight, axis, kind in _coupled(layer):
+    for layer, about in pairs:
+        scores = {"heads": torch.zeros(about.size.num_key_value_heads)}
+        scores["neurons"] = torch.zeros(about.size.intermediate_size)
+        for weight, axis, kind in _coupled(layer, about):
             change = (weight.detach() * next(found)).abs().movedim(axis, 0)
             scores[kind] += change.reshape(len(scores[kind]), -1).sum(1).cpu()
         groups.append(scores["heads"])
@@ -150,8 +154,9 @@ def measure(model: Any, ids: Tensor) -> tuple[list[float], Widths]:
 @torch.no_grad()
 def silence(model: Any, kept: Widths) -> None:
     """Set to zero, in place, all parts that are not kept."""
-    for layer, groups, neurons in zip(model.model.layers, kept.groups, kept.neurons, strict=True):
-        for weight, axis, kind in _coupled(layer):
+    layers = zip(model.model.layers, model.config.stored_layers, strict=True)
+    for (layer, about), groups, neurons in zip(layers, kept.groups, kept.neurons, strict=True):
+        for weight, axis, kind in _coupled(layer, about):
             gone = ~(groups if kind == "heads" else neurons).to(weight.device)
             if gone.any():
                 moved = weight.movedim(axis, 0)
@@ -170,28 +175,29 @@ def _lowest_out(kept: Widths, scores: Widths, sparsity: Sequence[float]) -> Widt
     groups, neurons = [], []
     for index, share in enumerate(sparsity):
         heads, width = len(kept.groups[index]), len(kept.neurons[index])
-        stay = heads - min(int(heads * share + 1e-9), heads - 1)
+        stay = heads - max(min(int(heads * share + 1e-9), heads - 1), 0)
         groups.append(highest(kept.groups[index], scores.groups[index], stay))
         stay = min(max(round(width * (1 - share) / MULTIPLE), 1) * MULTIPLE, width)
         neurons.append(highest(kept.neurons[index], scores.neurons[index], stay))
     return Widths(groups, neurons, kept.channels)
 
 
-def _coupled(layer: Any) -> Iterator[tuple[Tensor, int, str]]:
+def _coupled(layer: Any, described: Layer) -> Iterator[tuple[Tensor, int, str]]:
     """A layer's tensors: the axis along which its parts lie, and which parts."""
-    attention, mlp = layer.self_attn, layer.mlp
-    for kind, into, out in (
-        ("heads", (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj),
-        ("neurons", (mlp.gate_proj, mlp.up_proj), mlp.down_proj),
-    ):
-        for linear in into:
-            yield linear.weight, 0, kind
-            if linear.bias is not None:
-                yield linear.bias, 0, kind
-        yield out.weight, 1, kind
+    kinds = {"queries": "heads", "values": "heads", "neurons": "neurons"}
+    for name in matrices(described):
+        linear = layer.get_submodule(name)
+        for axis, of in enumerate(axes(described, name)):
+            if of not in kinds:
+                continue
+            yield linear.weight, axis, kinds[of]
+            if axis == 0 and linear.bias is not None:
+                yield linear.bias, 0, kinds[of]
 
 
-def _weights(config: ModelConfig, size: LayerSize) -> tuple[int, int]:
+def _weights(config: ModelConfig, layer: Layer) -> tuple[int, int]:
     """How many of a KV head with its queries, and of a neuron."""
-    queries = size.num_attention_heads // size.num_key_value_heads
-    return 2 * (queries + 1) * config.head_dim * config.hidden_size, 3 * config.hidden_size
+    a, of_group = layer.attention, 0
+    if a is not None:
+        of_group = 2 * (a.heads // a.kv_heads + 1) * a.head_dim * config.hidden_size
+    return of_group, (3 if layer.mlp.gated else 2) * config.hidden_size

@@ -42,7 +42,7 @@ def least_influence(influence: Sequence[float], remove: int) -> list[int]:
 @torch.no_grad()
 def block_influence(model: Any, ids: Tensor) -> list[float]:
     """``1 - E cos(x_in, x_out)`` of each layer over windows of tokens ``ids`` [B, S]."""
-    x = model.model.embed_tokens(ids)
+    x = model.embed(ids)
     found = []
     for index in range(len(model.model.layers)):
         out = model.run_layer(index, x)
@@ -65,7 +65,7 @@ def sleb(
         raise ExportError(f"{remove} layers to remove, at most {len(alive) - 2} of {len(alive)}")
     removed: list[int] = []
     for _ in range(remove):
-        inputs = [model.model.embed_tokens(ids)]
+        inputs = [model.embed(ids)]
         for layer in alive[:-1]:
             inputs.append(model.run_layer(layer, inputs[-1]))
         losses = {}
@@ -84,7 +84,7 @@ def loss(model: Any, x: Tensor, ids: Tensor) -> float:
     """Mean negative log-likelihood of ``ids`` [B, S] from the last layer's output x [B, S, H]."""
     total = 0.0
     for hidden, window in zip(x, ids, strict=True):  # logits of one window at a time
-        logits = model.lm_head(model.model.norm(hidden[None, :-1]))[0]
+        logits = model.finish(hidden[None, :-1])[0]
         total += float(F.cross_entropy(logits.float(), window[1:], reduction="sum"))
     return total / (ids.shape[0] * (ids.shape[1] - 1))
 
@@ -99,8 +99,8 @@ class WithoutLayers(Pruned):
                 f"layers {sorted(removed)} to remove, expected some of 0..{count - 1}"
             )
         self.kept = [layer for layer in range(count) if layer not in set(removed)]
-        sizes = whole.config.stored_layers
-        config = whole.config.with_layer_sizes([sizes[layer] for layer in self.kept])
+        layers = whole.config.stored_layers
+        config = replace(whole.config, stored_layers=tuple(layers[i] for i in self.kept))
         super().__init__(whole, config, f"layers {sorted(removed)} of {count} were removed")
 
     def weight(self, name: str) -> Weight:

@@ -85,7 +85,7 @@ def prune_folder(
 
     @functools.cache  # not read where nothing looks at it
     def ids() -> Tensor:
-        files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+        files = checkpoint.tokenizer_files()
         return last_tokens(text, load_tokenizer_files(files).encode, config.tokens, config.window)
 
     pruned, removed = checkpoint, list[int]()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pocketslm.errors import ExportError, UsageError
-from pocketslm.export.quantize.calibration import SITES, run_layer
+from pocketslm.export.quantize.calibration import run_layer
+from pocketslm.models.sites import Site, layer_matrices
 
 NOTE = "no target skips the zeros: size and speed are those of the whole model"
 
@@ -75,12 +76,12 @@ def sparsify(
     A matrix's scores are of what the sparse ones before it make of windows of tokens ``ids``
     [B, S]. Embedding, head, norms and biases stay as they are.
     """
-    x = model.model.embed_tokens(ids)
+    x = model.embed(ids)
     for index, layer in enumerate(model.model.layers):
 
-        def prune_site(site: str, hessian: Tensor, layer: Any = layer) -> None:
+        def prune_site(site: Site, hessian: Tensor, layer: Any = layer) -> None:
             norms = hessian.diagonal().sqrt() if wanda else None  # up to one common factor
-            for name in SITES[site]:
+            for name in site.matrices:
                 weight = layer.get_submodule(name).weight
                 weight.mul_(kept_weights(weight, norms, pattern))
 
@@ -94,11 +95,10 @@ def compressed_bytes(model: Any) -> int:
     The values that are left, and one bit for each weight of a matrix that says which they are.
     """
     size: int = sum(parameter.numel() * 4 for parameter in model.parameters())
-    for layer in model.model.layers:
-        for names in SITES.values():
-            for name in names:
-                weight = layer.get_submodule(name).weight
-                size += (weight.numel() + 7) // 8 - 4 * int((weight == 0).sum())
+    for names in layer_matrices(model.config):
+        for name in names:
+            weight = model.get_parameter(name)
+            size += (weight.numel() + 7) // 8 - 4 * int((weight == 0).sum())
     return size
 
 

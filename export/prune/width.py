@@ -18,7 +18,10 @@ from pocketslm.errors import ExportError
 from pocketslm.export.prune.pruned import Pruned
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.config import LayerSize, ModelConfig
+from pocketslm.models.sites import LAYERS, Axis, axes, sites
 from pocketslm.models.tensors import QuantTensor, Weight, floats
+
+_INNER: tuple[Axis, ...] = ("queries", "neurons")
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ def activation_importance(model: Any, ids: Tensor) -> Widths:
 
     def heads(module: Any, inputs: tuple[Tensor]) -> None:
         batch, length, _ = inputs[0].shape
-        size = c.layers[len(groups)]
-        per_head = inputs[0].view(batch, length, size.num_attention_heads, -1).norm(dim=-1)
-        groups.append(over_text(per_head).view(size.num_key_value_heads, -1).sum(1))
+        a = c.attentions[len(groups)]
+        per_head = inputs[0].view(batch, length, a.heads, -1).norm(dim=-1)
+        groups.append(over_text(per_head).view(a.kv_heads, -1).sum(1))
 
     def mlp(module: Any, inputs: tuple[Tensor]) -> None:
         neurons.append(over_text(inputs[0].abs()))
@@ -57,17 +60,23 @@ def activation_importance(model: Any, ids: Tensor) -> Widths:
         channels.add_(over_text(output.abs()))
 
     handles = []
-    for layer in model.model.layers:
-        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(heads))
-        handles.append(layer.mlp.down_proj.register_forward_pre_hook(mlp))
-        handles.append(layer.input_layernorm.register_forward_hook(norm))
-        handles.append(layer.post_attention_layernorm.register_forward_hook(norm))
+    for layer, described in zip(model.model.layers, c.stored_layers, strict=True):
+        for site in sites(described):
+            if site.columns in _INNER:
+                hook = heads if site.columns == "queries" else mlp
+                handles.append(layer.get_submodule(site.name).register_forward_pre_hook(hook))
+        for name, module in layer.named_children():
+            if name.endswith("norm"):
+                handles.append(module.register_forward_hook(norm))
     try:
         model(ids, model.empty_cache(len(ids)), 1)
     finally:
         for handle in handles:
             handle.remove()
-    return Widths(_over_runs(groups, c.repeats), _over_runs(neurons, c.repeats), channels)
+    runs = [layer.attention is not None for layer in c.stored_layers]
+    by_layer = iter(_over_runs(groups, c.repeats))
+    per_layer = [next(by_layer) if has else torch.zeros(0) for has in runs]
+    return Widths(per_layer, _over_runs(neurons, c.repeats), channels)
 
 
 def _over_runs(parts: list[Tensor], repeats: int) -> list[Tensor]:
@@ -78,26 +87,37 @@ def _over_runs(parts: list[Tensor], repeats: int) -> list[Tensor]:
 def magnitude_importance(model: Any) -> Widths:
     """The baseline: L2 norms of a part's weights."""
     c = model.config
-    groups, neurons = [], []
     channels = model.model.embed_tokens.weight.square().sum(0)
-    for layer, size in zip(model.model.layers, c.stored_layers, strict=True):
-        a, m = layer.self_attn, layer.mlp
-        by_value = a.o_proj.weight.square().sum(0) + a.q_proj.weight.square().sum(1)
-        groups.append(by_value.view(size.num_key_value_heads, -1).sum(1).sqrt())
-        rows = m.gate_proj.weight.square().sum(1) + m.up_proj.weight.square().sum(1)
-        neurons.append((rows + m.down_proj.weight.square().sum(0)).sqrt())
-        for linear in (a.q_proj, a.k_proj, a.v_proj, m.gate_proj, m.up_proj):
-            channels = channels + linear.weight.square().sum(0)
-        channels = channels + a.o_proj.weight.square().sum(1) + m.down_proj.weight.square().sum(1)
-    return Widths(groups, neurons, channels.sqrt())
+    found: list[dict[Axis, Tensor]] = []
+    for layer, described in zip(model.model.layers, c.stored_layers, strict=True):
+        own = {axis: torch.zeros(()) for axis in _INNER}
+        for site in sites(described):
+            for name in site.matrices:
+                squares = layer.get_submodule(name).weight.square()
+                for axis, sums in zip(
+                    axes(described, name), (squares.sum(1), squares.sum(0)), strict=True
+                ):
+                    if axis == "channels":
+                        channels = channels + sums
+                    elif axis in own:  # keys and values are chosen by their queries
+                        own[axis] = own[axis] + sums
+        found.append(own)
+    groups = [
+        own["queries"].view(layer.attention.kv_heads, -1).sum(1).sqrt()
+        if layer.attention is not None
+        else torch.zeros(0)
+        for own, layer in zip(found, c.stored_layers, strict=True)
+    ]
+    return Widths(groups, [own["neurons"].sqrt() for own in found], channels.sqrt())
 
 
 def random_importance(config: ModelConfig, seed: int) -> Widths:
     """The other baseline."""
     draw = torch.Generator().manual_seed(seed)
+    sizes = [layer.size for layer in config.stored_layers]
     return Widths(
-        [torch.rand(size.num_key_value_heads, generator=draw) for size in config.stored_layers],
-        [torch.rand(size.intermediate_size, generator=draw) for size in config.stored_layers],
+        [torch.rand(size.num_key_value_heads, generator=draw) for size in sizes],
+        [torch.rand(size.intermediate_size, generator=draw) for size in sizes],
         torch.rand(config.hidden_size, generator=draw),
     )
 
@@ -114,7 +134,9 @@ def keep_top(
     """
 
     def top(values: Tensor, count: int | None, what: str) -> Tensor:
-        count = len(values) if count is None else count
+        if count is None or not len(values):  # a layer without heads has none to choose from
+            count = len(values)
+            return torch.ones(count, dtype=torch.bool)
         if not 0 < count <= len(values):
             raise ExportError(f"{count} {what} to keep, expected 1 to {len(values)}")
         kept = torch.zeros(len(values), dtype=torch.bool)
@@ -131,18 +153,20 @@ def keep_top(
 class Narrowed(Pruned):
     """A checkpoint of the parts that are ``kept`` alone: real smaller matrices.
 
-    One that lost rows alone keeps its blocks, one that lost columns becomes floats.
+    A quantized matrix that only loses rows keeps its blocks. One that loses columns is dequantized,
+    because its groups no longer line up.
     """
 
     def __init__(self, whole: Checkpoint, kept: Widths) -> None:
         c, sizes = whole.config, []
         self.kept = kept
         stored = zip(c.stored_layers, kept.groups, kept.neurons, strict=True)
-        for size, groups, neurons in stored:
-            kv_heads = int(groups.sum())
-            heads = size.num_attention_heads // size.num_key_value_heads * kv_heads
+        for layer, groups, neurons in stored:
+            kv_heads, heads = int(groups.sum()), 0
+            if layer.attention is not None:
+                heads = layer.attention.heads // layer.attention.kv_heads * kv_heads
             sizes.append(LayerSize(heads, kv_heads, int(neurons.sum())))
-        config = replace(c, hidden_size=int(kept.channels.sum())).with_layer_sizes(sizes)
+        config = replace(c, hidden_size=int(kept.channels.sum())).with_sizes(sizes)
         super().__init__(whole, config, "heads, neurons or channels were removed")
 
     def weight(self, name: str) -> Weight:
@@ -158,18 +182,18 @@ class Narrowed(Pruned):
     def _parts(self, name: str) -> tuple[Tensor | None, Tensor | None]:
         """Which rows and columns stay; None: all, or there are no columns."""
         channels = self.kept.channels
-        if not name.startswith("model.layers."):
-            is_norm = name == "model.norm.weight"
-            return (channels, None) if is_norm else (None, channels)
-        index, _, part, *rest = name.split(".")[2:]
-        if not rest:  # input_layernorm.weight
-            return channels, None
-        size = self.whole.config.stored_layers[int(index)]
-        groups, neurons = self.kept.groups[int(index)], self.kept.neurons[int(index)]
-        values = groups.repeat_interleave(self.whole.config.head_dim)
-        shared = size.num_attention_heads // size.num_key_value_heads
-        queries = groups.repeat_interleave(shared * self.whole.config.head_dim)
-        inner = {"q_proj": queries, "k_proj": values, "v_proj": values, "o_proj": queries}
-        own = inner.get(part, neurons)
-        rows, columns = (channels, own) if part in ("o_proj", "down_proj") else (own, channels)
-        return rows, columns if rest == ["weight"] else None
+        if not name.startswith(LAYERS):
+            if name.endswith("norm.weight") or name.endswith("norm.bias"):
+                return channels, None
+            return None, None if name.endswith(".bias") else channels
+        index, part = name.removeprefix(LAYERS).split(".", 1)
+        part, _, suffix = part.rpartition(".")
+        layer = self.whole.config.stored_layers[int(index)]
+        kept: dict[Axis, Tensor] = {"channels": channels, "neurons": self.kept.neurons[int(index)]}
+        if (a := layer.attention) is not None:
+            groups = self.kept.groups[int(index)]
+            kept["values"] = groups.repeat_interleave(a.head_dim)
+            kept["queries"] = groups.repeat_interleave(a.query_width // a.kv_heads)
+        rows, columns = axes(layer, part)
+        chosen = None if rows is None else kept[rows]
+        return chosen, None if columns is None or suffix == "bias" else kept[columns]

@@ -7,7 +7,7 @@ before it. Columns with large inputs get large s and so lose less in rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,37 +15,62 @@ from torch import Tensor
 
 from pocketslm.export.quantize import rtn
 from pocketslm.export.quantize.grid import Spec
+from pocketslm.models.config import Layer
+from pocketslm.models.sites import Site, sites
 
 Share = Callable[[Tensor], Tensor]
 _EXPONENTS = tuple(step / 10 for step in range(11))  # 0 changes nothing
 
 
-def rescale(layer: Any, hessians: dict[str, Tensor], spec: Spec, head_dim: int) -> None:
-    """Move factors between the parameters of a Llama layer, in place; its output stays the same.
+def rescale(layer: Any, described: Layer, hessians: Mapping[str, Tensor], spec: Spec) -> None:
+    """Move factors between the parameters of a layer, in place; its output stays the same.
 
-    ``hessians``: ``X^T X`` of the inputs of self_attn.q_proj and o_proj, mlp.gate_proj and
-    down_proj.
+    hessians: ``X^T X`` of what each site reads, by the site's name. Sites whose input is made by
+    nothing that can take a factor (a norm that others read too, an activation) stay as they are.
     """
-    attention, mlp = layer.self_attn, layer.mlp
-
-    def over_query_heads(factors: Tensor) -> Tensor:
-        """Query heads of one value head must share its factors: their mean, in each one's place."""
-        heads = factors.reshape(attention.kv_heads, -1, head_dim)
-        return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
-
-    def search(site: str, readers: Sequence[Any], share: Share = lambda factors: factors) -> Tensor:
-        factors = _factors([r.weight for r in readers], hessians[site], spec, share)
+    for site in sites(described):
+        readers = [layer.get_submodule(name) for name in site.matrices]
+        share: Share = _same
+        if site.norm is None and not _has_linear_maker(site, described):
+            continue
+        if site.columns == "queries":
+            share = _over_query_heads(described)
+        factors = _factors([r.weight for r in readers], hessians[site.name], spec, share)
         for reader in readers:
             reader.weight *= factors
-        return factors
+        if site.norm is not None:
+            norm = layer.get_submodule(site.norm)
+            norm.weight /= factors
+            if getattr(norm, "bias", None) is not None:
+                norm.bias /= factors
+        elif site.columns == "queries":
+            a = described.attention
+            assert a is not None
+            values = factors.reshape(a.kv_heads, -1, a.head_dim)[:, 0].reshape(-1)
+            _divide_rows(layer.self_attn.v_proj, values)
+        else:
+            _divide_rows(layer.mlp.up_proj, factors)
 
-    queries = (attention.q_proj, attention.k_proj, attention.v_proj)
-    layer.input_layernorm.weight /= search("self_attn.q_proj", queries)
-    factors = search("self_attn.o_proj", [attention.o_proj], over_query_heads)
-    values = factors.reshape(attention.kv_heads, -1, head_dim)[:, 0].reshape(-1)
-    _divide_rows(attention.v_proj, values)
-    layer.post_attention_layernorm.weight /= search("mlp.gate_proj", (mlp.gate_proj, mlp.up_proj))
-    _divide_rows(mlp.up_proj, search("mlp.down_proj", [mlp.down_proj]))
+
+def _same(factors: Tensor) -> Tensor:
+    return factors
+
+
+def _has_linear_maker(site: Site, described: Layer) -> bool:
+    """Whether the site's input is linear in the rows of a matrix: V, or the up of a gated MLP."""
+    return site.columns == "queries" or (site.columns == "neurons" and described.mlp.gated)
+
+
+def _over_query_heads(described: Layer) -> Share:
+    """Query heads that share a value head must use the same factors, so use their mean."""
+    a = described.attention
+    assert a is not None
+
+    def share(factors: Tensor) -> Tensor:
+        heads = factors.reshape(a.kv_heads, -1, a.head_dim)
+        return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
+
+    return share
 
 
 def _divide_rows(linear: Any, factors: Tensor) -> None:

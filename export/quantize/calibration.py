@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,10 @@ from pocketslm.errors import UsageError
 from pocketslm.export.quantize import awq, gptq
 from pocketslm.export.quantize.grid import Fit, Spec, round_to_grid
 from pocketslm.export.text import read_text
+from pocketslm.models.sites import LAYERS, Site, matrices, sites
 from pocketslm.models.tensors import Weight
 
-# Matrices that read the same input, by the first of them to run.
-SITES = {
-    "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
+Visit = Callable[[Site, Tensor], None]
 
 
 def last_tokens(text: Path, encode: Callable[[str], list[int]], tokens: int, window: int) -> Tensor:
@@ -58,22 +52,22 @@ def quantize_layers(
     ``spec_of`` a matrix name is what to round it to, None: not at all. AWQ passes over a layer that
     is not rounded whole; the vectors that it may have changed are among the weights.
     """
-    x = model.model.embed_tokens(ids.to(model.cos.device))
+    x = model.embed(ids.to(model.device))
     stored: dict[str, Weight] = {}
     for index, layer in enumerate(model.model.layers):
-        prefix = f"model.layers.{index}."
-        names = [name for site in SITES.values() for name in site]
-        specs = [spec_of(f"{prefix}{name}.weight") for name in names]
+        prefix = f"{LAYERS}{index}."
+        described = model.config.stored_layers[index]
+        specs = [spec_of(f"{prefix}{name}.weight") for name in matrices(described)]
         if use_awq and specs[0] is not None and None not in specs:
-            hessians = _hessians(layer, partial(model.run_layer, index, x))
-            awq.rescale(layer, hessians, specs[0], model.config.head_dim)
+            hessians = _hessians(model, index, x)
+            awq.rescale(layer, described, hessians, specs[0])
             for name, parameter in layer.named_parameters():
                 if parameter.dim() == 1:
                     stored[prefix + name] = parameter.cpu().numpy()
 
-        def round_site(site: str, hessian: Tensor, layer: Any = layer, at: str = prefix) -> None:
+        def round_site(site: Site, hessian: Tensor, layer: Any = layer, at: str = prefix) -> None:
             by_spec: dict[Spec, list[str]] = {}
-            for name in SITES[site]:
+            for name in site.matrices:
                 if (spec := spec_of(f"{at}{name}.weight")) is not None:
                     by_spec.setdefault(spec, []).append(name)
             for spec, names in by_spec.items():
@@ -94,47 +88,49 @@ def quantize_layers(
     return stored
 
 
-def run_layer(model: Any, index: int, x: Tensor, visit: Callable[[str, Tensor], None]) -> Tensor:
+def run_layer(model: Any, index: int, x: Tensor, visit: Visit) -> Tensor:
     """x [B, S, H] through stored layer ``index``; ``visit(site, X^T X)`` may change its matrices.
 
     It is called just before they run, with what the matrices before them make of x; of a shared
     layer with what they read in both runs.
     """
-    run: Callable[[], Tensor] = partial(model.run_layer, index, x)
-    layer = model.model.layers[index]
     if not model.config.layer_sharing:
-        return _with_inputs(layer, visit, run)
-    for site in SITES:
-        visit(site, _hessians(layer, run)[site])
-    return run()
+        return _with_inputs(model, index, x, visit)
+    for site in sites(model.config.stored_layers[index]):
+        visit(site, _hessians(model, index, x)[site.name])
+    out: Tensor = model.run_layer(index, x)
+    return out
 
 
-def _hessians(layer: Any, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+def _hessians(model: Any, index: int, x: Tensor) -> dict[str, Tensor]:
     """``X^T X`` of what each site reads, summed over the runs of a shared layer."""
     found: dict[str, Tensor] = {}
 
-    def add(site: str, hessian: Tensor) -> None:
-        found[site] = found[site] + hessian if site in found else hessian
+    def add(site: Site, hessian: Tensor) -> None:
+        found[site.name] = found[site.name] + hessian if site.name in found else hessian
 
-    _with_inputs(layer, add, run)
+    _with_inputs(model, index, x, add)
     return found
 
 
-def _with_inputs(
-    layer: Any, visit: Callable[[str, Tensor], None], run: Callable[[], Tensor]
-) -> Tensor:
+def _with_inputs(model: Any, index: int, x: Tensor, visit: Visit) -> Tensor:
     """Run a layer; ``visit(site, X^T X)`` is called just before the site's matrices run."""
+    layer = model.model.layers[index]
 
-    def hook(site: str) -> Callable[[Any, tuple[Tensor]], None]:
+    def hook(site: Site) -> Callable[[Any, tuple[Tensor]], None]:
         def before(module: Any, inputs: tuple[Tensor]) -> None:
             flat = inputs[0].reshape(-1, inputs[0].shape[-1])
             visit(site, flat.T @ flat / len(flat))
 
         return before
 
-    handles = [layer.get_submodule(site).register_forward_pre_hook(hook(site)) for site in SITES]
+    handles = [
+        layer.get_submodule(site.name).register_forward_pre_hook(hook(site))
+        for site in sites(model.config.stored_layers[index])
+    ]
     try:
-        return run()
+        out: Tensor = model.run_layer(index, x)
+        return out
     finally:
         for handle in handles:
             handle.remove()

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocketslm.errors import ExportError
-from pocketslm.export.quantize.calibration import SITES
 from pocketslm.export.quantize.grid import round_to_grid
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.reference import load_reference, parameter_shapes
+from pocketslm.models.sites import LAYERS, layer_matrices
 from pocketslm.models.tensors import QuantTensor
 
 Site = tuple[str, ...]  # names of matrices
@@ -39,11 +39,7 @@ def mixed_precision(
     """
     four = replace(recipe, weights="int4", overrides={})
     eight = replace(recipe, weights="int8", overrides={})
-    sites = [
-        tuple(f"model.layers.{layer}.{name}.weight" for name in names)
-        for layer in range(checkpoint.config.num_hidden_layers)
-        for names in SITES.values()
-    ]
+    sites = layer_matrices(checkpoint.config)
     shapes = parameter_shapes(checkpoint.config)
     costs = {
         site: sum(_bytes(eight, n, shapes[n]) - _bytes(four, n, shapes[n]) for n in site)
@@ -81,10 +77,10 @@ def sensitivities(
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> dict[Site, float]:
     """Mean KL divergence in nats when the matrices of one site alone are rounded, for each site."""
-    inputs = [model.model.embed_tokens(ids)]
+    inputs = [model.embed(ids)]
     for index in range(len(model.model.layers)):
         inputs.append(model.run_layer(index, inputs[-1]))
-    exact = F.log_softmax(model.lm_head(model.model.norm(inputs[-1])), -1)
+    exact = F.log_softmax(model.finish(inputs[-1]), -1)
     found = {}
     for done, site in enumerate(sites, 1):
         first = int(site[0].split(".")[2])
@@ -98,7 +94,7 @@ def sensitivities(
         x = inputs[first]
         for index in range(first, len(model.model.layers)):
             x = model.run_layer(index, x)
-        got = F.log_softmax(model.lm_head(model.model.norm(x)), -1)
+        got = F.log_softmax(model.finish(x), -1)
         found[site] = float((exact.exp() * (exact - got)).sum(-1).mean())
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.copy_(original)
@@ -116,7 +112,7 @@ def _bytes(recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
 
 
 def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
-    if len(shape) == 2 and name.startswith("model.layers."):
+    if len(shape) == 2 and name.startswith(LAYERS):
         return _bytes(recipe, name, shape)
     weight = recipe.apply(name, checkpoint.weight(name))
     return weight.nbytes if isinstance(weight, QuantTensor) else weight.size * 4

@@ -44,7 +44,7 @@ def tune(
     learnt = _learnt(model, stored)
     trained = [parameter for part in learnt.values() for parameter in part.parameters()]
     optimizer = torch.optim.Adam(trained, betas=(0.9, 0.95))
-    sequences = ids.reshape(-1, min(config.sequence, ids.shape[1])).to(model.cos.device)
+    sequences = ids.reshape(-1, min(config.sequence, ids.shape[1])).to(model.device)
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)

@@ -1,36 +1,61 @@
-"""The architectures: one PyTorch file each, found by Hugging Face or GGUF name, loaded lazily.
+"""The architectures: one file each, found by discovery.
 
-An architecture module has ``Model(config, context)`` with Hugging Face's parameter names, and
-``sanitize_gguf(name, weight, config)`` for what GGUF stores differently.
+A file defines ``ARCHITECTURES``, a list of :class:`Architecture` objects: which names it answers
+to, how its configuration is read and written, and where its weights lie. The arithmetic is that of
+:mod:`pocketslm.models.transformer`, which follows the configuration; nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import pkgutil
+from functools import cache
 from importlib import import_module
-from typing import Any
 
 from pocketslm.errors import UnknownArchitectureError
-
-# Our architecture name -> its module. Hugging Face's `model_type` and GGUF's
-# `general.architecture` are looked up here as they are, or through the aliases.
-_MODULES = {"llama": "llama", "qwen2": "llama"}
-_ALIASES = {"mobilellm": "llama"}
+from pocketslm.models.architectures.base import Architecture
 
 
-def canonical(name: str) -> str:
-    """The architecture that ``name`` (a model_type or GGUF architecture) stands for.
+@cache
+def _known() -> dict[str, Architecture]:
+    """Every architecture by its own name."""
+    found: dict[str, Architecture] = {}
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+        loaded = import_module(f"{__name__}.{module.name}")
+        for architecture in getattr(loaded, "ARCHITECTURES", ()):
+            assert architecture.name not in found, architecture.name
+            found[architecture.name] = architecture
+    return found
 
-    Raises UnknownArchitectureError, listing the known names.
-    """
-    name = _ALIASES.get(name, name)
-    if name not in _MODULES:
-        known = ", ".join(sorted(_MODULES | _ALIASES))
+
+@cache
+def _names(form: str) -> dict[str, Architecture]:
+    """Every architecture by each name that it has in one form of file."""
+    found: dict[str, Architecture] = {}
+    for architecture in _known().values():
+        for name in getattr(architecture, form):
+            assert name not in found, name
+            found[name] = architecture
+    return found
+
+
+def by_name(name: str) -> Architecture:
+    """An architecture by our own name, as a configuration has it."""
+    return _look_up(name, _known())
+
+
+def of_hf(model_type: str) -> Architecture:
+    """The architecture of a Hugging Face ``model_type``."""
+    return _look_up(model_type, _names("model_types"))
+
+
+def of_gguf(name: str) -> Architecture:
+    """The architecture of a GGUF file's ``general.architecture``."""
+    return _look_up(name, _names("gguf_types"))
+
+
+def _look_up(name: str, table: dict[str, Architecture]) -> Architecture:
+    if name not in table:
         raise UnknownArchitectureError(
-            f"architecture {name!r} is not supported, expected one of: {known}"
+            f"architecture {name!r} is not supported, expected one of: {', '.join(sorted(table))}"
         )
-    return name
-
-
-def load(architecture: str) -> Any:
-    """The module of a canonical architecture; imports torch."""
-    return import_module(f"pocketslm.models.architectures.{_MODULES[canonical(architecture)]}")
+    return table[name]

@@ -166,14 +166,16 @@ class _Session:
         self._seen = read_sensors(self._device)
         self._measure_idle()
         manifest = self._bundle.manifest
+        config = self._bundle.config
         assert manifest is not None  # foreign folders have no native graph
+        assert config is not None
         self._common: dict[str, Any] = {
             "model": self._bundle.name,
             "artefact": self._bundle.path.resolve().name,
             "artefact_sha256": file_sha256(self._bundle.path / MANIFEST),
             "size_bytes": self._bundle.graph_bytes(self._graph),
             "quality": manifest.quality,
-            "head_macs": Cost.of(manifest.architecture).head_macs,
+            "head_macs": Cost.of(config).head_macs,
             "runtime": OURS,
             "runtime_version": __version__,
             "pocketslm": __version__,

@@ -75,12 +75,12 @@ def bench(arguments: argparse.Namespace) -> None:
         refuse(arguments, "with --sustained", "repetitions")
     conditions = Conditions(**chosen(arguments, Conditions))
     first, *_ = arguments.bundle
-    manifests = [open_bundle(path, verify=False).manifest for path in arguments.bundle]
+    configs = [open_bundle(path, verify=False).config for path in arguments.bundle]
     tests = (
         document_tests(first, arguments.documents, arguments.context)
         if arguments.documents is not None
         else plan(
-            min(one.architecture["vocab_size"] if one else 1 for one in manifests),
+            min(one.vocab_size if one else 1 for one in configs),
             n_prompt=[] if arguments.slimlm else arguments.n_prompt,
             n_gen=[] if arguments.slimlm else arguments.n_gen,
             n_depth=arguments.n_depth,

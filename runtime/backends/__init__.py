@@ -28,9 +28,14 @@ BACKENDS = {
 # A backend reads the graph of its own name, but for these.
 GRAPHS = {"runner": "native"}
 
+MAX_THREADS = 64
+
 
 class Session(Protocol):
     """A loaded graph and its KV cache, for one sequence.
+
+    Calls from several threads come after each other, and together make one sequence: who wants one
+    of their own takes :class:`pocketslm.runtime.generation.Engine`.
 
     backend: a short name with version; vocab_size; context: the longest sequence in tokens;
     threads in use.
@@ -49,12 +54,40 @@ class Session(Protocol):
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """Append tokens [n] to the cache; logits [1, V] of the last, or [n, V] of all.
 
-        The array may be reused by the next call. Raises ContextOverflowError.
+        The array may be reused by the next call. Raises ContextOverflowError, and BackendError
+        where a logit is not finite; the cache is then what it was.
         """
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens of the cache."""
+        """Forget all but the first ``length`` tokens of the cache.
+
+        Any length up to the one now, but see :class:`ForgettingSession`. Raises UsageError.
+        """
+        ...
+
+
+@runtime_checkable
+class ForgettingSession(Session, Protocol):
+    """A session whose state may forget tokens before the last: attention with a window keeps those
+    of the window, a convolution its last columns."""
+
+    @property
+    def rewind_limit(self) -> int:
+        """``truncate`` takes 0 and any length from this one to the length now."""
+        ...
+
+
+@runtime_checkable
+class SavingSession(Session, Protocol):
+    """A session whose state can be had as bytes, and be put back."""
+
+    def save(self) -> bytes:
+        """The state as it is now."""
+        ...
+
+    def restore(self, length: int, saved: bytes) -> None:
+        """Replace the state by one that was saved at ``length`` tokens. Raises UsageError."""
         ...
 
 
@@ -91,6 +124,8 @@ def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None
     """
     if tokens.ndim != 1 or tokens.size == 0:
         raise UsageError(f"forward needs at least one token, as a vector, not {tokens.shape}")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise UsageError(f"token ids are whole numbers, not {tokens.dtype}")
     if session.length + tokens.size > session.context:
         raise ContextOverflowError(
             f"{session.length} + {tokens.size} tokens do not fit the context of "
@@ -99,6 +134,20 @@ def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= session.vocab_size:
         raise UsageError(f"token ids {low} to {high} are not within 0 to {session.vocab_size - 1}")
+
+
+def check_logits(session: Session, logits: Logits) -> None:
+    """Raises BackendError where a logit is NaN or infinite: no token can be chosen by it."""
+    if not np.isfinite(logits).all():
+        raise BackendError(
+            f"{session.backend}: the model's logits are not finite: its weights are damaged"
+        )
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises UsageError for a number of threads that no backend starts."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"threads is {threads}, expected 1 to {MAX_THREADS}")
 
 
 def usable_cores() -> int:
@@ -143,6 +192,7 @@ def _open(
             f"context {context} is not within the graph's 1 to {graph.context} tokens; "
             "export with a longer --context"
         )
+    check_threads(threads)
     module, extra = BACKENDS[backend]
     try:
         loaded = import_module(module)

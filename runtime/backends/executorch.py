@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import struct
+import threading
 import weakref
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import BackendError, BundleError, UsageError
-from pocketslm.runtime.backends import Logits, check_tokens, usable_cores
+from pocketslm.runtime.backends import Logits, check_logits, check_tokens, usable_cores
 from pocketslm.runtime.backends.native import ErrorText, NativeError
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
@@ -131,6 +132,7 @@ class ExecuTorchSession:
         self.backend = f"executorch {version('executorch')}" + " + pocketslm" * native
         self.threads = threads or usable_cores()
         self.length = 0
+        self._lock = threading.Lock()  # of the cache and the program
         load_library().pslm_et_set_threads(self.threads)
         try:
             self._program = Program(path)
@@ -145,22 +147,25 @@ class ExecuTorchSession:
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        check_tokens(self, tokens)
-        tokens = np.ascontiguousarray(tokens, np.int64)
-        # Of a piece most files give the last token's logits only.
-        step = 1 if all_logits else self._chunk
-        logits = np.empty((len(tokens) if all_logits else 1, self.vocab_size), np.float32)
-        for at in range(0, len(tokens), step):
-            piece = tokens[at : at + step]
-            self._program.forward(piece, self.length, logits[at if all_logits else 0])
-            self.length += len(piece)
+        with self._lock:
+            check_tokens(self, tokens)
+            tokens = np.ascontiguousarray(tokens, np.int64)
+            # Of a piece most files give the last token's logits only.
+            step = 1 if all_logits else self._chunk
+            logits = np.empty((len(tokens) if all_logits else 1, self.vocab_size), np.float32)
+            for at in range(0, len(tokens), step):
+                piece, out = tokens[at : at + step], logits[at if all_logits else 0]
+                self._program.forward(piece, self.length + at, out)
+            check_logits(self, logits)
+            self.length += len(tokens)
         return logits
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
-        self.length = length
+        with self._lock:
+            if not 0 <= length <= self.length:
+                raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
+            self.length = length
 
 
 def operator_times() -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,16 +22,18 @@ from pocketslm.errors import (
     UsageError,
 )
 from pocketslm.runtime.adapters import Update
-from pocketslm.runtime.backends import check_tokens
+from pocketslm.runtime.backends import check_threads, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops.ids import ROLE
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
 # Of the matrices that an adapter may update, in a model.slm.
-ROLES = {"q_proj": 5, "k_proj": 6, "v_proj": 7, "o_proj": 8}
-ROLES |= {"gate_proj": 10, "up_proj": 11, "down_proj": 12}
+ROLES = {"q_proj": ROLE["query"], "k_proj": ROLE["key"], "v_proj": ROLE["value"]}
+ROLES |= {"o_proj": ROLE["output"], "gate_proj": ROLE["gate"], "up_proj": ROLE["up"]}
+ROLES |= {"down_proj": ROLE["down"]}
 
 _ERRORS: dict[int, type[PocketSlmError]] = {
     1: UsageError,
@@ -39,6 +42,9 @@ _ERRORS: dict[int, type[PocketSlmError]] = {
     4: ContextOverflowError,
     5: BackendError,
     6: BackendError,
+    7: BackendError,
+    8: BackendError,
+    9: BackendError,
 }
 
 _u32, _u64, _size = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t
@@ -52,6 +58,7 @@ class _ModelInfo(ctypes.Structure):
     _fields_ = (
         *((name, _u32) for name in ("hidden_size", "layers", "heads", "kv_heads", "head_dim")),
         *((name, _u32) for name in ("intermediate_size", "vocab_size", "max_context")),
+        *((name, _u32) for name in ("output_size", "states")),
         *((name, _u64) for name in ("file_bytes", "bytes_per_token")),
         *((name, _u64) for name in ("macs_per_token", "head_macs")),
     )
@@ -125,6 +132,12 @@ def load_library() -> ctypes.CDLL:
         "model_close": (None, (pointer,)),
         "model_describe": (ctypes.c_int, (pointer, p(_ModelInfo))),
         "model_blob": (pointer, (pointer, _u32, p(_size))),
+        "tokenizer_open": (ctypes.c_int, (pointer, p(pointer), NativeError)),
+        "tokenizer_close": (None, (pointer,)),
+        **dict.fromkeys(
+            ("encode", "decode"),
+            (ctypes.c_int, (pointer, pointer, _size, _u32, pointer, _size, p(_size), NativeError)),
+        ),
         "session_open": (ctypes.c_int, (pointer, p(_Options), p(pointer), NativeError)),
         "session_close": (None, (pointer,)),
         "session_describe": (ctypes.c_int, (pointer, p(_SessionInfo))),
@@ -142,6 +155,7 @@ def load_library() -> ctypes.CDLL:
         "read_times": (ctypes.c_int, (pointer, p(_Times))),
         "length": (_size, (pointer,)),
         "truncate": (ctypes.c_int, (pointer, _size)),
+        "rewind_limit": (_size, (pointer,)),
         "kv_bytes": (_size, (pointer, _size)),
         "kv_save": (ctypes.c_int, (pointer, _size, pointer, _size)),
         "kv_restore": (ctypes.c_int, (pointer, _size, pointer, _size)),
@@ -195,12 +209,18 @@ class ErrorText:
     def check(self, status: int, what: str = "") -> None:
         if status != 0:
             text = self._buffer.value.decode(errors="replace") or f"status {status}"
+            self._buffer.value = b""
             raise _ERRORS.get(status, BackendError)(f"{what}: {text}" if what else text)
 
 
 @dataclass(frozen=True)
 class NativeModelInfo:
-    """What a model.slm says about itself."""
+    """What a model.slm says about itself.
+
+    ``heads``, ``kv_heads``, ``head_dim`` and ``intermediate_size`` are those of the widest layer;
+    ``output_size`` is ``vocab_size``, or ``hidden_size`` of an encoder; ``states`` counts what a
+    session keeps of its tokens, such as keys and values of a layer.
+    """
 
     hidden_size: int
     layers: int
@@ -210,6 +230,8 @@ class NativeModelInfo:
     intermediate_size: int
     vocab_size: int
     max_context: int
+    output_size: int
+    states: int
     file_bytes: int
     bytes_per_token: int
     macs_per_token: int
@@ -268,7 +290,10 @@ class NativeModel:
 
 
 class NativeSession:
-    """A context over a model: tokens go in, logits come out, keys and values stay."""
+    """A context over a model: tokens go in, logits come out, keys and values stay.
+
+    Raises BackendError where it comes out of a fork of the process that opened it.
+    """
 
     def __init__(
         self,
@@ -282,9 +307,9 @@ class NativeSession:
     ) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"KV type {kv_type!r}; known: {', '.join(KV_TYPES)}")
-        for name, value in (("context", context), ("threads", threads)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}")
+        check_threads(threads)
+        if context is not None and not 1 <= context <= model.info.max_context:
+            raise UsageError(f"context is {context}, expected 1 to {model.info.max_context}")
         self.model = model  # keeps the mapping alive
         self._library = load_library()
         self._handle = ctypes.c_void_p()
@@ -302,16 +327,20 @@ class NativeSession:
         self.vocab_size = model.info.vocab_size
         self.context: int = info.context
         self.threads: int = info.threads
+        self.kv_bytes: int = info.kv_bytes
         self.isa: str = info.isa.decode()
         self.kv_type: str = kv_type
         self.backend = f"native {self.isa}"
+        # Of calls, their buffers and the handle, which calls of other threads must not find closed.
+        self._lock = threading.Lock()
         self._next = ctypes.c_int32()
         self._error = ErrorText()
 
     @property
     def length(self) -> int:
         """Positions filled so far."""
-        return int(self._library.pslm_length(self._handle))
+        with self._lock:
+            return int(self._library.pslm_length(self._open()))
 
     def forward(
         self, tokens: npt.NDArray[np.integer[Any]], *, all_logits: bool = False
@@ -320,17 +349,19 @@ class NativeSession:
         ids = np.asarray(tokens)
         check_tokens(self, ids)
         ids = np.ascontiguousarray(ids, dtype=np.int32)
-        out = np.empty((ids.size if all_logits else 1, self.vocab_size), np.float32)
-        status = self._library.pslm_forward(
-            self._handle,
-            ids.ctypes.data,
-            ids.size,
-            LOGITS_ALL if all_logits else LOGITS_LAST,
-            out.ctypes.data,
-            out.size,
-            self._error.argument,
-        )
-        self._error.check(status)
+        rows = ids.size if all_logits else 1
+        out = np.empty((rows, self.model.info.output_size), np.float32)
+        with self._lock:
+            status = self._library.pslm_forward(
+                self._open(),
+                ids.ctypes.data,
+                ids.size,
+                LOGITS_ALL if all_logits else LOGITS_LAST,
+                out.ctypes.data,
+                out.size,
+                self._error.argument,
+            )
+            self._error.check(status)
         return out
 
     def forward_top(
@@ -343,33 +374,48 @@ class NativeSession:
         count = min(count, self.vocab_size)
         best, logits = np.empty(count, np.int32), np.empty(count, np.float32)
         log_total = ctypes.c_double()
-        status = self._library.pslm_forward_top(
-            self._handle,
-            ids.ctypes.data,
-            ids.size,
-            count,
-            best.ctypes.data,
-            logits.ctypes.data,
-            ctypes.byref(log_total),
-            self._error.argument,
-        )
-        self._error.check(status)
+        with self._lock:
+            status = self._library.pslm_forward_top(
+                self._open(),
+                ids.ctypes.data,
+                ids.size,
+                count,
+                best.ctypes.data,
+                logits.ctypes.data,
+                ctypes.byref(log_total),
+                self._error.argument,
+            )
+            self._error.check(status)
         return best, logits, log_total.value
 
     def step_greedy(self, token: int) -> int:
         """Append one token; the most probable next one. No logits are copied, and of a split 8-bit
         head only the rows that may win are read in full (see ``runtime/ops/head.cpp``)."""
-        status = self._library.pslm_step_greedy(
-            self._handle, token, ctypes.byref(self._next), self._error.argument
-        )
-        self._error.check(status)
-        return self._next.value
+        if not 0 <= token < self.vocab_size:  # before ctypes cuts it to 32 bits
+            raise UsageError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        with self._lock:
+            status = self._library.pslm_step_greedy(
+                self._open(), token, ctypes.byref(self._next), self._error.argument
+            )
+            self._error.check(status)
+            return self._next.value
+
+    @property
+    def rewind_limit(self) -> int:
+        """See :class:`pocketslm.runtime.backends.ForgettingSession`."""
+        with self._lock:
+            return int(self._library.pslm_rewind_limit(self._handle))
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
-        self._library.pslm_truncate(self._handle, length)
+        limit, filled = self.rewind_limit, self.length
+        if length != 0 and not limit <= length <= filled:
+            raise UsageError(
+                f"cannot truncate {filled} cached tokens to {length}, expected 0 or {limit} to "
+                f"{filled}"
+            )
+        with self._lock:
+            self._error.check(self._library.pslm_truncate(self._open(), length))
 
     def use_adapter(self, updates: Sequence[Update]) -> None:
         """Add low-rank updates to the matrices in place of any before; with none, all is as it was.
@@ -385,43 +431,54 @@ class NativeSession:
             one.role, one.layer = ROLES.get(update.part, 0), update.layer
             one.rows, one.cols, one.rank = b.shape[1], *a.shape
             one.a, one.b = a.ctypes.data, b.ctypes.data
-        status = self._library.pslm_set_updates(
-            self._handle, array, len(updates), self._error.argument
-        )
-        self._error.check(status)
+        with self._lock:
+            status = self._library.pslm_set_updates(
+                self._open(), array, len(updates), self._error.argument
+            )
+            self._error.check(status)
 
     def profile(self, on: bool = True) -> None:
         """Begin to measure the time of each operator from zero, or stop."""
-        self._library.pslm_set_profiling(self._handle, int(on))
+        with self._lock:
+            self._library.pslm_set_profiling(self._open(), int(on))
 
     def times(self) -> OperatorTimes:
         """Time by operator since :meth:`profile`."""
         times = _Times()
-        self._library.pslm_read_times(self._handle, ctypes.byref(times))
+        with self._lock:
+            self._library.pslm_read_times(self._open(), ctypes.byref(times))
         return OperatorTimes(**{f.name: getattr(times, f.name) for f in fields(OperatorTimes)})
 
     def save(self, length: int | None = None) -> bytes:
-        """Keys and values of the first positions, for a prefix cache."""
-        count = self.length if length is None else length
-        if not 0 <= count <= self.length:
-            raise UsageError(f"cannot save {count} positions; {self.length} are filled")
-        buffer = ctypes.create_string_buffer(
-            max(1, self._library.pslm_kv_bytes(self._handle, count))
-        )
-        size = self._library.pslm_kv_bytes(self._handle, count)
-        self._error.check(self._library.pslm_kv_save(self._handle, count, buffer, len(buffer)))
+        """The state after the first positions, for a prefix cache; lengths as in truncate()."""
+        limit, filled = self.rewind_limit, self.length
+        count = filled if length is None else length
+        if count != 0 and not limit <= count <= filled:
+            raise UsageError(f"cannot save {count} positions, expected 0 or {limit} to {filled}")
+        with self._lock:
+            size = self._library.pslm_kv_bytes(self._open(), count)
+            buffer = ctypes.create_string_buffer(max(1, size))
+            self._error.check(self._library.pslm_kv_save(self._open(), count, buffer, len(buffer)))
         return buffer.raw[:size]
 
     def restore(self, length: int, saved: bytes) -> None:
         """Replace the context by ``length`` positions that :meth:`save` gave."""
-        status = self._library.pslm_kv_restore(self._handle, length, saved, len(saved))
+        with self._lock:
+            status = self._library.pslm_kv_restore(self._open(), length, saved, len(saved))
         if status != 0:
             raise UsageError(f"the saved state does not hold {length} positions of this model")
 
+    def _open(self) -> ctypes.c_void_p:
+        if not self._handle:
+            raise UsageError("this session was closed; open another one")
+        return self._handle
+
     def close(self) -> None:
-        if getattr(self, "_handle", None):
-            self._library.pslm_session_close(self._handle)
-            self._handle = ctypes.c_void_p()
+        """Give its memory and threads back; later calls raise UsageError."""
+        with self._lock:
+            handle, self._handle = self._handle, ctypes.c_void_p()
+            self._library.pslm_session_close(handle)
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_lock"):  # it was opened
+            self.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from pocketslm.errors import BackendError, UsageError
-from pocketslm.runtime.backends import Logits, check_tokens, usable_cores
+from pocketslm.runtime.backends import Logits, check_logits, check_tokens, usable_cores
 from pocketslm.runtime.bundle import Bundle, Graph
 
 # Longer prompts run in pieces of this many tokens, which bounds the memory of activations and costs
@@ -20,6 +21,7 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
+Array = npt.NDArray[Any]
 _ERRORS_ONLY = 3  # onnxruntime log severity
 
 
@@ -50,6 +52,7 @@ class OnnxSession:
         self.context = context or graph.context
         self.threads = threads or usable_cores()
         self.length = 0
+        self._lock = threading.Lock()  # of the cache and what is bound
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _ERRORS_ONLY
@@ -62,7 +65,7 @@ class OnnxSession:
             self._session = ort.InferenceSession(
                 str(bundle.path / graph.file), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime's own exception types are not public
+        except Exception as error:  # as below
             reason = " ".join(str(error).split())[:300]
             where = bundle.path / graph.file
             raise BackendError(f"onnxruntime cannot load {where}: {reason}") from None
@@ -96,16 +99,24 @@ class OnnxSession:
         self._io.bind_output("logits", "cpu")  # first, so that it is output 0
         self._bound = 0, 0  # tokens in, rows of logits out
         self._caches = []
+        self._columns: list[tuple[str, str, tuple[Array, ...]]] = []
+        self._turn = 0  # which of each pair of columns is the past
         for name, value in inputs.items():
             if not name.startswith("past_key_values."):
                 continue
             if value.type not in _FLOATS:
                 raise BackendError(f"KV cache type {value.type} is not supported, expected float")
+            present = name.replace("past_key_values", "present")
+            dtype = _FLOATS[value.type]
+            if len(value.shape) == 3:  # the columns of a convolution, [1, channels, columns]
+                pair = tuple(np.zeros((1, *value.shape[1:]), dtype) for _ in range(2))
+                self._columns.append((name, present, pair))
+                continue
             # Some graphs leave the head size symbolic; the bundle knows it.
             # The native operators fill it in blocks of 16 positions.
-            shape = (1, value.shape[1], -(-self.context // 16) * 16, bundle.head_dim)
-            buffer = np.zeros(shape, _FLOATS[value.type])
-            present = name.replace("past_key_values", "present")
+            head_dim = value.shape[3] if isinstance(value.shape[3], int) else bundle.head_dim
+            shape = (1, value.shape[1], -(-self.context // 16) * 16, head_dim)
+            buffer = np.zeros(shape, dtype)
             self._io.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._io.bind_output(present, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._caches.append(buffer)
@@ -120,18 +131,36 @@ class OnnxSession:
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        check_tokens(self, tokens)
-        pieces = [
-            self._run(tokens[start : start + self._chunk], all_logits)
-            for start in range(0, len(tokens), self._chunk)
-        ]
-        return np.concatenate(pieces) if all_logits else pieces[-1]
+        with self._lock:
+            check_tokens(self, tokens)
+            pieces = [
+                self._run(tokens[at : at + self._chunk], self.length + at, all_logits)
+                for at in range(0, len(tokens), self._chunk)
+            ]
+            logits = np.concatenate(pieces) if all_logits else pieces[-1]
+            check_logits(self, logits)
+            self.length += len(tokens)
+        return logits
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
-        self.length = length
+        with self._lock:
+            if not 0 <= length <= self.length:
+                raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
+            if self._columns and length not in (0, self.length):
+                raise UsageError(
+                    f"{self.length} cached tokens cannot be truncated to {length}: a convolution's "
+                    "state has no way back; truncate to 0"
+                )
+            if length == 0:
+                for *_, pair in self._columns:
+                    pair[self._turn].fill(0)
+            self.length = length
+
+    @property
+    def rewind_limit(self) -> int:
+        """See :class:`pocketslm.runtime.backends.ForgettingSession`."""
+        return self.length if self._columns else min(self.length, 1)
 
     @property
     def profile_start_ns(self) -> int:
@@ -142,21 +171,30 @@ class OnnxSession:
         """Write the profile; its path."""
         return str(self._session.end_profiling())
 
-    def _run(self, tokens: npt.NDArray[np.int64], all_logits: bool) -> Logits:
+    def _run(self, tokens: npt.NDArray[np.int64], start: int, all_logits: bool) -> Logits:
         count = len(tokens)
-        total = self.length + count
+        total = start + count
         self._ids[0, :count] = tokens
         self._bind_int64("attention_mask", self._mask, (1, total))
         if self._has_positions:
-            self._bind_int64("position_ids", self._positions, (1, count), offset=self.length)
+            self._bind_int64("position_ids", self._positions, (1, count), offset=start)
         rows = count if all_logits or not self._trims else 1
         # Decode steps keep what the step before bound; what onnxruntime allocated is not kept.
         if rows > 1 or (count, rows) != self._bound:
             self._bind_int64("input_ids", self._ids, (1, count))
             self._bind_logits(rows)
             self._bound = count, rows
-        self._session.run_with_iobinding(self._io)
-        self.length = total
+        for past, present, pair in self._columns:
+            for bind, name, buffer in (
+                (self._io.bind_input, past, pair[self._turn]),
+                (self._io.bind_output, present, pair[1 - self._turn]),
+            ):
+                bind(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+        try:
+            self._session.run_with_iobinding(self._io)
+        except Exception as error:  # onnxruntime's own exception types are not public
+            reason = " ".join(str(error).split())[:300]
+            raise BackendError(f"onnxruntime cannot run the graph: {reason}") from None
         logits = self._logits if rows == 1 else self._io.get_outputs()[0].numpy()
         kept: Logits = (logits[0] if all_logits else logits[0, -1:]).astype(np.float32, copy=False)
         return kept

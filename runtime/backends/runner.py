@@ -11,26 +11,31 @@ import base64
 import itertools
 import json
 import os
+import select
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.errors import BackendError, ContextOverflowError, PocketSlmError, UsageError
+from pocketslm.runtime import strict_json
 from pocketslm.runtime.backends import Logits, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.generation import Finish, Step
+from pocketslm.runtime.generation import Step
 
 PROGRAM = "POCKETSLM_RUN"
 """The environment variable that names the program; without it, it is built once and cached."""
+GRACE_S = 30.0
+"""How long a child may take to end, or a generation that is cancelled."""
 
 
 def open_session(
@@ -59,7 +64,8 @@ class RunnerSession:
 
     The tokens of the sequence are kept here too, and every request carries them: the child reads
     only what it does not hold. So a child that died is started again by the next request, which
-    reads its prompt anew.
+    reads its prompt anew. Requests have numbers, which their answers repeat: a child that answers
+    anything else is ended, so that no answer is ever taken for another's.
     """
 
     def __init__(
@@ -70,10 +76,13 @@ class RunnerSession:
         self._load |= {"threads": threads} if threads else {}
         self._ids: list[int] = []
         self._numbers = itertools.count(1)
-        self._write = threading.Lock()
-        self._running: str | None = None
+        self._asking = threading.Lock()  # of requests with their answers
+        self._write = threading.Lock()  # of the pipe, which a cancel takes at any time
+        self._running: str | None = None  # the generation whose answers are not read to the end
+        self._read = bytearray()  # of the child's output, not yet taken
         self._process: subprocess.Popen[bytes] | None = None
-        loaded = self._start()
+        with self._asking:
+            loaded = self._start()
         self.backend = f"runner {loaded['isa']}"
         self.context: int = loaded["context"]
         self.vocab_size: int = loaded["vocab_size"]
@@ -88,24 +97,27 @@ class RunnerSession:
     @property
     def pid(self) -> int | None:
         """The child, for who measures or watches it."""
-        return self._process.pid if self._process else None
+        process = self._process
+        return process.pid if process else None
 
     def forward(self, tokens: npt.NDArray[np.integer[Any]], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
         ids = np.asarray(tokens)
-        check_tokens(self, ids)
-        whole = [*self._ids, *ids.tolist()]
-        first = len(self._ids) if all_logits else len(whole) - 1
-        event = self.ask(op="logits", tokens=whole, first=first, base64=True)
-        self._ids = whole
+        with self._asking:
+            check_tokens(self, ids)
+            whole = [*self._ids, *ids.tolist()]
+            first = len(self._ids) if all_logits else len(whole) - 1
+            event = self._ask(op="logits", tokens=whole, first=first, base64=True)
+            self._ids = whole
         flat = np.frombuffer(base64.b64decode(event["base64"]), np.float32)
         return flat.reshape(-1, self.vocab_size).copy()
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        if not 0 <= length <= len(self._ids):
-            raise UsageError(f"cannot truncate {len(self._ids)} cached tokens to {length}")
-        del self._ids[length:]
+        with self._asking:
+            if not 0 <= length <= len(self._ids):
+                raise UsageError(f"cannot truncate {len(self._ids)} cached tokens to {length}")
+            del self._ids[length:]
 
     def can_generate(self, config: GenerationConfig) -> bool:
         """Whether the child can follow this configuration by itself."""
@@ -113,11 +125,12 @@ class RunnerSession:
 
     def generate(
         self, ids: Sequence[int], config: GenerationConfig, eos: Collection[int], limit: int
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Steps made by the child, with no logits on the way (see Engine.generate).
 
-        Closing the iterator or :meth:`cancel` ends the generation; after a cancel there is no
-        last step with a finish.
+        Closing the iterator, another request or :meth:`cancel` ends the generation; after a cancel
+        there is no last step with a finish. Raises UsageError when it is resumed after another
+        request.
         """
         start = time.perf_counter_ns()
         request: dict[str, Any] = {
@@ -127,54 +140,48 @@ class RunnerSession:
             "eos": sorted(eos),
             "repetition_penalty": config.repetition_penalty,
             "spare_prompt": not config.penalize_prompt,
-            "logprobs": True,
+            "logprobs": config.logprobs,
         }
-        if config.do_sample:
+        if config.samples:
             request |= {"temperature": config.temperature, "top_k": config.top_k}
             seed = time.time_ns() % 10**15 if config.seed is None else config.seed
             request |= {"top_p": config.top_p, "seed": seed}
-        self._running = name = str(next(self._numbers))
-        self._ids = list(ids)
+        with self._asking:
+            self._ready()
+            self._ids = list(ids)
+            name = self._send({"op": "generate", **request})
+            self._running = name
         last: Step | None = None
         try:
-            self._ensure()
-            self._send({"op": "generate", "id": name, **request})
             # The last step is held until the child is ready for the next request
             for count in itertools.count(1):
-                event = self._event()
-                if event["event"] != "token":
+                event = self._next_of(name)
+                now = time.perf_counter_ns() - start
+                if event["event"] == "done":
+                    if event["reason"] == "eos":
+                        last = Step(event["token"], event.get("logprob"), now, "eos")
                     break
-                token = event["token"]
-                finish: Finish | None = None
-                if token in eos and not config.ignore_eos:
-                    finish = "eos"
-                elif count == limit:
-                    finish = "length" if config.max_new_tokens else "context"
-                step = Step(token, event["logprob"], time.perf_counter_ns() - start, finish)
-                if finish:
-                    last = step
+                step = Step(event["token"], event.get("logprob"), now)
+                if count == limit:
+                    last = replace(step, finish="length" if config.max_new_tokens else "context")
                 else:
                     yield step
-            if last:
-                yield last
-        except (GeneratorExit, KeyboardInterrupt):
-            if last is None:
-                self._drain(name)
-            raise
         finally:
-            self._running = None
+            with self._asking:
+                if self._running == name:
+                    self._end_running()
+        if last:
+            yield last
 
     def cancel(self) -> None:
         """End the generation that runs now, also while it reads its prompt; from any thread."""
-        if (name := self._running) is not None and self._process is not None:
-            with suppress(BackendError):
-                self._send({"op": "cancel", "id": name})
+        if (name := self._running) is not None:
+            self._cancel(name)
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request that one event answers."""
-        self._ensure()
-        self._send(request)
-        return self._event()
+        with self._asking:
+            return self._ask(**request)
 
     def stats(self) -> dict[str, Any]:
         """``rss_bytes``, ``peak_rss_bytes`` and ``length`` of the child."""
@@ -182,14 +189,16 @@ class RunnerSession:
 
     def bench(self, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
         """``prefill_ns`` and ``decode_ns``, one each per repeat."""
-        self._ids = []
-        return self.ask(
-            op="bench", prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
-        )
+        with self._asking:
+            self._ids = []
+            return self._ask(
+                op="bench", prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+            )
 
     def close(self) -> None:
         """End the child."""
         process, self._process = self._process, None
+        self._running = None
         if process is None:
             return
         process.kill()
@@ -203,15 +212,26 @@ class RunnerSession:
         if getattr(self, "_process", None):
             self.close()
 
-    def _ensure(self) -> None:
+    # What follows is called with _asking held, but for _cancel.
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        self._ready()
+        return self._event(self._send(request))
+
+    def _ready(self) -> None:
+        """A child that waits for a request."""
+        if self._running is not None:
+            self._end_running()
         if self._process is None:
             self._start()
 
     def _start(self) -> dict[str, Any]:
         command = [str(program()), "--json"]
+        self._read.clear()
         try:
             self._process = subprocess.Popen(
                 command,
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -219,46 +239,124 @@ class RunnerSession:
             )
         except OSError as error:
             raise BackendError(f"cannot start {command[0]}: {error.strerror}") from None
-        self._send(self._load)
-        return self._event()
-
-    def _send(self, request: dict[str, Any]) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        line = json.dumps(request, separators=(",", ":")) + "\n"
         try:
-            with self._write:
-                self._process.stdin.write(line.encode())
-                self._process.stdin.flush()
-        except OSError:
-            self._died()
+            return self._event(self._send(self._load))
+        except PocketSlmError:
+            self.close()
+            raise
 
-    def _event(self) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith(b"\n"):
+    def _send(self, request: dict[str, Any]) -> str:
+        """The number that the answers will have."""
+        name = str(next(self._numbers))
+        try:
+            self._put({**request, "id": name})
+        except (OSError, ValueError):
             self._died()
-        event: dict[str, Any] = json.loads(line)
+        except BaseException:  # Ctrl-C, perhaps within the line
+            self.close()
+            raise
+        return name
+
+    def _put(self, request: dict[str, Any]) -> None:
+        process = self._process
+        if process is None or process.stdin is None:
+            raise BrokenPipeError
+        line = json.dumps(request, separators=(",", ":")) + "\n"
+        with self._write:
+            left = memoryview(line.encode())
+            while left:
+                left = left[process.stdin.write(left) :]
+
+    def _next_of(self, name: str) -> dict[str, Any]:
+        """The next event of the generation ``name``, while it is the one that runs."""
+        with self._asking:
+            if self._running != name:
+                raise UsageError(
+                    "this generation is stale: the model was asked for something else before it "
+                    "ended; end or close a generation first"
+                )
+            try:
+                event = self._event(name)
+            except PocketSlmError:
+                self._running = None  # it ended with an error
+                raise
+            if event["event"] == "done":
+                self._running = None
+            return event
+
+    def _event(self, name: str, timeout_s: float | None = None) -> dict[str, Any]:
+        """The next event, which must be one of the request ``name``."""
+        process = self._process
+        if process is None or process.stdout is None:
+            raise BackendError("pocketslm-run was closed")
+        event = _parse(self._line(process.stdout.fileno(), timeout_s))
+        if event is None or event["id"] != name:
+            self.close()
+            raise BackendError(
+                "pocketslm-run gave another answer than one to the request; it starts again with "
+                "the next request"
+            )
         if event["event"] == "error":
             message = event["message"]
             overflow = "do not fit the context" in message
             raise (ContextOverflowError if overflow else BackendError)(f"pocketslm-run: {message}")
         return event
 
-    def _drain(self, name: str) -> None:
+    def _line(self, pipe: int, timeout_s: float | None) -> bytes:
+        """The next line. What has come of it is kept where Ctrl-C ends the waiting."""
+        ready = select.poll()
+        ready.register(pipe, select.POLLIN)
+        searched = 0
+        while not (end := self._read.find(b"\n", searched) + 1):
+            searched = len(self._read)
+            try:
+                answered = ready.poll(timeout_s and timeout_s * 1000)
+                more = os.read(pipe, 1 << 16) if answered else b""
+            except OSError:  # closed meanwhile
+                more = b""
+            if not more:
+                self._died()
+            self._read += more
+        line = bytes(self._read[:end])
+        del self._read[:end]
+        return line
+
+    def _end_running(self) -> None:
         """Let a generation that nobody reads any more come to its end."""
-        with suppress(BackendError, ContextOverflowError):
-            self._send({"op": "cancel", "id": name})
-            while self._event()["event"] == "token":
+        name, self._running = self._running, None
+        if name is None:
+            return
+        self._cancel(name)
+        with suppress(PocketSlmError):
+            while self._event(name, GRACE_S)["event"] != "done":
                 pass
 
-    def _died(self) -> None:
+    def _cancel(self, name: str) -> None:
+        with suppress(OSError, ValueError):  # it is dead, or closed: there is nothing to end
+            self._put({"op": "cancel", "id": name})
+
+    def _died(self) -> NoReturn:
         process = self._process
-        code = process.wait() if process else 0
+        if process is None:
+            raise BackendError("pocketslm-run was closed")
+        try:
+            code = process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
         self.close()
         how = signal.Signals(-code).name if code < 0 else f"status {code}"
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""
         raise BackendError(
             f"pocketslm-run ended with {how}{memory}; it starts again with the next request"
         )
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """An event; None for anything else."""
+    try:
+        event = strict_json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    named = isinstance(event, dict) and isinstance(event.get("event"), str)
+    return event if named and isinstance(event.get("id"), str) else None

@@ -44,7 +44,7 @@ class Buffer {
   size_t count_ = 0;
 };
 
-// Quantized activations of up to `capacity` tokens, tile after tile.
+// Memory for quantized activations, tile after tile, of up to `capacity` rows of `max_cols`.
 class Panel {
  public:
   Panel() = default;
@@ -54,35 +54,37 @@ class Panel {
         sums_(capacity * max_cols / kGroup),
         corrections_(capacity * max_cols / kGroup) {}
 
-  // The matrix that the panel holds now: `values` are its float rows.
-  void describe(size_t tokens, size_t cols, const float* values) {
-    tokens_ = tokens;
-    cols_ = cols;
-    values_ = values;
-  }
-  size_t tokens() const { return tokens_; }
-  const float* values(size_t token) const { return values_ + token * cols_; }
-
-  ActivationTile tile(size_t first) const {
-    const size_t at = first * (cols_ / kGroup);
-    return {tile_size(tokens_ - first),  values_ + first * cols_, cols_,
-            codes_.data() + first * cols_, scales_.data() + at,   sums_.data() + at,
-            corrections_.data() + at};
-  }
-  // Where group `group` of token `token` of the tile that starts at `first` goes.
-  QuantizedRow row(size_t first, size_t token, size_t group) {
-    const size_t width = tile_size(tokens_ - first);
-    const size_t at = first * (cols_ / kGroup) + group * width + token;
-    return {width, codes_.data() + first * cols_ + (group * width + token) * kGroup,
-            scales_.data() + at, sums_.data() + at, corrections_.data() + at};
-  }
-
  private:
+  friend struct PanelView;
   Buffer<int8_t> codes_;
   Buffer<float> scales_, sums_;
   Buffer<int32_t> corrections_;
-  const float* values_ = nullptr;
-  size_t tokens_ = 0, cols_ = 0;
+};
+
+// A matrix [tokens, cols] of activations: its float rows, and its quantized form in a panel.
+struct PanelView {
+  Panel* panel;
+  size_t tokens, cols;
+  const float* rows;
+
+  const float* values(size_t token) const { return rows + token * cols; }
+  ActivationTile tile(size_t first) const {
+    const size_t at = first * (cols / kGroup);
+    return {tile_size(tokens - first),
+            rows + first * cols,
+            cols,
+            panel->codes_.data() + first * cols,
+            panel->scales_.data() + at,
+            panel->sums_.data() + at,
+            panel->corrections_.data() + at};
+  }
+  // Where group `group` of token `token` of the tile that starts at `first` goes.
+  QuantizedRow row(size_t first, size_t token, size_t group) const {
+    const size_t width = tile_size(tokens - first);
+    const size_t at = first * (cols / kGroup) + group * width + token;
+    return {width, panel->codes_.data() + first * cols + (group * width + token) * kGroup,
+            panel->scales_.data() + at, panel->sums_.data() + at, panel->corrections_.data() + at};
+  }
 };
 
 }  // namespace pocketslm

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "finite.h"
 #include "session.h"
 
 namespace pocketslm {
@@ -23,6 +24,7 @@ constexpr float kDeviations = 7.0f;
 }  // namespace
 
 int32_t Session::step_greedy(int32_t token) {
+  trust_logits();
   top_count_ = 1;
   for (Member& member : members_) member.top.reserve(1);
   run(&token, 1, Head::greedy, nullptr);
@@ -32,15 +34,21 @@ int32_t Session::step_greedy(int32_t token) {
   return best.token;
 }
 
+bool Session::finite() const {
+  return std::all_of(members_.begin(), members_.end(), [](const Member& m) { return m.finite; });
+}
+
 double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best,
                             float* logits) {
+  trust_logits();
   top_count_ = top;
   for (Member& member : members_) member.top.reserve(top);
   for (size_t done = 0; done < count;) {
-    const size_t part = std::min(kBatch, count - done);
+    const size_t part = std::min(batch_, count - done);
     run(tokens + done, part, done + part == count ? Head::top : Head::none, nullptr);
     done += part;
   }
+  if (!finite()) return std::numeric_limits<double>::quiet_NaN();
   std::vector<Candidate> found;
   float peak = -std::numeric_limits<float>::infinity();
   for (const Member& member : members_) {
@@ -55,9 +63,14 @@ double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int
   return peak + std::log(total);
 }
 
-// Keeps the highest of these logits and, where asked for, their part of the sum over all.
+// Keeps the highest of these logits and, where asked for, their part of the sum over all. What is not
+// finite is no candidate: NaN has no place in an order.
 void Session::offer(Member& member, const float* logits, size_t count, size_t first_token,
                     bool total) {
+  if (!all_finite(logits, count)) {
+    member.finite = false;
+    return;
+  }
   for (size_t i = 0; i < count; ++i) {
     // Chunks taken from another thread may come out of order, hence the whole comparison.
     const Candidate found{logits[i], static_cast<int32_t>(first_token + i)};
@@ -79,21 +92,27 @@ void Session::offer(Member& member, const float* logits, size_t count, size_t fi
 }
 
 void Session::run_head(unsigned m, Head head, float* logits) {
-  const FileHeader& c = model_.config;
-  const Matrix& w = head_matrix();
+  const Step& step = program_.head();
+  const size_t n = program_.hidden_size, index = program_.steps.size() - 1;
+  const float* last = buffer(BufferId::residual) + (count_ - 1) * n;
   Member& member = members_[m];
-  const bool screened = head == Head::greedy && w.kind == WeightKind::q8_split;
+  if (!step.w[0]) {
+    write_output(m, head, logits);
+    mark(m, step.counter);
+    return;
+  }
+  const Matrix& w = *step.w[0];
+  // A bias would have to be weighed against what screening leaves open.
+  const bool screened = head == Head::greedy && w.kind == WeightKind::q8_split && !step.bias[0];
   if (screened || w.kind != WeightKind::q8_split)
-    member.plan.start(model_.layers.size() * kLayerPhases);
+    member.plan.start(index);
   else
     member.plan.start_whole_head();
   member.top.clear();
   member.peak = -std::numeric_limits<float>::infinity();
   member.sum = 0;
-  const Panel& input =
-      head == Head::all_logits
-          ? normalized(m, model_.final_norm)
-          : normalized_row(m, &x_[(count_ - 1) * c.hidden_size], model_.final_norm);
+  const PanelView input = head == Head::all_logits ? normalized(m, step.norm)
+                                                   : normalized_row(m, step.norm, last);
   if (screened) {
     const ActivationTile tile = input.tile(0);
     member.screen.prepare(tile);
@@ -101,18 +120,48 @@ void Session::run_head(unsigned m, Head head, float* logits) {
                   [&](size_t begin, size_t end) { screen_blocks(m, tile, begin, end); });
     if (m == 0) settle(tile);
   } else {
-    project(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, const float* y) {
+    multiply(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, float* y) {
       const size_t first = b * kBlockRows, width = blocks * kBlockRows;
-      const size_t live = std::min(width, c.vocab_size - first);
-      if (head == Head::greedy || head == Head::top) {
-        offer(member, y, live, first, head == Head::top);
-        return;
+      const size_t live = std::min(width, w.rows - first);
+      for (size_t i = 0; i < tokens; ++i) {
+        float* row = y + i * width;
+        finish_logits(head, row, live, first);
+        if (head == Head::greedy || head == Head::top) {
+          offer(member, row, live, first, head == Head::top);
+        } else {
+          member.finite &= all_finite(row, live);
+          std::memcpy(logits + (t + i) * w.rows + first, row, live * sizeof(float));
+        }
       }
-      for (size_t i = 0; i < tokens; ++i)
-        std::memcpy(logits + (t + i) * c.vocab_size + first, y + i * width, live * sizeof(float));
     });
   }
-  mark(m, &pslm_times::head_ns);
+  mark(m, step.counter);
+}
+
+// What is left to do to products: the most probable token is the same without a factor or a cap.
+void Session::finish_logits(Head head, float* logits, size_t count, size_t first_token) const {
+  const Step& step = program_.head();
+  for (size_t i = 0; step.bias[0] && i < count; ++i) logits[i] += step.bias[0][first_token + i];
+  if (head == Head::greedy) return;
+  for (size_t i = 0; step.scale != 1.0f && i < count; ++i) logits[i] *= step.scale;
+  if (step.cap > 0) kernels_.soft_cap(logits, count, step.cap);
+}
+
+// The normalized residual stream, of all tokens or the last.
+void Session::write_output(unsigned m, Head head, float* output) {
+  Member& member = members_[m];
+  const Norm& norm = program_.head().norm;
+  const size_t n = program_.hidden_size, first = head == Head::all_logits ? 0 : count_ - 1;
+  const float* rows = buffer(BufferId::residual) + first * n;
+  share(m, count_ - first, 1, [&](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t) {
+      if (norm.kind == NormKind::none)
+        std::memcpy(output + t * n, rows + t * n, n * sizeof(float));
+      else
+        apply(norm, rows + t * n, n, output + t * n);
+      member.finite &= all_finite(output + t * n, n);
+    }
+  });
 }
 
 // The zero point that makes up for the low nibbles' mean, and the squared lengths of the groups.
@@ -129,9 +178,10 @@ void Session::Screen::prepare(const ActivationTile& input) {
   }
 }
 
-// highest_[block]: what the logits of these blocks may reach, judged by the high nibbles.
+// highest_[block]: what the logits of these blocks may reach, judged by the high nibbles; NaN where
+// one of them is not finite.
 void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end) {
-  const Matrix& w = head_matrix();
+  const Matrix& w = *program_.head().w[0];
   const Screen& screen = members_[m].screen;
   ActivationTile tile = input;
   tile.corrections = screen.corrections.data();
@@ -144,17 +194,20 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
     matmul(block, 1, w.cols, tile, high, kBlockRows);
     kernels_.weigh_scales(reinterpret_cast<const uint16_t*>(block + layout.scales),
                           screen.energies.data(), w.cols / kGroup, variance);
-    float highest = -std::numeric_limits<float>::infinity();
-    for (size_t r = 0; r < kBlockRows; ++r)
-      highest = std::max(
-          highest, 16.0f * high[r] + kDeviations * std::sqrt(kNibbleVariance * variance[r]));
-    highest_[b] = highest;
+    float highest = -std::numeric_limits<float>::infinity(), zero = 0;
+    for (size_t r = 0; r < kBlockRows; ++r) {
+      const float reach = 16.0f * high[r] + kDeviations * std::sqrt(kNibbleVariance * variance[r]);
+      highest = std::max(highest, reach);
+      zero += reach - reach;
+    }
+    highest_[b] = highest + zero;
   }
 }
 
-// The greedy token: the most promising block first, then whatever may still exceed what was found.
+// The greedy token: the most promising block first, then whatever may still exceed what was found,
+// or is not finite.
 void Session::settle(const ActivationTile& input) {
-  const Matrix& w = head_matrix();
+  const Matrix& w = *program_.head().w[0];
   const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(w.kind)];
   Member& member = members_[0];
   const auto compute = [&](size_t b) {
@@ -168,7 +221,7 @@ void Session::settle(const ActivationTile& input) {
       std::max_element(highest, highest + w.blocks()) - highest);
   compute(likely);
   for (size_t b = 0; b < w.blocks(); ++b)
-    if (b != likely && highest[b] >= member.top.front().logit) compute(b);
+    if (b != likely && member.finite && !(highest[b] < member.top.front().logit)) compute(b);
 }
 
 }  // namespace pocketslm

@@ -78,6 +78,10 @@ struct QuantizedRow {
   int32_t* corrections;
 };
 
+// Whether int8 codes can say what numbers of this largest magnitude are: 127 / peak must be finite.
+// Others get codes of 0, and of NaN and infinity a scale that makes every product NaN.
+static constexpr bool has_codes(float peak) { return peak >= 4.0e-37f && peak <= 3.4028234e38f; }
+
 // Query rows of one KV head against cached positions [begin, end).
 constexpr size_t kMaxQueryRows = 12;
 constexpr size_t kPositionBlock = 16;  // keys are stored [block][head_dim][16 positions]
@@ -85,10 +89,13 @@ struct AttentionJob {
   size_t rows, head_dim, begin, end;  // begin is a multiple of 16
   const float* queries;               // [rows][head_dim], scaled
   const uint32_t* limits;             // [rows]: the row sees positions below its limit
+  const uint32_t* starts;             // [rows]: and from its start on; null: from 0 on
   const void* keys;                   // fp16 or int8 [block][head_dim][16]
   const void* values;                 // fp16 or int8 [position][head_dim]
   const float* key_scales;            // int8 only: [position]
   const float* value_scales;
+  float cap;     // scores become cap * tanh(score / cap); 0: they stay
+  bool resumes;  // the result so far is there, and these positions are added to it
   // Unnormalized result and the online softmax state, all written.
   float* out;      // [rows][head_dim]
   float* maximum;  // [rows]
@@ -104,7 +111,13 @@ struct Kernels {
   MatmulFunction matmul[kWeightKinds];
   void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* out);
   void (*quantize)(const float* x, size_t groups, const QuantizedRow& row);
-  void (*silu_mul)(const float* gate, const float* up, size_t n, float* out);  // n % 16 == 0
+  // Centered and scaled to a variance of 1, times weight, plus bias.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, size_t n, float eps,
+                     float* out);
+  // out = activation(gate) * up, by Activation; n % 16 == 0.
+  void (*gated[kActivations])(const float* gate, const float* up, size_t n, float* out);
+  // out = activation(x)
+  void (*activate[kActivations])(const float* x, size_t n, float* out);
   void (*attend_f16)(const AttentionJob& job);
   void (*attend_i8)(const AttentionJob& job);
   void (*to_f16)(const float* x, size_t n, uint16_t* out);  // n % 16 == 0
@@ -114,9 +127,33 @@ struct Kernels {
   void (*weigh_scales)(const uint16_t* scales, const float* weights, size_t groups, float* out);
   // Sum of exp(x - shift).
   float (*sum_exp)(const float* x, size_t n, float shift);
+  // x = cap * tanh(x / cap)
+  void (*soft_cap)(float* x, size_t n, float cap);
   // Fills registers with the path's int8 dot product; returns multiply-accumulates done.
   uint64_t (*int8_probe)(size_t iterations);
 };
+
+// The table of a file that defines all of these functions by these names.
+#define POCKETSLM_KERNELS(name)                                                              \
+  {name,                                                                                     \
+   {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,                 \
+    matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,       \
+    matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},    \
+   rms_norm,                                                                                 \
+   quantize,                                                                                 \
+   layer_norm,                                                                               \
+   {gated<Activation::silu>, gated<Activation::gelu_tanh>, gated<Activation::gelu>,          \
+    gated<Activation::relu>, gated<Activation::relu2>},                                      \
+   {activate<Activation::silu>, activate<Activation::gelu_tanh>, activate<Activation::gelu>, \
+    activate<Activation::relu>, activate<Activation::relu2>},                                \
+   attend_f16,                                                                               \
+   attend_i8,                                                                                \
+   to_f16,                                                                                   \
+   to_i8,                                                                                    \
+   weigh_scales,                                                                             \
+   sum_exp,                                                                                  \
+   soft_cap,                                                                                 \
+   int8_probe}
 
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)

@@ -50,6 +50,20 @@ inline float reduce_max(V16 x) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
+// Magnitudes are compared by their bits, in which NaN is the largest.
+inline __m256 larger(__m256 x, __m256 y) {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+}
+inline V16 larger_magnitude(V16 peaks, V16 x) {
+  const V16 magnitude = abs(x);
+  return {larger(peaks.a, magnitude.a), larger(peaks.b, magnitude.b)};
+}
+inline float reduce_magnitude(V16 peaks) {
+  const __m256i h = _mm256_castps_si256(larger(peaks.a, peaks.b));
+  __m128i q = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_max_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(q, _mm_shuffle_epi32(q, 0xb1))));
+}
 inline __m256 load_half8(const void* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
@@ -214,21 +228,6 @@ uint64_t int8_probe(size_t iterations) {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {
-    "avx2",
-    {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
-     matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
-     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},
-    rms_norm,
-    quantize,
-    silu_mul,
-    attend_f16,
-    attend_i8,
-    to_f16,
-    to_i8,
-    weigh_scales,
-    sum_exp,
-    int8_probe,
-};
+const Kernels kAvx2Kernels = POCKETSLM_KERNELS("avx2");
 
 }  // namespace pocketslm

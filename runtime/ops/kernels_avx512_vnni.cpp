@@ -39,6 +39,18 @@ inline float reduce_max(V16 a) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
+// Magnitudes are compared by their bits, in which NaN is the largest.
+inline V16 larger_magnitude(V16 peaks, V16 a) {
+  return {_mm512_castsi512_ps(
+      _mm512_max_epi32(_mm512_castps_si512(peaks.v), _mm512_castps_si512(abs(a).v)))};
+}
+inline float reduce_magnitude(V16 peaks) {
+  const __m512i v = _mm512_castps_si512(peaks.v);
+  const __m256i h = _mm256_max_epi32(_mm512_castsi512_si256(v), _mm512_extracti32x8_epi32(v, 1));
+  __m128i q = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  q = _mm_max_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(q, _mm_shuffle_epi32(q, 0xb1))));
+}
 inline V16 load_kv(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
@@ -173,21 +185,6 @@ uint64_t int8_probe(size_t iterations) {
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {
-    "avx512_vnni",
-    {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
-     matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
-     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},
-    rms_norm,
-    quantize,
-    silu_mul,
-    attend_f16,
-    attend_i8,
-    to_f16,
-    to_i8,
-    weigh_scales,
-    sum_exp,
-    int8_probe,
-};
+const Kernels kAvx512VnniKernels = POCKETSLM_KERNELS("avx512_vnni");
 
 }  // namespace pocketslm

@@ -60,6 +60,9 @@ inline float reduce_add(V16 x) {
 inline float reduce_max(V16 x) {
   return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[2]), vmaxq_f32(x.v[1], x.v[3])));
 }
+// Of NaN and a number, NEON's maximum is NaN.
+inline V16 larger_magnitude(V16 peaks, V16 x) { return max(peaks, abs(x)); }
+inline float reduce_magnitude(V16 peaks) { return reduce_max(peaks); }
 inline float32x4_t load_half4(const void* p) {
   return vcvt_f32_f16(vld1_f16(static_cast<const __fp16*>(p)));
 }

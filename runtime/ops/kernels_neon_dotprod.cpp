@@ -27,21 +27,6 @@ uint64_t int8_probe(size_t iterations) {
 
 }  // namespace
 
-const Kernels kNeonDotprodKernels = {
-    "neon_dotprod",
-    {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
-     matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
-     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},
-    rms_norm,
-    quantize,
-    silu_mul,
-    attend_f16,
-    attend_i8,
-    to_f16,
-    to_i8,
-    weigh_scales,
-    sum_exp,
-    int8_probe,
-};
+const Kernels kNeonDotprodKernels = POCKETSLM_KERNELS("neon_dotprod");
 
 }  // namespace pocketslm

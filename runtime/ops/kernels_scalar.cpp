@@ -70,17 +70,13 @@ void rms_norm(const float* x, const float* weight, size_t n, float eps, float* o
   for (size_t i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 
-// The result of an out-of-range conversion is undefined in C++, and a NaN must not become that.
-int8_t round_i8(float x) {
-  if (!(x > -127.0f)) return -127;
-  return x < 127.0f ? static_cast<int8_t>(std::lrint(x)) : 127;
-}
-
 float to_i8(const float* x, size_t n, int8_t* out) {
   float peak = 0;
-  for (size_t i = 0; i < n; ++i) peak = std::fmax(peak, std::fabs(x[i]));
-  const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
-  for (size_t i = 0; i < n; ++i) out[i] = round_i8(x[i] * inverse);
+  for (size_t i = 0; i < n; ++i)
+    if (!std::isnan(peak) && !(std::fabs(x[i]) <= peak)) peak = std::fabs(x[i]);
+  const float inverse = has_codes(peak) ? 127.0f / peak : 0.0f;
+  for (size_t i = 0; i < n; ++i)
+    out[i] = inverse ? static_cast<int8_t>(std::lrint(x[i] * inverse)) : int8_t{0};
   return peak / 127.0f;
 }
 
@@ -96,8 +92,40 @@ void quantize(const float* x, size_t groups, const QuantizedRow& row) {
   }
 }
 
-void silu_mul(const float* gate, const float* up, size_t n, float* out) {
-  for (size_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+void layer_norm(const float* x, const float* weight, const float* bias, size_t n, float eps,
+                float* out) {
+  float sum = 0, squares = 0;
+  for (size_t i = 0; i < n; ++i) sum += x[i];
+  const float mean = sum / static_cast<float>(n);
+  for (size_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / std::sqrt(squares / static_cast<float>(n) + eps);
+  for (size_t i = 0; i < n; ++i) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
+template <Activation A>
+float activated(float x) {
+  switch (A) {
+    case Activation::silu: return x / (1.0f + std::exp(-x));
+    case Activation::gelu_tanh:
+      return 0.5f * x * (1.0f + std::tanh(0.7978845608f * (x + 0.044715f * x * x * x)));
+    case Activation::gelu: return 0.5f * x * (1.0f + std::erf(x * 0.7071067812f));
+    case Activation::relu: return x < 0 ? 0.0f : x;
+    case Activation::relu2: return x < 0 ? 0.0f : x * x;
+  }
+}
+
+template <Activation A>
+void gated(const float* gate, const float* up, size_t n, float* out) {
+  for (size_t i = 0; i < n; ++i) out[i] = activated<A>(gate[i]) * up[i];
+}
+
+template <Activation A>
+void activate(const float* x, size_t n, float* out) {
+  for (size_t i = 0; i < n; ++i) out[i] = activated<A>(x[i]);
+}
+
+void soft_cap(float* x, size_t n, float cap) {
+  for (size_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
 }
 
 void to_f16(const float* x, size_t n, uint16_t* out) {
@@ -127,14 +155,17 @@ void attend(const AttentionJob& job) {
   for (size_t r = 0; r < job.rows; ++r) {
     const float* query = job.queries + r * job.head_dim;
     float* out = job.out + r * job.head_dim;
-    float maximum = -3.0e38f, weight = 0;
-    for (size_t d = 0; d < job.head_dim; ++d) out[d] = 0;
+    float maximum = job.resumes ? job.maximum[r] : -3.0e38f;
+    float weight = job.resumes ? job.weight[r] : 0.0f;
+    for (size_t d = 0; !job.resumes && d < job.head_dim; ++d) out[d] = 0;
     for (size_t p = job.begin; p < job.end && p < job.limits[r]; ++p) {
+      if (job.starts && p < job.starts[r]) continue;
       const T* key = keys + p / kPositionBlock * kPositionBlock * job.head_dim + p % kPositionBlock;
       float score = 0;
       for (size_t d = 0; d < job.head_dim; ++d)
         score += query[d] * load_element(key + d * kPositionBlock);
       if (job.key_scales) score *= job.key_scales[p];
+      if (job.cap > 0) score = job.cap * std::tanh(score / job.cap);
       const float previous = maximum;
       maximum = std::fmax(maximum, score);
       const float decay = std::exp(previous - maximum), share = std::exp(score - maximum);
@@ -147,6 +178,9 @@ void attend(const AttentionJob& job) {
     job.weight[r] = weight;
   }
 }
+
+void attend_f16(const AttentionJob& job) { attend<uint16_t>(job); }
+void attend_i8(const AttentionJob& job) { attend<int8_t>(job); }
 
 uint64_t int8_probe(size_t iterations) {
   int32_t sum = 0;
@@ -161,21 +195,6 @@ uint64_t int8_probe(size_t iterations) {
 
 }  // namespace
 
-const Kernels kScalarKernels = {
-    "scalar",
-    {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,
-     matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,
-     matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},
-    rms_norm,
-    quantize,
-    silu_mul,
-    attend<uint16_t>,
-    attend<int8_t>,
-    to_f16,
-    to_i8,
-    weigh_scales,
-    sum_exp,
-    int8_probe,
-};
+const Kernels kScalarKernels = POCKETSLM_KERNELS("scalar");
 
 }  // namespace pocketslm

@@ -4,8 +4,9 @@
 
 inline V16 exp16(V16 x) {
   // 2^n * e^r with |r| <= ln(2)/2 and a Taylor polynomial of degree 6 (error below 1 ulp of 2^-22).
-  x = max(x, set1(-87.0f));
-  x = min(x, set1(88.0f));
+  // The order of the operands keeps a NaN: of two, x86 takes the second where either is one.
+  x = max(set1(-87.0f), x);
+  x = min(set1(88.0f), x);
   const V16 n = round_even(mul(x, set1(1.44269504f)));
   V16 r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);
@@ -19,11 +20,61 @@ inline V16 exp16(V16 x) {
   return mul(p, power_of_two(n));
 }
 
-void silu_mul(const float* gate, const float* up, size_t n, float* out) {
-  for (size_t i = 0; i < n; i += 16) {
-    const V16 g = load(gate + i);
-    const V16 e = exp16(sub(zero(), g));
-    store(out + i, mul(div(g, add(e, set1(1.0f))), load(up + i)));
+// 1 - 2 / (exp(2x) + 1), exact to about 2^-23 of 1.
+inline V16 tanh16(V16 x) {
+  return sub(set1(1.0f), div(set1(2.0f), add(exp16(add(x, x)), set1(1.0f))));
+}
+
+// x * sigmoid(y)
+inline V16 times_sigmoid(V16 x, V16 y) { return div(x, add(exp16(sub(zero(), y)), set1(1.0f))); }
+
+// With the error function's complement by Abramowitz and Stegun, 7.1.26, exact to 1.5e-7.
+inline V16 gelu16(V16 x) {
+  const V16 size = abs(x);
+  const V16 z = mul(size, set1(0.7071067812f));
+  const V16 t = div(set1(1.0f), fma(z, set1(0.3275911f), set1(1.0f)));
+  V16 p = set1(1.061405429f);
+  p = fma(p, t, set1(-1.453152027f));
+  p = fma(p, t, set1(1.421413741f));
+  p = fma(p, t, set1(-0.284496736f));
+  p = fma(p, t, set1(0.254829592f));
+  const V16 complement = mul(mul(p, t), exp16(sub(zero(), mul(z, z))));
+  return sub(max(zero(), x), mul(mul(size, set1(0.5f)), complement));
+}
+
+template <Activation A>
+inline V16 activated(V16 x) {
+  if constexpr (A == Activation::silu) return times_sigmoid(x, x);
+  // 1 + tanh(u) = 2 * sigmoid(2u)
+  if constexpr (A == Activation::gelu_tanh) {
+    const V16 cubic = fma(mul(mul(x, x), x), set1(0.044715f), x);
+    return times_sigmoid(x, mul(cubic, set1(2 * 0.7978845608f)));
+  }
+  if constexpr (A == Activation::gelu) return gelu16(x);
+  const V16 positive = max(zero(), x);
+  return A == Activation::relu2 ? mul(positive, positive) : positive;
+}
+
+template <Activation A>
+void gated(const float* gate, const float* up, size_t n, float* out) {
+  for (size_t i = 0; i < n; i += 16)
+    store(out + i, mul(activated<A>(load(gate + i)), load(up + i)));
+}
+
+template <Activation A>
+void activate(const float* x, size_t n, float* out) {
+  for (size_t i = 0; i < n; i += 16) store(out + i, activated<A>(load(x + i)));
+}
+
+inline V16 capped(V16 x, float cap) { return mul(tanh16(div(x, set1(cap))), set1(cap)); }
+
+void soft_cap(float* x, size_t n, float cap) {
+  const size_t whole = n / 16 * 16;
+  for (size_t i = 0; i < whole; i += 16) store(x + i, capped(load(x + i), cap));
+  float rest[16];
+  for (size_t i = whole; i < n; ++i) {
+    store(rest, capped(set1(x[i]), cap));
+    x[i] = rest[0];
   }
 }
 
@@ -39,14 +90,42 @@ void rms_norm(const float* x, const float* weight, size_t n, float eps, float* o
   for (size_t i = whole; i < n; ++i) out[i] = x[i] * scale * weight[i];
 }
 
+void layer_norm(const float* x, const float* weight, const float* bias, size_t n, float eps,
+                float* out) {
+  const size_t whole = n / 16 * 16;
+  V16 totals = zero(), squares = zero();
+  for (size_t i = 0; i < whole; i += 16) totals = add(totals, load(x + i));
+  float sum = reduce_add(totals);
+  for (size_t i = whole; i < n; ++i) sum += x[i];
+  const float mean = sum / static_cast<float>(n);
+  for (size_t i = 0; i < whole; i += 16) {
+    const V16 centered = sub(load(x + i), set1(mean));
+    squares = fma(centered, centered, squares);
+  }
+  float spread = reduce_add(squares);
+  for (size_t i = whole; i < n; ++i) spread += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.0f / __builtin_sqrtf(spread / static_cast<float>(n) + eps);
+  for (size_t i = 0; i < whole; i += 16)
+    store(out + i, fma(mul(sub(load(x + i), set1(mean)), set1(scale)), load(weight + i),
+                       load(bias + i)));
+  for (size_t i = whole; i < n; ++i) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
 void quantize(const float* x, size_t groups, const QuantizedRow& row) {
   const size_t stride = row.tokens;
   for (size_t g = 0; g < groups; ++g) {
     const V16 lo = load(x + g * kGroup), hi = load(x + g * kGroup + 16);
-    const float peak = reduce_max(max(abs(lo), abs(hi)));
+    const float peak = reduce_magnitude(larger_magnitude(abs(lo), hi));
     const float scale = peak / 127.0f;
-    const V16 inverse = set1(peak > 0 ? 127.0f / peak : 0.0f);
     int8_t* codes = row.codes + g * stride * kGroup;
+    if (!has_codes(peak)) {
+      for (size_t k = 0; k < kGroup; k += 16) store_i8(codes + k, zero());
+      row.scales[g * stride] = scale;
+      row.sums[g * stride] = scale * 0.0f;
+      row.corrections[g * stride] = 0;
+      continue;
+    }
+    const V16 inverse = set1(127.0f / peak);
     const int32_t sum = store_i8(codes, mul(lo, inverse)) + store_i8(codes + 16, mul(hi, inverse));
     row.scales[g * stride] = scale;
     row.sums[g * stride] = scale * static_cast<float>(sum);
@@ -60,9 +139,13 @@ void to_f16(const float* x, size_t n, uint16_t* out) {
 
 float to_i8(const float* x, size_t n, int8_t* out) {
   V16 peaks = zero();
-  for (size_t i = 0; i < n; i += 16) peaks = max(peaks, abs(load(x + i)));
-  const float peak = reduce_max(peaks);
-  const V16 inverse = set1(peak > 0 ? 127.0f / peak : 0.0f);
+  for (size_t i = 0; i < n; i += 16) peaks = larger_magnitude(peaks, load(x + i));
+  const float peak = reduce_magnitude(peaks);
+  if (!has_codes(peak)) {
+    for (size_t i = 0; i < n; i += 16) store_i8(out + i, zero());
+    return peak / 127.0f;
+  }
+  const V16 inverse = set1(127.0f / peak);
   for (size_t i = 0; i < n; i += 16) store_i8(out + i, mul(load(x + i), inverse));
   return peak / 127.0f;
 }
@@ -198,7 +281,7 @@ void attend(const AttentionJob& job) {
   alignas(64) float scores[kMaxQueryRows][kSpan];
   float decay[kMaxQueryRows];
   const V16 lowest = set1(-3.0e38f);
-  for (size_t r = 0; r < job.rows; ++r) {
+  for (size_t r = 0; !job.resumes && r < job.rows; ++r) {
     job.maximum[r] = -3.0e38f;
     job.weight[r] = 0;
     for (size_t d = 0; d < job.head_dim; d += 16) store(job.out + r * job.head_dim + d, zero());
@@ -209,10 +292,15 @@ void attend(const AttentionJob& job) {
     POCKETSLM_FOR_ROW_GROUPS(job.rows, (all_key_scores<R, T>(job, row, first, count, scores)))
     for (size_t r = 0; r < job.rows; ++r) {
       float* s = scores[r];
+      if (job.cap > 0) soft_cap(s, count, job.cap);
       const size_t visible = job.limits[r] <= first          ? 0
                              : job.limits[r] - first < count ? job.limits[r] - first
                                                              : count;
+      const size_t unseen = !job.starts || job.starts[r] <= first ? 0
+                            : job.starts[r] - first < visible     ? job.starts[r] - first
+                                                                  : visible;
       for (size_t p = visible; p < count; ++p) s[p] = -3.0e38f;
+      for (size_t p = 0; p < unseen; ++p) s[p] = -3.0e38f;
       V16 peaks = lowest;
       for (size_t p = 0; p < count; p += 16) peaks = max(peaks, load(s + p));
       const float peak = reduce_max(peaks);
@@ -226,6 +314,7 @@ void attend(const AttentionJob& job) {
         store(s + p, e);
       }
       for (size_t p = visible; p < count; ++p) s[p] = 0;
+      for (size_t p = 0; p < unseen; ++p) s[p] = 0;
       for (size_t p = 0; p < count; p += 16) total = add(total, load(s + p));
       job.weight[r] = job.weight[r] * decay[r] + reduce_add(total);
       job.maximum[r] = maximum;

@@ -27,8 +27,9 @@ struct LowRank {
   }
 };
 
-struct LayerUpdates {
-  LowRank query, key, value, output, gate, up, down;
+// Of the matrices of one step of a program.
+struct StepUpdates {
+  LowRank of[3];
 };
 
 }  // namespace pocketslm

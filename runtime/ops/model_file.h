@@ -6,14 +6,14 @@
 #include <string>
 #include <vector>
 
-#include "pocketslm.h"
-#include "weight_layout.h"
+#include "program.h"
 
 namespace pocketslm {
 
 constexpr char kMagic[8] = {'P', 'S', 'L', 'M', 'O', 'D', 'E', 'L'};
-// Version 2: layers may be narrower than the header says, each as wide as its matrices.
-constexpr uint32_t kFileVersion = 2;
+// Version 1: a Llama block, whose weights are found by their roles. Version 2: layers may be narrower
+// than the header says, each as wide as its matrices. Version 3: the file carries its program.
+constexpr uint32_t kFileVersion = 3;
 
 struct FileHeader {
   char magic[8];
@@ -29,57 +29,9 @@ struct FileHeader {
 };
 static_assert(sizeof(FileHeader) == 128);
 
-enum class Role : uint16_t {
-  embedding = 0,
-  final_norm = 1,
-  head = 2,  // absent where the head is the embedding
-  rope_frequencies = 3,
-  attention_norm = 4,
-  query = 5,
-  key = 6,
-  value = 7,
-  output = 8,
-  mlp_norm = 9,
-  gate = 10,
-  up = 11,
-  down = 12,
-  query_bias = 13,
-  key_bias = 14,
-  value_bias = 15,
-  tokenizer = 16,
-  chat = 17,
-};
-constexpr uint16_t kRoles = 18;
-
-// Kinds of sections that are not packed matrices.
-constexpr uint16_t kVectorKind = 16;  // float32, rows = 1
-constexpr uint16_t kBlobKind = 17;    // bytes, rows = 1
-
-struct Section {
-  uint16_t role, kind;
-  uint32_t layer;  // 0 for roles outside the layers
-  uint32_t rows, cols;
-  uint64_t offset, bytes;
-};
-static_assert(sizeof(Section) == 32);
-
-struct Layer {
-  uint32_t heads = 0, kv_heads = 0, intermediate_size = 0;
-  Matrix query, key, value, output, gate, up, down;
-  const float *attention_norm = nullptr, *mlp_norm = nullptr;
-  const float *query_bias = nullptr, *key_bias = nullptr, *value_bias = nullptr;
-};
-
 struct Blob {
   const uint8_t* data = nullptr;
   size_t bytes = 0;
-};
-
-// A failed check: the status for the C border and one line that says what was wrong.
-struct Failure {
-  pslm_status status = PSLM_OK;
-  std::string text;
-  explicit operator bool() const { return status != PSLM_OK; }
 };
 
 class ModelFile {
@@ -95,27 +47,30 @@ class ModelFile {
   Failure view(const void* data, size_t bytes);
 
   FileHeader config{};
-  Matrix embedding, head;
-  const float* final_norm = nullptr;
-  const float* rope_frequencies = nullptr;
-  std::vector<Layer> layers;
-  Blob tokenizer, chat;
+  Program program;
 
-  // The widest of any layer.
-  size_t query_width() const { return size_t{config.heads} * config.head_dim; }
-  size_t kv_width() const { return size_t{config.kv_heads} * config.head_dim; }
+  // An opaque section; empty where the file has none of that role.
+  Blob blob(Role role) const;
+  // Width of a row of the head's output: logits, or the residual stream where there is no matrix.
+  size_t output_size() const {
+    return program.head().w[0] ? config.vocab_size : config.hidden_size;
+  }
 
  private:
   Failure check_header() const;
-  Failure take_sections();
-  void size_layer(const Section& section);
-  Failure check_layer_sizes() const;
-  Failure take(const Section& section);
-  Failure check_complete() const;
+  Failure read_sections();
+  Failure check_section(const Section& section) const;
+  Failure read_program(std::vector<OperationRecord>& operations,
+                       std::vector<StateRecord>& states) const;
 
   const uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
   bool mapped_ = false;
+  SectionTable table_;
 };
+
+// The program of versions 1 and 2.
+Failure llama_program(const FileHeader& header, const SectionTable& table,
+                      std::vector<OperationRecord>& operations, std::vector<StateRecord>& states);
 
 }  // namespace pocketslm

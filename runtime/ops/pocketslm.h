@@ -1,8 +1,17 @@
 /* The C border of the native engine.
  *
  * Every function that can fail returns a status and, where it takes `error`, writes one line of
- * text into the caller's buffer. Nothing throws or exits across this border. A session may be used
- * by one thread at a time; a model may be shared by any number of sessions.
+ * text into the caller's buffer. Nothing throws or exits across this border.
+ *
+ * Threads. A model may be shared by any number of sessions and threads. A session serves one thread
+ * at a time: a second one that comes in meanwhile gets PSLM_ERROR_BUSY and changes nothing, and
+ * pslm_session_close leaves a session alone that another thread is in. pslm_length may always be
+ * asked. After fork() the child has no more than the calling thread: there, sessions of several
+ * threads give PSLM_ERROR_FORK, and closing one frees nothing.
+ *
+ * Files. A model file is mapped, and read for as long as the model is open. Whoever cuts or rewrites
+ * it in place meanwhile ends this process with SIGBUS or changes its answers: write a new file beside
+ * it and rename() it over the old one, whose content stays with those that have it open.
  */
 #ifndef POCKETSLM_H
 #define POCKETSLM_H
@@ -20,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 3
+#define PSLM_ABI_VERSION 4
 
 typedef enum {
   PSLM_OK = 0,
@@ -29,7 +38,10 @@ typedef enum {
   PSLM_ERROR_FORMAT = 3,   /* the file is not a valid model.slm of a known version */
   PSLM_ERROR_CONTEXT = 4,  /* the tokens do not fit the session's context */
   PSLM_ERROR_MEMORY = 5,
-  PSLM_ERROR_ISA = 6 /* the named kernel path is unknown or this CPU lacks it */
+  PSLM_ERROR_ISA = 6,        /* the named kernel path is unknown or this CPU lacks it */
+  PSLM_ERROR_BUSY = 7,       /* another thread is in the session */
+  PSLM_ERROR_FORK = 8,       /* the session's threads stayed behind in a fork */
+  PSLM_ERROR_NOT_FINITE = 9  /* the model computes NaN or infinity */
 } pslm_status;
 
 typedef enum {
@@ -37,10 +49,16 @@ typedef enum {
   PSLM_KV_I8 = 1,
   PSLM_KV_CALLER = 2 /* fp16 in the caller's memory: see pslm_bind_cache */
 } pslm_kv_type;
+enum {
+  PSLM_TEXT_SPECIAL = 1, /* encode: the names of special tokens mean them; not for users' text */
+  PSLM_TEXT_WHOLE = 2,   /* encode: with what stands around a text, such as BOS; not for chats */
+  PSLM_TEXT_GOES_ON = 4  /* decode: these are not the first tokens of a text */
+};
 typedef enum { PSLM_LOGITS_NONE = 0, PSLM_LOGITS_LAST = 1, PSLM_LOGITS_ALL = 2 } pslm_logits;
 
 typedef struct pslm_model pslm_model;
 typedef struct pslm_session pslm_session;
+typedef struct pslm_tokenizer pslm_tokenizer;
 
 typedef struct {
   char* text; /* may be null */
@@ -48,8 +66,11 @@ typedef struct {
 } pslm_error;
 
 typedef struct {
+  /* heads, kv_heads, head_dim, intermediate_size: the widest of any layer */
   uint32_t hidden_size, layers, heads, kv_heads, head_dim, intermediate_size, vocab_size;
   uint32_t max_context; /* what the model was trained for */
+  uint32_t output_size; /* floats of a row of "logits": vocab_size, or hidden_size of an encoder */
+  uint32_t states;      /* see pslm_model_state */
   uint64_t file_bytes;
   uint64_t bytes_per_token; /* weight bytes that one greedy token reads */
   uint64_t macs_per_token;  /* multiply-accumulates of one token in the layers, attention apart */
@@ -81,17 +102,39 @@ PSLM_API pslm_status pslm_model_view(const void* data, size_t bytes, pslm_model*
                                      pslm_error error);
 PSLM_API void pslm_model_close(pslm_model* model);
 PSLM_API pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info);
-/* Layers may differ in width: the KV heads of one, 0 where there is no such layer. */
-PSLM_API uint32_t pslm_layer_kv_heads(const pslm_model* model, uint32_t layer);
+/* What a session keeps of its tokens: keys and values (PSLM_STATE_KV: KV heads, head size, and the
+ * window or 0) or the last columns of a convolution (PSLM_STATE_CONV: width, taps, 0). */
+enum { PSLM_STATE_KV = 1, PSLM_STATE_CONV = 2 };
+typedef struct {
+  uint32_t kind, sizes[3];
+} pslm_state_info;
+PSLM_API pslm_status pslm_model_state(const pslm_model* model, uint32_t index,
+                                      pslm_state_info* info);
 /* An opaque section of the file, such as the tokenizer; null and 0 where the file has none. */
 PSLM_API const void* pslm_model_blob(const pslm_model* model, uint32_t role, size_t* bytes);
+
+/* The tokenizer that export packed into the file, an error where it packed none. The model must
+ * outlive it. It holds no state: any number of threads may use one at once. */
+PSLM_API pslm_status pslm_tokenizer_open(const pslm_model* model, pslm_tokenizer** tokenizer,
+                                         pslm_error error);
+PSLM_API void pslm_tokenizer_close(pslm_tokenizer* tokenizer);
+/* UTF-8 to tokens; `flags` are PSLM_TEXT_ values. `count` becomes the number of tokens. Where they
+ * are more than `capacity`, none is written, which is an error unless `capacity` is 0. */
+PSLM_API pslm_status pslm_encode(const pslm_tokenizer* tokenizer, const char* text, size_t bytes,
+                                 uint32_t flags, int32_t* tokens, size_t capacity, size_t* count,
+                                 pslm_error error);
+/* Tokens to text, to which special ones add nothing; `bytes` and `capacity` as above. A character
+ * may end in a later token, so text by the token is to be joined before it is read as UTF-8. */
+PSLM_API pslm_status pslm_decode(const pslm_tokenizer* tokenizer, const int32_t* tokens,
+                                 size_t count, uint32_t flags, char* text, size_t capacity,
+                                 size_t* bytes, pslm_error error);
 
 /* The model must outlive the session. */
 PSLM_API pslm_status pslm_session_open(const pslm_model* model, const pslm_options* options,
                                        pslm_session** session, pslm_error error);
 PSLM_API void pslm_session_close(pslm_session* session);
 /* For a session of PSLM_KV_CALLER, before its first call and whenever the memory or what it holds
- * is another: `tensors` are keys and values of each layer in turn, fp16
+ * is another: `tensors` are keys and values of each KV state in turn, fp16
  * [kv_heads][positions][head_dim], whose first `length` positions this library has filled. How they
  * lie inside is private; the context is `positions`, rounded down to a multiple of 16. */
 PSLM_API pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t count,
@@ -108,8 +151,10 @@ PSLM_API pslm_status pslm_set_updates(pslm_session* session, const pslm_update* 
                                       size_t count, pslm_error error);
 PSLM_API pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info);
 
-/* Appends `count` tokens to the context. `logits` receives vocab_size floats (LAST) or
- * count * vocab_size (ALL); `capacity` is its size in floats. A failing call changes nothing. */
+/* Appends `count` tokens to the context. `logits` receives output_size floats (LAST) or
+ * count * output_size (ALL); `capacity` is its size in floats. A failing call changes nothing.
+ * Where attention is bidirectional, the tokens are a text of their own, and the length is 0 again
+ * after the call. */
 PSLM_API pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t count,
                                   pslm_logits which, float* logits, size_t capacity,
                                   pslm_error error);
@@ -135,11 +180,13 @@ PSLM_API pslm_status pslm_set_profiling(pslm_session* session, uint32_t on);
 PSLM_API pslm_status pslm_read_times(const pslm_session* session, pslm_times* times);
 
 PSLM_API size_t pslm_length(const pslm_session* session);
-/* Forgets all positions from `length` on. */
+/* Forgets all positions from `length` on: 0, or from pslm_rewind_limit() to the length now. What a
+ * window or a convolution no longer holds cannot be had back: other lengths are an error. */
 PSLM_API pslm_status pslm_truncate(pslm_session* session, size_t length);
+PSLM_API size_t pslm_rewind_limit(const pslm_session* session);
 
-/* Keys and values of the first `count` positions in one buffer, for prefix caches. The layout is
- * private to one version, KV type and model. */
+/* The state after the first `count` positions in one buffer, for prefix caches; count as in
+ * pslm_truncate. The layout is private to one version, KV type and model. */
 PSLM_API size_t pslm_kv_bytes(const pslm_session* session, size_t count);
 PSLM_API pslm_status pslm_kv_save(const pslm_session* session, size_t count, void* buffer,
                                   size_t capacity);

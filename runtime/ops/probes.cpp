@@ -50,8 +50,8 @@ pslm_status pslm_matmul(const char* isa, uint32_t kind, const void* packed, size
   if (!kernels) return fail(error, PSLM_ERROR_ISA, "kernel path is unknown or not supported");
   try {
     const size_t padded = round_up(rows, kBlockRows);
-    Panel panel(count, round_up(cols, kGroup));
-    panel.describe(count, cols, activations);
+    Panel memory(count, round_up(cols, kGroup));
+    const PanelView panel{&memory, count, cols, activations};
     std::vector<float> outputs(kMaxTile * padded);
     for (size_t t = 0; t < count;) {
       const size_t tile = tile_size(count - t);

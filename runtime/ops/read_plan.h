@@ -5,22 +5,19 @@
 #include <vector>
 
 #include "kernels.h"
-#include "model_file.h"
+#include "program.h"
 #include "thread_pool.h"
 
 namespace pocketslm {
 
-// Phases of a pass: per layer Q/K/V, attention and output, gate and up, down; then the head.
-constexpr size_t kLayerPhases = 4;
-
 class ReadPlan {
  public:
   // For the shares that the pool gives this member; the reader starts anew.
-  void build(const ModelFile& model, const ThreadPool& pool, unsigned member);
+  void build(const Program& program, const ThreadPool& pool, unsigned member);
 
-  // Puts the reader where this phase needs it: work taken from other threads, or by them, and
-  // prompt batches leave it too far ahead or behind.
-  void start(size_t phase);
+  // Puts the reader where this step of the program needs it: work taken from other threads, or by
+  // them, and prompt batches leave it too far ahead or behind.
+  void start(size_t step);
   // The same for the head where all of a split matrix is read, not only its high nibbles.
   void start_whole_head();
   // The pass is over.
@@ -31,9 +28,9 @@ class ReadPlan {
  private:
   void seek(const ReadSpan& span, uint64_t now);
 
-  std::vector<ReadSpan> spans_;                      // the whole head, then the ring
-  std::vector<std::pair<size_t, uint64_t>> phases_;  // first span, lines before it in a pass
-  uint64_t base_ = 0, pass_end_ = 0;                 // lines before this pass and the next
+  std::vector<ReadSpan> spans_;                     // the whole head, then the ring
+  std::vector<std::pair<size_t, uint64_t>> steps_;  // first span, lines before it in a pass
+  uint64_t base_ = 0, pass_end_ = 0;                // lines before this pass and the next
   uint64_t pass_lines_ = 0;
 };
 

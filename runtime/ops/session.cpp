@@ -3,17 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "half.h"
 
 namespace pocketslm {
 namespace {
-
-size_t widest(const ModelFile& m) {
-  return std::max({size_t{m.config.hidden_size}, m.query_width(),
-                   size_t{m.config.intermediate_size}});
-}
 
 // One row of a packed matrix, for the embedding.
 void dequantize_row(const Matrix& w, size_t row, float* out) {
@@ -61,60 +55,73 @@ void dequantize_row(const Matrix& w, size_t row, float* out) {
 Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
                  pslm_kv_type kv_type, unsigned threads, bool pin)
     : model_(model),
+      program_(model.program),
       kernels_(kernels),
+      batch_(std::min(program_.bidirectional ? kMaxWhole : kBatch, context)),
       context_(kv_type == PSLM_KV_CALLER ? 0 : context),
-      cache_(model, kernels, context, kv_type),
+      states_(program_, kernels, context, kv_type, batch_),
       members_(threads),
       pool_(threads, pin) {
-  const FileHeader& c = model.config;
-  const size_t batch = std::min(kBatch, context);
-  x_ = Buffer<float>(batch * c.hidden_size);
-  normed_ = Buffer<float>(batch * c.hidden_size);
-  q_ = Buffer<float>(batch * model.query_width());
-  k_ = Buffer<float>(batch * model.kv_width());
-  v_ = Buffer<float>(batch * model.kv_width());
-  attended_ = Buffer<float>(batch * model.query_width());
-  hidden_ = Buffer<float>(batch * c.intermediate_size);
-  cosines_ = Buffer<float>(batch * c.rope_dim / 2);
-  sines_ = Buffer<float>(batch * c.rope_dim / 2);
-  panel_ = Panel(batch, std::max(size_t{c.hidden_size}, model.query_width()));
-  hidden_panel_ = Panel(batch, c.intermediate_size);
-  piece_out_ = Buffer<float>(c.heads * kMaxSpans * c.head_dim);
-  piece_maximum_ = Buffer<float>(c.heads * kMaxSpans);
-  piece_weight_ = Buffer<float>(c.heads * kMaxSpans);
-  for (Member& member : members_) {
-    member.normed = Buffer<float>(widest(model));
-    member.panel = Panel(1, widest(model));
-    member.outputs = Buffer<float>(2 * kMaxTile * kScratchBlocks * kBlockRows);
-    member.queries = Buffer<float>(kMaxQueryRows * c.head_dim);
-    member.attended = Buffer<float>(kMaxQueryRows * c.head_dim);
+  const size_t hidden_size = program_.hidden_size;
+  for (size_t i = 0; i < kBuffers; ++i)
+    buffers_[i] = Buffer<float>(batch_ * program_.widths[i]);
+  normed_ = Buffer<float>(batch_ * hidden_size);
+  for (const Step& step : program_.steps)
+    if (step.code == Code::project_add && step.norm.kind != NormKind::none && !projected_.bytes())
+      projected_ = Buffer<float>(batch_ * hidden_size);
+  for (const Rotary& rotary : program_.rotaries) {
+    cosines_.emplace_back(batch_ * rotary.half);
+    sines_.emplace_back(batch_ * rotary.half);
   }
-  for (unsigned m = 0; m < threads; ++m) members_[m].plan.build(model, pool_, m);
+  panel_ = Panel(batch_, std::max(hidden_size, program_.width(BufferId::attended)));
+  hidden_panel_ = Panel(batch_, program_.width(BufferId::hidden));
+  const size_t pieces = program_.widest_heads * kMaxSpans;
+  piece_out_ = Buffer<float>(pieces * program_.widest_head_dim);
+  piece_maximum_ = Buffer<float>(pieces);
+  piece_weight_ = Buffer<float>(pieces);
+  for (Member& member : members_) {
+    member.normed = Buffer<float>(program_.widest());
+    member.panel = Panel(1, program_.widest());
+    member.outputs = Buffer<float>(2 * kMaxTile * kScratchBlocks * kBlockRows);
+    member.queries = Buffer<float>(kMaxQueryRows * program_.widest_head_dim);
+    member.attended = Buffer<float>(kMaxQueryRows * program_.widest_head_dim);
+  }
+  for (unsigned m = 0; m < threads; ++m) members_[m].plan.build(program_, pool_, m);
   work_.resize(threads);
-  if (head_matrix().kind == WeightKind::q8_split) {
-    highest_ = Buffer<float>(head_matrix().blocks());
+  if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
+    highest_ = Buffer<float>(head->blocks());
     for (Member& member : members_) {
-      member.screen.corrections.resize(c.hidden_size / kGroup);
-      member.screen.energies.resize(c.hidden_size / kGroup);
+      member.screen.corrections.resize(hidden_size / kGroup);
+      member.screen.energies.resize(hidden_size / kGroup);
     }
   }
 }
 
-void Session::bind_cache(void* const* places, size_t positions) {
-  cache_.bind(places, positions);
-  context_ = std::min<size_t>(positions / kPositionBlock * kPositionBlock,
-                              model_.config.max_context);
-  length_ = 0;
+void Session::bind_cache(void* const* places, size_t positions, size_t length) {
+  states_.bind(places, positions);
+  context_ = context_of(positions);
+  length_ = length;
+}
+
+void Session::truncate(size_t length) {
+  if (!length) states_.forget();
+  length_ = length;
+}
+
+void Session::restore(size_t count, const uint8_t* in) {
+  states_.restore(count, in);
+  length_ = count;
 }
 
 void Session::forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits) {
+  trust_logits();
   for (size_t done = 0; done < count;) {
-    const size_t part = std::min(kBatch, count - done);
+    const size_t part = std::min(batch_, count - done);
     Head head = Head::none;
     if (which == PSLM_LOGITS_ALL) head = Head::all_logits;
     if (which == PSLM_LOGITS_LAST && done + part == count) head = Head::last_logits;
     run(tokens + done, part, head, logits);
-    if (which == PSLM_LOGITS_ALL) logits += part * model_.config.vocab_size;
+    if (which == PSLM_LOGITS_ALL) logits += part * model_.output_size();
     done += part;
   }
 }
@@ -122,26 +129,38 @@ void Session::forward(const int32_t* tokens, size_t count, pslm_logits which, fl
 void Session::run(const int32_t* tokens, size_t count, Head head, float* logits) {
   count_ = count;
   clock_.start(count);
-  prepare_rotation(count);
-  for (size_t t = 0; t < count; ++t)
-    dequantize_row(model_.embedding, static_cast<size_t>(tokens[t]),
-                   &x_[t * model_.config.hidden_size]);
-  if (count == 1) {
-    // Enough spans to keep every thread busy, few enough that joining them stays cheap.
-    const size_t wanted = (length_ + 1) / (8 * pool_.size());
-    span_ = round_up(std::max<size_t>(wanted, 64), kPositionBlock);
-    span_ = std::max(span_, round_up((length_ + kMaxSpans) / kMaxSpans, kPositionBlock));
-    spans_ = (length_ + span_) / span_;
-  }
-  clock_.mark(&pslm_times::embedding_ns);
+  prepare_rotation();
+  embed(tokens);
+  clock_.mark(program_.embed().counter);
+  const size_t last = program_.steps.size() - 1;
   auto region = [&](unsigned m) {
-    for (size_t i = 0; i < model_.layers.size(); ++i) layer(m, model_.layers[i], i);
+    for (size_t i = 1; i < last; ++i) run_step(m, i);
     if (head != Head::none) run_head(m, head, logits);
     members_[m].plan.finish();
   };
   pool_.run(region);
   length_ += count;
+  states_.advance(length_);
+  if (program_.bidirectional) truncate(0);
   if (count == 1) balance();
+}
+
+void Session::run_step(unsigned m, size_t index) {
+  static const StepUpdates kNoUpdates{};
+  const Step& step = program_.steps[index];
+  const StepUpdates& updates = updates_.empty() ? kNoUpdates : updates_[index];
+  members_[m].plan.start(index);
+  switch (step.code) {
+    case Code::norm: normalize_buffer(m, step); break;
+    case Code::project: project(m, step, updates); break;
+    case Code::attend: attend(m, step); break;
+    case Code::project_add: add_projection(m, step, updates); break;
+    case Code::gated: gated(m, step, updates); break;
+    case Code::short_conv: short_conv(m, step); break;
+    case Code::embed:
+    case Code::head: break;  // not among the steps in between
+  }
+  mark(m, step.counter);
 }
 
 // Decoding is bound by memory, which cores share unevenly: each gets the part that it can read in
@@ -149,68 +168,117 @@ void Session::run(const int32_t* tokens, size_t count, Head head, float* logits)
 void Session::balance() {
   for (unsigned m = 0; m < threads(); ++m) work_[m] = members_[m].read_bytes;
   if (pool_.balance(work_))
-    for (unsigned m = 0; m < threads(); ++m) members_[m].plan.build(model_, pool_, m);
+    for (unsigned m = 0; m < threads(); ++m) members_[m].plan.build(program_, pool_, m);
   for (Member& member : members_) member.read_bytes = 0;
 }
 
-void Session::prepare_rotation(size_t count) {
-  const size_t half = model_.config.rope_dim / 2;
-  for (size_t t = 0; t < count; ++t)
-    for (size_t i = 0; i < half; ++i) {
-      const double angle =
-          static_cast<double>(length_ + t) * static_cast<double>(model_.rope_frequencies[i]);
-      cosines_[t * half + i] = static_cast<float>(std::cos(angle)) * model_.config.rope_scale;
-      sines_[t * half + i] = static_cast<float>(std::sin(angle)) * model_.config.rope_scale;
-    }
+void Session::embed(const int32_t* tokens) {
+  const Step& step = program_.embed();
+  const size_t n = program_.hidden_size;
+  for (size_t t = 0; t < count_; ++t) {
+    float* row = buffer(BufferId::residual) + t * n;
+    dequantize_row(*step.w[0], static_cast<size_t>(tokens[t]), row);
+    if (step.scale != 1.0f)
+      for (size_t i = 0; i < n; ++i) row[i] *= step.scale;
+    if (!step.w[1]) continue;
+    float* position = members_[0].normed.data();
+    dequantize_row(*step.w[1], length_ + t, position);
+    for (size_t i = 0; i < n; ++i) row[i] += position[i];
+  }
 }
 
-// RMSNorm and quantization of one row of x, by each thread for itself.
-const Panel& Session::normalized_row(unsigned m, const float* x, const float* weight) {
-  const size_t n = model_.config.hidden_size;
-  Member& member = members_[m];
-  kernels_.rms_norm(x, weight, n, model_.config.rms_eps, member.normed.data());
-  member.panel.describe(1, n, member.normed.data());
-  kernels_.quantize(member.normed.data(), n / kGroup, member.panel.row(0, 0, 0));
-  return member.panel;
+void Session::prepare_rotation() {
+  for (size_t r = 0; r < program_.rotaries.size(); ++r) {
+    const auto& [frequencies, half, factor] = program_.rotaries[r];
+    for (size_t t = 0; t < count_; ++t)
+      for (size_t i = 0; i < half; ++i) {
+        const double angle =
+            static_cast<double>(length_ + t) * static_cast<double>(frequencies[i]);
+        cosines_[r][t * half + i] = static_cast<float>(std::cos(angle)) * factor;
+        sines_[r][t * half + i] = static_cast<float>(std::sin(angle)) * factor;
+      }
+  }
 }
 
-// The same for all of x. One token is cheaper to do again in each thread than to share; a batch is
-// shared out by tiles.
-const Panel& Session::normalized(unsigned m, const float* weight) {
-  if (count_ == 1) return normalized_row(m, x_.data(), weight);
-  const size_t n = model_.config.hidden_size;
-  const float eps = model_.config.rms_eps;
-  if (m == 0) panel_.describe(count_, n, normed_.data());
-  barrier(m);
-  share(m, (count_ + kMaxTile - 1) / kMaxTile, 1, [&](size_t begin, size_t end) {
+void Session::apply(const Norm& norm, const float* x, size_t n, float* out) const {
+  if (norm.kind == NormKind::rms) kernels_.rms_norm(x, norm.weight, n, norm.eps, out);
+  if (norm.kind == NormKind::layer)
+    kernels_.layer_norm(x, norm.weight, norm.bias, n, norm.eps, out);
+}
+
+// The rows of `width` in quantized form, each made ready by prepare(token) before. One token is
+// cheaper to do again in each thread than to share; a batch is shared out by tiles.
+template <typename Prepare>
+PanelView Session::quantized(unsigned m, Panel& panel, const float* rows, size_t width,
+                             Prepare&& prepare) {
+  const PanelView view{count_ == 1 ? &members_[m].panel : &panel, count_, width, rows};
+  const auto fill = [&](size_t begin, size_t end) {
     for (size_t t = begin * kMaxTile; t < std::min(end * kMaxTile, count_);) {
       const size_t tile = tile_size(count_ - t);
       for (size_t i = 0; i < tile; ++i) {
-        float* row = &normed_[(t + i) * n];
-        kernels_.rms_norm(&x_[(t + i) * n], weight, n, eps, row);
-        kernels_.quantize(row, n / kGroup, panel_.row(t, i, 0));
+        prepare(t + i);
+        kernels_.quantize(rows + (t + i) * width, width / kGroup, view.row(t, i, 0));
       }
       t += tile;
     }
-  });
-  return panel_;
+  };
+  count_ == 1 ? fill(0, 1) : share(m, (count_ + kMaxTile - 1) / kMaxTile, 1, fill);
+  return view;
 }
 
-void Session::set_updates(std::vector<LayerUpdates> updates) {
+// Normalization and quantization of one row of the residual stream, by each thread for itself.
+PanelView Session::normalized_row(unsigned m, const Norm& norm, const float* x) {
+  const size_t n = program_.hidden_size;
+  Member& member = members_[m];
+  const float* row = norm.kind == NormKind::none ? x : member.normed.data();
+  apply(norm, x, n, member.normed.data());
+  const PanelView view{&member.panel, 1, n, row};
+  kernels_.quantize(row, n / kGroup, view.row(0, 0, 0));
+  return view;
+}
+
+// The same for all of it.
+PanelView Session::normalized(unsigned m, const Norm& norm) {
+  const size_t n = program_.hidden_size;
+  const float* x = buffer(BufferId::residual);
+  if (count_ == 1) return normalized_row(m, norm, x);
+  const float* rows = norm.kind == NormKind::none ? x : normed_.data();
+  return quantized(m, panel_, rows, n,
+                   [&](size_t t) { apply(norm, x + t * n, n, &normed_[t * n]); });
+}
+
+// A buffer in place, group by group.
+void Session::normalize_buffer(unsigned m, const Step& step) {
+  const size_t groups = step.width / step.group, total = count_ * groups;
+  float* values = buffer(step.buffer);
+  share(m, total, (total + 4 * threads() - 1) / (4 * threads()), [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      float* group = values + i * step.group;
+      apply(step.norm, group, step.group, group);
+    }
+  });
+}
+
+void Session::set_updates(std::vector<StepUpdates> updates) {
   size_t widest = 0;
-  for (const LayerUpdates& u : updates)
-    widest = std::max({widest, u.query.rank + u.key.rank + u.value.rank, u.output.rank,
-                       u.gate.rank + u.up.rank, u.down.rank});
-  lowered_.assign(widest * kBatch, 0.0f);
+  updates_hidden_ = false;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    const auto& [first, second, third] = updates[i].of;
+    widest = std::max(widest, first.rank + second.rank + third.rank);
+    const Step& step = program_.steps[i];
+    updates_hidden_ |=
+        step.code == Code::project_add && step.buffer == BufferId::hidden && first.rank;
+  }
+  lowered_.assign(widest * batch_, 0.0f);
   for (Member& member : members_) member.lowered.assign(widest, 0.0f);
   updates_ = std::move(updates);
-  length_ = 0;
+  truncate(0);
 }
 
 // What updates make of the input that they read: [token][update][rank], null where there is none.
 // One token is cheaper to do again in each thread than to share.
 const float* Session::lower(unsigned m, std::initializer_list<const LowRank*> updates,
-                            const Panel& panel) {
+                            const PanelView& panel) {
   size_t width = 0;
   for (const LowRank* update : updates) width += update->rank;
   if (!width) return nullptr;
@@ -228,109 +296,185 @@ const float* Session::lower(unsigned m, std::initializer_list<const LowRank*> up
   return out;
 }
 
-// x += w * panel
-void Session::add_projection(unsigned m, const Matrix& w, const Panel& panel,
-                             const LowRank& update) {
-  const float* low = lower(m, {&update}, panel);
-  project(m, w, panel, [&](size_t t, size_t tokens, size_t b, size_t blocks, const float* y) {
-    const size_t width = blocks * kBlockRows;
-    for (size_t i = 0; i < tokens; ++i) {
-      float* x = &x_[(t + i) * w.rows + b * kBlockRows];
-      for (size_t j = 0; j < width; ++j) x[j] += y[i * width + j];
-      if (low) update.add(low + (t + i) * update.rank, b * kBlockRows, width, x);
+void Session::project(unsigned m, const Step& step, const StepUpdates& updates) {
+  const auto& [query, key, value] = updates.of;
+  const PanelView input = normalized(m, step.norm);
+  float* const outputs[] = {buffer(BufferId::query), buffer(BufferId::key),
+                            buffer(BufferId::value)};
+  const float* low = lower(m, {&query, &key, &value}, input);
+  const size_t ranks = query.rank + key.rank + value.rank;
+  size_t total = 0;
+  for (const Matrix* w : step.w) total += w ? w->blocks() : 0;
+  share_weights(m, total, step.w[0]->block_bytes, [&](size_t begin, size_t end) {
+    size_t first = 0, rank = 0;
+    for (size_t part = 0; part < 3 && step.w[part]; ++part) {
+      const Matrix& w = *step.w[part];
+      const LowRank& update = updates.of[part];
+      const float* bias = step.bias[part];
+      const size_t last = first + w.blocks();
+      const size_t from = std::max(begin, first), to = std::min(end, last);
+      if (from < to)
+        multiply_blocks(
+            m, w, input, from - first, to - first,
+            [&](size_t t, size_t tokens, size_t b, size_t blocks, const float* y) {
+              const size_t width = blocks * kBlockRows;
+              for (size_t i = 0; i < tokens; ++i) {
+                float* out = outputs[part] + (t + i) * w.rows + b * kBlockRows;
+                for (size_t j = 0; j < width; ++j)
+                  out[j] = y[i * width + j] + (bias ? bias[b * kBlockRows + j] : 0.0f);
+                if (low) update.add(low + (t + i) * ranks + rank, b * kBlockRows, width, out);
+              }
+            });
+      first = last, rank += update.rank;
     }
   });
 }
 
-void Session::layer(unsigned m, const Layer& layer, size_t index) {
-  static const LayerUpdates kNone{};
-  const LayerUpdates& updates = updates_.empty() ? kNone : updates_[index];
-  members_[m].plan.start(index * kLayerPhases);
-  // Nobody reads it between here and the barriers before it is filled.
-  if (m == 0) hidden_panel_.describe(count_, layer.intermediate_size, hidden_.data());
-  const Panel& attention_input = normalized(m, layer.attention_norm);
-  struct Part {
-    const Matrix& w;
-    const float* bias;
-    float* out;
-    const LowRank& update;
-  };
-  const Part parts[] = {{layer.query, layer.query_bias, q_.data(), updates.query},
-                        {layer.key, layer.key_bias, k_.data(), updates.key},
-                        {layer.value, layer.value_bias, v_.data(), updates.value}};
-  const float* low = lower(m, {&updates.query, &updates.key, &updates.value}, attention_input);
-  const size_t ranks = updates.query.rank + updates.key.rank + updates.value.rank;
-  const size_t total = layer.query.blocks() + layer.key.blocks() + layer.value.blocks();
-  share_weights(m, total, layer.query.block_bytes, [&](size_t begin, size_t end) {
-    size_t first = 0, rank = 0;
-    for (const Part& part : parts) {
-      const size_t last = first + part.w.blocks();
-      const size_t from = std::max(begin, first), to = std::min(end, last);
-      if (from < to)
-        project_blocks(
-            m, part.w, attention_input, from - first, to - first,
-            [&](size_t t, size_t tokens, size_t b, size_t blocks, const float* y) {
-              const size_t width = blocks * kBlockRows;
-              for (size_t i = 0; i < tokens; ++i) {
-                float* out = part.out + (t + i) * part.w.rows + b * kBlockRows;
-                for (size_t j = 0; j < width; ++j)
-                  out[j] = y[i * width + j] + (part.bias ? part.bias[b * kBlockRows + j] : 0.0f);
-                if (low)
-                  part.update.add(low + (t + i) * ranks + rank, b * kBlockRows, width, out);
-              }
-            });
-      first = last, rank += part.update.rank;
+// The quantized form of attended or hidden.
+PanelView Session::product_input(unsigned m, const Step& step) {
+  const size_t width = step.w[0]->cols;
+  const float* rows = buffer(step.buffer);
+  if (step.buffer == BufferId::hidden) {
+    if (step.source != kNone) return {&hidden_panel_, count_, width, rows};
+    return quantized(m, hidden_panel_, rows, width, [](size_t) {});
+  }
+  if (count_ > 1 || step.source == kNone)
+    return quantized(m, panel_, rows, width, [](size_t) {});
+  const Step& source = program_.steps[step.source];
+  float* joined = members_[m].normed.data();
+  const Spans spans = spans_of(source);
+  for (size_t head = 0; head < source.heads; ++head)
+    join(source, spans, head, joined + head * source.head_dim);
+  return quantized(m, panel_, joined, width, [](size_t) {});
+}
+
+// residual += scale * norm(w * input + bias)
+void Session::add_projection(unsigned m, const Step& step, const StepUpdates& updates) {
+  const Matrix& w = *step.w[0];
+  const LowRank& update = updates.of[0];
+  const float* bias = step.bias[0];
+  const PanelView input = product_input(m, step);
+  const float* low = lower(m, {&update}, input);
+  float* residual = buffer(BufferId::residual);
+  const bool normed = step.norm.kind != NormKind::none;
+  if (!normed && !bias && step.scale == 1.0f) {
+    multiply(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, const float* y) {
+      const size_t width = blocks * kBlockRows;
+      for (size_t i = 0; i < tokens; ++i) {
+        float* x = residual + (t + i) * w.rows + b * kBlockRows;
+        for (size_t j = 0; j < width; ++j) x[j] += y[i * width + j];
+        if (low) update.add(low + (t + i) * update.rank, b * kBlockRows, width, x);
+      }
+    });
+    return;
+  }
+  multiply(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, float* y) {
+    const size_t width = blocks * kBlockRows, first = b * kBlockRows;
+    for (size_t i = 0; i < tokens; ++i) {
+      float* row = y + i * width;
+      for (size_t j = 0; bias && j < width; ++j) row[j] += bias[first + j];
+      if (low) update.add(low + (t + i) * update.rank, first, width, row);
+      if (normed) {
+        std::memcpy(&projected_[(t + i) * w.rows + first], row, width * sizeof(float));
+        continue;
+      }
+      float* x = residual + (t + i) * w.rows + first;
+      for (size_t j = 0; j < width; ++j) x[j] += step.scale * row[j];
     }
   });
+  if (!normed) return;
+  share(m, count_, 1, [&](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t) {
+      float* row = &projected_[t * w.rows];
+      apply(step.norm, row, w.rows, row);
+      for (size_t j = 0; j < w.rows; ++j) residual[t * w.rows + j] += step.scale * row[j];
+    }
+  });
+}
 
-  mark(m, &pslm_times::qkv_ns);
-  members_[m].plan.start(index * kLayerPhases + 1);
-  count_ == 1 ? attend_one(m, index) : attend_many(m, index);
-  mark(m, &pslm_times::attention_ns);
-  add_projection(m, layer.output, attention_output(m, layer), updates.output);
-  mark(m, &pslm_times::output_ns);
-
-  members_[m].plan.start(index * kLayerPhases + 2);
-  const Panel& mlp_input = normalized(m, layer.mlp_norm);
-  const bool want_floats = !is_quantized(layer.down.kind) || updates.down.rank;
-  const float* mlp_low = lower(m, {&updates.gate, &updates.up}, mlp_input);
-  const size_t mlp_ranks = updates.gate.rank + updates.up.rank;
-  const size_t units = layer.intermediate_size / kGroup;
-  const size_t unit_bytes = 2 * (layer.gate.block_bytes + layer.up.block_bytes);
-  share_weights(m, units, unit_bytes, [&](size_t begin, size_t end) {
+void Session::gated(unsigned m, const Step& step, const StepUpdates& updates) {
+  const LowRank &gate_update = updates.of[0], &up_update = updates.of[1];
+  const PanelView input = normalized(m, step.norm);
+  const PanelView hidden{&hidden_panel_, count_, step.width, buffer(BufferId::hidden)};
+  const bool want_floats = step.keeps_floats || updates_hidden_;
+  const float* low = lower(m, {&gate_update, &up_update}, input);
+  const size_t ranks = gate_update.rank + up_update.rank;
+  const bool has_gate = step.w[0];
+  size_t unit_bytes = 0;
+  for (const Matrix* w : {step.w[0], step.w[1]}) unit_bytes += w ? 2 * w->block_bytes : 0;
+  const size_t activation = static_cast<size_t>(step.activation);
+  share_weights(m, step.width / kGroup, unit_bytes, [&](size_t begin, size_t end) {
     Member& member = members_[m];
     float* gate = member.outputs.data();
     float* up = gate + kMaxTile * kGroup;
-    const MatmulFunction gate_matmul = kernels_.matmul[static_cast<size_t>(layer.gate.kind)];
-    const MatmulFunction up_matmul = kernels_.matmul[static_cast<size_t>(layer.up.kind)];
     for (size_t unit = begin; unit < end; ++unit)
       for (size_t t = 0; t < count_;) {
-        ActivationTile tile = mlp_input.tile(t);
+        ActivationTile tile = input.tile(t);
         if (t == 0) tile.ahead = &member.plan.ahead;
-        gate_matmul(layer.gate.data + unit * 2 * layer.gate.block_bytes, 2, layer.gate.cols, tile,
-                    gate, kGroup);
-        up_matmul(layer.up.data + unit * 2 * layer.up.block_bytes, 2, layer.up.cols, tile, up,
-                  kGroup);
-        for (size_t i = 0; mlp_low && i < tile.tokens; ++i) {
-          const float* row = mlp_low + (t + i) * mlp_ranks;
-          updates.gate.add(row, unit * kGroup, kGroup, gate + i * kGroup);
-          updates.up.add(row + updates.gate.rank, unit * kGroup, kGroup, up + i * kGroup);
+        float* out = gate;
+        for (size_t k = has_gate ? 0 : 1; k < 2; ++k, out = up) {
+          const Matrix& w = *step.w[k];
+          if (!has_gate) out = up;
+          kernels_.matmul[static_cast<size_t>(w.kind)](w.data + unit * 2 * w.block_bytes, 2,
+                                                       w.cols, tile, out, kGroup);
+          if (const float* bias = step.bias[k])
+            for (size_t i = 0; i < tile.tokens * kGroup; ++i)
+              out[i] += bias[unit * kGroup + i % kGroup];
         }
-        kernels_.silu_mul(gate, up, tile.tokens * kGroup, gate);
+        for (size_t i = 0; low && i < tile.tokens; ++i) {
+          const float* row = low + (t + i) * ranks;
+          if (has_gate) gate_update.add(row, unit * kGroup, kGroup, gate + i * kGroup);
+          up_update.add(row + gate_update.rank, unit * kGroup, kGroup, up + i * kGroup);
+        }
+        if (has_gate)
+          kernels_.gated[activation](gate, up, tile.tokens * kGroup, gate);
+        else
+          kernels_.activate[activation](up, tile.tokens * kGroup, gate);
         for (size_t i = 0; i < tile.tokens; ++i) {
           const float* row = gate + i * kGroup;
-          kernels_.quantize(row, 1, hidden_panel_.row(t, i, unit));
+          kernels_.quantize(row, 1, hidden.row(t, i, unit));
           if (want_floats)
-            std::memcpy(&hidden_[(t + i) * layer.intermediate_size + unit * kGroup], row,
+            std::memcpy(buffer(BufferId::hidden) + (t + i) * step.width + unit * kGroup, row,
                         kGroup * sizeof(float));
         }
         t += tile.tokens;
       }
   });
-  mark(m, &pslm_times::gate_up_ns);
-  members_[m].plan.start(index * kLayerPhases + 3);
-  add_projection(m, layer.down, hidden_panel_, updates.down);
-  mark(m, &pslm_times::down_ns);
+}
+
+// Channels are shared out; each goes through the tokens in order.
+void Session::short_conv(unsigned m, const Step& step) {
+  const size_t width = step.width, taps = step.tap_count, kept = taps - 1;
+  float* b = buffer(BufferId::query);
+  const float* c = buffer(BufferId::key);
+  const float* x = buffer(BufferId::value);
+  float* out = buffer(BufferId::attended);
+  float* columns = states_.columns(step.state);
+  share(m, width / kGroup, 1, [&](size_t begin, size_t end) {
+    const size_t from = begin * kGroup, to = end * kGroup;
+    for (size_t k = 0; length_ == 0 && k < kept; ++k)
+      std::fill(columns + k * width + from, columns + k * width + to, 0.0f);
+    for (size_t t = 0; t < count_; ++t)
+      for (size_t i = from; i < to; ++i) b[t * width + i] *= x[t * width + i];
+    // The products of this token and the ones before it, the oldest first.
+    const auto row = [&](size_t t, size_t k) {
+      const size_t at = t + k;  // counted from the oldest column that is kept
+      return at < kept ? columns + at * width : b + (at - kept) * width;
+    };
+    for (size_t t = 0; t < count_; ++t) {
+      float* y = out + t * width;
+      for (size_t i = from; i < to; ++i) y[i] = step.bias[0] ? step.bias[0][i] : 0.0f;
+      for (size_t k = 0; k < taps; ++k) {
+        const float* product = row(t, k);
+        for (size_t i = from; i < to; ++i) y[i] += step.taps[i * taps + k] * product[i];
+      }
+      for (size_t i = from; i < to; ++i) y[i] *= c[t * width + i];
+    }
+    for (size_t k = 0; k < kept; ++k) {
+      const float* product = row(count_, k);
+      std::copy(product + from, product + to, columns + k * width + from);
+    }
+  });
 }
 
 }  // namespace pocketslm

@@ -1,4 +1,4 @@
-// A context that grows: the forward pass over a model file, its buffers and its KV cache.
+// A context that grows: a model file's program run over tokens, its buffers and its state.
 #pragma once
 
 #include <algorithm>
@@ -7,16 +7,17 @@
 
 #include "buffers.h"
 #include "kernels.h"
-#include "kv_cache.h"
 #include "low_rank.h"
 #include "model_file.h"
 #include "operator_clock.h"
 #include "read_plan.h"
+#include "state.h"
 #include "thread_pool.h"
 
 namespace pocketslm {
 
 constexpr size_t kBatch = 256;         // tokens of a prompt that go through a layer together
+constexpr size_t kMaxWhole = 8192;     // the same where each of them sees all others
 constexpr size_t kScratchBlocks = 16;  // blocks of 16 outputs that a matmul call may fill
 constexpr size_t kMaxSpans = 64;       // pieces that attention of one token is cut into
 
@@ -51,18 +52,29 @@ class Session {
 
   const ModelFile& model() const { return model_; }
   const Kernels& kernels() const { return kernels_; }
-  KvCache& cache() { return cache_; }
-  const KvCache& cache() const { return cache_; }
+  const States& states() const { return states_; }
   OperatorClock& clock() { return clock_; }
   const OperatorClock& clock() const { return clock_; }
   unsigned threads() const { return pool_.size(); }
   size_t context() const { return context_; }
   size_t length() const { return length_; }
-  void set_length(size_t length) { length_ = length; }
-  // PSLM_KV_CALLER: see pslm_bind_cache.
-  void bind_cache(void* const* places, size_t positions);
-  // One entry a layer, or none; what is in the context came of other weights and is forgotten.
-  void set_updates(std::vector<LayerUpdates> updates);
+  // The smallest length above 0 that truncate() accepts.
+  size_t rewind_limit() const { return states_.rewind_limit(length_); }
+  bool can_rewind(size_t length) const {
+    return length == 0 || (length <= length_ && length >= rewind_limit());
+  }
+  void truncate(size_t length);
+  void save(size_t count, uint8_t* out) const { states_.save(count, out); }
+  void restore(size_t count, const uint8_t* in);
+  // Whether the last call's logits were, those of rows included that screening passed over.
+  bool finite() const;
+  // PSLM_KV_CALLER: see pslm_bind_cache; what the context is of that many positions.
+  size_t context_of(size_t positions) const {
+    return std::min<size_t>(positions / kPositionBlock * kPositionBlock, model_.config.max_context);
+  }
+  void bind_cache(void* const* places, size_t positions, size_t length);
+  // One entry a step, or none; what is in the context came of other weights and is forgotten.
+  void set_updates(std::vector<StepUpdates> updates);
 
  private:
   // What screening a split head by its high nibbles takes of the activations, by group.
@@ -84,36 +96,66 @@ class Session {
     // Of the head: the highest logits that this thread saw, a heap, and the sum of all.
     std::vector<Candidate> top;
     float peak = 0, sum = 0;  // sum of exp(logit - peak)
+    bool finite = true;       // no logit was NaN or infinite
     Screen screen;
   };
   enum class Head { none, last_logits, all_logits, greedy, top };
 
   void run(const int32_t* tokens, size_t count, Head head, float* logits);
-  void prepare_rotation(size_t count);
-  void layer(unsigned m, const Layer& layer, size_t index);
-  void attend_one(unsigned m, size_t index);
-  void attend_many(unsigned m, size_t index);
-  void rotate(float* head, size_t token) const;
-  void prepare_queries(size_t token, const float* q, size_t heads, float* out);
-  const Matrix& head_matrix() const {
-    return model_.head.data ? model_.head : model_.embedding;
+  void embed(const int32_t* tokens);
+  void prepare_rotation();
+  void run_step(unsigned m, size_t index);
+  void normalize_buffer(unsigned m, const Step& step);
+  void project(unsigned m, const Step& step, const StepUpdates& updates);
+  void attend(unsigned m, const Step& step);
+  void add_projection(unsigned m, const Step& step, const StepUpdates& updates);
+  void gated(unsigned m, const Step& step, const StepUpdates& updates);
+  void short_conv(unsigned m, const Step& step);
+  void trust_logits() {
+    for (Member& member : members_) member.finite = true;
   }
   void run_head(unsigned m, Head head, float* logits);
+
+  struct Seen {
+    size_t begin, end;
+  };
+  // How attention of one token is cut: `count` spans of `length` positions in [begin, end).
+  struct Spans {
+    size_t begin, end, length, count;
+  };
+  Seen seen_by(const Step& step, size_t token) const;
+  Spans spans_of(const Step& step) const;
+  void attend_one(unsigned m, const Step& step);
+  void attend_many(unsigned m, const Step& step);
+  void attend_over(const Step& step, size_t head, size_t begin, size_t end, const Seen* seen,
+                   AttentionJob& job);
+  void join(const Step& step, const Spans& spans, size_t head, float* out) const;
+  void rotate(const Step& step, float* head, size_t token) const;
+  void prepare_head(const Step& step, const float* norm, float* head, size_t token) const;
+  void prepare_queries(const Step& step, size_t token, const float* q, size_t heads, float* out);
+  void store(const Step& step, size_t head, size_t token);
+
   void offer(Member& member, const float* logits, size_t count, size_t first_token, bool total);
+  void finish_logits(Head head, float* logits, size_t count, size_t first_token) const;
+  void write_output(unsigned m, Head head, float* output);
   void screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end);
   void settle(const ActivationTile& input);
 
-  const Panel& normalized_row(unsigned m, const float* x, const float* weight);
-  const Panel& normalized(unsigned m, const float* weight);
-  const Panel& attention_output(unsigned m, const Layer& layer);
+  float* buffer(BufferId id) { return buffers_[static_cast<size_t>(id)].data(); }
+  void apply(const Norm& norm, const float* x, size_t n, float* out) const;
+  PanelView normalized_row(unsigned m, const Norm& norm, const float* x);
+  PanelView normalized(unsigned m, const Norm& norm);
+  template <typename Prepare>
+  PanelView quantized(unsigned m, Panel& panel, const float* rows, size_t width,
+                      Prepare&& prepare);
+  PanelView product_input(unsigned m, const Step& step);
   template <typename Sink>
-  void project(unsigned m, const Matrix& w, const Panel& panel, Sink&& sink);
+  void multiply(unsigned m, const Matrix& w, const PanelView& panel, Sink&& sink);
   template <typename Sink>
-  void project_blocks(unsigned m, const Matrix& w, const Panel& panel, size_t begin, size_t end,
-                      Sink&& sink);
-  void add_projection(unsigned m, const Matrix& w, const Panel& panel, const LowRank& update);
+  void multiply_blocks(unsigned m, const Matrix& w, const PanelView& panel, size_t begin,
+                       size_t end, Sink&& sink);
   const float* lower(unsigned m, std::initializer_list<const LowRank*> updates,
-                     const Panel& panel);
+                     const PanelView& panel);
   template <typename F>
   void share(unsigned m, size_t total, size_t chunk, F&& f);
   template <typename F>
@@ -126,24 +168,28 @@ class Session {
   }
 
   const ModelFile& model_;
+  const Program& program_;
   const Kernels& kernels_;
+  const size_t batch_;  // tokens at a time
   size_t context_;
   size_t length_ = 0;
-  KvCache cache_;
+  States states_;
 
   // State of the batch in progress, [token][...].
   size_t count_ = 0;
-  Buffer<float> x_, normed_, q_, k_, v_, attended_, hidden_;
-  Buffer<float> cosines_, sines_;
+  Buffer<float> buffers_[kBuffers];
+  Buffer<float> normed_;
+  Buffer<float> projected_;  // before a norm, if any product has one
+  std::vector<Buffer<float>> cosines_, sines_;  // by rotary table
   Panel panel_, hidden_panel_;
-  // Attention of one token is cut into spans of positions; the pieces, [head][span].
-  size_t span_ = 0, spans_ = 0;
+  // Attention of one token, the pieces [head][span].
   Buffer<float> piece_out_, piece_maximum_, piece_weight_;
 
   size_t top_count_ = 1;  // tokens wanted of the head
   Buffer<float> highest_;  // what the logits of each block of a split head may reach
 
-  std::vector<LayerUpdates> updates_;
+  std::vector<StepUpdates> updates_;
+  bool updates_hidden_ = false;  // products of hidden have updates, which read floats
   std::vector<float> lowered_;  // a^T x of updates that read the same, [token][update][rank]
 
   OperatorClock clock_;
@@ -175,15 +221,15 @@ void Session::share_weights(unsigned m, size_t total, size_t unit_bytes, F&& f) 
 
 // Calls sink(first token, tokens, first block, blocks, outputs) with outputs [token][blocks * 16].
 template <typename Sink>
-void Session::project_blocks(unsigned m, const Matrix& w, const Panel& panel, size_t begin,
-                             size_t end, Sink&& sink) {
+void Session::multiply_blocks(unsigned m, const Matrix& w, const PanelView& panel, size_t begin,
+                              size_t end, Sink&& sink) {
   const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(w.kind)];
   float* outputs = members_[m].outputs.data();
   // Two blocks of weights stay in the first-level cache while a batch's tiles pass.
-  const size_t step = panel.tokens() == 1 ? kScratchBlocks : 2;
+  const size_t step = panel.tokens == 1 ? kScratchBlocks : 2;
   for (size_t b = begin; b < end; b += step) {
     const size_t blocks = std::min(step, end - b);
-    for (size_t t = 0; t < panel.tokens();) {
+    for (size_t t = 0; t < panel.tokens;) {
       ActivationTile tile = panel.tile(t);
       if (t == 0) tile.ahead = &members_[m].plan.ahead;
       matmul(w.data + b * w.block_bytes, blocks, w.cols, tile, outputs, blocks * kBlockRows);
@@ -194,9 +240,9 @@ void Session::project_blocks(unsigned m, const Matrix& w, const Panel& panel, si
 }
 
 template <typename Sink>
-void Session::project(unsigned m, const Matrix& w, const Panel& panel, Sink&& sink) {
+void Session::multiply(unsigned m, const Matrix& w, const PanelView& panel, Sink&& sink) {
   share_weights(m, w.blocks(), w.block_bytes, [&](size_t begin, size_t end) {
-    project_blocks(m, w, panel, begin, end, sink);
+    multiply_blocks(m, w, panel, begin, end, sink);
   });
 }
 

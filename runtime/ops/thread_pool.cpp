@@ -74,12 +74,20 @@ ThreadPool::ThreadPool(unsigned threads, bool pin)
   const auto cpu_of = [&](unsigned member) {
     return cpus.empty() ? -1 : cpus[member % cpus.size()];
   };
-  for (unsigned member = 1; member < size_; ++member)
-    workers_.emplace_back([this, member, cpu = cpu_of(member)] { work(member, cpu); });
+  workers_.reserve(size_ - 1);
+  try {
+    for (unsigned member = 1; member < size_; ++member)
+      workers_.emplace_back([this, member, cpu = cpu_of(member)] { work(member, cpu); });
+  } catch (...) {
+    end_workers();
+    throw;
+  }
   bind_to(cpu_of(0));
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { end_workers(); }
+
+void ThreadPool::end_workers() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_.store(true);

@@ -15,7 +15,8 @@ namespace pocketslm {
 
 class ThreadPool {
  public:
-  // The calling thread is member 0. With `pin`, members are bound to the fastest CPUs.
+  // The calling thread is member 0. With `pin`, members are bound to the fastest CPUs. Throws
+  // std::system_error where a thread cannot be started; those that were have then ended.
   ThreadPool(unsigned threads, bool pin);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -99,6 +100,7 @@ class ThreadPool {
 
   static void relax(unsigned spins);
   void run_erased(Erased function, void* context);
+  void end_workers();
   void work(unsigned member, int cpu);
 
   const unsigned size_;

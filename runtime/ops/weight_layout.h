@@ -20,23 +20,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ids.h"
+
 namespace pocketslm {
 
 constexpr size_t kBlockRows = 16;
 constexpr size_t kGroup = 32;
-
-enum class WeightKind : uint16_t {
-  f32 = 0,
-  f16 = 1,
-  q4_sym = 2,
-  q4_min = 3,
-  q4_zp = 4,
-  q8_sym = 5,
-  q8_min = 6,
-  q8_zp = 7,
-  q8_split = 8,
-};
-constexpr uint32_t kWeightKinds = 9;
 
 enum class Offset { none, minimum, zero_point };
 

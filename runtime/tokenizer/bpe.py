@@ -17,6 +17,7 @@ from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import fields, pretokenizers
 from pocketslm.runtime.tokenizer.normalizers import Normalizer
 from pocketslm.runtime.tokenizer.vocabulary import Splitter, Vocabulary
+from pocketslm.runtime.tokenizer.wordpiece import WordPiece
 
 CACHED_WORDS = 1 << 15
 CACHED_LENGTH = 64
@@ -169,7 +170,8 @@ class PythonEncoder:
     ) -> None:
         self._normalizer = normalizer
         self._pretokenize = pretokenizers.build(document.get("pre_tokenizer"))
-        self._model = Bpe(vocabulary)
+        wordpiece = vocabulary.model.get("type") == "WordPiece"
+        self._model = WordPiece(vocabulary) if wordpiece else Bpe(vocabulary)
         self._raw = Splitter({t.content: t for t in vocabulary.added if not t.normalized})
         self._normalized = Splitter(
             {vocabulary.normalized[t.id]: t for t in vocabulary.added if t.normalized}

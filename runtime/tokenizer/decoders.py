@@ -14,7 +14,12 @@ from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import fields
 from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet, metaspace_scheme
 
-KNOWN = ("ByteLevel", "Metaspace", "Sequence of Replace, ByteFallback, Fuse, Strip in this order")
+KNOWN = (
+    "ByteLevel",
+    "Metaspace",
+    "WordPiece",
+    "Sequence of Replace, ByteFallback, Fuse, Strip in this order",
+)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -43,6 +48,8 @@ def build(node: object) -> Decoder:
     kinds = [str(part["type"]) for part in parts]
     if kinds == ["ByteLevel"]:
         return _byte_level()
+    if kinds == ["WordPiece"]:
+        return _word_piece(parts[0])
     if kinds == ["Metaspace"]:
         mark, scheme = metaspace_scheme(parts[0], "decoder")
 
@@ -61,6 +68,28 @@ def build(node: object) -> Decoder:
             "fetch or export the file again"
         )
     return _sentence_piece(parts)
+
+
+# What `cleanup` writes for what, in this order.
+_CLEANUP = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
+    (" 'm", "'m"), (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+def _word_piece(node: dict[str, object]) -> Decoder:
+    prefix = fields.field(node, "prefix", str, "decoder")
+    cleanup = _CLEANUP if fields.optional(node, "cleanup", bool, True, "decoder") else ()
+
+    def first(token: str) -> bytes:
+        for old, new in cleanup:
+            token = token.replace(old, new)
+        return token.encode()
+
+    def inner(token: str) -> bytes:
+        return first(token.removeprefix(prefix) if token.startswith(prefix) else " " + token)
+
+    return Decoder(inner, first)
 
 
 def _byte_level() -> Decoder:

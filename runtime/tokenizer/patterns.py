@@ -121,7 +121,7 @@ def _translate(source: str, limit: int) -> Iterator[str]:
             after_group = False
         elif char in "[\\":
             ranges, negated, at = (_class if char == "[" else _escape)(source, at)
-            yield _write_class(uc.below(ranges, limit) if limit else ranges, negated)
+            yield write_class(uc.below(ranges, limit) if limit else ranges, negated)
             after_group = False
         else:
             after_group = char == ")"
@@ -229,7 +229,8 @@ def _class(source: str, at: int, depth: int = 0) -> tuple[uc.Ranges, bool, int]:
     raise _refusal(source, "a class is not closed")
 
 
-def _write_class(ranges: uc.Ranges, negated: bool) -> str:
+def write_class(ranges: uc.Ranges, negated: bool = False) -> str:
+    """A character class of `re` that is the code points in `ranges`, or all others."""
     if not ranges:
         return r"[\x00-\U0010FFFF]" if negated else r"(?!)"
     if len(ranges) == 1 and ranges[0][0] == ranges[0][1] and not negated:

@@ -6,12 +6,14 @@ which `Metaspace` with `prepend_scheme: first` asks for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 
 from pocketslm.runtime.tokenizer import fields
+from pocketslm.runtime.tokenizer import unicode_classes as uc
 from pocketslm.runtime.tokenizer.normalizers import pattern
-from pocketslm.runtime.tokenizer.patterns import Matches, Pattern
+from pocketslm.runtime.tokenizer.patterns import Matches, Pattern, write_class
 
 Step = Callable[[list[str], bool], list[str]]
 
@@ -20,7 +22,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 BEHAVIORS = ("Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous")
 SCHEMES = ("first", "never", "always")
-KNOWN = ("ByteLevel", "Digits", "Metaspace", "Sequence", "Split")
+KNOWN = ("BertPreTokenizer", "ByteLevel", "Digits", "Metaspace", "Sequence", "Split")
 
 
 @cache
@@ -81,7 +83,23 @@ def _step(node: dict[str, object]) -> Step:
         return _split(pattern(node, where), behavior, invert)
     if kind == "Metaspace":
         return _metaspace(node)
+    if kind == "BertPreTokenizer":
+        return lambda pieces, at_start: [w for p in pieces for w in _bert_words().findall(p)]
     raise fields.unsupported("pre_tokenizer type", kind, KNOWN)
+
+
+def bert_signs() -> uc.Ranges:
+    """What is a word by itself to BERT: punctuation, and all signs of ASCII."""
+    ascii_signs = ((0x21, 0x2F), (0x3A, 0x40), (0x5B, 0x60), (0x7B, 0x7E))
+    return uc.union([ascii_signs, uc.of_unicode_8("P")])
+
+
+@cache
+def _bert_words() -> re.Pattern[str]:
+    """Signs, one by one, and what stands between them and white space."""
+    signs = bert_signs()
+    between = write_class(uc.union([signs, uc.WHITE_SPACE]), negated=True)
+    return re.compile(f"{between}+|{write_class(signs)}")
 
 
 def _byte_level(words: Pattern | None, add_prefix_space: bool) -> Step:

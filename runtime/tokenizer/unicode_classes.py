@@ -53,6 +53,33 @@ _ASSIGNED_LATER = {
     "No": "1D2C0-1D2D3",
 }
 
+# What Unicode 9 to 16 added to a category, and below what they took out of it.
+_SINCE_UNICODE_8 = {
+    "Cf": "890-891 8E2 110CD 13430-1343F",
+    "Mn": (
+        "7FD 897-89F 8CA-8E1 9FE AFA-AFF B55 C04 C3C D00 D3B-D3C D81 EBA ECE 180F 1885-1886 "
+        "1ABF-1ACE 1DF6-1DFB A82C A8C5 A8FF A9BD 10D24-10D27 10D69-10D6D 10EAB-10EAC "
+        "10EFC-10EFF 10F46-10F50 10F82-10F85 11070 11073-11074 110C2 111C9 111CF 1123E 11241 "
+        "1133B 113BB-113C0 113CE 113D0 113D2 113E1-113E2 11438-1143F 11442-11444 11446 1145E "
+        "1182F-11837 11839-1183A 1193B-1193C 1193E 11943 119D4-119D7 119DA-119DB 119E0 "
+        "11A01-11A0A 11A33-11A38 11A3B-11A3E 11A47 11A51-11A56 11A59-11A5B 11A8A-11A96 "
+        "11A98-11A99 11C30-11C36 11C38-11C3D 11C3F 11C92-11CA7 11CAA-11CB0 11CB2-11CB3 "
+        "11CB5-11CB6 11D31-11D36 11D3A 11D3C-11D3D 11D3F-11D45 11D47 11D90-11D91 11D95 11D97 "
+        "11EF3-11EF4 11F00-11F01 11F36-11F3A 11F40 11F42 11F5A 13440 13447-13455 1611E-16129 "
+        "1612D-1612F 16F4F 16FE4 1CF00-1CF2D 1CF30-1CF46 1E000-1E006 1E008-1E018 1E01B-1E021 "
+        "1E023-1E024 1E026-1E02A 1E08F 1E130-1E136 1E2AE 1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF "
+        "1E944-1E94A"
+    ),
+    "P": (
+        "61D 9FD A76 C77 C84 1B4E-1B4F 1B7D-1B7F 2E43-2E4F 2E52-2E5D 10D6E 10EAD 10F55-10F59 "
+        "10F86-10F89 113D4-113D5 113D7-113D8 1144B-1144F 1145A-1145B 1145D 11660-1166C 116B9 "
+        "1183B 11944-11946 119E2 11A3F-11A46 11A9A-11A9C 11A9E-11AA2 11B00-11B09 11BE1 "
+        "11C41-11C45 11C70-11C71 11EF7-11EF8 11F43-11F4F 11FFF 12FF1-12FF2 16D6D-16D6F "
+        "16E97-16E9A 16FE2 1E5FF 1E95E-1E95F"
+    ),
+}
+_UNTIL_UNICODE_8 = {"Mn": "1734 1171E", "P": "166D 111C9"}
+
 WHITE_SPACE: Ranges = (
     (0x09, 0x0D), (0x20, 0x20), (0x85, 0x85), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A),
     (0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000),
@@ -105,15 +132,21 @@ def below(ranges: Ranges, limit: int) -> Ranges:
     return tuple((first, min(last, limit - 1)) for first, last in ranges if first < limit)
 
 
+def _parse(text: str) -> Ranges:
+    """Ranges written as `897 10D69-10D6D`."""
+    parts = (part.partition("-") for part in text.split())
+    return tuple((int(first, 16), int(last or first, 16)) for first, _, last in parts)
+
+
 @cache
 def _categories() -> dict[str, Ranges]:
     """Two-letter category -> ranges."""
-    later = {}
-    for name, text in _ASSIGNED_LATER.items():
-        for part in text.split():
-            first, _, last = part.partition("-")
-            for code in range(int(first, 16), int(last or first, 16) + 1):
-                later[code] = name
+    later = {
+        code: name
+        for name, text in _ASSIGNED_LATER.items()
+        for first, last in _parse(text)
+        for code in range(first, last + 1)
+    }
     runs: dict[str, list[tuple[int, int]]] = {}
     category = unicodedata.category
     previous, start = "", 0
@@ -137,6 +170,16 @@ def category(name: str) -> Ranges | None:
         return None
     members = [ranges for key, ranges in _categories().items() if key.startswith(name)]
     return union(members) if members else None
+
+
+@cache
+def of_unicode_8(name: str) -> Ranges:
+    """The category `Cf`, `Mn` or `P` as Unicode 8 had it.
+
+    The parts of the `tokenizers` wheel that are for BERT still go by these tables.
+    """
+    outside = union([complement(category(name) or ()), _parse(_SINCE_UNICODE_8[name])])
+    return union([complement(outside), _parse(_UNTIL_UNICODE_8.get(name, ""))])
 
 
 @cache

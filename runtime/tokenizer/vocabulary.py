@@ -12,6 +12,7 @@ from pocketslm.runtime.tokenizer import fields
 from pocketslm.runtime.tokenizer.normalizers import Normalizer
 from pocketslm.runtime.tokenizer.unicode_classes import WHITE_SPACE, characters, word
 
+MODELS = ("BPE", "WordPiece")
 _SPACES = characters(WHITE_SPACE)
 _SLACK = 1024  # ids that may be unused: vocabularies are padded, but not to billions
 
@@ -40,8 +41,8 @@ class Vocabulary:
     def __init__(self, document: Mapping[str, object], normalizer: Normalizer | None) -> None:
         model = fields.mapping(document.get("model"), "model")
         kind = model.get("type", "BPE")
-        if kind != "BPE":
-            raise fields.unsupported("model type", kind, ("BPE",))
+        if kind not in MODELS:
+            raise fields.unsupported("model type", kind, MODELS)
         self.model = model
         self.ids: dict[str, int] = fields.field(model, "vocab", dict, "model")
         limit = 2 * len(self.ids) + _SLACK

@@ -20,7 +20,7 @@ from pocketslm.export import pipeline
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
-from pocketslm.models.config import LayerSize, ModelConfig
+from pocketslm.models.config import LayerSize
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor, pack_codes
 from pocketslm.runtime.backends import Session, open_session
@@ -89,7 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_lower_too(name: str, tmp_path: Path) -> None:
-    config = ModelConfig(**{**support.TINY.__dict__, **VARIANTS[name]})
+    config = support.tiny(**VARIANTS[name])
     source = support.write_hf(tmp_path / "hf", config)
     recipe = Recipe(weights="float", head="float", targets=TARGET)
     export_bundle(open_checkpoint(source), tmp_path / "b", recipe)

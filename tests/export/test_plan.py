@@ -137,7 +137,7 @@ def test_what_breaks_the_budget_is_given_up_before_it_is_measured(
 def test_pruning_is_among_the_choices_and_in_the_recipe(
     tmp_path: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    five = ModelConfig(**{**support.TINY.__dict__, "num_hidden_layers": 5})
+    five = support.tiny(num_hidden_layers=5)
     source = open_checkpoint(support.write_hf(tmp_path_factory.mktemp("five") / "hf", five))
     options: dict[str, Any] = {"calibration": str(text), "base": QUICK, "windows": 1}
     budget = parse_budget("kl=1000")

@@ -28,7 +28,7 @@ from pocketslm.runtime.bundle import open_bundle
 
 MAX_GRAPH_ERROR = 0.02  # of float weights over an fp16 cache and an 8-bit head
 MAX_LOGIT_ERROR = 1e-4  # of a model with parts masked against one without them, in fp32
-SIX = ModelConfig(**{**support.TINY.__dict__, "num_hidden_layers": 6})
+SIX = support.tiny(num_hidden_layers=6)
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 264, (3, 40)))
 
 
@@ -112,7 +112,8 @@ def test_the_command_writes_a_smaller_model_that_exports(six: Path, tmp_path: Pa
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest is not None
     config = ModelConfig.from_dict(bundle.manifest.architecture)
-    assert (config.hidden_size, config.layers) == (32, (LayerSize(2, 1, 64),) * 4)
+    assert config.hidden_size == 32
+    assert [layer.size for layer in config.layers] == [LayerSize(2, 1, 64)] * 4
     expected = logits(load_reference(open_checkpoint(out)))[0]
     for graph in bundle.graphs:
         got = open_session(bundle, graph.backend, threads=1).forward(
@@ -140,9 +141,7 @@ def test_layers_that_cannot_go(removed: list[int], six: Path) -> None:
 def test_narrowed_is_masked(architecture: str, tmp_path: Path) -> None:
     """Zeros in the whole model, and the parts really gone, compute the same."""
     biased = architecture == "qwen2"
-    config = ModelConfig(
-        **{**support.TINY.__dict__, "architecture": architecture, "attention_bias": biased}
-    )
+    config = support.tiny(architecture=architecture, attention_bias=biased)
     checkpoint = open_checkpoint(support.write_hf(tmp_path / "hf", config))
     masked = load_reference(checkpoint)
     kept = width.keep_top(width.random_importance(config, 5), groups=1, neurons=64)
@@ -151,7 +150,7 @@ def test_narrowed_is_masked(architecture: str, tmp_path: Path) -> None:
         layer.mlp.down_proj.weight[:, ~neurons] = 0
     save_hf(width.Narrowed(checkpoint, kept), tmp_path / "narrow")
     narrow = load_reference(open_checkpoint(tmp_path / "narrow"))
-    assert narrow.config.layers == (LayerSize(2, 1, 64),) * 2
+    assert [layer.size for layer in narrow.config.layers] == [LayerSize(2, 1, 64)] * 2
     assert max_error(logits(narrow), logits(masked)) < MAX_LOGIT_ERROR
 
 

@@ -17,7 +17,6 @@ from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.prune.depth import Shared
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
-from pocketslm.models.config import ModelConfig
 from pocketslm.models.updated import WithAdapter
 from pocketslm.runtime.adapters import Update, read_updates
 from pocketslm.runtime.backends.native import NativeModel, NativeSession
@@ -85,7 +84,7 @@ def test_carried_equals_merged_and_leaves_nothing_behind(
 
 
 def test_both_runs_of_a_shared_layer_are_updated(tmp_path: Path) -> None:
-    four = ModelConfig(**{**support.TINY.__dict__, "num_hidden_layers": 4})
+    four = support.tiny(num_hidden_layers=4)
     base = Shared(open_checkpoint(support.write_hf(tmp_path / "hf", four)))
     adapter = write_adapter(tmp_path / "polite", factors(base.config))
     recipe = Recipe(weights="float", head="float", targets=NATIVE)
@@ -175,7 +174,18 @@ def test_damaged_files_are_errors(tmp_path: Path) -> None:
         ({name: good[name]}, "do not fit together"),
         (good | {name: good[name][:2].clone()}, "do not fit together"),
         ({name: good[name].half()}, "is not float32"),
+        *(
+            (good | {name: good[name].clone().fill_(value)}, "not within")
+            for value in (float("nan"), float("inf"), -float("inf"), 1e38)
+        ),
     ):
         save_file(tensors, path)
         with pytest.raises(BundleError, match=message):
             read_updates(path)
+    save_file(good, path)
+    content = path.read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip()
+    twice = header[:-1] + b',"x":{},"x":{}}'
+    path.write_bytes(len(twice).to_bytes(8, "little") + twice + content[8 + len(header) :])
+    with pytest.raises(BundleError, match="field 'x' is there twice"):
+        read_updates(path)

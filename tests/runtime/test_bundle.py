@@ -64,7 +64,11 @@ CHANGES: dict[str, tuple[Callable[[Manifest], object], str]] = {
     "backslash": (rename_file("..\\model.onnx"), "outside the bundle"),
     "graph not listed": (rename_file("other.onnx"), "not among its files"),
     "bad context": (lambda m: m["graphs"][0].update(context=-5), "context -5"),
-    "no head size": (lambda m: m["architecture"].pop("head_dim"), "no head_dim"),
+    "no layers": (lambda m: m["architecture"].pop("stored_layers"), "architecture's description"),
+    "a head of no size": (
+        lambda m: m["architecture"]["stored_layers"][0]["attention"].update(head_dim=0),
+        "head_dim is 0",
+    ),
 }
 
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from pocketslm.errors import ContextOverflowError, UsageError
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
+from pocketslm.profiling.engine import SessionEngine
 from pocketslm.runtime import generation, sampling
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.generation import Step
@@ -118,10 +121,10 @@ def test_a_seed_draws_the_same_and_another_does_not(model: Model) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"do_sample": True, "top_k": 5, "seed": 3},
+        {"logprobs": True},
+        {"do_sample": True, "top_k": 5, "seed": 3, "logprobs": True},
         {"do_sample": True, "top_k": 50, "top_p": 0.8, "temperature": 1.7, "seed": 3},
-        {"do_sample": True, "top_k": 10_000, "min_p": 0.01, "seed": 4},
+        {"do_sample": True, "top_k": 10_000, "min_p": 0.01, "seed": 4, "logprobs": True},
     ],
 )
 def test_the_native_head_s_own_choice_draws_the_same(
@@ -134,26 +137,49 @@ def test_the_native_head_s_own_choice_draws_the_same(
     monkeypatch.setattr(generation, "highest_needed", lambda _: None)
     whole = [(r.token, r.logprob) for r in model.generate(PROMPT, config)]
     assert [token for token, _ in fused] == [token for token, _ in whole]
-    assert [p for _, p in fused] == pytest.approx([p for _, p in whole], abs=1e-4)
+    if config.logprobs:
+        assert [p for _, p in fused] == pytest.approx([p for _, p in whole], abs=1e-4)
+    else:
+        assert {p for _, p in (*fused, *whole)} == {None}
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        {"temperature": 0.0},
+        {"temperature": -0.5},
+        {"temperature": 1e-320},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "hot"},
+        {"temperature": True},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_k": -1},
+        {"top_k": 1.5},
+        {"top_k": True},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"seed": 0.5},
         {"min_p": 2.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
         {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
         {"stop_strings": ("",)},
     ],
 )
 def test_options_that_make_no_sense(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
         GenerationConfig(**bad)
+
+
+def test_no_temperature_is_greedy(model: Model) -> None:
+    config = GenerationConfig(max_new_tokens=8, do_sample=True, temperature=0.0, ignore_eos=True)
+    greedy = GenerationConfig(max_new_tokens=8, ignore_eos=True)
+    assert not config.samples
+    assert [r.token for r in model.generate(PROMPT, config)] == [
+        r.token for r in model.generate(PROMPT, greedy)
+    ]
 
 
 def test_no_option_is_silently_dropped() -> None:
@@ -186,6 +212,8 @@ def test_greedy_equals_the_pytorch_model(model: Model, tiny_hf: Path) -> None:
             logprobs.append(float(torch.log_softmax(logits[0, -1], -1)[ids[-1]]))
     config = GenerationConfig(max_new_tokens=30, ignore_eos=True)
     steps = list(model.engine.generate(PROMPT, config, ()))
+    assert [(step.token, step.logprob) for step in steps] == [(token, None) for token in expected]
+    steps = list(model.engine.generate(PROMPT, config.but(logprobs=True), ()))
     assert [step.token for step in steps] == expected
     assert [step.logprob for step in steps] == pytest.approx(logprobs, abs=1e-3)
     assert [step.finish for step in steps] == [None] * 29 + ["length"]
@@ -209,13 +237,14 @@ def test_a_shared_prefix_is_not_prefilled_again(tiny_bundle: Path) -> None:
         inner = getattr(engine.session, method)
 
         def counting(tokens: Any, *options: Any, **more: Any) -> Any:
-            runs.append(len(tokens))
+            runs.append(np.size(tokens))
             return inner(tokens, *options, **more)
 
         setattr(engine.session, method, counting)
 
     counted("forward")
     counted("forward_top")
+    counted("step_greedy")
     config = GenerationConfig(max_new_tokens=3, ignore_eos=True)
     document = list(range(50))
     first = list(engine.generate([*document, 7], config, ()))
@@ -230,6 +259,39 @@ def test_a_shared_prefix_is_not_prefilled_again(tiny_bundle: Path) -> None:
     fresh = Model.load(tiny_bundle, threads=1).engine
     expected = list(fresh.generate([*document, 9, 9], config, ()))
     assert [s.token for s in again] == [s.token for s in expected]
+
+
+@pytest.mark.parametrize("backend", ["native", "onnx"])
+def test_generate_runs_what_bench_times(backend: str, tiny_hf: Path, tmp_path: Path) -> None:
+    """The same calls of the session, with the same tokens: of a head that is screened, too."""
+    recipe = Recipe(weights="int4", head="int8", targets=(backend,))  # type: ignore[arg-type]
+    export_bundle(open_checkpoint(tiny_hf), tmp_path / "bundle", recipe)
+    session = Model.load(tmp_path / "bundle", backend, threads=1).engine.session
+    calls: list[tuple[str, int]] = []
+
+    def recorded(name: str) -> None:
+        inner = getattr(session, name)
+
+        def call(tokens: Any, *options: Any, **more: Any) -> Any:
+            calls.append((name, int(np.size(tokens))))
+            return inner(tokens, *options, **more)
+
+        setattr(session, name, call)
+
+    names = {"native": ("forward", "forward_top", "step_greedy"), "onnx": ("forward",)}
+    for name in names[backend]:
+        recorded(name)
+    count = 40
+    timed = SessionEngine(session)
+    timed.reset()
+    expected = [timed.prefill(PROMPT), *(timed.step() for _ in range(count - 1))]
+    of_bench = calls.copy()
+    calls.clear()
+    config = GenerationConfig(max_new_tokens=count, ignore_eos=True)
+    steps = generation.Engine(session).generate(PROMPT, config, ())
+    assert [step.token for step in steps] == expected
+    assert calls == of_bench
+    assert calls[1:] == [(names[backend][-1], 1)] * (count - 1)
 
 
 def test_an_abandoned_generation_leaves_a_usable_engine(model: Model) -> None:
@@ -252,7 +314,12 @@ def test_the_context_is_never_overrun(model: Model) -> None:
             model.engine.generate(prompt, config.but(max_new_tokens=limit), ())
     with pytest.raises(UsageError, match="empty"):
         model.engine.generate([], config, ())
-    with pytest.raises(UsageError, match="token ids"):
+    for ids in ([1.5], [1, "2"], np.array([0.5])):
+        with pytest.raises(UsageError, match="token ids must be whole numbers"):
+            model.engine.generate(ids, config, ())  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="token ids are whole numbers, not float64"):
+        model.engine.session.forward(np.array([1.0]))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="token 264 is outside"):
         list(model.engine.generate([264], config, ()))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -66,13 +65,20 @@ def test_it_says_what_it_is(child: Model, here: Model) -> None:
 def test_greedy_records_are_those_of_the_library(
     child: Model, here: Model, options: dict[str, object]
 ) -> None:
-    ours, theirs = records(child, **options), records(here, **options)
+    ours = records(child, logprobs=True, **options)
+    theirs = records(here, logprobs=True, **options)
     assert [(r.token, r.text, r.finish) for r in ours] == [
         (r.token, r.text, r.finish) for r in theirs
     ]
     for mine, other in zip(ours, theirs, strict=True):
+        assert mine.logprob is not None
+        assert other.logprob is not None
         assert abs(mine.logprob - other.logprob) < LOGPROB_ATOL
         assert mine.time_ns > 0
+    plain = records(child, **options)
+    assert [(r.token, r.text, r.finish, r.logprob) for r in plain] == [
+        (r.token, r.text, r.finish, None) for r in ours
+    ]
 
 
 def test_sampling_follows_the_seed(child: Model) -> None:
@@ -105,9 +111,10 @@ def test_the_prompt_is_read_once(child: Model) -> None:
     """The child reports what it did not read again."""
     prompt = child.tokenizer.encode(PROMPT)
     list(child.generate(prompt, GenerationConfig(max_new_tokens=2)))
-    done = session(child).ask(op="generate", tokens=prompt, max_tokens=1, ignore_eos=True)
-    assert done["event"] == "token"
-    assert session(child)._event()["reused_tokens"] == len(prompt) - 1
+    runner = session(child)
+    name = runner._send({"op": "generate", "tokens": prompt, "max_tokens": 1, "ignore_eos": True})
+    assert runner._event(name)["event"] == "token"
+    assert runner._event(name)["reused_tokens"] == len(prompt) - 1
 
 
 def test_closing_the_stream_ends_it_and_the_next_request_is_answered(child: Model) -> None:
@@ -148,7 +155,7 @@ def test_faults_are_typed(
         child.generate([1] * 300)
     with pytest.raises(ContextOverflowError, match="do not fit"):
         session(child).ask(op="generate", tokens=[1] * 300)
-    assert math.isfinite(records(child)[0].logprob)
+    assert len(records(child)) > 0
     with pytest.raises(BackendError, match="cannot open"):
         RunnerSession(tmp_path / "nowhere.slm")
     monkeypatch.setenv(PROGRAM, str(tmp_path / "nothing"))

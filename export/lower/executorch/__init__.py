@@ -9,43 +9,33 @@ attention are kernels that every LLM build of ExecuTorch has.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as xnn
 
 from pocketslm.export.lower.executorch.filters import holds_bfloat16, product_form, row_form
 from pocketslm.export.lower.executorch.program import ProgramBuilder, llm_metadata
 from pocketslm.export.lower.executorch.xnnpack import ANY, BACKEND, Filter, Segment
-from pocketslm.export.lower.trace import Traced
-from pocketslm.models import ops
-from pocketslm.models.config import ModelConfig
-from pocketslm.models.tensors import Array, QuantTensor, Weight
+from pocketslm.export.lower.trace import Node, Traced
+from pocketslm.export.lower.walk import Progress, Walk, WeightReader, refuse
+from pocketslm.models.tensors import Array, QuantTensor, Weight, floats
 
 GRAPH_FILE = "model.pte"
 _INT64_MAX = 2**63 - 1
 _INT8, _FLOAT = 1, 6  # torch's numbers for int8 and float32
-# torch.fx.Node; its arguments are typed so widely that each use would need a cast.
-Node = Any
-WeightReader = Callable[[str, tuple[int, ...]], Weight]
 
 
 def lower(
     traced: Traced,
-    config: ModelConfig,
     weights: WeightReader,
     path: Path,
     *,
-    context: int,
     bos: int,
     eos: list[int],
     int8_cache: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[str]:
     """Write the ``.pte``: forward(tokens [1, n], start [1]) -> logits [1, 1, V] of the last token.
 
@@ -53,99 +43,84 @@ def lower(
     int8 with a scale for each head and position. ``progress`` is called with nodes done and in
     total. Returns notes on what XNNPACK cannot hold as it was.
     """
-    lowering = _Lowering(traced, config, weights, context, int8_cache)
+    lowering = _Lowering(traced, weights, int8_cache)
     lowering.run(path, bos, eos, progress)
     return [
         f"executorch: {count} matrices: {what}" for what, count in lowering.changes.items() if count
     ]
 
 
-class _Lowering:
+class _Lowering(Walk):
     """One walk over the traced graph.
 
     Of a node's value, ``inside`` knows the index in the open segment, ``outside`` that in the
     program.
     """
 
-    def __init__(
-        self,
-        traced: Traced,
-        config: ModelConfig,
-        weights: WeightReader,
-        context: int,
-        int8_cache: bool,
-    ) -> None:
-        self.traced, self.config, self.weights, self.context = traced, config, weights, context
-        self.int8_cache = int8_cache
+    target = "ExecuTorch"
+
+    def __init__(self, traced: Traced, weights: WeightReader, int8_cache: bool) -> None:
+        super().__init__(traced, weights)
+        self.context, self.int8_cache = traced.context, int8_cache
         self.program = ProgramBuilder()
         self.segment = Segment(self.program.named)
         self.inside: dict[Node, int] = {}
         self.outside: dict[Node, int] = {}
         self.done: set[Node] = set()
+        self.last: Node | None = None  # from here on, one position alone
         self.forms: dict[str, tuple[Filter, Array | None]] = {}
         self.sums: dict[tuple[Node, int], int] = {}
+        self.tables: dict[str, int] = {}
         self.changes: Counter[str] = Counter()
+        for layer in self.config.layers:
+            a = layer.attention
+            if a is None or a.softcap is not None:
+                what = "a short convolution" if a is None else "a cap on attention scores"
+                raise refuse(self.target, f"ExecuTorch's kernels have no {what}")
 
-    def run(
-        self, path: Path, bos: int, eos: list[int], progress: Callable[[int, int], None]
-    ) -> None:
-        emitters: dict[Any, Callable[[Node], None]] = {
-            ops.embedding: self._embedding,
-            ops.linear: self._linear,
-            ops.rms_norm: self._rms_norm,
-            ops.swiglu: self._swiglu,
-            ops.attention: self._attention,
-            ops.last_tokens: self._last_tokens,
-            torch.ops.aten.add.Tensor: self._add,
-            operator.getitem: self._getitem,
-        }
+    def run(self, path: Path, bos: int, eos: list[int], progress: Progress) -> None:
         inputs = self._inputs()
-        nodes = list(self.traced.graph.nodes)
-        for done, node in enumerate(nodes, 1):
-            if node.op == "call_function":
-                if node.target not in emitters:
-                    raise AssertionError(f"no ExecuTorch lowering for {node.target}")
-                emitters[node.target](node)
-                self.done.add(node)
-            progress(done, len(nodes))
-        logits = nodes[-1].args[0][0]
+
+        def step(done: int, total: int) -> None:
+            self.done.add(self.traced.nodes[done - 1])
+            progress(done, total)
+
+        self.walk(step)
         self._close()
         metadata = llm_metadata(self.config, self.context, bos, eos)
-        self.program.write(path, inputs, [self.outside[logits]], metadata)
+        self.program.write(path, inputs, [self.outside[self.traced.output]], metadata)
 
     def _inputs(self) -> list[int]:
-        """Tokens and start; where the sequence stands, and the rotary tables from there."""
+        """Tokens and start, and where the sequence stands."""
         p = self.program
         tokens = p.tensor([1, self.context], "int64")
         start = p.tensor([1], "int64", dynamic=False)
-        placeholders = {n.name: n for n in self.traced.graph.nodes if n.op == "placeholder"}
-        self.outside[placeholders[self.traced.input_ids]] = tokens
-        self.start, length, end = p.number(), p.number(), p.number()
+        self.outside[self.traced.input_ids] = tokens
+        self.start, length, self.end = p.number(), p.number(), p.number()
         p.call("aten::_local_scalar_dense.", start, self.start)
         p.call("aten::sym_size.int", tokens, p.literal(1), length)
-        p.call("executorch_prim::add.Scalar", self.start, length, end)
-        cos, sin = (table for _, table in sorted(self.traced.buffers.items()))
-        # Both halves of a head at once: x * [cos, cos] + (x with its halves swapped) * [-sin, sin]
-        both = {
-            "cos": np.concatenate([cos, cos], 1)[:, None],
-            "sin": np.concatenate([-sin, sin], 1)[:, None],
-        }
-        self.rope = []
-        for name, table in both.items():
-            rows = p.tensor([self.context, 1, table.shape[2]])
+        p.call("executorch_prim::add.Scalar", self.start, length, self.end)
+        return [tokens, start]
+
+    def _rows(self, name: str, table: Array, shape: list[int]) -> int:
+        """The rows of a table, made once, that belong to the new positions."""
+        if name not in self.tables:
+            p = self.program
+            rows = p.tensor(shape)
             source = p.constant(name, table.astype(np.float32))
             first, step = p.literal(0), p.literal(1)
-            p.call("aten::slice_copy.Tensor_out", source, first, self.start, end, step, rows, rows)
-            self.rope.append(rows)
-        return [tokens, start]
+            arguments = [source, first, self.start, self.end, step]
+            p.call("aten::slice_copy.Tensor_out", *arguments, rows, rows)
+            self.tables[name] = rows
+        return self.tables[name]
 
     # One method per operator of pocketslm.models.ops.
 
-    def _embedding(self, node: Node) -> None:
+    def embedding(self, node: Node) -> None:
         ids, weight_node = node.args
-        name, weight = self._parameter(weight_node)
+        name, weight = self.parameter(weight_node)
         p = self.program
-        out = p.tensor([1, self.context, self.config.hidden_size])
+        out = p.tensor([1, self.context, self.traced.widths[node]])
         tokens = self.outside[ids]
         none = p.literal(None)
         if not isinstance(weight, QuantTensor):
@@ -161,10 +136,10 @@ class _Lowering:
             p.call(operator_, *arguments)
         self.outside[node] = out
 
-    def _linear(self, node: Node) -> None:
+    def linear(self, node: Node) -> None:
         x, weight_node, bias_node = node.args
-        name, weight = self._parameter(weight_node)
-        bias = None if bias_node is None else self._vector(bias_node)[1]
+        name, weight = self.parameter(weight_node)
+        bias = None if bias_node is None else self.vector(bias_node)[1]
         filter_, offsets = self._product_form(name, weight)
         out = self.segment.linear(self._in(x), name, filter_, bias)
         if offsets is not None:
@@ -183,48 +158,128 @@ class _Lowering:
             self.sums[x, group] = self.segment.linear(self._in(x), name, Filter(ones))
         return self.sums[x, group]
 
-    def _rms_norm(self, node: Node) -> None:
+    def rms_norm(self, node: Node) -> None:
         x, weight_node, eps = node.args
         s, value = self.segment, self._in(x)
-        size = s.shape(value)[-1]
-        # XNNPACK has no mean over the last axis that goes with a dynamic one: a product is one.
-        mean = Filter(np.full((1, size), 1 / size, np.float32))
-        variance = s.linear(
-            s.unary(xnn.XNNSquare, value), "mean", mean, np.array([eps], np.float32)
+        groups, width = self.groups(node), self.traced.widths[node]
+        size = width // groups
+        if groups > 1:
+            value = s.reshape(value, [1, 0, groups, size])
+        normalized = s.multiply(
+            value, s.unary(xnn.XNNReciprocalSquareRoot, self._mean_square(value, eps))
         )
-        normalized = s.multiply(value, s.unary(xnn.XNNReciprocalSquareRoot, variance))
-        # As an input: XNNPACK's cache of packed weights lets go of constants that are not packed.
-        factor = s.input(self.program.constant(*self._vector(weight_node)), [size])
-        self.inside[node] = s.multiply(normalized, factor)
+        normalized = s.multiply(normalized, self._constant(weight_node))
+        self.inside[node] = s.reshape(normalized, [1, 0, width]) if groups > 1 else normalized
 
-    def _add(self, node: Node) -> None:
+    def layer_norm(self, node: Node) -> None:
+        x, weight_node, bias_node, eps = node.args
+        s, value = self.segment, self._in(x)
+        size = self.traced.widths[node]
+        mean = s.linear(value, "mean", Filter(np.full((1, size), 1 / size, np.float32)))
+        value = s.binary(xnn.XNNSubtract, value, mean)
+        value = s.multiply(
+            value, s.unary(xnn.XNNReciprocalSquareRoot, self._mean_square(value, eps))
+        )
+        value = s.multiply(value, self._constant(weight_node))
+        self.inside[node] = s.add(value, self._constant(bias_node))
+
+    def _mean_square(self, value: int, eps: float) -> int:
+        # XNNPACK has no mean over the last axis that goes with a dynamic one: a product is one.
+        s = self.segment
+        size = s.shape(value)[-1]
+        mean = Filter(np.full((1, size), 1 / size, np.float32))
+        return s.linear(s.unary(xnn.XNNSquare, value), "mean", mean, np.array([eps], np.float32))
+
+    def _constant(self, node: Node) -> int:
+        """A vector within the segment.
+
+        It is passed as an input, not as a constant: XNNPACK's cache of packed weights frees
+        constants that no operator packs.
+        """
+        name, array = self.vector(node)
+        constant = self.program.constant(name, array.astype(np.float32))
+        return self.segment.input(constant, [array.size])
+
+    def _number(self, value: float) -> int:
+        constant = self.program.constant(f"number.{value!r}", np.array([value], np.float32))
+        return self.segment.input(constant, [1])
+
+    def add(self, node: Node) -> None:
         a, b = node.args
         self.inside[node] = self.segment.add(self._in(a), self._in(b))
 
-    def _swiglu(self, node: Node) -> None:
-        s = self.segment
-        gate, up = (self._in(arg) for arg in node.args)
-        silu = s.multiply(gate, s.unary(xnn.XNNSigmoid, gate))
-        self.inside[node] = s.multiply(silu, up)
+    def scale(self, node: Node) -> None:
+        x, factor = node.args
+        self.inside[node] = self.segment.multiply(self._in(x), self._number(factor))
 
-    def _attention(self, node: Node) -> None:
-        q, k, v, _, _, _, _, heads, kv_heads, scale = node.args
-        p, size = self.program, self.config.head_dim
-        query, key = self._rotate(self._in(q), heads), self._rotate(self._in(k), kv_heads)
-        value = self.segment.reshape(self._in(v), [1, 0, kv_heads, size])
+    def softcap(self, node: Node) -> None:
+        x, cap = node.args
+        s = self.segment
+        inner = s.unary(xnn.XNNTanh, s.multiply(self._in(x), self._number(1 / cap)))
+        self.inside[node] = s.multiply(inner, self._number(cap))
+
+    def positions(self, node: Node) -> None:
+        name, table = self.parameter(node.args[2])
+        width = self.traced.widths[node]
+        rows = self._rows(name, floats(table), [self.context, width])
+        value = self.segment.input(rows, [ANY, width])
+        self.inside[node] = self.segment.reshape(value, [1, 0, width])
+
+    def activate(self, node: Node) -> None:
+        x, kind = node.args
+        self.inside[node] = self._activated(self._in(x), kind)
+
+    def gated(self, node: Node) -> None:
+        gate, up, kind = node.args
+        activated = self._activated(self._in(gate), kind)
+        self.inside[node] = self.segment.multiply(activated, self._in(up))
+
+    def _activated(self, x: int, kind: str) -> int:
+        s = self.segment
+        if kind == "silu":
+            return s.multiply(x, s.unary(xnn.XNNSigmoid, x))
+        if kind == "gelu":
+            return s.unary(xnn.XNNGelu, x)
+        if kind == "gelu_tanh":  # x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))
+            cubic = s.multiply(s.unary(xnn.XNNSquare, x), self._number(0.044715))
+            inner = s.multiply(s.add(cubic, self._number(1.0)), x)
+            turned = s.unary(xnn.XNNTanh, s.multiply(inner, self._number((2 / np.pi) ** 0.5)))
+            return s.multiply(s.multiply(x, self._number(0.5)), s.add(turned, self._number(1.0)))
+        x = s.binary(xnn.XNNMaximum, x, self._number(0.0))
+        return s.unary(xnn.XNNSquare, x) if kind == "relu2" else x
+
+    def attention(self, node: Node) -> None:
+        q, k, v, _, _, heads, kv_heads, scale, window, _, causal = node.args
+        if not causal:
+            raise refuse(self.target, "attention in both directions is not supported")
+        p, size = self.program, self.traced.widths[q] // heads
+        query, key, value = (
+            self.segment.reshape(self._in(part), [1, 0, count, size])
+            for part, count in ((q, heads), (k, kv_heads), (v, kv_heads))
+        )
         shape = [1, self.context, heads, size]
         cached = [1, self.context, kv_heads, size]
         made = {query: p.tensor(shape), key: p.tensor(cached), value: p.tensor(cached)}
         self._close(made)
         q = [part for part, _, _ in self._held(made[query], shape)]
         k, v = ([self._append(*part) for part in self._held(made[x], cached)] for x in (key, value))
-        options = [p.literal(None), p.literal(0.0), p.literal(True), p.literal(float(scale))]
+        mask, is_causal = p.literal(None), p.literal(True)
+        if window is not None and window < self.context:
+            mask, is_causal = self._mask(window), p.literal(False)
+        options = [mask, p.literal(0.0), is_causal, p.literal(float(scale))]
         kind, grids = "custom_sdpa", []
         if self.int8_cache:
             kind, grids = "custom_quantized_sdpa", [*q[1:], *k[1:], *v[1:], p.literal(False)]
         out = p.tensor(shape)
         p.call(f"llama::{kind}.out", q[0], k[0], v[0], self.start, *options, *grids, out, out)
         self.outside[node] = out
+
+    def _mask(self, window: int) -> int:
+        """What the new positions see of the whole cache: 0, or minus infinity."""
+        n = self.context
+        past = np.arange(n)[:, None] - np.arange(n)
+        table = np.where((past >= 0) & (past < window), 0, -np.inf).astype(np.float32)
+        return self._rows(f"window.{window}", table, [n, n])
 
     def _append(self, new: int, shape: list[int], dtype: str) -> int:
         """The cache whose next positions ``new`` becomes."""
@@ -255,40 +310,56 @@ class _Lowering:
             p.call("aten::_to_copy.out", wide, p.literal(False), p.literal(None), narrow, narrow)
         return [(codes, shape, "int8"), (zeros, grid, "int8"), (scales, grid, "float32")]
 
-    def _rotate(self, x: int, heads: int) -> int:
-        s, size = self.segment, self.config.head_dim
-        x = s.reshape(x, [1, 0, heads, size])
-        cos, sin = (s.input(table, [ANY, 1, size]) for table in self.rope)
-        swapped = s.concatenate_last(
-            s.slice_last(x, size // 2, size), s.slice_last(x, 0, size // 2)
+    def rotary(self, node: Node) -> None:
+        """All of a head at once: x * [cos, cos] + (x with its halves swapped) * [-sin, sin]."""
+        x, cos_node, sin_node, _, heads = node.args
+        s, width = self.segment, self.traced.widths[node]
+        (cos_name, cos), (sin_name, sin) = (self.traced.tables[n] for n in (cos_node, sin_node))
+        half, head = cos.shape[1], width // heads
+        cos = np.concatenate([cos, cos], 1)[:, None]
+        sin = np.concatenate([-sin, sin], 1)[:, None]
+        value = s.reshape(self._in(x), [1, 0, heads, head])
+        rest = s.slice_last(value, 2 * half, head) if 2 * half < head else None
+        if rest is not None:
+            value = s.slice_last(value, 0, 2 * half)
+        shape = [self.context, 1, 2 * half]
+        c, t = (
+            s.input(self._rows(name, table, shape), [ANY, 1, 2 * half])
+            for name, table in ((cos_name, cos), (sin_name, sin))
         )
-        return s.add(s.multiply(x, cos), s.multiply(swapped, sin))
+        swapped = s.concatenate_last(
+            s.slice_last(value, half, 2 * half), s.slice_last(value, 0, half)
+        )
+        turned = s.add(s.multiply(value, c), s.multiply(swapped, t))
+        turned = turned if rest is None else s.concatenate_last(turned, rest)
+        self.inside[node] = s.reshape(turned, [1, 0, width])
 
-    def _getitem(self, node: Node) -> None:
+    def getitem(self, node: Node) -> None:
         source, index = node.args
         if index:  # the longer cache, which stays where it is
             return
-        heads, size = source.args[7], self.config.head_dim
-        out = self.segment.input(self.outside[source], [1, ANY, heads, size])
-        self.inside[node] = self.segment.reshape(out, [1, 0, heads * size])
+        heads, width = source.args[5], self.traced.widths[source]
+        out = self.segment.input(self.outside[source], [1, ANY, heads, width // heads])
+        self.inside[node] = self.segment.reshape(out, [1, 0, width])
 
-    def _last_tokens(self, node: Node) -> None:
+    def last_tokens(self, node: Node) -> None:
         """The last one: what the runner reads, whatever count was traced."""
         x = node.args[0]
         self._close()
         p = self.program
-        out = p.tensor([1, 1, self.config.hidden_size], dynamic=False)
+        out = p.tensor([1, 1, self.traced.widths[node]], dynamic=False)
         start, end = p.literal(-1), p.literal(_INT64_MAX)
         axis = step = p.literal(1)
         p.call("aten::slice_copy.Tensor_out", self.outside[x], axis, start, end, step, out, out)
         self.outside[node] = out
+        self.last = node
 
     # Values.
 
     def _in(self, node: Node) -> int:
         """The value of a node within the open segment."""
         if node not in self.inside:
-            shape = (1, ANY, self.config.hidden_size)
+            shape = (1, ANY, self.traced.widths[node])
             self.inside[node] = self.segment.input(self.outside[node], shape)
         return self.inside[node]
 
@@ -297,9 +368,8 @@ class _Lowering:
         outputs = dict(more or {})
         for node, value in self.inside.items():
             if node not in self.outside and any(user not in self.done for user in node.users):
-                size = self.segment.shape(value)[-1]
-                last = size == self.config.vocab_size
-                self.outside[node] = self.program.tensor([1, 1 if last else self.context, size])
+                rows = self.context if self.last is None else 1
+                self.outside[node] = self.program.tensor([1, rows, self.traced.widths[node]])
                 outputs[value] = self.outside[node]
         if outputs:
             self.program.delegate(BACKEND, *self.segment.finish(outputs))
@@ -308,15 +378,6 @@ class _Lowering:
         self.sums.clear()
 
     # Parameters.
-
-    def _parameter(self, node: Node) -> tuple[str, Weight]:
-        name, shape = self.traced.parameters[node.name]
-        return name, self.weights(name, shape)
-
-    def _vector(self, node: Node) -> tuple[str, Array]:
-        name, weight = self._parameter(node)
-        assert not isinstance(weight, QuantTensor)
-        return name, weight.astype(np.float32)
 
     def _product_form(self, name: str, weight: Weight) -> tuple[Filter, Array | None]:
         """Made once for a tied embedding and head; counts what is lost."""

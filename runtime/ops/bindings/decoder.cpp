@@ -45,7 +45,7 @@ std::string Decoder::run(const Step& step) {
                             : step.rows ? PSLM_LOGITS_LAST
                                         : PSLM_LOGITS_NONE;
   if (pslm_forward(session_, tokens_.data() + alone, step.count - alone, which, step.logits,
-                   step.rows * info_.vocab_size, error) != PSLM_OK)
+                   step.rows * info_.output_size, error) != PSLM_OK)
     return text;
   return "";
 }

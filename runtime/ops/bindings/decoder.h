@@ -27,16 +27,22 @@ class Decoder {
     const int64_t* tokens;
     size_t count;
     size_t past;                 // positions filled before
-    std::vector<void*> caches;   // keys and values of each layer, fp16 [kv_heads][positions][head_dim]
+    std::vector<void*> caches;   // keys and values by state, fp16 [kv_heads][positions][head_dim]
     size_t positions;
     size_t rows;                 // of logits, for the last tokens
-    float* logits;               // [rows][vocab_size]
+    float* logits;               // [rows][output_size]
   };
   std::string run(const Step& step);
 
   const pslm_model_info& info() const { return info_; }
-  uint32_t kv_heads(size_t layer) const {
-    return pslm_layer_kv_heads(model_, static_cast<uint32_t>(layer));
+  // The shape of a pair of caches.
+  struct Shape {
+    uint32_t kv_heads, head_dim;
+  };
+  Shape shape(size_t state) const {
+    pslm_state_info info{};
+    pslm_model_state(model_, static_cast<uint32_t>(state), &info);
+    return {info.sizes[0], info.sizes[1]};
   }
 
  private:

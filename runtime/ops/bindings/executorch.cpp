@@ -9,6 +9,7 @@
 //   out     float [1, vocab_size], of the last token
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <list>
 #include <memory>
 
@@ -31,8 +32,8 @@ using executorch::runtime::KernelRuntimeContext;
 using executorch::runtime::Span;
 
 // Kernels have no state of their own, so decoders are kept here, by where their model lies. A
-// program may be unloaded and another mapped in its place, so the header and the table of sections are compared at
-// every call.
+// program may be unloaded and another mapped in its place, so the header and the table of sections
+// are compared at every call.
 class Decoders {
  public:
   std::shared_ptr<Decoder> find(const uint8_t* model, size_t bytes, uint32_t threads,
@@ -68,7 +69,7 @@ class Decoders {
 };
 
 bool has(const Tensor& tensor, ScalarType type, ssize_t rank) {
-  return tensor.scalar_type() == type && tensor.dim() == rank;
+  return tensor.scalar_type() == type && tensor.dim() == rank && tensor.const_data_ptr();
 }
 
 std::string decode(const Tensor& tokens, const Tensor& start, const Tensor& model,
@@ -88,14 +89,18 @@ std::string decode(const Tensor& tokens, const Tensor& start, const Tensor& mode
   if (!decoder) return failure;
   const pslm_model_info& info = decoder->info();
   ssize_t heads = 0;
-  for (uint32_t layer = 0; layer < info.layers; ++layer) heads += decoder->kv_heads(layer);
+  for (uint32_t state = 0; state < info.states; ++state) {
+    if (decoder->shape(state).head_dim != info.head_dim)
+      return "layers differ in head_dim, which one tensor of keys cannot hold";
+    heads += decoder->shape(state).kv_heads;
+  }
   for (const Tensor* cache : {&keys, &values})
     if (cache->size(0) != heads || cache->size(1) != keys.size(1) ||
         cache->size(2) != static_cast<ssize_t>(info.head_dim))
       return "keys and values must be [" + std::to_string(heads) + ", positions, " +
              std::to_string(info.head_dim) + "]";
-  if (!has(out, ScalarType::Float, 2) || out.numel() != static_cast<ssize_t>(info.vocab_size))
-    return "out must be float [1, " + std::to_string(info.vocab_size) + "]";
+  if (!has(out, ScalarType::Float, 2) || out.numel() != static_cast<ssize_t>(info.output_size))
+    return "out must be float [1, " + std::to_string(info.output_size) + "]";
   const int64_t past = start.const_data_ptr<int64_t>()[0];
   if (past < 0) return "start is negative";
 
@@ -108,19 +113,33 @@ std::string decode(const Tensor& tokens, const Tensor& start, const Tensor& mode
   step.logits = out.mutable_data_ptr<float>();
   uint8_t* key = static_cast<uint8_t*>(keys.mutable_data_ptr());
   uint8_t* value = static_cast<uint8_t*>(values.mutable_data_ptr());
-  for (uint32_t layer = 0; layer < info.layers; ++layer) {
+  for (uint32_t state = 0; state < info.states; ++state) {
     step.caches.push_back(key);
     step.caches.push_back(value);
-    const size_t bytes = 2 * decoder->kv_heads(layer) * step.positions * info.head_dim;
+    const size_t bytes = 2 * decoder->shape(state).kv_heads * step.positions * info.head_dim;
     key += bytes, value += bytes;
   }
   return decoder->run(step);
 }
 
-void run(KernelRuntimeContext& context, Span<EValue*> stack) {
+// A program says what a kernel gets, so that nothing of it is taken for granted. ExecuTorch knows no
+// exceptions.
+std::string decode(Span<EValue*> stack) {
+  constexpr size_t kTensors = 6;
+  if (stack.size() < kTensors) return "there are fewer than 6 arguments";
+  for (size_t i = 0; i < kTensors; ++i)
+    if (!stack[i] || !stack[i]->isTensor()) return "argument " + std::to_string(i) + " is no tensor";
   const auto tensor = [&](size_t index) -> const Tensor& { return stack[index]->toTensor(); };
-  const std::string failure =
-      decode(tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5));
+  return decode(tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5));
+}
+
+void run(KernelRuntimeContext& context, Span<EValue*> stack) {
+  std::string failure;
+  try {
+    failure = decode(stack);
+  } catch (const std::exception& error) {
+    failure = error.what();
+  }
   if (failure.empty()) return;
   ET_LOG(Error, "pocketslm::decoder: %s", failure.c_str());
   context.fail(Error::InvalidArgument);

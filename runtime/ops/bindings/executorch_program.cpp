@@ -16,7 +16,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <thread>
@@ -74,10 +76,23 @@ class Reason {
   }
   ~Reason() { t_reason = nullptr; }
 
-  pslm_status report(pslm_error error, pslm_status status, const std::string& what) const {
-    const std::string line = text_.empty() ? what : what + ": " + text_;
-    if (error.text && error.capacity) std::snprintf(error.text, error.capacity, "%s", line.c_str());
+  pslm_status report(pslm_error error, pslm_status status, const char* what) const {
+    const char* colon = text_.empty() ? "" : ": ";
+    if (error.text && error.capacity)
+      std::snprintf(error.text, error.capacity, "%s%s%s", what, colon, text_.c_str());
     return status;
+  }
+
+  // Runs f, which returns a status, and turns what it may throw into one.
+  template <typename F>
+  pslm_status guard(pslm_error error, F&& f) const {
+    try {
+      return f();
+    } catch (const std::bad_alloc&) {
+      return report(error, PSLM_ERROR_MEMORY, "out of memory");
+    } catch (const std::exception& failure) {
+      return report(error, PSLM_ERROR_MEMORY, failure.what());
+    }
   }
 
  private:
@@ -241,6 +256,7 @@ struct pslm_et_program {
 void pslm_et_set_threads(uint32_t threads) {
   const Reason reason;
   auto* pool = executorch::extension::threadpool::get_threadpool();
+  if (!pool) return;  // the calling thread works alone
   pool->_unsafe_reset_threadpool(threads);
   // One task for each thread: none ends before all have begun, or a while has passed.
   std::atomic<uint32_t> begun{0};
@@ -258,14 +274,16 @@ void pslm_et_set_threads(uint32_t threads) {
 pslm_status pslm_et_open(const char* path, pslm_et_program** program, pslm_error error) {
   const Reason reason;
   *program = nullptr;
-  auto opened = std::make_unique<pslm_et_program>();
-  if (!opened->loader.open(path))
-    return reason.report(error, PSLM_ERROR_FILE, std::strerror(errno));
-  auto loaded = Program::load(&opened->loader, Program::Verification::InternalConsistency);
-  if (!loaded.ok()) return reason.report(error, PSLM_ERROR_FORMAT, "not a program");
-  opened->program.emplace(std::move(*loaded));
-  *program = opened.release();
-  return PSLM_OK;
+  return reason.guard(error, [&] {
+    auto opened = std::make_unique<pslm_et_program>();
+    if (!opened->loader.open(path))
+      return reason.report(error, PSLM_ERROR_FILE, std::strerror(errno));
+    auto loaded = Program::load(&opened->loader, Program::Verification::InternalConsistency);
+    if (!loaded.ok()) return reason.report(error, PSLM_ERROR_FORMAT, "not a program");
+    opened->program.emplace(std::move(*loaded));
+    *program = opened.release();
+    return PSLM_OK;
+  });
 }
 
 void pslm_et_close(pslm_et_program* program) {
@@ -276,74 +294,86 @@ void pslm_et_close(pslm_et_program* program) {
 pslm_status pslm_et_numbers(const pslm_et_program* program, const char* method, int64_t* numbers,
                             size_t* count, pslm_error error) {
   const Reason reason;
-  Loaded loaded;
-  if (!loaded.load(*program->program, method) || loaded->execute() != Error::Ok)
-    return reason.report(error, PSLM_ERROR_FORMAT, std::string("no method ") + method);
-  const size_t room = *count;
-  *count = loaded->outputs_size();
-  for (size_t i = 0; i < std::min(room, *count); ++i) {
-    const EValue& value = loaded->get_output(i);
-    if (!value.isInt() && !value.isBool())
-      return reason.report(error, PSLM_ERROR_FORMAT, std::string(method) + " gives no integers");
-    numbers[i] = value.isInt() ? value.toInt() : value.toBool();
-  }
-  return PSLM_OK;
+  return reason.guard(error, [&] {
+    Loaded loaded;
+    if (!loaded.load(*program->program, method) || loaded->execute() != Error::Ok)
+      return reason.report(error, PSLM_ERROR_FORMAT,
+                           (std::string("no method ") + method).c_str());
+    const size_t room = *count;
+    *count = loaded->outputs_size();
+    for (size_t i = 0; i < std::min(room, *count); ++i) {
+      const EValue& value = loaded->get_output(i);
+      if (!value.isInt() && !value.isBool())
+        return reason.report(error, PSLM_ERROR_FORMAT,
+                             (std::string(method) + " gives no integers").c_str());
+      numbers[i] = value.isInt() ? value.toInt() : value.toBool();
+    }
+    return PSLM_OK;
+  });
 }
 
 pslm_status pslm_et_load(pslm_et_program* program, int timed, size_t* longest, size_t* vocabulary,
                          pslm_error error) {
   const Reason reason;
-  program->vocabulary = 0;
-  program->forward.emplace();
-  Loaded& forward = *program->forward;
-  if (!forward.load(*program->program, kForward,
-                    timed ? timed_kernels() : Span<const Kernel>()))
-    return reason.report(error, PSLM_ERROR_FORMAT, "forward cannot be loaded");
-  const MethodMeta meta = forward->method_meta();
-  const auto fits = [](const Result<TensorInfo>& info, size_t rank) {
-    return info.ok() && info->scalar_type() == ScalarType::Long && info->sizes().size() == rank;
-  };
-  if (meta.num_inputs() != 2 || !fits(meta.input_tensor_meta(0), 2) ||
-      !fits(meta.input_tensor_meta(1), 1))
-    return reason.report(error, PSLM_ERROR_FORMAT,
-                         "forward takes other inputs than tokens [1, n] and start [1]");
-  const auto logits = meta.output_tensor_meta(0);
-  if (!logits.ok() || logits->sizes().size() == 0)
-    return reason.report(error, PSLM_ERROR_FORMAT, "forward gives no logits");
-  *longest = static_cast<size_t>(meta.input_tensor_meta(0)->sizes()[1]);
-  *vocabulary = static_cast<size_t>(logits->sizes()[logits->sizes().size() - 1]);
-  program->vocabulary = *vocabulary;
-  return PSLM_OK;
+  return reason.guard(error, [&] {
+    program->vocabulary = 0;
+    program->forward.emplace();
+    Loaded& forward = *program->forward;
+    if (!forward.load(*program->program, kForward,
+                      timed ? timed_kernels() : Span<const Kernel>()))
+      return reason.report(error, PSLM_ERROR_FORMAT, "forward cannot be loaded");
+    const MethodMeta meta = forward->method_meta();
+    const auto fits = [](const Result<TensorInfo>& info, size_t rank) {
+      return info.ok() && info->scalar_type() == ScalarType::Long && info->sizes().size() == rank;
+    };
+    if (meta.num_inputs() != 2 || !fits(meta.input_tensor_meta(0), 2) ||
+        !fits(meta.input_tensor_meta(1), 1))
+      return reason.report(error, PSLM_ERROR_FORMAT,
+                           "forward takes other inputs than tokens [1, n] and start [1]");
+    const auto logits = meta.output_tensor_meta(0);
+    if (!logits.ok() || logits->sizes().size() == 0)
+      return reason.report(error, PSLM_ERROR_FORMAT, "forward gives no logits");
+    *longest = static_cast<size_t>(meta.input_tensor_meta(0)->sizes()[1]);
+    *vocabulary = static_cast<size_t>(logits->sizes()[logits->sizes().size() - 1]);
+    program->vocabulary = *vocabulary;
+    return PSLM_OK;
+  });
 }
 
 pslm_status pslm_et_forward(pslm_et_program* program, const int64_t* tokens, size_t count,
                             int64_t start, float* logits, pslm_error error) {
   const Reason reason;
-  if (program->vocabulary == 0) return reason.report(error, PSLM_ERROR_ARGUMENT, "not loaded");
-  const OneThread caller;
-  Method& method = **program->forward;
-  int32_t sizes[] = {1, static_cast<int32_t>(count)}, one[] = {1};
-  int32_t strides[] = {static_cast<int32_t>(count), 1};
-  uint8_t order[] = {0, 1};
-  TensorImpl ids(ScalarType::Long, 2, sizes, const_cast<int64_t*>(tokens), order, strides);
-  TensorImpl first(ScalarType::Long, 1, one, &start, order, one);
-  if (method.set_input(Tensor(&ids), 0) != Error::Ok ||
-      method.set_input(Tensor(&first), 1) != Error::Ok || method.execute() != Error::Ok)
-    return reason.report(error, PSLM_ERROR_ARGUMENT, "forward failed");
-  const Tensor& out = method.get_output(0).toTensor();
-  const size_t vocabulary = program->vocabulary, values = static_cast<size_t>(out.numel());
-  if (values < vocabulary) return reason.report(error, PSLM_ERROR_FORMAT, "no logits came back");
-  const auto copy = [&](const auto* from) {
-    for (size_t i = 0; i < vocabulary; ++i)
-      logits[i] = static_cast<float>(from[values - vocabulary + i]);
-  };
-  switch (out.scalar_type()) {
-    case ScalarType::Float: copy(out.const_data_ptr<float>()); break;
-    case ScalarType::Half: copy(out.const_data_ptr<executorch::aten::Half>()); break;
-    case ScalarType::BFloat16: copy(out.const_data_ptr<executorch::aten::BFloat16>()); break;
-    default: return reason.report(error, PSLM_ERROR_FORMAT, "logits are not floating point");
-  }
-  return PSLM_OK;
+  return reason.guard(error, [&] {
+    if (program->vocabulary == 0) return reason.report(error, PSLM_ERROR_ARGUMENT, "not loaded");
+    if (!tokens || count == 0 || count > std::numeric_limits<int32_t>::max())
+      return reason.report(error, PSLM_ERROR_ARGUMENT, "no tokens, or too many");
+    const OneThread caller;
+    Method& method = **program->forward;
+    int32_t sizes[] = {1, static_cast<int32_t>(count)}, one[] = {1};
+    int32_t strides[] = {static_cast<int32_t>(count), 1};
+    uint8_t order[] = {0, 1};
+    TensorImpl ids(ScalarType::Long, 2, sizes, const_cast<int64_t*>(tokens), order, strides);
+    TensorImpl first(ScalarType::Long, 1, one, &start, order, one);
+    if (method.set_input(Tensor(&ids), 0) != Error::Ok ||
+        method.set_input(Tensor(&first), 1) != Error::Ok || method.execute() != Error::Ok)
+      return reason.report(error, PSLM_ERROR_ARGUMENT, "forward failed");
+    if (!method.get_output(0).isTensor())
+      return reason.report(error, PSLM_ERROR_FORMAT, "forward gives no logits");
+    const Tensor& out = method.get_output(0).toTensor();
+    const size_t vocabulary = program->vocabulary, values = static_cast<size_t>(out.numel());
+    if (values < vocabulary) return reason.report(error, PSLM_ERROR_FORMAT, "no logits came back");
+    const auto copy = [&](const auto* from) {
+      for (size_t i = 0; i < vocabulary; ++i)
+        logits[i] = static_cast<float>(from[values - vocabulary + i]);
+    };
+    switch (out.scalar_type()) {
+      case ScalarType::Float: copy(out.const_data_ptr<float>()); break;
+      case ScalarType::Half: copy(out.const_data_ptr<executorch::aten::Half>()); break;
+      case ScalarType::BFloat16: copy(out.const_data_ptr<executorch::aten::BFloat16>()); break;
+      default: return reason.report(error, PSLM_ERROR_FORMAT, "logits are not floating point");
+    }
+    return PSLM_OK;
+  });
 }
 
 size_t pslm_et_clocks(pslm_et_clock* clocks, size_t room) {

@@ -10,11 +10,11 @@
 //
 // L is what the cache can hold, not what it holds, and how positions lie inside is private. The
 // session setting `pocketslm.threads` says how many threads to use.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
-#include <numeric>
 
 #include "decoder.h"
 #include "onnxruntime_abi.h"
@@ -65,7 +65,19 @@ Status* read_threads(const KernelInfo* info, uint32_t& threads) {
   return status;
 }
 
-Status* create(const CustomOp*, const void*, const KernelInfo* info, void** kernel) try {
+// Runs f, which returns a status, and turns what it may throw into one.
+template <typename F>
+Status* guarded(F&& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return fault("out of memory");
+  } catch (const std::exception& failure) {
+    return fault(failure.what());
+  }
+}
+
+Status* create(const KernelInfo* info, void** kernel) {
   int constant = 0;
   const Value* value = nullptr;
   if (Status* status = g_api->constant_input(info, kModel, &constant, &value)) return status;
@@ -80,36 +92,41 @@ Status* create(const CustomOp*, const void*, const KernelInfo* info, void** kern
     return fault(failure);
   *kernel = decoder.release();
   return nullptr;
-} catch (const std::bad_alloc&) {
-  return fault("out of memory");
 }
 
-// The output tensor of that shape.
+// The output tensor of that shape. A graph may leave one out, and gives null for it.
 Status* place(KernelContext* context, size_t index, const std::vector<int64_t>& shape, Tensor& out) {
   Value* value = nullptr;
   out.shape = shape;
   if (Status* status = g_api->output(context, index, shape.data(), shape.size(), &value))
     return status;
+  if (!value) return fault("the graph leaves output " + std::to_string(index) + " out");
   return g_api->tensor_data(value, &out.data);
 }
 
-Status* compute(void* kernel, KernelContext* context) try {
-  Decoder& decoder = *static_cast<Decoder*>(kernel);
+Status* compute(Decoder& decoder, KernelContext* context) {
   const pslm_model_info& model = decoder.info();
-  size_t count = 0;
+  size_t count = 0, outputs = 0;
   if (Status* status = g_api->input_count(context, &count)) return status;
+  if (Status* status = g_api->output_count(context, &outputs)) return status;
+  const size_t caches = 2 * size_t{model.layers};
+  if (count != kFirstCache + caches || outputs != 1 + caches)
+    return fault("the graph has " + std::to_string(count) + " inputs and " +
+                 std::to_string(outputs) + " outputs, expected " +
+                 std::to_string(kFirstCache + caches) + " and " + std::to_string(1 + caches));
   std::vector<Tensor> inputs(count);
   for (size_t i = 0; i < count; ++i) {
     const Value* value = nullptr;
     if (Status* status = g_api->input(context, i, &value)) return status;
     if (i == kModel) continue;
+    if (!value) return fault("the graph leaves input " + std::to_string(i) + " out");
     if (Status* status = describe(value, inputs[i])) return status;
   }
   const Tensor &ids = inputs[kIds], &mask = inputs[kMask], &keep = inputs[kKeep];
   if (!ids.is_row() || !mask.is_row()) return fault("only a batch of 1 is supported");
   const int64_t fresh = ids.shape[1], total = mask.shape[1];
   const int64_t* ones = static_cast<const int64_t*>(mask.data);
-  if (total < fresh || std::accumulate(ones, ones + total, int64_t{0}) != total)
+  if (total < fresh || std::any_of(ones, ones + total, [](int64_t one) { return one != 1; }))
     return fault("attention_mask must be ones for all tokens so far; padding is not supported");
   if (keep.shape != std::vector<int64_t>{1}) return fault("logits_to_keep must be one number");
   const int64_t rows = *static_cast<const int64_t*>(keep.data);
@@ -128,25 +145,23 @@ Status* compute(void* kernel, KernelContext* context) try {
                  " are needed: bind past and present to one buffer of the full length");
   step.positions = static_cast<size_t>(positions);
   for (size_t i = kFirstCache; i < count; ++i) {
-    const uint32_t heads = decoder.kv_heads((i - kFirstCache) / 2);
-    const std::vector<int64_t> shape = {1, heads, positions, model.head_dim};
-    const size_t bytes = 2 * heads * step.positions * model.head_dim;
+    const auto [heads, head_dim] = decoder.shape((i - kFirstCache) / 2);
+    const std::vector<int64_t> shape = {1, heads, positions, head_dim};
     if (inputs[i].shape != shape)
       return fault("cache tensor " + std::to_string(i - kFirstCache) + " must be [1, " +
                    std::to_string(heads) + ", " + std::to_string(positions) + ", " +
-                   std::to_string(model.head_dim) + "]");
+                   std::to_string(head_dim) + "]");
     Tensor present;
     if (Status* status = place(context, 1 + i - kFirstCache, shape, present)) return status;
-    if (present.data != inputs[i].data) std::memcpy(present.data, inputs[i].data, bytes);
+    const size_t bytes = 2 * heads * step.positions * head_dim;
+    if (present.data != inputs[i].data) std::memmove(present.data, inputs[i].data, bytes);
     step.caches.push_back(present.data);
   }
   Tensor logits;
-  if (Status* status = place(context, 0, {1, rows, model.vocab_size}, logits)) return status;
+  if (Status* status = place(context, 0, {1, rows, model.output_size}, logits)) return status;
   step.logits = static_cast<float*>(logits.data);
   const std::string failure = decoder.run(step);
   return failure.empty() ? nullptr : fault(failure);
-} catch (const std::bad_alloc&) {
-  return fault("out of memory");
 }
 
 CustomOp make_operator() {
@@ -168,8 +183,12 @@ CustomOp make_operator() {
   op.input_memory = [](const CustomOp*, size_t) { return 0; };  // the provider's own
   op.variadic_input_minimum = op.variadic_output_minimum = [](const CustomOp*) { return 2; };
   op.variadic_input_same_type = op.variadic_output_same_type = [](const CustomOp*) { return 1; };
-  op.create = create;
-  op.compute = compute;
+  op.create = [](const CustomOp*, const void*, const KernelInfo* info, void** kernel) {
+    return guarded([&] { return create(info, kernel); });
+  };
+  op.compute = [](void* kernel, KernelContext* context) {
+    return guarded([&] { return compute(*static_cast<Decoder*>(kernel), context); });
+  };
   op.destroy = [](void* kernel) { delete static_cast<Decoder*>(kernel); };
   return op;
 }

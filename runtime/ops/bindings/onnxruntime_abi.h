@@ -44,6 +44,7 @@ struct Api {
         dimensions(entry<decltype(dimensions)>(table, 62)),
         tensor_info(entry<decltype(tensor_info)>(table, 65)),
         input_count(entry<decltype(input_count)>(table, 88)),
+        output_count(entry<decltype(output_count)>(table, 89)),
         input(entry<decltype(input)>(table, 90)),
         output(entry<decltype(output)>(table, 91)),
         release_tensor_info(entry<decltype(release_tensor_info)>(table, 99)),
@@ -61,6 +62,7 @@ struct Api {
   Status* (*const dimensions)(const TensorInfo*, int64_t*, size_t);
   Status* (*const tensor_info)(const Value*, TensorInfo**);
   Status* (*const input_count)(const KernelContext*, size_t*);
+  Status* (*const output_count)(const KernelContext*, size_t*);
   Status* (*const input)(const KernelContext*, size_t, const Value**);
   Status* (*const output)(KernelContext*, size_t, const int64_t*, size_t, Value**);
   void (*const release_tensor_info)(TensorInfo*);

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
+#include <list>
 #include <tuple>
 
 #include "model_file.h"
@@ -72,7 +73,7 @@ std::string run_on(const std::vector<int>& cpus) {
 }
 
 void drop_from_page_cache(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) return;  // opening the model says why
   fsync(file);  // pages that were not written yet would stay
   posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
@@ -107,12 +108,23 @@ void Engine::unload() {
   session_ = nullptr;
   model_ = nullptr;
   tokenizer_ = Tokenizer();
-  has_chat_ = false;
-  chat_ = ChatParts();
+  chat_ = Chat();
   cached_.clear();
 }
 
 std::string Engine::load(const LoadOptions& options) {
+  std::string failure;
+  try {
+    failure = load_parts(options);
+  } catch (...) {
+    unload();
+    throw;
+  }
+  if (!failure.empty()) unload();
+  return failure;
+}
+
+std::string Engine::load_parts(const LoadOptions& options) {
   unload();
   if (const std::string failure = run_on(options.cpus); !failure.empty()) return failure;
   if (options.cold) drop_from_page_cache(options.path);
@@ -133,34 +145,12 @@ std::string Engine::load(const LoadOptions& options) {
   if (const void* data = pslm_model_blob(model_, static_cast<uint32_t>(Role::chat), &bytes);
       failure.empty() && data) {
     const auto chat = parse_json({static_cast<const char*>(data), bytes});
-    failure = chat ? read_chat(*chat) : "the chat section is not JSON";
+    failure = chat ? chat_.read(*chat, model_info_.vocab_size) : "the chat section is not JSON";
   }
   profiled_ = options.profile;
   restart_times();
-  if (!failure.empty()) unload();
   load_ms_ = milliseconds_since(start);
   return failure;
-}
-
-std::string Engine::read_chat(const Json& chat) {
-  const std::pair<const char*, std::string*> parts[] = {
-      {"start_system", &chat_.start_system},           {"system_to_user", &chat_.system_to_user},
-      {"start_user", &chat_.start_user},               {"user_to_assistant", &chat_.user_to_assistant},
-      {"assistant_to_user", &chat_.assistant_to_user},
-  };
-  for (const auto& [name, target] : parts) {
-    const Json* value = chat.find(name);
-    if (!value || !value->is(Json::Kind::string)) return "the chat section lacks " + std::string(name);
-    *target = value->string;
-  }
-  if (const Json* eos = chat.find("eos"))
-    for (const Json& id : eos->items) {
-      if (!(id.number >= 0 && id.number < model_info_.vocab_size))
-        return "the chat section names an unknown token";
-      chat_.eos.push_back(static_cast<int32_t>(id.number));
-    }
-  has_chat_ = true;
-  return "";
 }
 
 pslm_session_info Engine::session_info() const {
@@ -182,43 +172,30 @@ void Engine::reset() {
 
 std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens) const {
   if (!tokenizer_.loaded()) return "the model file has no tokenizer; pass tokens instead";
-  tokens = tokenizer_.prefix();
-  tokenizer_.encode({{text, true}}, tokens);
+  tokens.clear();
+  tokenizer_.encode_whole({text, true}, tokens);
   return "";
 }
 
 // What the template wrote may name special tokens; what people wrote may not.
 std::string Engine::encode_chat(const std::vector<Message>& messages,
                                 std::vector<int32_t>& tokens) const {
-  if (!tokenizer_.loaded() || !has_chat_)
+  if (!tokenizer_.loaded() || !chat_.loaded())
     return "the model file has no chat template; pass prompt or tokens instead";
-  std::string previous;
   std::vector<TextPart> parts;
-  for (const Message& message : messages) {
-    const std::string* lead = nullptr;
-    if (previous.empty() && message.role == "system") lead = &chat_.start_system;
-    if (previous.empty() && message.role == "user") lead = &chat_.start_user;
-    if (previous == "system" && message.role == "user") lead = &chat_.system_to_user;
-    if (previous == "user" && message.role == "assistant") lead = &chat_.user_to_assistant;
-    if (previous == "assistant" && message.role == "user") lead = &chat_.assistant_to_user;
-    if (!lead)
-      return "messages must be an optional system message, then user and assistant in turn; got '" +
-             message.role + "' after '" + previous + "'";
-    parts.push_back({*lead, true});
-    parts.push_back({message.content, false});
-    previous = message.role;
-  }
-  if (previous != "user") return "the last message must be the user's";
-  parts.push_back({chat_.user_to_assistant, true});
+  std::list<std::string> written;
+  if (std::string failure = chat_.compose(messages, parts, written); !failure.empty())
+    return failure;
   tokenizer_.encode(parts, tokens);
   return "";
 }
 
-// Keep what the session already holds of these tokens, at most `limit` of them.
+// Keep what the session already holds of these tokens, at most `limit` of them; none where it has
+// forgotten what it knew then.
 size_t Engine::keep_common(const std::vector<int32_t>& tokens, size_t limit) {
   size_t common = 0;
   while (common < cached_.size() && common < limit && cached_[common] == tokens[common]) ++common;
-  pslm_truncate(session_, common);
+  if (pslm_truncate(session_, common) != PSLM_OK) pslm_truncate(session_, common = 0);
   cached_.resize(common);
   return common;
 }
@@ -227,6 +204,7 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
                              const std::function<void(const NewToken&)>& on_token,
                              const std::function<bool()>& go_on, Outcome& outcome) {
   if (prompt.empty()) return "the prompt is empty";
+  if (!model_info_.head_macs) return "the model is an encoder: it has no next token";
   const size_t context = session_info().context;
   if (prompt.size() > context)
     return std::to_string(prompt.size()) + " tokens do not fit the context of " +
@@ -267,7 +245,7 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   outcome.prefill_ms = milliseconds_since(started);
 
   const auto decode_started = Clock::now();
-  const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos : generation.eos;
+  const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos() : generation.eos;
   std::string pending;  // the beginning of a character whose end is in the next token
   bool at_start = true;
   outcome.reason = "length";
@@ -314,10 +292,11 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
 
 std::string Engine::logits(const std::vector<int32_t>& tokens, size_t first,
                            std::vector<float>& out) {
+  if (tokens.empty()) return "the prompt is empty";
   const size_t common = keep_common(tokens, first);
   const bool all = first + 1 < tokens.size();
   const size_t count = tokens.size() - common;
-  out.resize((all ? count : 1) * model_info_.vocab_size);
+  out.resize((all ? count : 1) * model_info_.output_size);
   ErrorLine error;
   if (pslm_forward(session_, tokens.data() + common, count,
                    all ? PSLM_LOGITS_ALL : PSLM_LOGITS_LAST, out.data(), out.size(),
@@ -325,7 +304,7 @@ std::string Engine::logits(const std::vector<int32_t>& tokens, size_t first,
     return error.text;
   if (all)
     out.erase(out.begin(), out.begin() + static_cast<std::ptrdiff_t>((first - common) *
-                                                                     model_info_.vocab_size));
+                                                                     model_info_.output_size));
   cached_ = tokens;
   return "";
 }
@@ -343,7 +322,7 @@ std::vector<int32_t> Engine::random_tokens(size_t count) const {
 std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size_t repeats,
                           const std::function<bool()>& go_on, Times& times) {
   ErrorLine error;
-  std::vector<float> logits(model_info_.vocab_size);
+  std::vector<float> logits(model_info_.output_size);
   for (size_t repeat = 0; repeat < repeats; ++repeat) {
     reset();
     restart_times();

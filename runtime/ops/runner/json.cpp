@@ -1,5 +1,6 @@
 #include "json.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -41,7 +42,7 @@ class Parser {
   }
 
   bool parse(Json& out, int depth) {
-    if (depth > kMaxDepth) return false;
+    if (depth > kMaxDepth || ++values_ > kMaxValues) return false;
     skip_space();
     switch (peek()) {
       case '{':
@@ -76,7 +77,14 @@ class Parser {
           !parse(out.fields.back().second, depth + 1))
         return false;
     } while (take(','));
-    return take('}');
+    return take('}') && distinct(out.fields);
+  }
+
+  static bool distinct(const std::vector<std::pair<std::string, Json>>& fields) {
+    std::vector<std::string_view> names;
+    for (const auto& field : fields) names.push_back(field.first);
+    std::sort(names.begin(), names.end());
+    return std::adjacent_find(names.begin(), names.end()) == names.end();
   }
 
   bool array(Json& out, int depth) {
@@ -160,7 +168,7 @@ class Parser {
   }
 
   std::string_view text_;
-  size_t at_ = 0;
+  size_t at_ = 0, values_ = 0;
 };
 
 }  // namespace
@@ -169,6 +177,10 @@ const Json* Json::find(std::string_view key) const {
   for (const auto& field : fields)
     if (field.first == key) return &field.second;
   return nullptr;
+}
+
+bool Json::is_whole(double low, double high) const {
+  return is(Kind::number) && number >= low && number <= high && number == std::floor(number);
 }
 
 std::optional<Json> parse_json(std::string_view text) { return Parser(text).document(); }

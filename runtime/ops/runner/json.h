@@ -19,10 +19,15 @@ struct Json {
   std::vector<std::pair<std::string, Json>> fields;  // object, in order
 
   bool is(Kind k) const { return kind == k; }
+  // A whole number within these bounds.
+  bool is_whole(double low, double high) const;
   const Json* find(std::string_view key) const;
 };
 
-// Nothing where the text is not exactly one valid JSON value.
+// Values in one text, at most: each takes about a hundred bytes.
+constexpr size_t kMaxValues = 1 << 18;
+
+// Nothing where the text is not exactly one valid JSON value, names a field twice or is too large.
 std::optional<Json> parse_json(std::string_view text);
 
 // A quoted JSON string; invalid UTF-8 becomes U+FFFD.

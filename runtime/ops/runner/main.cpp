@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <string>
 
 #include "engine.h"
@@ -148,7 +149,7 @@ int run(const Arguments& arguments) {
           std::fwrite(made.text.data(), 1, made.text.size(), stdout);
           std::fflush(stdout);
         },
-        [] { return true; }, outcome);
+        [] { return !std::ferror(stdout); }, outcome);
   if (!failure.empty()) return fail(failure);
   const auto rate = [](size_t count, double ms) {
     return ms > 0 ? static_cast<double>(count) * 1e3 / ms : 0.0;
@@ -176,5 +177,12 @@ int main(int count, char** values) {
     std::fflush(stdout);
     std::_Exit(status);  // the thread that reads input may still be waiting for it
   }
-  return run(arguments);
+  int status = 0;
+  try {
+    status = run(arguments);
+  } catch (const std::bad_alloc&) {
+    return fail("out of memory");
+  }
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) return fail("the answer cannot be written");
+  return status;
 }

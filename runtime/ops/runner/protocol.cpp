@@ -8,7 +8,9 @@
 #include <cstdarg>
 #include <deque>
 #include <initializer_list>
+#include <limits>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <thread>
 
@@ -17,7 +19,7 @@
 namespace pocketslm {
 namespace {
 
-constexpr size_t kMaxLine = 64 << 20;
+constexpr size_t kMaxLine = 16 << 20;
 
 // Lines arrive on a thread of their own, so that a cancel is seen while tokens are made.
 class LineReader {
@@ -53,8 +55,11 @@ class LineReader {
   };
 
   void push(std::string&& line) {
-    const auto request =
-        line.find("cancel") != std::string::npos ? parse_json(line) : std::nullopt;
+    std::optional<Json> request;
+    try {
+      if (line.find("cancel") != std::string::npos) request = parse_json(line);
+    } catch (const std::bad_alloc&) {  // whoever answers it says so
+    }
     const Json* op = request ? request->find("op") : nullptr;
     std::lock_guard<std::mutex> lock(mutex_);
     ++count_;
@@ -67,15 +72,21 @@ class LineReader {
     changed_.notify_one();
   }
 
+  // A line that is too long, or for which there is no memory, goes on as one that is no request.
   void read(FILE* in) {
     std::string line;
     for (int c; (c = std::getc(in)) != EOF;) {
-      if (c != '\n') {
-        if (line.size() <= kMaxLine) line += static_cast<char>(c);
+      if (c == '\n') {
+        if (!line.empty()) push(std::move(line));
+        line.clear();
         continue;
       }
-      if (!line.empty()) push(std::move(line));
-      line.clear();
+      if (line.size() > kMaxLine) continue;
+      try {
+        line += static_cast<char>(c);
+      } catch (const std::bad_alloc&) {
+        std::string("?").swap(line);
+      }
     }
     if (!line.empty()) push(std::move(line));
     std::lock_guard<std::mutex> lock(mutex_);
@@ -172,51 +183,66 @@ class Server {
  public:
   Server(LineReader& reader, FILE* out) : reader_(reader), out_(out) {}
 
+  // 0, or 1 where an answer could not be written.
   int run() {
     while (auto line = reader_.next()) {
-      const auto json = line->size() > kMaxLine ? std::nullopt : parse_json(*line);
-      const Json* op = json && json->is(Json::Kind::object) ? json->find("op") : nullptr;
-      if (!op || !op->is(Json::Kind::string)) {
-        error("", "a request is one line with a JSON object that has 'op'");
-        continue;
+      id_.clear();
+      try {
+        const auto json = line->size() > kMaxLine ? std::nullopt : parse_json(*line);
+        const Json* op = json && json->is(Json::Kind::object) ? json->find("op") : nullptr;
+        if (op && op->is(Json::Kind::string)) {
+          if (op->string == "quit") break;
+          Request request(*json);
+          id_ = request.text("id", "");
+          if (const std::string failure = handle(op->string, request); !failure.empty())
+            error(failure);
+        } else {
+          error("a request is one line with a JSON object that has 'op', no field twice, at most " +
+                std::to_string(kMaxLine >> 20) + " MB and " + std::to_string(kMaxValues) +
+                " values");
+        }
+      } catch (const std::bad_alloc&) {
+        error("out of memory");
+      } catch (const std::exception& failure) {
+        error(failure.what());
       }
-      if (op->string == "quit") return 0;
-      Request request(*json);
-      const std::string id = request.text("id", "");
-      std::string failure = handle(op->string, request, id);
-      if (!failure.empty()) error(id, failure);
+      if (!written_) {
+        std::fputs("pocketslm-run: the answer cannot be written\n", stderr);
+        return 1;
+      }
     }
     return 0;
   }
 
  private:
-  void emit(const char* format, ...) __attribute__((format(printf, 2, 3))) {
+  // One event, with the id of its request; `format` gives its further fields, each after a comma.
+  void emit(const char* event, const char* format, ...) __attribute__((format(printf, 3, 4))) {
+    std::fprintf(out_, "{\"event\":\"%s\",\"id\":%s", event, quote(id_).c_str());
     va_list arguments;
     va_start(arguments, format);
     std::vfprintf(out_, format, arguments);
     va_end(arguments);
-    std::fputc('\n', out_);
-    std::fflush(out_);
+    std::fputs("}\n", out_);
+    if (std::fflush(out_) != 0 || std::ferror(out_)) written_ = false;
   }
 
-  void error(const std::string& id, const std::string& message) {
-    emit("{\"event\":\"error\",\"id\":%s,\"message\":%s}", quote(id).c_str(),
-         quote(message).c_str());
+  void error(const std::string& message) {
+    emit("error", ",\"message\":%s", quote(message).c_str());
   }
 
-  std::string handle(const std::string& op, Request& request, const std::string& id) {
+  std::string handle(const std::string& op, Request& request) {
     if (op == "load") return load(request);
     if (op == "stats") return stats();
     if (op == "probe") return probe(request);
     if (!engine_.loaded()) return "no model is loaded; send {\"op\":\"load\",\"path\":...} first";
-    if (op == "generate") return generate(request, id);
+    if (op == "generate") return generate(request);
     if (op == "logits") return logits(request);
     if (op == "encode") return encode(request);
-    if (op == "bench") return bench(request, id);
+    if (op == "bench") return bench(request);
     if (op == "reset") {
       engine_.reset();
       engine_.restart_times();
-      emit("{\"event\":\"reset\"}");
+      emit("reset", "%s", "");
       return "";
     }
     return "unknown op '" + op +
@@ -234,7 +260,7 @@ class Server {
     options.cold = request.flag("cold");
     if (const Json* list = request.list("cpus"))
       for (const Json& item : list->items) {
-        if (!(item.is(Json::Kind::number) && item.number >= 0 && item.number < CPU_SETSIZE))
+        if (!item.is_whole(0, CPU_SETSIZE - 1))
           return "'cpus' must be numbers of CPUs";
         options.cpus.push_back(static_cast<int>(item.number));
       }
@@ -245,9 +271,9 @@ class Server {
     if (std::string failure = engine_.load(options); !failure.empty()) return failure;
     const pslm_session_info session = engine_.session_info();
     const pslm_model_info& model = engine_.model_info();
-    emit("{\"event\":\"loaded\",\"isa\":\"%s\",\"threads\":%u,\"context\":%u,\"kv\":\"%s\","
+    emit("loaded", ",\"isa\":\"%s\",\"threads\":%u,\"context\":%u,\"kv\":\"%s\","
          "\"vocab_size\":%u,\"layers\":%u,\"file_bytes\":%llu,\"bytes_per_token\":%llu,"
-         "\"macs_per_token\":%llu,\"tokenizer\":%s,\"load_ms\":%.3f}",
+         "\"macs_per_token\":%llu,\"tokenizer\":%s,\"load_ms\":%.3f",
          session.isa, session.threads, session.context, kv.c_str(), model.vocab_size, model.layers,
          static_cast<unsigned long long>(model.file_bytes),
          static_cast<unsigned long long>(model.bytes_per_token),
@@ -259,10 +285,10 @@ class Server {
   // The prompt as 'tokens', 'messages' or 'prompt'.
   std::string prompt(Request& request, std::vector<int32_t>& tokens) {
     if (const Json* list = request.list("tokens")) {
+      const uint32_t vocabulary = engine_.model_info().vocab_size;
       for (const Json& item : list->items) {
-        if (!(item.is(Json::Kind::number) && item.number >= 0 &&
-              item.number < engine_.model_info().vocab_size))
-          return "'tokens' must be ids below " + std::to_string(engine_.model_info().vocab_size);
+        if (!item.is_whole(0, vocabulary - 1.0))
+          return "'tokens' must be ids below " + std::to_string(vocabulary);
         tokens.push_back(static_cast<int32_t>(item.number));
       }
       return tokens.empty() ? "'tokens' must not be empty" : "";
@@ -284,7 +310,7 @@ class Server {
     return engine_.encode(text, tokens);
   }
 
-  std::string generate(Request& request, const std::string& id) {
+  std::string generate(Request& request) {
     Generation generation;
     generation.max_tokens = request.count("max_tokens", 128, 1, 1 << 24);
     generation.ignore_eos = request.flag("ignore_eos");
@@ -298,8 +324,11 @@ class Server {
     generation.sampling.penalize_prompt = !request.flag("spare_prompt");
     generation.logprobs = request.flag("logprobs");
     if (const Json* list = request.list("eos"))
-      for (const Json& item : list->items)
+      for (const Json& item : list->items) {
+        if (!item.is_whole(0, std::numeric_limits<int32_t>::max()))
+          return "'eos' must be ids of tokens";
         generation.eos.push_back(static_cast<int32_t>(item.number));
+      }
     std::vector<int32_t> tokens;
     if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
     if (!request.fault().empty()) return request.fault();
@@ -307,26 +336,28 @@ class Server {
     const std::string failure = engine_.generate(
         tokens, generation,
         [&](const NewToken& made) {
-          emit("{\"event\":\"token\",\"id\":%s,\"token\":%d,\"text\":%s%s}", quote(id).c_str(),
-               made.token, quote(made.text).c_str(),
+          emit("token", ",\"token\":%d,\"text\":%s%s", made.token, quote(made.text).c_str(),
                generation.logprobs ? logprob(made.logprob).c_str() : "");
         },
-        [&] { return !reader_.cancelled(id); }, outcome);
+        [&] { return written_ && !reader_.cancelled(id_); }, outcome);
     if (!failure.empty()) return failure;
-    if (outcome.reason == "eos" && generation.logprobs)
-      emit("{\"event\":\"token\",\"id\":%s,\"token\":%d,\"text\":\"\"%s}", quote(id).c_str(),
-           outcome.last, logprob(outcome.last_logprob).c_str());
-    emit("{\"event\":\"done\",\"id\":%s,\"reason\":\"%s\",\"prompt_tokens\":%zu,"
-         "\"reused_tokens\":%zu,\"tokens\":%zu,\"prefill_ms\":%.3f,\"decode_ms\":%.3f}",
-         quote(id).c_str(), outcome.reason.c_str(), outcome.prompt_tokens, outcome.reused_tokens,
-         outcome.new_tokens, outcome.prefill_ms, outcome.decode_ms);
+    std::string last;
+    if (outcome.reason == "eos") {
+      last = ",\"token\":" + std::to_string(outcome.last);
+      if (generation.logprobs) last += logprob(outcome.last_logprob);
+    }
+    emit("done",
+         ",\"reason\":\"%s\",\"prompt_tokens\":%zu,\"reused_tokens\":%zu,\"tokens\":%zu,"
+         "\"prefill_ms\":%.3f,\"decode_ms\":%.3f%s",
+         outcome.reason.c_str(), outcome.prompt_tokens, outcome.reused_tokens, outcome.new_tokens,
+         outcome.prefill_ms, outcome.decode_ms, last.c_str());
     return "";
   }
 
   std::string encode(Request& request) {
     std::vector<int32_t> tokens;
     if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
-    emit("{\"event\":\"encoded\",\"tokens\":%s}",
+    emit("encoded", ",\"tokens\":%s",
          numbers(std::vector<int64_t>(tokens.begin(), tokens.end())).c_str());
     return "";
   }
@@ -335,6 +366,7 @@ class Server {
     std::vector<int32_t> tokens;
     std::vector<float> values;
     if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
+    if (tokens.empty()) return "the prompt is empty";
     const uint32_t first = request.count("first", static_cast<uint32_t>(tokens.size() - 1), 0,
                                          static_cast<double>(tokens.size() - 1));
     const bool packed = request.flag("base64");
@@ -342,7 +374,7 @@ class Server {
     if (std::string failure = engine_.logits(tokens, first, values); !failure.empty())
       return failure;
     if (packed) {
-      emit("{\"event\":\"logits\",\"base64\":\"%s\"}", base64(values).c_str());
+      emit("logits", ",\"base64\":\"%s\"", base64(values).c_str());
       return "";
     }
     std::string list;
@@ -351,11 +383,11 @@ class Server {
       std::snprintf(text, sizeof text, "%s%.9g", list.empty() ? "" : ",", static_cast<double>(value));
       list += text;
     }
-    emit("{\"event\":\"logits\",\"logits\":[%s]}", list.c_str());
+    emit("logits", ",\"logits\":[%s]", list.c_str());
     return "";
   }
 
-  std::string bench(Request& request, const std::string& id) {
+  std::string bench(Request& request) {
     const uint32_t fresh = request.count("new_tokens", 128, 0, 1 << 20);
     const uint32_t count = request.count("prompt_tokens", 512, 0, 1 << 20);
     const uint32_t repeats = request.count("repeats", 3, 1, 1000);
@@ -364,7 +396,7 @@ class Server {
     if (request.list("tokens"))
       if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
     Times times;
-    const auto go_on = [&] { return !reader_.cancelled(id) && somebody_reads(); };
+    const auto go_on = [&] { return !reader_.cancelled(id_) && somebody_reads(); };
     if (std::string failure = engine_.bench(tokens, fresh, repeats, go_on, times); !failure.empty())
       return failure;
     std::string lists;
@@ -382,7 +414,7 @@ class Server {
     if (engine_.profiled())
       lists += ",\"prefill_times\":" + operators(times.prefill_operators) +
                ",\"decode_times\":" + operators(times.decode_operators);
-    emit("{\"event\":\"bench\",\"prompt_tokens\":%zu,\"new_tokens\":%u%s}", tokens.size(), fresh,
+    emit("bench", ",\"prompt_tokens\":%zu,\"new_tokens\":%u%s", tokens.size(), fresh,
          lists.c_str());
     return "";
   }
@@ -407,7 +439,7 @@ class Server {
              {"major_faults", usage.major_faults},
          })
       fields += ",\"" + std::string(name) + "\":" + std::to_string(value);
-    emit("{\"event\":\"stats\",\"loaded\":%s,\"length\":%zu%s%s}",
+    emit("stats", ",\"loaded\":%s,\"length\":%zu%s%s",
          engine_.loaded() ? "true" : "false", engine_.length(), fields.c_str(),
          engine_.profiled() ? (",\"times\":" + operators(engine_.times())).c_str() : "");
     return "";
@@ -419,7 +451,7 @@ class Server {
     const uint32_t bytes = request.count("bytes", 64 << 20, 1 << 20, 1 << 30);
     const std::string isa = request.text("isa", "auto");
     if (!request.fault().empty()) return request.fault();
-    emit("{\"event\":\"probe\",\"bandwidth_bytes_per_s\":%.0f,\"int8_macs_per_s\":%.0f}",
+    emit("probe", ",\"bandwidth_bytes_per_s\":%.0f,\"int8_macs_per_s\":%.0f",
          pslm_measure_bandwidth(threads, bytes), pslm_measure_int8_peak(isa.c_str(), threads));
     return "";
   }
@@ -442,6 +474,8 @@ class Server {
   LineReader& reader_;
   Engine engine_;
   FILE* out_;
+  std::string id_;       // of the request that is answered
+  bool written_ = true;  // every event so far
 };
 
 }  // namespace

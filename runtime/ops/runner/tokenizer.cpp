@@ -2,8 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <queue>
+#include <unordered_map>
+#include <utility>
 
+#include "bert.h"
 #include "json.h"
 #include "unicode.h"
 
@@ -12,83 +16,44 @@ namespace {
 
 // Written by export/lower/native_tokenizer.py: this header, then offsets [tokens + 1] into the
 // text, merges [left, right, rank, result] by left and right, tokens by their bytes, added tokens
-// (their ids, the special ones first), ids of the prefix, tokens of the 256 bytes, text.
+// [id, flags], ids of the prefix and the suffix, tokens of the 256 bytes, text.
 struct SectionHeader {
-  uint32_t version, tokens, merges, indexed, special, ordinary, prefix, words, flags, text_bytes;
+  uint32_t version, tokens, merges, indexed, added, prefix, suffix, words, flags, unknown, longest,
+      text_bytes;
 };
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 constexpr uint32_t kNoToken = UINT32_MAX;  // of a byte that encodes to nothing
+constexpr std::string_view kMark = "\u2581";
+constexpr size_t kCachedWords = 1 << 15, kCachedBytes = 64;  // longer words hardly come back
 
-CharClass class_at(std::string_view text, size_t at) {
-  return at < text.size() ? char_class(next_utf8(text, at)) : CharClass::space;
-}
-
-bool is_line_end(std::string_view text, size_t at) {
-  return at < text.size() && (text[at] == '\n' || text[at] == '\r');
-}
-
-// Past a run of at most `most` characters of a class.
-size_t run_end(std::string_view text, size_t at, CharClass kind, size_t most = SIZE_MAX) {
-  for (; most && at < text.size() && class_at(text, at) == kind; --most) next_utf8(text, at);
-  return at;
-}
-
-// \s+(?!\S)|\s+: white space leaves its last character to the word after it.
-size_t space_end(std::string_view text, size_t start) {
-  const size_t end = run_end(text, start, CharClass::space);
-  if (end == text.size()) return end;
-  size_t last = start;
-  for (size_t at = start; at < end; next_utf8(text, at)) last = at;
-  return last > start ? last : end;
-}
-
-// GPT-2's words: contractions, letters, numbers or other signs with a space before, and space.
-size_t gpt2_word_end(std::string_view text, size_t start) {
-  static constexpr std::string_view contractions[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
-  for (std::string_view c : contractions)
-    if (text.substr(start, c.size()) == c) return start + c.size();
-  size_t at = start;
-  if (text[at] == ' ' && class_at(text, at + 1) != CharClass::space) ++at;
-  const CharClass kind = class_at(text, at);
-  return kind == CharClass::space ? space_end(text, start) : run_end(text, at, kind);
-}
-
-// Contractions in any case, the long s too; `start` where there is none.
-size_t contraction_end(std::string_view text, size_t start) {
-  if (text[start] != '\'' || start + 1 == text.size()) return start;
-  const auto lower = [&](size_t at) {
-    const char c = at < text.size() ? text[at] : ' ';
-    return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
-  };
-  const char first = lower(start + 1), second = lower(start + 2);
-  if (first == 's' || first == 't' || first == 'm' || first == 'd') return start + 2;
-  if ((first == 'r' && second == 'e') || (first == 'v' && second == 'e') ||
-      (first == 'l' && second == 'l'))
-    return start + 3;
-  constexpr std::string_view long_s = "\u017f";
-  return text.substr(start + 1, long_s.size()) == long_s ? start + 1 + long_s.size() : start;
-}
-
-// The words of Llama 3 and Qwen 2, which differ in the digits of a number.
-size_t llama3_word_end(std::string_view text, size_t start, size_t digits) {
-  if (const size_t end = contraction_end(text, start); end > start) return end;
-  size_t second = start;
-  next_utf8(text, second);
-  const CharClass kind = class_at(text, start);
-  if (kind == CharClass::letter) return run_end(text, start, CharClass::letter);
-  if (kind == CharClass::number) return run_end(text, start, CharClass::number, digits);
-  if (!is_line_end(text, start) && second < text.size() &&
-      class_at(text, second) == CharClass::letter)
-    return run_end(text, second, CharClass::letter);
-  const size_t signs = text[start] == ' ' ? start + 1 : start;
-  if (size_t end = run_end(text, signs, CharClass::other); end > signs) {
-    while (is_line_end(text, end)) ++end;
-    return end;
+// `text` with `from` replaced by `to`, in one pass.
+std::string replaced(std::string_view text, std::string_view from, std::string_view to) {
+  std::string out;
+  out.reserve(text.size());
+  for (size_t at = 0; at < text.size();) {
+    const size_t found = std::min(text.find(from, at), text.size());
+    out += text.substr(at, found - at);
+    if (found < text.size()) out += to;
+    at = found + from.size();
   }
-  // \s*[\r\n]+: up to the last line end of the space.
-  for (size_t end = run_end(text, start, CharClass::space); end > start; --end)
-    if (is_line_end(text, end - 1)) return end;
-  return space_end(text, start);
+  return out;
+}
+
+// Past the white space at the start of `text`.
+size_t space_run(std::string_view text) {
+  for (size_t at = 0; at < text.size();) {
+    const size_t before = at;
+    if (char_class(next_utf8(text, at)) != CharClass::space) return before;
+  }
+  return text.size();
+}
+
+// Where the white space at the end of `text` begins.
+size_t trailing_space(std::string_view text) {
+  size_t end = 0;
+  for (size_t at = 0; at < text.size();)
+    if (char_class(next_utf8(text, at)) != CharClass::space) end = at;
+  return end;
 }
 
 }  // namespace
@@ -100,42 +65,60 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
   if (header.version != kVersion)
     return "the tokenizer section has an unknown version; export the model again";
   const uint64_t words = uint64_t{header.tokens} + 1 + uint64_t{header.merges} * 4 +
-                         header.indexed + header.special + header.ordinary + header.prefix + 256;
+                         header.indexed + uint64_t{header.added} * 2 + header.prefix + header.suffix + 256;
   if (header.tokens == 0 || header.tokens > vocabulary ||
       sizeof header + words * 4 + header.text_bytes != bytes ||
-      header.words > static_cast<uint32_t>(Words::spaces))
+      header.words >= static_cast<uint32_t>(Words::count))
     return "the tokenizer section has a wrong length or form";
   const auto* word = reinterpret_cast<const uint32_t*>(static_cast<const char*>(data) + sizeof header);
   offsets_ = word;
   merges_ = reinterpret_cast<const Merge*>(offsets_ + header.tokens + 1);
   index_ = reinterpret_cast<const uint32_t*>(merges_ + header.merges);
   const uint32_t* added = index_ + header.indexed;
-  const uint32_t* prefix = added + header.special + header.ordinary;
-  byte_tokens_ = prefix + header.prefix;
+  const uint32_t* prefix = added + 2 * size_t{header.added};
+  const uint32_t* suffix = prefix + header.prefix;
+  byte_tokens_ = suffix + header.suffix;
   text_ = reinterpret_cast<const char*>(byte_tokens_ + 256);
   for (uint32_t i = 0; i <= header.tokens; ++i)
     if (offsets_[i] > header.text_bytes || (i && offsets_[i] < offsets_[i - 1]))
       return "the tokenizer section has wrong offsets";
   bool known = true;
-  for (uint32_t i = 0; i < header.merges; ++i) known &= merges_[i].result < header.tokens;
-  for (const uint32_t* id = index_; id != byte_tokens_ + 256; ++id)
+  for (const uint32_t* id = index_; id != added; ++id) known &= *id < header.tokens;
+  for (const uint32_t* id = added; id != prefix; id += 2) known &= *id < header.tokens;
+  for (const uint32_t* id = prefix; id != byte_tokens_ + 256; ++id)
     known &= *id < header.tokens || (id >= byte_tokens_ && *id == kNoToken);
-  if (!known) return "the tokenizer section names an unknown token";
-  count_ = header.tokens, merge_count_ = header.merges, index_count_ = header.indexed;
-  words_ = static_cast<Words>(header.words), flags_ = header.flags;
-  prefix_.assign(prefix, prefix + header.prefix);
-  is_special_.assign(count_, false);
-  for (uint32_t i = 0; i < header.special + header.ordinary; ++i) {
-    const std::string_view name = stored(added[i]);
-    if (i < header.special) is_special_[added[i]] = true;
-    if (name.empty()) continue;
-    added_.push_back({added[i], i < header.special});
-    added_leads_[static_cast<unsigned char>(name[0])] = true;
+  first_merge_.assign(header.tokens + 1, header.merges);
+  for (uint32_t i = header.merges; i-- > 0;) {
+    const Merge& merge = merges_[i];
+    known &= merge.left < header.tokens && merge.result < header.tokens;
+    if (!known) break;
+    if (i && merge.left < merges_[i - 1].left) return "the tokenizer section's merges are not in order";
+    first_merge_[merge.left] = i;
+    const std::string_view merged = stored(merge.result);
+    for (size_t at = merged.find(' ', 1); at < merged.size(); at = merged.find(' ', at + 1))
+      merges_a_space_[static_cast<unsigned char>(merged[at - 1])] = true;
   }
-  // The longest first: one may begin with another.
-  std::stable_sort(added_.begin(), added_.end(), [&](const Added& a, const Added& b) {
-    return stored(a.token).size() > stored(b.token).size();
-  });
+  known &= header.unknown < header.tokens;
+  if (!known) return "the tokenizer section names an unknown token";
+  for (uint32_t left = header.tokens; left-- > 0;)
+    first_merge_[left] = std::min(first_merge_[left], first_merge_[left + 1]);
+  count_ = header.tokens, index_count_ = header.indexed;
+  words_ = static_cast<Words>(header.words), flags_ = header.flags;
+  unknown_ = header.unknown, longest_ = header.longest;
+  prefix_.assign(prefix, suffix);
+  suffix_.assign(suffix, byte_tokens_);
+  is_special_.assign(count_, false);
+  for (; added != prefix; added += 2) {
+    const uint32_t token = added[0], flags = added[1];
+    std::string name(stored(token));
+    if (flags & kSpecial) is_special_[token] = true;
+    if (name.empty()) continue;
+    if (flags & kMarked) name = replaced(name, " ", kMark);
+    added_leads_[static_cast<unsigned char>(name[0])] = true;
+    added_.push_back({token, flags, std::move(name)});
+  }
+  std::sort(added_.begin(), added_.end(),
+            [](const Added& a, const Added& b) { return a.name < b.name; });
   return "";
 }
 
@@ -149,89 +132,114 @@ std::string_view Tokenizer::bytes(int32_t token) const {
   return stored(index);
 }
 
-// The added token that `text` begins with, or null.
-const Tokenizer::Added* Tokenizer::added_at(std::string_view text, bool special) const {
-  if (!added_leads_[static_cast<unsigned char>(text[0])]) return nullptr;
-  for (const Added& added : added_) {
-    const std::string_view name = stored(added.token);
-    if ((special || !added.special) && text.substr(0, name.size()) == name) return &added;
+// The longest added token that `text` begins with, or null.
+const Tokenizer::Added* Tokenizer::added_at(std::string_view text) const {
+  const Added* longest = nullptr;
+  auto low = added_.begin(), high = added_.end();
+  // From `low` to `high` stand the names that begin with text[0, i) and are longer than that.
+  for (size_t i = 0; i < text.size() && low != high; ++i) {
+    const auto byte = static_cast<unsigned char>(text[i]);
+    const auto at = [i](const Added& added) { return static_cast<unsigned char>(added.name[i]); };
+    low = std::partition_point(low, high, [&](const Added& added) { return at(added) < byte; });
+    high = std::partition_point(low, high, [&](const Added& added) { return at(added) == byte; });
+    for (; low != high && low->name.size() == i + 1; ++low) longest = &*low;
   }
-  return nullptr;
+  return longest;
 }
 
+// What one call of encode() keeps: the words that came before and where their tokens stand.
+struct Tokenizer::Encoding {
+  std::vector<int32_t>& out;
+  std::deque<std::string> texts = {};  // that `seen` points into
+  std::unordered_map<std::string_view, std::pair<size_t, size_t>> seen = {};
+};
+
 void Tokenizer::encode(const std::vector<TextPart>& parts, std::vector<int32_t>& out) const {
+  Encoding encoding{out};
   std::string plain;
-  bool start = true;
-  const auto flush = [&] {
-    if (!plain.empty()) encode_text(std::move(plain), start, out);
+  bool start = true, strip = false;
+  const auto flush = [&](bool strip_end) {
+    if (strip) plain.erase(0, space_run(plain));
+    if (strip_end) plain.resize(trailing_space(plain));
+    if (!plain.empty()) encode_text(std::move(plain), start, encoding);
     plain.clear();
-    start = false;
+    start = strip = false;
   };
   for (const TextPart& part : parts)
     for (size_t at = 0; at < part.text.size();) {
-      const Added* added = added_at(part.text.substr(at), part.special);
-      if (!added) {
-        plain += part.text[at++];
+      const size_t from = at;
+      while (at < part.text.size() && !added_leads_[static_cast<unsigned char>(part.text[at])]) ++at;
+      plain += part.text.substr(from, at - from);
+      if (at == part.text.size()) break;
+      const Added* added = added_at(part.text.substr(at));
+      if (!added || (added->flags & kSpecial && !part.special)) {
+        const size_t bytes = added ? added->name.size() : 1;
+        plain += part.text.substr(at, bytes);
+        at += bytes;
         continue;
       }
-      flush();
+      flush(added->flags & kTakesSpaceBefore);
       out.push_back(static_cast<int32_t>(added->token));
-      at += stored(added->token).size();
+      strip = added->flags & kTakesSpaceAfter;
+      at += added->name.size();
     }
-  flush();
+  flush(false);
+}
+
+void Tokenizer::encode_whole(TextPart text, std::vector<int32_t>& out) const {
+  out.insert(out.end(), prefix_.begin(), prefix_.end());
+  encode({text}, out);
+  out.insert(out.end(), suffix_.begin(), suffix_.end());
 }
 
 // Text without added tokens. SentencePiece's mark is a space here, in tokens too.
-void Tokenizer::encode_text(std::string text, bool start, std::vector<int32_t>& out) const {
+void Tokenizer::encode_text(std::string text, bool start, Encoding& encoding) const {
+  auto& [out, texts, seen] = encoding;
   if (flags_ & kNfc) text = to_nfc(text);
-  if (is_marked()) {
-    constexpr std::string_view mark = "\u2581";
-    for (size_t at = 0; (at = text.find(mark, at)) != std::string::npos; ++at)
-      text.replace(at, mark.size(), " ");
-  }
+  if (words_ == Words::bert)
+    text = bert_normalized(text, {(flags_ & kClean) != 0, (flags_ & kIdeographs) != 0,
+                                  (flags_ & kStripAccents) != 0, (flags_ & kLowercase) != 0});
+  if (is_marked()) text = replaced(text, kMark, " ");
   if (flags_ & kSpaceAlways || (flags_ & kSpaceAtStart && start && text[0] != ' '))
     text.insert(0, 1, ' ');
-  const std::string_view view = text;
-  for (size_t at = 0; at < view.size();) {
-    const size_t end = word_end(view, at);
-    merge_word(view.substr(at, end - at), out);
-    at = end;
+  const std::string_view whole = texts.emplace_back(std::move(text));
+  for (size_t at = 0; at < whole.size();) {
+    const size_t end = is_marked() ? whole.size() : part_end(words_, whole, at);
+    for (const std::string_view part = whole.substr(0, end); at < end;) {
+      const size_t after = is_marked() ? marked_word_end(part, at) : word_end(words_, part, at);
+      const std::string_view word = part.substr(at, after - at);
+      const auto known = seen.find(word);
+      const size_t before = out.size();
+      if (known != seen.end()) {
+        const auto [first, count] = known->second;
+        for (size_t i = 0; i < count; ++i) out.push_back(out[first + i]);
+      } else {
+        words_ == Words::bert ? find_pieces(word, out) : merge_word(word, out);
+        if (word.size() <= kCachedBytes && seen.size() < kCachedWords)
+          seen.emplace(word, std::make_pair(before, out.size() - before));
+      }
+      at = after;
+    }
   }
 }
 
-size_t Tokenizer::word_end(std::string_view text, size_t start) const {
-  switch (words_) {
-    case Words::gpt2:
-      return gpt2_word_end(text, start);
-    case Words::gpt2_digits: {
-      // Numbers are cut out, character by character, before words are looked for.
-      size_t end = start;
-      if (class_at(text, start) == CharClass::number) {
-        next_utf8(text, end);
-        return end;
-      }
-      while (end < text.size() && class_at(text, end) != CharClass::number) next_utf8(text, end);
-      return gpt2_word_end(text.substr(0, end), start);
-    }
-    case Words::llama3:
-      return llama3_word_end(text, start, 3);
-    case Words::qwen2:
-      return llama3_word_end(text, start, 1);
-    case Words::whole:
-      return text.size();
-    case Words::spaces:
-      return std::min(text.find(' ', start + 1), text.size());
-  }
-  return text.size();
+// Words begin with a space. Without a pre-tokenizer a text is one word, but BPE goes word by word
+// all the same wherever no merge leads across the space.
+size_t Tokenizer::marked_word_end(std::string_view text, size_t start) const {
+  size_t at = text.find(' ', start + 1);
+  if (words_ == Words::whole)
+    while (at < text.size() && merges_a_space_[static_cast<unsigned char>(text[at - 1])])
+      at = text.find(' ', at + 1);
+  return std::min(at, text.size());
 }
 
 const Tokenizer::Merge* Tokenizer::find(int32_t left, int32_t right) const {
   const auto a = static_cast<uint32_t>(left), b = static_cast<uint32_t>(right);
-  const Merge* end = merges_ + merge_count_;
-  const Merge* found = std::lower_bound(merges_, end, 0, [&](const Merge& merge, int) {
-    return merge.left != a ? merge.left < a : merge.right < b;
-  });
-  return found != end && found->left == a && found->right == b ? found : nullptr;
+  const Merge* end = merges_ + first_merge_[a + 1];
+  const Merge* found =
+      std::lower_bound(merges_ + first_merge_[a], end, b,
+                       [](const Merge& merge, uint32_t right) { return merge.right < right; });
+  return found != end && found->right == b ? found : nullptr;
 }
 
 // The token with these bytes in the index, or -1.
@@ -240,6 +248,33 @@ int32_t Tokenizer::token_of(std::string_view text) const {
   const uint32_t* found = std::lower_bound(
       index_, end, text, [&](uint32_t token, std::string_view t) { return stored(token) < t; });
   return found != end && stored(*found) == text ? static_cast<int32_t>(*found) : -1;
+}
+
+// WordPiece: the longest token that the word begins with, then that of the rest, and so on. Tokens
+// that begin a word have a space before them.
+void Tokenizer::find_pieces(std::string_view word, std::vector<int32_t>& out) const {
+  if (space_run(word) == word.size()) return;
+  std::vector<size_t> ends;  // of the characters
+  for (size_t at = 0; at < word.size(); ends.push_back(at)) next_utf8(word, at);
+  std::vector<int32_t> pieces;
+  std::string piece = " ";
+  size_t start = 0, first = 0;
+  if (ends.size() <= longest_)
+    for (; first < ends.size(); piece.clear()) {
+      const size_t led = piece.size();
+      size_t last = ends.size();
+      int32_t token = -1;
+      for (; last > first && token < 0; --last) {
+        piece.resize(led);
+        piece += word.substr(start, ends[last - 1] - start);
+        token = token_of(piece);
+      }
+      if (token < 0) break;
+      pieces.push_back(token);
+      first = last + 1, start = ends[last];
+    }
+  if (first < ends.size()) pieces = {static_cast<int32_t>(unknown_)};
+  out.insert(out.end(), pieces.begin(), pieces.end());
 }
 
 void Tokenizer::merge_word(std::string_view word, std::vector<int32_t>& out) const {
@@ -273,12 +308,14 @@ void Tokenizer::merge(const std::vector<int32_t>& tokens, std::vector<int32_t>& 
   };
   struct Candidate {
     uint32_t rank;
-    int32_t at, left, right;
+    int32_t at;
+    const Merge* merge;
     bool operator<(const Candidate& other) const {
       return rank != other.rank ? rank > other.rank : at > other.at;
     }
   };
   std::vector<Symbol> symbols;
+  symbols.reserve(tokens.size());
   for (int32_t token : tokens) {
     const auto at = static_cast<int32_t>(symbols.size());
     symbols.push_back({token, at - 1, at + 1});
@@ -288,23 +325,24 @@ void Tokenizer::merge(const std::vector<int32_t>& tokens, std::vector<int32_t>& 
   std::priority_queue<Candidate> queue;
   const auto propose = [&](int32_t left) {
     if (left < 0 || symbols[left].next < 0) return;
-    const int32_t a = symbols[left].token, b = symbols[symbols[left].next].token;
-    if (const Merge* merge = find(a, b)) queue.push({merge->rank, left, a, b});
+    if (const Merge* merge = find(symbols[left].token, symbols[symbols[left].next].token))
+      queue.push({merge->rank, left, merge});
   };
   for (int32_t i = 0; i + 1 < size; ++i) propose(i);
   while (!queue.empty()) {
-    const Candidate best = queue.top();
+    const auto [rank, at, merge] = queue.top();
     queue.pop();
-    Symbol& left = symbols[best.at];
-    if (left.token != best.left || left.next < 0 || symbols[left.next].token != best.right)
-      continue;  // one of the two was merged meanwhile
+    Symbol& left = symbols[at];
     const int32_t right = left.next;
-    left.token = static_cast<int32_t>(find(best.left, best.right)->result);
+    if (left.token != static_cast<int32_t>(merge->left) || right < 0 ||
+        symbols[right].token != static_cast<int32_t>(merge->right))
+      continue;  // one of the two was merged meanwhile
+    left.token = static_cast<int32_t>(merge->result);
     left.next = symbols[right].next;
     symbols[right].token = -1;
-    if (left.next >= 0) symbols[left.next].previous = best.at;
+    if (left.next >= 0) symbols[left.next].previous = at;
     propose(left.previous);
-    propose(best.at);
+    propose(at);
   }
   for (int32_t i = size ? 0 : -1; i >= 0; i = symbols[i].next) out.push_back(symbols[i].token);
 }

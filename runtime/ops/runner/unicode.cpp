@@ -1,6 +1,7 @@
 #include "unicode.h"
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <utility>
 #include <vector>
@@ -10,11 +11,14 @@
 namespace pocketslm {
 namespace {
 
+// Classes, and runs in which upper and lower case take turns.
+enum class Kind : uint8_t { U, l, L, M, N, P, S, E, O };
 struct Range {
   uint32_t first, last;
-  CharClass kind;
+  Kind kind;
 };
-constexpr CharClass L = CharClass::letter, N = CharClass::number, S = CharClass::space;
+constexpr Kind U = Kind::U, l = Kind::l, L = Kind::L, M = Kind::M, N = Kind::N, P = Kind::P,
+               S = Kind::S, E = Kind::E, O = Kind::O;
 
 // Made by make_unicode_table.py.
 constexpr Range kRanges[] = {
@@ -85,13 +89,10 @@ uint32_t compose(uint32_t first, uint32_t second) {
 
 }  // namespace
 
-std::string to_nfc(std::string_view text) {
-  // Below U+0300 nothing combines and nothing but composed characters stands.
-  if (std::all_of(text.begin(), text.end(),
-                  [](char c) { return static_cast<unsigned char>(c) < 0xcc; }))
-    return std::string(text);
+std::vector<uint32_t> decomposed(const std::vector<uint32_t>& text) {
   std::vector<uint32_t> codes;
-  for (size_t at = 0; at < text.size();) decompose(next_utf8(text, at), codes);
+  codes.reserve(text.size());
+  for (uint32_t code : text) decompose(code, codes);
   for (auto at = codes.begin(); at != codes.end();) {
     auto end = at + 1;
     while (end != codes.end() && combining_order(*end)) ++end;
@@ -100,6 +101,17 @@ std::string to_nfc(std::string_view text) {
     });
     at = end;
   }
+  return codes;
+}
+
+std::string to_nfc(std::string_view text) {
+  // Below U+0300 nothing combines and nothing but composed characters stands.
+  if (std::all_of(text.begin(), text.end(),
+                  [](char c) { return static_cast<unsigned char>(c) < 0xcc; }))
+    return std::string(text);
+  std::vector<uint32_t> codes;
+  for (size_t at = 0; at < text.size();) codes.push_back(next_utf8(text, at));
+  codes = decomposed(codes);
   std::vector<uint32_t> composed;
   size_t starter = SIZE_MAX;
   int last_order = -1;  // of what was kept since the starter; -1: nothing
@@ -123,13 +135,45 @@ std::string to_nfc(std::string_view text) {
   return out;
 }
 
-CharClass char_class(uint32_t code) {
+namespace {
+
+CharClass look_up(uint32_t code) {
   const Range* range = std::upper_bound(
       std::begin(kRanges), std::end(kRanges), code,
       [](uint32_t value, const Range& candidate) { return value < candidate.first; });
-  if (range == std::begin(kRanges)) return CharClass::other;
-  --range;
-  return code <= range->last ? range->kind : CharClass::other;
+  if (range == std::begin(kRanges) || code > (--range)->last) return CharClass::other;
+  switch (range->kind) {
+    case Kind::U:
+      return CharClass::upper;
+    case Kind::l:
+      return CharClass::lower;
+    case Kind::L:
+      return CharClass::letter;
+    case Kind::M:
+      return CharClass::mark;
+    case Kind::N:
+      return CharClass::number;
+    case Kind::P:
+      return CharClass::sign;
+    case Kind::S:
+      return CharClass::space;
+    case Kind::E:
+      return code % 2 == 0 ? CharClass::upper : CharClass::lower;
+    case Kind::O:
+      return code % 2 == 1 ? CharClass::upper : CharClass::lower;
+  }
+  return CharClass::other;
+}
+
+}  // namespace
+
+CharClass char_class(uint32_t code) {
+  static const auto ascii = [] {
+    std::array<CharClass, 0x80> classes;
+    for (uint32_t i = 0; i < classes.size(); ++i) classes[i] = look_up(i);
+    return classes;
+  }();
+  return code < ascii.size() ? ascii[code] : look_up(code);
 }
 
 }  // namespace pocketslm

@@ -18,6 +18,7 @@ from native_support import (
 
 from pocketslm.errors import BackendError, ContextOverflowError, UsageError
 from pocketslm.export.lower.native import lower
+from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import LayerSize
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
@@ -78,8 +79,6 @@ def q4_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[NativeModel, np.
 )
 def test_float_weights_match_reference(isa: str, changes: dict, tmp_path: Path) -> None:
     config = tiny_config(**changes)
-    if "rope_divisors" in changes:
-        assert len(changes["rope_divisors"]) == config.head_dim // 2
     _, weights = write_tiny(tmp_path / "m.slm", config)
     tokens = TOKENS[:70] % config.vocab_size
     expected = reference_logits(config, weights, tokens)
@@ -172,7 +171,7 @@ def test_screening_test_can_fail(tmp_path: Path) -> None:
         assert isinstance(weight, QuantTensor)
         return QuantTensor(weight.codes & 240 | 7, weight.scales, 8, 32)
 
-    lower(config, high_nibbles, tmp_path / "low.slm")
+    lower(trace(config, 640), high_nibbles, tmp_path / "low.slm")
     sessions = [NativeModel(tmp_path / name).session(threads=1) for name in ("m.slm", "low.slm")]
     found = [[s.step_greedy(token) for token in range(0, 4000, 40)] for s in sessions]
     assert found[0] != found[1]
@@ -282,9 +281,13 @@ def test_bad_arguments_are_typed_errors(
         session.truncate(1)
     with pytest.raises(UsageError, match="threads"):
         model.session(threads=0)
-    with pytest.raises(UsageError, match="65 threads"):
+    with pytest.raises(UsageError, match="threads is 65"):
         model.session(threads=65)
-    with pytest.raises(UsageError, match="above the model"):
+    with pytest.raises(UsageError, match="threads is 4294967297"):
+        model.session(threads=2**32 + 1)
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        session.step_greedy(2**32 + 5)
+    with pytest.raises(UsageError, match="context is 10000, expected 1 to 640"):
         model.session(context=10_000)
     with pytest.raises(UsageError, match="KV type"):
         model.session(kv_type="fp8")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pocketslm.export.lower.native import pack_matrix
+from pocketslm.export.lower.native_layout import pack_matrix
 from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
 from pocketslm.runtime.backends import native
 from pocketslm.runtime.ops import build
@@ -187,6 +187,33 @@ def test_extreme_codes_do_not_saturate(isa: str) -> None:
         expected = x.astype(np.float64) @ dense(weight).T
         out = matmul(isa, pack(weight, scheme), 16, x)
         assert_close(out, expected, 1e-5 * np.abs(expected))
+
+
+@pytest.mark.parametrize("isa", native.isa_names())
+@pytest.mark.parametrize("scheme", ["q4 sym", "q4 min", "q8 zp", "q8 split", "f32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_reaches_every_product(
+    value: float, scheme: str, isa: str
+) -> None:
+    rng = np.random.default_rng(2)
+    weight = make_weight(scheme, 48, 96, rng)
+    for at in (0, 15, 16, 31, 40, 95):  # in each half of a vector, and in the last group
+        x = rng.normal(size=(TOKENS[-1], 96)).astype(np.float32)
+        x[3, at] = value
+        out = matmul(isa, pack(weight, scheme), 48, x)
+        assert not np.isfinite(out[3]).any()
+        assert np.isfinite(np.delete(out, 3, 0)).all()
+
+
+@pytest.mark.parametrize("isa", native.isa_names())
+def test_the_smallest_numbers_are_as_good_as_zero(isa: str) -> None:
+    """127 divided by them is infinite, and was a code once."""
+    weight = make_weight("q8 sym", 32, 64, np.random.default_rng(3))
+    for peak in (1e-45, 1e-40, 3e-37, 5e-37, 1e-36):
+        x = np.zeros((1, 64), np.float32)
+        x[0, ::3] = peak
+        out = matmul(isa, pack(weight, "q8 sym"), 32, x)
+        assert np.abs(out).max() <= 64 * 128 * 0.1 * peak
 
 
 def test_comparator_catches_a_wrong_code_and_a_nan() -> None:

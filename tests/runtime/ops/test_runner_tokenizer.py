@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import native_support
 import pytest
+import tokenizer_families
 import tokenizers
-from native_runner import Runner, running
+from native_runner import Runner, running_with
 
 import tokenizer_support
-from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import pack_tokenizer
-from pocketslm.models.checkpoint import open_checkpoint
 
 SEED = 11
 RANDOM_TEXTS = 150
-COVERED = ("smollm", "llama3", "qwen2", "llama2", "metaspace-first")
+COVERED = (
+    *("smollm", "llama3", "qwen2", "qwen35", "gpt4o", "tekken", "minicpm5", "deepseek3"),
+    *("llama2", "gemma", "metaspace-first"),
+)
 # One character of every kind that words and normalization treat apart.
 NASTY = [
     *tokenizer_support.AWKWARD,
@@ -61,23 +64,26 @@ def random_texts() -> Iterator[str]:
     yield from NASTY
     yield "x" * 3000
     yield " " * 300 + "end"
+    yield from tokenizer_support.hard_texts(RANDOM_TEXTS)
     for _ in range(RANDOM_TEXTS):
         yield "".join(rng.choices(NASTY, k=rng.randint(1, 12)))
+
+
+def whole(text: str) -> tokenizers.Tokenizer:
+    """The reference, without the padding and truncation that an encoder's file asks for."""
+    reference = tokenizers.Tokenizer.from_str(text)
+    reference.no_padding()
+    reference.no_truncation()
+    return reference
 
 
 @pytest.fixture(scope="module", params=COVERED)
 def family(
     request: pytest.FixtureRequest, runner_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Runner, tokenizers.Tokenizer]]:
-    reference = tokenizers.Tokenizer.from_str(json.dumps(document(request.param)))
-    packed, reason = pack_tokenizer(json.dumps(document(request.param)))
-    assert packed is not None, reason
-    path = tmp_path_factory.mktemp(request.param) / "model.slm"
-    config = native_support.tiny_config(vocab_size=reference.get_vocab_size())
-    lower(config, native_support.tiny_weights(config, lambda _, w: w), path, tokenizer=packed)
-    with running([str(runner_path)]) as runner:
-        assert runner.ask(op="load", path=str(path), threads=1, context=300)["tokenizer"]
-        yield runner, reference
+    text = json.dumps(document(request.param))
+    with running_with(runner_path, text, tmp_path_factory.mktemp(request.param)) as runner:
+        yield runner, tokenizers.Tokenizer.from_str(text)
 
 
 def test_ids_equal_tokenizers(family: tuple[Runner, tokenizers.Tokenizer]) -> None:
@@ -109,18 +115,62 @@ def test_answers_are_decoded_text(family: tuple[Runner, tokenizers.Tokenizer]) -
 
 
 def test_ids_of_a_wrong_family_differ() -> None:
-    """The comparison above can fail: two families disagree on its texts."""
-    first, second = (
-        tokenizers.Tokenizer.from_str(json.dumps(document(style))) for style in ("llama3", "qwen2")
-    )
-    assert any(first.encode(text).ids != second.encode(text).ids for text in random_texts())
+    """The comparison above can fail: any two families disagree on its texts."""
+    ids = {}
+    for style in COVERED[:8]:
+        reference = tokenizers.Tokenizer.from_str(json.dumps(document(style)))
+        ids[style] = [encoded.ids for encoded in reference.encode_batch(list(random_texts()))]
+    for first, second in itertools.combinations(ids, 2):
+        assert ids[first] != ids[second], (first, second)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_word_pieces_equal_tokenizers(lowercase: bool, runner_path: Path, tmp_path: Path) -> None:
+    text = tokenizer_support.word_piece(lowercase)
+    reference = whole(text)
+    with running_with(runner_path, text, tmp_path) as runner:
+        for prompt in [*random_texts(), "x" * 100, "é" * 101, "\u0130 \u03a3\u0301"]:
+            expected = reference.encode(prompt).ids
+            assert runner.ask(op="encode", prompt=prompt)["tokens"] == expected, repr(prompt)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_added_tokens_take_white_space_along(flag: str, runner_path: Path, tmp_path: Path) -> None:
+    whole = json.loads(tokenizer_support.document("llama2"))
+    whole["added_tokens"][-2][flag] = True
+    assert whole["added_tokens"][-2]["content"] == "<tool_call>"
+    text = json.dumps(whole)
+    reference = tokenizers.Tokenizer.from_str(text)
+    with running_with(runner_path, text, tmp_path) as runner:
+        rng = random.Random(SEED)
+        pieces = ["<tool_call>", "<s>", " ", "\n", "\u3000", "a", "é", "b c"]
+        for _ in range(200):
+            prompt = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+            expected = reference.encode(prompt, add_special_tokens=True).ids
+            assert runner.ask(op="encode", prompt=prompt)["tokens"] == expected, repr(prompt)
+
+
+LONG = 1_000_000
+"""Characters of a prompt that would take minutes in quadratic time and takes under a second."""
+
+
+@pytest.mark.parametrize("style", ["smollm", "minicpm5", "deepseek3", "tekken", "llama2", "gemma"])
+def test_a_long_prompt_takes_linear_time(style: str, runner_path: Path, tmp_path: Path) -> None:
+    with running_with(runner_path, json.dumps(document(style)), tmp_path) as runner:
+        watchdog = threading.Timer(120, runner.process.kill)
+        watchdog.start()
+        for unit in ("ab cd ", "a", " ", "\n  ", "▁", "東A", "<|im_", "\x01", "A.", "1"):
+            prompt = unit * (LONG // len(unit))
+            assert runner.ask(op="encode", prompt=prompt)["tokens"], unit
+        watchdog.cancel()
 
 
 @pytest.mark.parametrize(
     ("style", "reason"),
     [
         ("gpt2", "adds a space"),
-        ("gpt4o", "not GPT-2's, Llama 3's or Qwen 2's"),
+        ("possessive", "of no known family"),
+        ("split-Removed-False", "of no known family"),
         ("lowercase", "normalizes"),
         ("no-fallback", "byte alphabet|fallback|pre-tokenizer"),
         ("metaspace-always", "decoder"),
@@ -136,19 +186,14 @@ def test_what_is_not_covered_is_said(style: str, reason: str) -> None:
 
 
 @pytest.mark.real
-def test_smollm2_equals_tokenizers(
-    smollm2_gguf: Path, lee_text: Path, runner_path: Path, tmp_path: Path
+@pytest.mark.parametrize("name", tokenizer_families.FILES)
+def test_real_files_equal_tokenizers(
+    name: str, lee_text: Path, runner_path: Path, tmp_path: Path
 ) -> None:
-    text = open_checkpoint(smollm2_gguf).tokenizer_files()["tokenizer.json"]
-    reference = tokenizers.Tokenizer.from_str(
-        str(text, "utf-8") if isinstance(text, bytes) else text
-    )
-    packed, reason = pack_tokenizer(text)
-    assert packed is not None, reason
-    config = native_support.tiny_config(vocab_size=reference.get_vocab_size())
-    weights = native_support.tiny_weights(config, lambda _, w: w)
-    lower(config, weights, tmp_path / "m.slm", tokenizer=packed)
-    with running([str(runner_path)]) as runner:
-        runner.ask(op="load", path=str(tmp_path / "m.slm"), threads=1, context=64)
-        for line in lee_text.read_text(encoding="utf-8").splitlines()[:40]:
-            assert runner.ask(op="encode", prompt=line)["tokens"] == reference.encode(line).ids
+    text = tokenizer_families.tokenizer_json(name)
+    reference = whole(text)
+    lines = lee_text.read_text(encoding="utf-8").splitlines()[:40]
+    with running_with(runner_path, text, tmp_path) as runner:
+        for prompt in [*lines, *tokenizer_support.hard_texts(RANDOM_TEXTS)]:
+            expected = reference.encode(prompt).ids
+            assert runner.ask(op="encode", prompt=prompt)["tokens"] == expected, repr(prompt)

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
+from itertools import islice
 from pathlib import Path
 
+import fuzz
+import numpy as np
 import pytest
-from native_runner import running
+from native_runner import Runner, running, running_with
+from native_support import mixed_kinds, tiny_config, tiny_weights
+from program_cases import CASES, ENCODERS, program
+from program_support import mutations
 
+import tokenizer_support
+from pocketslm.export.lower.native import lower
+from pocketslm.export.lower.trace import trace
 from pocketslm.runtime.backends.native import isa_names
 from pocketslm.runtime.ops import build
 
+LINES, FILES = 1500, 150  # of fuzzing; `python tests/fuzz.py` does more
 TOKENS = [i * 37 % 264 for i in range(290)]  # more than one batch, with a tail of every size
 
 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
 def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    probe = tmp_path_factory.mktemp("probe")
+    probe = tmp_path_factory.mktemp(request.param.partition(",")[0])
     (probe / "empty.cpp").write_text("int main() {}\n")
     flags = [f"-fsanitize={request.param}", "-o", str(probe / "empty")]
     command = [*build.find_toolchain().command, str(probe / "empty.cpp"), *flags]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip(f"the compiler has no {request.param} sanitizer")
     return build.build_runner(probe / "pocketslm-run", sanitize=request.param)
+
+
+@pytest.mark.parametrize(
+    "style", ["smollm", "qwen35", "gpt4o", "minicpm5", "deepseek3", "gemma", "bert"]
+)
+def test_no_findings_in_tokenizers(sanitized: Path, style: str, tmp_path: Path) -> None:
+    text = tokenizer_support.word_piece() if style == "bert" else tokenizer_support.document(style)
+    with running_with(sanitized, text, tmp_path) as runner:
+        for text in tokenizer_support.hard_texts(200):
+            assert runner.ask(op="encode", prompt=text)["event"] == "encoded"
+        assert_no_findings(runner)
+
+
+def assert_no_findings(runner: Runner) -> None:
+    runner.send(op="quit")
+    assert runner.process.wait(60) == 0
+    assert runner.process.stderr is not None
+    assert runner.process.stderr.read() == ""
 
 
 def test_no_findings(sanitized: Path, chat_model: Path) -> None:
@@ -36,7 +65,78 @@ def test_no_findings(sanitized: Path, chat_model: Path) -> None:
                 assert len(runner.generate(tokens=TOKENS[:31], max_tokens=9)[0]) <= 9
         runner.generate(prompt="the \u00e9 <|im_end|>", max_tokens=9, temperature=1.0, top_k=5)
         runner.generate(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
-        runner.send(op="quit")
-        assert runner.process.wait(60) == 0
-        assert runner.process.stderr is not None
-        assert runner.process.stderr.read() == ""
+        assert_no_findings(runner)
+
+
+def test_programs(sanitized: Path, tmp_path: Path) -> None:
+    """Every feature of a program: batches, single tokens and a ring that is passed."""
+    with running([str(sanitized)]) as runner:
+        for name in CASES:
+            path = str(program(name).write(tmp_path / f"{name}.slm"))
+            for kv, isa in (("fp16", isa_names()[0]), ("int8", isa_names()[-1])):
+                loaded = runner.ask(op="load", path=path, threads=3, isa=isa, kv=kv)
+                assert loaded["event"] == "loaded", loaded
+                pieces = [290] if name in ENCODERS else [290, 310, 311, 20]
+                for count in pieces:
+                    tokens = [i * 37 % 100 for i in range(count)]
+                    assert runner.ask(op="logits", tokens=tokens)["event"] == "logits"
+        assert_no_findings(runner)
+
+
+MUTATIONS = 1500
+
+
+@pytest.mark.parametrize("name", ["gemma3", "lfm", "bert"])
+def test_mutated_programs(name: str, sanitized: Path, tmp_path: Path) -> None:
+    """What is still accepted runs within its memory."""
+    if "thread" in sanitized.parent.name:
+        pytest.skip("one thread has no races")
+    content, path, accepted = program(name, context=64).content(), tmp_path / "m.slm", 0
+    with running([str(sanitized)]) as runner:
+        for changed in mutations(content, MUTATIONS // 3):
+            path.write_bytes(changed)
+            loaded = runner.ask(op="load", path=str(path), threads=1, isa="auto", context=32)
+            if loaded["event"] == "loaded":
+                accepted += 1
+                runner.ask(op="logits", tokens=list(range(9)))
+    assert accepted
+
+
+def test_numbers_that_are_not_finite_are_no_finding(sanitized: Path, tmp_path: Path) -> None:
+    """Codes of int8 are made of them, which no conversion of theirs may be."""
+    config = tiny_config()
+    given = tiny_weights(config, mixed_kinds)
+    for part, value in (("model.norm", 3e38), ("0.input_layernorm", 1e38), ("model.norm", 1e-38)):
+        path = tmp_path / f"{part}-{value}.slm"
+        lower(
+            trace(config, 640),
+            lambda name, shape, part=part, value=value: (
+                np.full(shape, value, np.float32) if part in name else given(name, shape)
+            ),
+            path,
+        )
+        with running([str(sanitized)]) as runner:
+            for isa in isa_names():
+                runner.ask(op="load", path=str(path), threads=2, isa=isa, kv="int8")
+                answer = runner.ask(op="logits", tokens=TOKENS[:20], first=0)
+                assert ("not finite" in answer.get("message", "")) == (value > 1)
+                *_, last = runner.generate(tokens=[1], max_tokens=2)
+                assert ("not finite" in last.get("message", "")) == (value > 1)
+            assert_no_findings(runner)
+
+
+def test_fuzz_finds_nothing(sanitized: Path, chat_model: Path, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    assert sum(1 for _ in islice(fuzz.protocol(sanitized, chat_model, rng), LINES)) == LINES
+    assert sum(1 for _ in islice(fuzz.models(sanitized, chat_model, tmp_path, rng), FILES)) == FILES
+
+
+def test_fuzz_can_find(tmp_path: Path, chat_model: Path) -> None:
+    """A program that ends, and one whose answer is no JSON."""
+    for body in ("exit 1", 'while read line; do echo \'{"event":"x","id":"fuzz","y":NaN}\'; done'):
+        program = tmp_path / "program"
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+        with pytest.raises(fuzz.Crash) as crash:
+            next(fuzz.protocol(program, chat_model, random.Random(1)))
+        assert b'"op": "load"' in crash.value.found

@@ -1,0 +1,376 @@
+"""What every architecture says of itself, with Llama's answers as the default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from pocketslm.errors import CheckpointError
+from pocketslm.models.architectures import rope
+from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.architectures.weights import WeightMap
+from pocketslm.models.config import (
+    MAX_LAYERS,
+    Activation,
+    Attention,
+    Layer,
+    LayerSize,
+    Mlp,
+    ModelConfig,
+    Rotary,
+)
+from pocketslm.models.tensors import Array
+
+TOP = {
+    "model.embed_tokens": "model.embed_tokens",
+    "model.norm": "model.norm",
+    "lm_head": "lm_head",
+}
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+BUFFERS = (r"rotary_emb\.inv_freq$",)  # of no use to anybody who can compute them
+
+GGUF_TOP = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+GGUF_PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "attention_post_norm": "post_attention_norm",
+    "mlp_post_norm": "post_ffw_norm",
+}
+GGUF_BUFFERS = (r"^rope_freqs\.weight$", r"^rope_factors_(long|short)\.weight$")
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+_ACTIVATION_NAMES: Mapping[Activation, str] = {
+    "silu": "silu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+def named(*parts: str) -> dict[str, str]:
+    """Parts that have the same name there as here."""
+    return {part: part for part in parts}
+
+
+def gguf_map(**changes: Any) -> WeightMap:
+    """llama.cpp's names."""
+    fields: dict[str, Any] = {
+        "top": GGUF_TOP,
+        "layer": "blk.{}.",
+        "parts": GGUF_PARTS,
+        "ignored": GGUF_BUFFERS,
+    }
+    return WeightMap(**fields | changes)
+
+
+def activation(f: Fields, name: str) -> Activation:
+    """One of our activations by Hugging Face's name."""
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"{f.where}: activation {name[:40]!r} is not supported, expected one of "
+            + ", ".join(_ACTIVATIONS)
+        )
+    return _ACTIVATIONS[name]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family. A subclass overrides what differs from Llama.
+
+    name: our name, that of Hugging Face's ``model_type`` where there is one.
+    model_types, gguf_types: the names that it answers to in config.json and in GGUF files.
+    hf_class: the transformers class that config.json names.
+    hf, gguf: where its files keep the weights.
+    pairs_in_gguf: GGUF files keep rows of Q and K as rotary pairs (llama.cpp's NORM kind of RoPE).
+    """
+
+    name: str
+    hf_class: str
+    model_types: tuple[str, ...]
+    gguf_types: tuple[str, ...] = ()
+    hf: WeightMap = field(
+        default=WeightMap(TOP, "model.layers.{}.", named(*NORMS, *ATTENTION, *MLP), ignored=BUFFERS)
+    )
+    gguf: WeightMap = field(default=gguf_map())
+
+    # Which biases the family has where no field says so: of Q, K and V; of the output; of the MLP.
+    biases: ClassVar[tuple[bool, bool, bool]] = (False, False, False)
+    act_field: ClassVar[str] = "hidden_act"
+
+    # Reading config.json.
+
+    def read_hf(self, f: Fields) -> ModelConfig:
+        """The configuration of a config.json; CheckpointError where it is not supported."""
+        count = f.integer("num_hidden_layers")
+        if count > MAX_LAYERS:
+            raise CheckpointError(f"{f.where}: {count} layers, at most {MAX_LAYERS}")
+        config = ModelConfig(
+            architecture=self.name,
+            vocab_size=f.integer("vocab_size"),
+            hidden_size=f.integer("hidden_size"),
+            max_position_embeddings=f.integer("max_position_embeddings"),
+            stored_layers=tuple(self.hf_layers(f, count)),
+            rotaries=self.hf_rotaries(f),
+            norm_eps=f.number("rms_norm_eps", 1e-6),
+            tie_word_embeddings=f.flag("tie_word_embeddings", self.tied_by_default),
+            layer_sharing=f.flag("layer_sharing"),
+        )
+        return _with_layer_sizes(self.finish(f, config), f)
+
+    tied_by_default: ClassVar[bool] = False
+
+    def hf_layers(self, f: Fields, count: int) -> list[Layer]:
+        """Each layer's kind; by default one kind for all."""
+        return [Layer(self.hf_attention(f), self.hf_mlp(f))] * count
+
+    def hf_attention(self, f: Fields) -> Attention:
+        """The attention of a plain layer."""
+        heads, head_dim = f.integer("num_attention_heads"), self.head_dim(f)
+        biased, output = self.hf_biases(f)[:2]
+        return Attention(
+            heads,
+            f.integer("num_key_value_heads", heads),
+            head_dim,
+            scale=head_dim**-0.5,
+            bias=biased,
+            output_bias=output,
+        )
+
+    def head_dim(self, f: Fields) -> int:
+        heads, hidden = f.integer("num_attention_heads"), f.integer("hidden_size")
+        return f.integer("head_dim", hidden // heads or 1)
+
+    def hf_biases(self, f: Fields) -> tuple[bool, bool, bool]:
+        """Biases of Q, K and V; of the attention's output; of the MLP."""
+        attention = f.flag("attention_bias")
+        # Our own field, where only some of the four have one (a GGUF may).
+        output = f.flag("attention_out_bias", attention)
+        qkv, of_output, mlp = self.biases
+        return qkv or attention, of_output or output, mlp or f.flag("mlp_bias")
+
+    def hf_mlp(self, f: Fields) -> Mlp:
+        kind = activation(f, f.text(self.act_field, "silu"))
+        return Mlp(f.integer("intermediate_size"), kind, bias=self.hf_biases(f)[2])
+
+    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
+        return (rope.from_hf(f, self.head_dim(f)),)
+
+    def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
+        """Whatever a family has beside Llama's fields."""
+        return config
+
+    # Writing config.json.
+
+    def write_hf(self, c: ModelConfig) -> dict[str, Any]:
+        """config.json as transformers reads it, without token ids."""
+        first = next(layer for layer in c.stored_layers if layer.attention is not None)
+        a = first.attention
+        assert a is not None
+        sizes = [layer.size for layer in c.stored_layers]
+        data: dict[str, Any] = {
+            "architectures": [self.hf_class],
+            "model_type": self.model_types[0],
+            "torch_dtype": "float32",
+            "vocab_size": c.vocab_size,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "num_hidden_layers": c.num_hidden_layers,
+            "num_attention_heads": max(size.num_attention_heads for size in sizes),
+            "num_key_value_heads": max(size.num_key_value_heads for size in sizes),
+            "head_dim": a.head_dim,
+            "max_position_embeddings": c.max_position_embeddings,
+            "rms_norm_eps": c.norm_eps,
+            "tie_word_embeddings": c.tie_word_embeddings,
+            "attention_bias": a.bias,
+            "mlp_bias": first.mlp.bias,
+            self.act_field: _ACTIVATION_NAMES[first.mlp.activation],
+        }
+        if c.rotaries:
+            table = c.rotaries[0]
+            data["rope_theta"] = table.theta
+            if table.dim != a.head_dim:
+                data["partial_rotary_factor"] = table.dim / a.head_dim
+            if (scaling := rope.declared(table, c.max_position_embeddings)) is not None:
+                data["rope_scaling"] = scaling
+                original = scaling.get("original_max_position_embeddings")
+                if original is not None and scaling.get("rope_type") == "longrope":
+                    data["original_max_position_embeddings"] = original
+        if a.output_bias != a.bias:
+            data["attention_out_bias"] = a.output_bias
+        data |= self.more_fields(c)
+        if c.layer_sharing:
+            data["layer_sharing"] = True
+        if not c.is_uniform:  # no field of transformers' says it; only we read this one
+            data["layer_sizes"] = [size._asdict() for size in sizes]
+        return data
+
+    def more_fields(self, c: ModelConfig) -> dict[str, Any]:
+        """What a family writes beside Llama's fields, or in their place."""
+        return {}
+
+    # Reading GGUF.
+
+    def read_gguf(
+        self, f: Fields, tensors: Collection[str], vector: Callable[[str], Array | None]
+    ) -> ModelConfig:
+        """The configuration of a GGUF file.
+
+        f: its metadata below the architecture's prefix. tensors: the names of its tensors.
+        vector: reads one of its vectors, None where there is none.
+        """
+        translated = self.gguf_fields(f, tensors)
+        freqs = vector("rope_freqs.weight")
+        short, long = (vector(f"rope_factors_{kind}.weight") for kind in ("short", "long"))
+        if freqs is not None:
+            short = long = freqs
+        if short is not None and long is not None:
+            scaling: dict[str, Any] = {
+                "rope_type": "longrope",
+                "short_factor": [float(v) for v in short],
+                "long_factor": [float(v) for v in long],
+            }
+            original = f("rope.scaling.original_context_length")
+            if freqs is not None or original is None:
+                scaling |= {"factor": 1.0, "attention_factor": 1.0}
+            else:
+                scaling["original_max_position_embeddings"] = original
+            if (factor := f("rope.scaling.attn_factor")) is not None:
+                scaling["attention_factor"] = factor
+            translated["rope_scaling"] = scaling
+            translated["partial_rotary_factor"] = len(short) * 2 / translated["head_dim"]
+        config = self.read_hf(Fields(translated, f.where))
+        return self.finish_gguf(f, config, tensors)
+
+    def gguf_fields(self, f: Fields, tensors: Collection[str]) -> dict[str, Any]:
+        """The file's metadata as the fields of a config.json."""
+        layers = f.integer("block_count")
+        if layers > MAX_LAYERS:
+            raise CheckpointError(f"{f.where}: {layers} layers, at most {MAX_LAYERS}")
+        heads = f.per_layer("attention.head_count", layers)
+        kv_heads = f.per_layer("attention.head_count_kv", layers, heads[0])
+        widths = f.per_layer("feed_forward_length", layers)
+        hidden = f.integer("embedding_length")
+        head = heads[0]
+        if not isinstance(head, int) or isinstance(head, bool) or head < 1:
+            raise CheckpointError(f"{f.where}: attention.head_count is {head!r}")
+        head_dim = f.integer("attention.key_length", hidden // head or 1)
+        tokens = f.data.get("tokenizer.ggml.tokens")
+        vocab = f("vocab_size") or (len(tokens) if isinstance(tokens, list) else None)
+        data: dict[str, Any] = {
+            "model_type": self.model_types[0],
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": head,
+            "num_key_value_heads": kv_heads[0],
+            "intermediate_size": widths[0],
+            "head_dim": head_dim,
+            "max_position_embeddings": f.integer("context_length"),
+            "rms_norm_eps": f("attention.layer_norm_rms_epsilon")
+            or f("attention.layer_norm_epsilon")
+            or 1e-5,
+            "rope_theta": f.number("rope.freq_base", 10000.0),
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        }
+        if len({*zip(heads, kv_heads, widths, strict=True)}) > 1:
+            data["layer_sizes"] = [
+                LayerSize(*size)._asdict() for size in zip(heads, kv_heads, widths, strict=True)
+            ]
+            data |= {
+                "num_attention_heads": max(heads),
+                "num_key_value_heads": max(kv_heads),
+                "intermediate_size": max(widths),
+            }
+        rotated = f("rope.dimension_count")
+        if rotated is not None and rotated != head_dim:
+            data["partial_rotary_factor"] = rotated / head_dim
+        data |= _gguf_scaling(f)
+        return data
+
+    def finish_gguf(self, f: Fields, config: ModelConfig, tensors: Collection[str]) -> ModelConfig:
+        """Corrections that only a GGUF file needs; by default biases as its tensors say."""
+        layers = []
+        for index, layer in enumerate(config.stored_layers):
+            a = layer.attention
+            if a is not None:
+                a = replace(
+                    a,
+                    bias=f"blk.{index}.attn_q.bias" in tensors,
+                    output_bias=f"blk.{index}.attn_output.bias" in tensors,
+                )
+                layer = replace(layer, mixer=a)
+            bias = f"blk.{index}.ffn_up.bias" in tensors
+            layers.append(replace(layer, mlp=replace(layer.mlp, bias=bias)))
+        return replace(config, stored_layers=tuple(layers))
+
+
+def _gguf_scaling(f: Fields) -> dict[str, Any]:
+    """GGUF's keys of RoPE scaling in Hugging Face's form; a factor without a type is linear."""
+    kind = f("rope.scaling.type")
+    factor = f("rope.scaling.factor") or f("rope.scale_linear")
+    if kind in (None, "none") and (kind == "none" or factor in (None, 0, 1)):
+        return {}
+    scaling: dict[str, Any] = {"rope_type": kind or "linear", "factor": factor}
+    if kind == "longrope" or (kind is not None and factor is None):
+        return {}  # its tables are tensors; a family that has them reads them
+    original = f("rope.scaling.original_context_length")
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+            if (value := f(f"rope.scaling.{theirs}")) is not None:
+                scaling[ours] = value
+    return {"rope_scaling": scaling}
+
+
+def _with_layer_sizes(config: ModelConfig, f: Fields) -> ModelConfig:
+    """Our own field of config.json: a list of objects of LayerSize's fields."""
+    data = f("layer_sizes")
+    if data is None:
+        return config
+    try:
+        sizes = [LayerSize(**size) for size in data]
+    except TypeError:
+        sizes = []
+    if not sizes or any(not isinstance(part, int) for size in sizes for part in size):
+        raise CheckpointError(
+            f"{f.where}: layer_sizes is not a list of objects with the integers "
+            + ", ".join(LayerSize._fields)
+        )
+    if len(sizes) != config.num_hidden_layers:
+        raise CheckpointError(
+            f"{f.where}: {len(sizes)} layer sizes, expected one for each of "
+            f"{config.num_hidden_layers} layers"
+        )
+    largest = LayerSize(*map(max, *(layer.size for layer in config.stored_layers)))
+    if any(part > most for size in sizes for part, most in zip(size, largest, strict=True)):
+        raise CheckpointError(f"{f.where}: a layer size is larger than {tuple(largest)}")
+    return config.with_sizes(sizes)

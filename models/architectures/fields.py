@@ -1,0 +1,151 @@
+"""Fields of a foreign configuration, read by name; what is left over is held to account.
+
+A field that changes the arithmetic is used or refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any
+
+from pocketslm.errors import CheckpointError
+
+_LISTS = tomllib.loads(
+    resources.files("pocketslm.models.architectures").joinpath("fields.toml").read_text("utf-8")
+)
+_HARMLESS, _HARMLESS_GGUF = (frozenset(_LISTS[n]) for n in ("harmless", "harmless_gguf"))
+_ARITHMETIC: dict[str, list[Any]] = {
+    name: _LISTS["neutral"].get(name, []) for name in [*_LISTS["arithmetic"], *_LISTS["neutral"]]
+}
+
+
+class Fields:
+    """The fields of a configuration; each that is asked for counts as used.
+
+    ``where`` names the file in messages, ``prefix`` stands before every key (GGUF's architecture).
+    """
+
+    def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        self.data, self.where, self.prefix = data, where, prefix
+        self.used: set[str] = set()
+
+    def __call__(self, name: str, default: Any = None) -> Any:
+        """The field's value; ``default`` where it is absent or null."""
+        self.used.add(name)
+        value = self.data.get(self.prefix + name)
+        return default if value is None else value
+
+    def need(self, name: str) -> Any:
+        """The field's value; CheckpointError where there is none."""
+        value = self(name)
+        if value is None:
+            raise CheckpointError(
+                f"{self.where} has no {self.prefix + name!r}; is this a decoder-only model?"
+            )
+        return value
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self.need(name) if default is None else self(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise CheckpointError(
+                f"{self.where}: {name} is {_short(value)}, expected a positive integer"
+            )
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.need(name) if default is None else self(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+            raise CheckpointError(f"{self.where}: {name} is {_short(value)}, expected a number")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self(name, default)
+        if not isinstance(value, bool) and value not in (0, 1):
+            raise CheckpointError(
+                f"{self.where}: {name} is {_short(value)}, expected true or false"
+            )
+        return bool(value)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self.need(name) if default is None else self(name, default)
+        if not isinstance(value, str):
+            raise CheckpointError(f"{self.where}: {name} is {_short(value)}, expected a text")
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A field that is an object; empty where it is absent."""
+        value = self(name, {})
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"{self.where}: {name} is {_short(value)}, expected an object")
+        return dict(value)
+
+    def numbers(self, value: Any, count: int, name: str) -> tuple[float, ...]:
+        """``value`` as ``count`` positive numbers."""
+        good = isinstance(value, list | tuple) and all(
+            isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e30 for x in value
+        )
+        if not good or len(value) != count:
+            raise CheckpointError(f"{self.where}: {name} is not a list of {count} positive numbers")
+        return tuple(float(x) for x in value)
+
+    def per_layer(self, name: str, layers: int, default: Any = None) -> list[Any]:
+        """A field that is one value for all layers, or a list with one for each."""
+        value = self(name, default)
+        if isinstance(value, list | tuple):
+            if len(value) != layers:
+                raise CheckpointError(
+                    f"{self.where}: {name} has {len(value)} entries, expected {layers}"
+                )
+            return list(value)
+        return [value] * layers
+
+    def settle(self) -> list[str]:
+        """Refuses fields that change the arithmetic and were not used; names unknown ones."""
+        unknown = []
+        for name, value in self.data.items():
+            if name in self.used or name in _HARMLESS or _empty(value):
+                continue
+            if name in _ARITHMETIC:
+                if value in _ARITHMETIC[name]:
+                    continue
+                raise CheckpointError(
+                    f"{self.where}: {name} is {_short(value)}, which "
+                    f"{self.data.get('model_type', 'this architecture')} is not known to have; "
+                    "it changes what the model computes and is not supported"
+                )
+            unknown.append(name)
+        return [f"{self.where}: unknown fields were not used: {', '.join(sorted(unknown))}"] * bool(
+            unknown
+        )
+
+    def settle_gguf(self) -> None:
+        """The same for GGUF metadata: below the architecture's prefix, every key counts."""
+        for key, value in self.data.items():
+            name = key.removeprefix(self.prefix)
+            if name == key or name in self.used or name in _HARMLESS_GGUF or _empty(value):
+                continue
+            raise CheckpointError(
+                f"{self.where}: {key} is {_short(value)}, which this architecture is not known to "
+                "have; it may change what the model computes and is not supported"
+            )
+
+
+def layer_types(f: Fields, layers: int, pattern: Iterator[str] | list[str]) -> list[str]:
+    """``layer_types``, or what the family's ``pattern`` says where the field is absent."""
+    value = f("layer_types")
+    if value is None:
+        return [kind for kind, _ in zip(pattern, range(layers), strict=False)]
+    if not isinstance(value, list) or len(value) != layers:
+        raise CheckpointError(f"{f.where}: layer_types is not a list of {layers} entries")
+    return [str(kind) for kind in value]
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value is False or value in (0, "", [], {})
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,145 @@
+"""Gemma 2 and 3: norms before and after each block, windows, scaled embeddings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from pocketslm.errors import CheckpointError
+from pocketslm.models.architectures import rope
+from pocketslm.models.architectures.base import (
+    ATTENTION,
+    BUFFERS,
+    GGUF_PARTS,
+    MLP,
+    QK_NORMS,
+    TOP,
+    Architecture,
+    gguf_map,
+    named,
+)
+from pocketslm.models.architectures.fields import Fields, layer_types
+from pocketslm.models.architectures.weights import WeightMap
+from pocketslm.models.config import Attention, Layer, ModelConfig, Rotary
+
+_NORMS = {
+    "input_layernorm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "post_attention_layernorm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def _map(*parts: str) -> WeightMap:
+    return WeightMap(
+        TOP,
+        "model.layers.{}.",
+        _NORMS | named(*ATTENTION, *MLP, *parts),
+        norm_offset=1.0,
+        ignored=BUFFERS,
+    )
+
+
+@dataclass(frozen=True)
+class Gemma2(Architecture):
+    """Every second layer has a window; scores and logits are capped."""
+
+    hf: WeightMap = field(default=_map())
+    # llama.cpp's converter adds the 1 to norm weights.
+    gguf: WeightMap = field(default=gguf_map(parts=GGUF_PARTS))
+    act_field: ClassVar[str] = "hidden_activation"
+    tied_by_default: ClassVar[bool] = True
+    pattern: ClassVar[int] = 2  # every so many layers one sees everything
+
+    def hf_layers(self, f: Fields, count: int) -> list[Layer]:
+        window = f.integer("sliding_window", 4096)
+        every = f("sliding_window_pattern") or f("_sliding_window_pattern") or self.pattern
+        default = [_FULL if (i + 1) % int(every) == 0 else _SLIDING for i in range(count)]
+        kinds = layer_types(f, count, default)
+        if not set(kinds) <= {_SLIDING, _FULL}:
+            raise CheckpointError(f"{f.where}: layer_types names {sorted(set(kinds))}")
+        full = self.hf_attention(f)
+        mixers = {_FULL: full, _SLIDING: self.sliding(full, window)}
+        mlp = self.hf_mlp(f)
+        return [Layer(mixers[kind], mlp, "both") for kind in kinds]
+
+    def sliding(self, full: Attention, window: int) -> Attention:
+        return replace(full, window=window)
+
+    def hf_attention(self, f: Fields) -> Attention:
+        scale = f.number("query_pre_attn_scalar", 256.0) ** -0.5
+        cap = f("attn_logit_softcapping")
+        return replace(super().hf_attention(f), scale=scale, softcap=cap)
+
+    def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
+        # transformers rounds the factor to the embedding's type; bfloat16 is what Gemma is in.
+        cap = f("final_logit_softcapping")
+        scale = math.sqrt(config.hidden_size)
+        return replace(config, embedding_scale=scale, logit_softcap=cap)
+
+    def more_fields(self, c: ModelConfig) -> dict[str, Any]:
+        attentions = [layer.attention for layer in c.stored_layers if layer.attention is not None]
+        windows = [a.window for a in attentions]
+        return {
+            "hidden_act": None,
+            "query_pre_attn_scalar": round(attentions[0].scale ** -2),
+            "attn_logit_softcapping": attentions[0].softcap,
+            "final_logit_softcapping": c.logit_softcap,
+            "sliding_window": next((w for w in windows if w is not None), 4096),
+            "layer_types": [_FULL if w is None else _SLIDING for w in windows],
+        }
+
+    def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:
+        data = super().gguf_fields(f, tensors)
+        data["hidden_activation"] = "gelu_pytorch_tanh"
+        data["sliding_window"] = f("attention.sliding_window")
+        data["query_pre_attn_scalar"] = self.gguf_scalar(f, data)
+        data["attn_logit_softcapping"] = f("attn_logit_softcapping")
+        data["final_logit_softcapping"] = f("final_logit_softcapping")
+        return data
+
+    def gguf_scalar(self, f: Fields, data: dict[str, Any]) -> float:
+        """Of Gemma 2 and 3 the 27B models alone divide scores by another size than a head's."""
+        if data["num_hidden_layers"] in (46, 62):
+            return float(data["hidden_size"] / data["num_attention_heads"])
+        return float(data["head_dim"])
+
+
+@dataclass(frozen=True)
+class Gemma3(Gemma2):
+    """Q and K are normalized; windowed layers have rotary tables of their own."""
+
+    hf: WeightMap = field(default=_map(*QK_NORMS))
+    pattern: ClassVar[int] = 6
+
+    def hf_attention(self, f: Fields) -> Attention:
+        return replace(super().hf_attention(f), qk_norm="head")
+
+    def sliding(self, full: Attention, window: int) -> Attention:
+        return replace(full, window=window, rotary=1)
+
+    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
+        head_dim = self.head_dim(f)
+        full = rope.from_hf(f, head_dim, group=_FULL, theta=f.number("rope_theta", 1e6))
+        local = f("rope_local_base_freq")
+        given = f.table("rope_parameters").get(_SLIDING)
+        if local is None and isinstance(given, dict):
+            local = given.get("rope_theta")
+        base = 1e4 if local is None else f.number("rope_local_base_freq", float(local))
+        return full, Rotary(head_dim, base)
+
+    def more_fields(self, c: ModelConfig) -> dict[str, Any]:
+        return super().more_fields(c) | {"rope_local_base_freq": c.rotaries[1].theta}
+
+    def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:
+        data = super().gguf_fields(f, tensors)
+        data["rope_local_base_freq"] = f("rope.freq_base_swa")
+        return data
+
+
+ARCHITECTURES = [
+    Gemma2("gemma2", "Gemma2ForCausalLM", ("gemma2",), ("gemma2",)),
+    Gemma3("gemma3_text", "Gemma3ForCausalLM", ("gemma3_text",), ("gemma3",)),
+]

@@ -1,0 +1,44 @@
+"""Hunyuan dense: Llama's block with Q and K normalized after their rotation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pocketslm.models.architectures.base import (
+    ATTENTION,
+    BUFFERS,
+    MLP,
+    NORMS,
+    TOP,
+    Architecture,
+    named,
+)
+from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.architectures.weights import WeightMap
+from pocketslm.models.config import Attention
+
+
+@dataclass(frozen=True)
+class Hunyuan(Architecture):
+    def hf_attention(self, f: Fields) -> Attention:
+        return replace(super().hf_attention(f), qk_norm="head", norm_after_rope=True)
+
+
+ARCHITECTURES = [
+    Hunyuan(
+        "hunyuan_v1_dense",
+        "HunYuanDenseV1ForCausalLM",
+        ("hunyuan_v1_dense",),
+        ("hunyuan-dense",),
+        hf=WeightMap(
+            TOP,
+            "model.layers.{}.",
+            named(*NORMS, *ATTENTION, *MLP)
+            | {
+                "self_attn.q_norm": "self_attn.query_layernorm",
+                "self_attn.k_norm": "self_attn.key_layernorm",
+            },
+            ignored=BUFFERS,
+        ),
+    )
+]

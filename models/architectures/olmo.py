@@ -1,0 +1,104 @@
+"""OLMo 2 and 3, EXAONE 4: norms after each block alone, Q and K normalized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from pocketslm.models.architectures import rope
+from pocketslm.models.architectures.base import (
+    ATTENTION,
+    BUFFERS,
+    MLP,
+    QK_NORMS,
+    TOP,
+    Architecture,
+    named,
+)
+from pocketslm.models.architectures.fields import Fields, layer_types
+from pocketslm.models.architectures.weights import WeightMap
+from pocketslm.models.config import Attention, Layer, ModelConfig, Rotary
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class Olmo2(Architecture):
+    hf: WeightMap = field(
+        default=WeightMap(
+            TOP,
+            "model.layers.{}.",
+            {
+                "attention_post_norm": "post_attention_layernorm",
+                "mlp_post_norm": "post_feedforward_layernorm",
+            }
+            | named(*ATTENTION, *QK_NORMS, *MLP),
+            ignored=BUFFERS,
+        )
+    )
+    qk_norm: ClassVar[Literal["head", "full"]] = "full"
+
+    def hf_layers(self, f: Fields, count: int) -> list[Layer]:
+        return [Layer(self.hf_attention(f), self.hf_mlp(f), "post")] * count
+
+    def hf_attention(self, f: Fields) -> Attention:
+        return replace(super().hf_attention(f), qk_norm=self.qk_norm)
+
+
+@dataclass(frozen=True)
+class Windowed(Olmo2):
+    """Layers with a window beside layers that see everything."""
+
+    def hf_layers(self, f: Fields, count: int) -> list[Layer]:
+        window, every = f("sliding_window"), f("sliding_window_pattern") or 4
+        every = len(every) if isinstance(every, str) else int(every)
+        pattern = [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(count)]
+        kinds = layer_types(f, count, [_FULL] * count if window is None else pattern)
+        full, mlp = self.hf_attention(f), self.hf_mlp(f)
+        if window is None:
+            kinds = [_FULL] * count
+        mixers = {_FULL: full if window is None else self.beside_windows(full)}
+        mixers[_SLIDING] = self.sliding(full, window)
+        return [Layer(mixers[kind], mlp, "post") for kind in kinds]
+
+    def beside_windows(self, full: Attention) -> Attention:
+        return full
+
+    def sliding(self, full: Attention, window: int | None) -> Attention:
+        return replace(full, window=window)
+
+    def more_fields(self, c: ModelConfig) -> dict[str, Any]:
+        windows = [a.window for a in c.attentions]
+        return {
+            "sliding_window": next((w for w in windows if w is not None), None),
+            "layer_types": [_FULL if w is None else _SLIDING for w in windows],
+        }
+
+
+@dataclass(frozen=True)
+class Olmo3(Windowed):
+    """The rotary table is stretched where a layer sees everything."""
+
+    def sliding(self, full: Attention, window: int | None) -> Attention:
+        return replace(full, window=window, rotary=1)
+
+    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
+        full = rope.from_hf(f, self.head_dim(f))
+        return full, Rotary(full.dim, full.theta)
+
+
+@dataclass(frozen=True)
+class Exaone4(Windowed):
+    """Beside windows, layers that see everything have no positions."""
+
+    qk_norm: ClassVar[Literal["head", "full"]] = "head"
+
+    def beside_windows(self, full: Attention) -> Attention:
+        return replace(full, rotary=None)
+
+
+ARCHITECTURES = [
+    Olmo2("olmo2", "Olmo2ForCausalLM", ("olmo2",), ("olmo2",)),
+    Olmo3("olmo3", "Olmo3ForCausalLM", ("olmo3",)),
+    Exaone4("exaone4", "Exaone4ForCausalLM", ("exaone4",), ("exaone4",)),
+]

@@ -1,0 +1,48 @@
+"""Qwen2 and Qwen2.5: Llama's block with biases on Q, K and V."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from pocketslm.models.architectures.base import Architecture
+from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.config import Layer, ModelConfig
+
+
+@dataclass(frozen=True)
+class Qwen2(Architecture):
+    biases: ClassVar[tuple[bool, bool, bool]] = (True, False, False)
+
+    def hf_biases(self, f: Fields) -> tuple[bool, bool, bool]:
+        f("attention_bias")  # written by some, read by nobody: the biases are always there
+        return self.biases
+
+    def hf_layers(self, f: Fields, count: int) -> list[Layer]:
+        """With ``use_sliding_window``, layers from ``max_window_layers`` on have a window."""
+        layers = [Layer(self.hf_attention(f), self.hf_mlp(f))] * count
+        window, first = f("sliding_window"), f("max_window_layers", 0)
+        kinds = f("layer_types") or []
+        if not f.flag("use_sliding_window") or window is None:
+            return layers
+        return [
+            replace(layer, mixer=replace(self.hf_attention(f), window=window))
+            if (kinds[index] == "sliding_attention" if kinds else index >= first)
+            else layer
+            for index, layer in enumerate(layers)
+        ]
+
+    def more_fields(self, c: ModelConfig) -> dict[str, Any]:
+        windows = [layer.attention.window if layer.attention else None for layer in c.stored_layers]
+        window = next((w for w in windows if w is not None), None)
+        data: dict[str, Any] = {"use_sliding_window": window is not None, "sliding_window": window}
+        data["attention_out_bias"] = None
+        if window is not None:
+            data["layer_types"] = [
+                "full_attention" if w is None else "sliding_attention" for w in windows
+            ]
+            data["max_window_layers"] = 0
+        return data
+
+
+ARCHITECTURES = [Qwen2("qwen2", "Qwen2ForCausalLM", ("qwen2",), ("qwen2",))]

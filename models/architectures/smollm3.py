@@ -1,0 +1,50 @@
+"""SmolLM3: Llama's block, with no positions in every fourth layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from pocketslm.errors import CheckpointError
+from pocketslm.models.architectures.base import Architecture, gguf_map
+from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.architectures.llama import QK
+from pocketslm.models.config import Layer, ModelConfig, Rotary
+
+
+@dataclass(frozen=True)
+class SmolLM3(Architecture):
+    tied_by_default: ClassVar[bool] = True
+
+    def hf_layers(self, f: Fields, count: int) -> list[Layer]:
+        """``no_rope_layers`` has a 1 for each layer with positions, a 0 for each without."""
+        every = f.integer("no_rope_layer_interval", 4)
+        rotated = f("no_rope_layers")
+        if rotated is None:
+            rotated = [int((index + 1) % every != 0) for index in range(count)]
+        if not isinstance(rotated, list) or len(rotated) < count or not set(rotated) <= {0, 1}:
+            raise CheckpointError(f"{f.where}: no_rope_layers is not a list of {count} of 0 and 1")
+        attention, mlp = self.hf_attention(f), self.hf_mlp(f)
+        window = f("sliding_window") if f.flag("use_sliding_window") else None
+        f("layer_types")  # follows from the two above
+        free = replace(attention, rotary=None, window=window)
+        return [Layer(attention if has else free, mlp) for has in rotated[:count]]
+
+    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
+        (rotary,) = super().hf_rotaries(f)
+        default = "rope_theta" in f.data or f.table("rope_parameters")
+        return (rotary if default else replace(rotary, theta=2000000.0),)
+
+    def more_fields(self, c: ModelConfig) -> dict[str, Any]:
+        attentions = c.attentions[:: c.repeats]
+        window = next((a.window for a in attentions if a.window is not None), None)
+        return {
+            "no_rope_layers": [int(a.rotary is not None) for a in attentions],
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+        }
+
+
+ARCHITECTURES = [
+    SmolLM3("smollm3", "SmolLM3ForCausalLM", ("smollm3",), ("smollm3",), gguf=gguf_map(pairs=QK))
+]

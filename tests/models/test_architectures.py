@@ -1,0 +1,60 @@
+"""Every family of the table against transformers, written back, and through GGUF."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ROWS, write_folder
+
+from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.config import ModelConfig
+from pocketslm.models.hf_writer import save_hf
+from pocketslm.models.reference import load_reference
+
+# Two fp32 implementations of one model differ by rounding alone.
+MAX_LOGIT_ERROR = 1e-3
+LENGTH, FIRST = 200, 77
+
+
+def max_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest absolute difference; NaN if there is one, which no bound accepts."""
+    return float((ours - theirs).abs().max())
+
+
+def some_ids(vocabulary: int) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, theirs = write_folder(tmp_path / "model", ROWS[name])
+    checkpoint = open_checkpoint(folder)
+    ours = load_reference(checkpoint)
+    ids = some_ids(checkpoint.config.vocab_size)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    whole, _ = ours(ids, ours.empty_cache())
+    assert max_error(whole, expected) <= MAX_LOGIT_ERROR
+    # The same in two pieces, through the states, and the last position alone.
+    _, cache = ours(ids[:, :FIRST], ours.empty_cache())
+    last, _ = ours(ids[:, FIRST:], cache, 1)
+    assert max_error(last[:, -1], expected[:, -1]) <= MAX_LOGIT_ERROR
+    # Written back: the same configuration for us, the same model for transformers.
+    save_hf(checkpoint, tmp_path / "again")
+    again = open_checkpoint(tmp_path / "again")
+    assert again.config == checkpoint.config
+    assert again.notes == checkpoint.notes == []
+    reread = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert max_error(reread(ids).logits, expected) <= MAX_LOGIT_ERROR
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_configurations_as_json(name: str, tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, ROWS[name])
+    config = open_checkpoint(folder).config
+    assert ModelConfig.from_dict(config.to_dict()) == config
