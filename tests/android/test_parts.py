@@ -11,13 +11,14 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import support
 from pocketslm.android import strings
 from pocketslm.android.engine import meter
-from pocketslm.android.engine.models import Models, _kv_token_bytes, describe
+from pocketslm.android.engine.models import Models, _kv_bytes, describe
 from pocketslm.android.engine.worker import Job, Worker
 from pocketslm.android.intents import SCHEMAS, Action
 from pocketslm.android.intents.grammar import propose
@@ -25,6 +26,7 @@ from pocketslm.android.settings import DEFAULTS, Settings
 from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.config import uniform
 from pocketslm.runtime.bundle import Graph, open_bundle
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
@@ -162,16 +164,20 @@ def test_a_job_that_runs_at_once_is_the_current_one(monkeypatch: pytest.MonkeyPa
         ("fp32", {}, (8, 4 * 64)),
         ("int8", {}, (8, 64 + 4)),
         ("fp16", {"layer_sharing": True}, (16, 2 * 64)),
-        ("fp16", {"layer_sizes": [[8, 2, 96], [4, 1, 96]]}, (3, 2 * 64)),
+        ("fp16", {"layer_sizes": [[8, 2, 96], [4, 1, 96], [4, 1, 96], [4, 1, 96]]}, (5, 2 * 64)),
     ],
 )
 def test_the_cache_is_counted_as_the_graph_keeps_it(
-    cache: str, changes: dict[str, object], heads_and_bytes: tuple[int, int]
+    cache: str, changes: dict[str, Any], heads_and_bytes: tuple[int, int]
 ) -> None:
-    plain = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64}
+    config = uniform(
+        **{"architecture": "llama", "vocab_size": 96, "hidden_size": 512},
+        **{"intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8},
+        **{"num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256},
+        **changes,
+    )
     heads, vector = heads_and_bytes
-    graph = Graph("native", "model.slm", 256, cache)
-    assert _kv_token_bytes(graph, plain | changes) == 2 * heads * vector
+    assert _kv_bytes(Graph("native", "model.slm", 256, cache), config) == 256 * 2 * heads * vector
 
 
 def test_a_bundle_is_imported_as_a_folder_and_as_a_zip(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -184,9 +190,9 @@ def test_a_bundle_is_imported_as_a_folder_and_as_a_zip(tiny_bundle: Path, tmp_pa
     manifest = open_bundle(tiny_bundle).manifest
     assert manifest is not None
     assert card.size_bytes == manifest.size_bytes
-    dims = manifest.architecture
-    heads, size = dims["num_key_value_heads"], dims["head_dim"]
-    assert card.kv_bytes == 2 * 2 * dims["num_hidden_layers"] * heads * size * card.context
+    config = open_bundle(tiny_bundle).config
+    assert config is not None
+    assert card.kv_bytes == config.state_bytes(card.context, 2)
     assert card.fit(free=card.need_bytes - 1) == "too_large"
     assert card.fit(free=card.need_bytes) == "tight"
     assert card.fit(free=2 * card.need_bytes) == "fits"
