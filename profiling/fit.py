@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,7 @@ def _ram(cost: Cost, scheme: Scheme, context: int, reached: Reached) -> float:
     return scheme.weight_bytes(cost) + cache + reached.fixed_bytes
 
 
+@cache
 def _models() -> list[tuple[str, Cost, int]]:
     """Of the catalog: name, cost, longest context."""
     return [
