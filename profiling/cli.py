@@ -230,6 +230,7 @@ def _fit(arguments: argparse.Namespace) -> None:
         arguments.threads,
         arguments.context,
         arguments.prompt,
+        say,
     )
     print_json(fit_dict(*found)) if arguments.json else show(format_fit(*found), end="")
 

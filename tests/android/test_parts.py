@@ -166,7 +166,7 @@ def test_a_job_that_runs_at_once_is_the_current_one(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_the_cache_is_counted_as_the_graph_keeps_it(
-    cache: str, changes: dict[str, object], heads_and_bytes: tuple[int, int]
+    cache: str, changes: dict[str, Any], heads_and_bytes: tuple[int, int]
 ) -> None:
     plain = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
     config = support.tiny(num_hidden_layers=4, **plain | changes)
