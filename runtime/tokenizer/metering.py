@@ -185,7 +185,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             _check_percent(meter, left, right)
         elif sign == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
             meter.fits(_length(left) + 6 * _length(right))
-        elif sign == "-" and isinstance(left, (_KEYS, _ITEMS)):
+        elif sign == "-" and isinstance(left, (set, _KEYS, _ITEMS)):
             meter.weigh(left)
             meter.weigh(right)
         return super().call_binop(context, sign, left, right)
