@@ -108,7 +108,8 @@ def _without(document: Mapping[str, Any], texts: set[str], rows: int) -> dict[st
     model = document["model"]
     vocabulary = {text: id_ for text, id_ in model["vocab"].items() if id_ < rows}
     changed = {**model, "vocab": vocabulary}
-    if gone := model["vocab"].keys() - vocabulary.keys():
+    gone = model["vocab"].keys() - vocabulary.keys()
+    if gone and "merges" in model:
         changed["merges"] = [
             merge
             for merge in model["merges"]
