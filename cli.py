@@ -6,8 +6,12 @@ A ``cli`` module parses, calls its folder, prints; heavy imports wait for their 
 from __future__ import annotations
 
 import argparse
+import errno
+import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pocketslm.android.cli
 import pocketslm.export.cli
@@ -18,9 +22,10 @@ import pocketslm.runtime.assistant.cli
 import pocketslm.runtime.cli
 from pocketslm import __version__
 from pocketslm.errors import PocketSlmError
-from pocketslm.terminal import Commands, Run
+from pocketslm.terminal import Commands, Run, say
 
 USER_ERROR, INTERRUPTED = 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 FOLDERS = (
     pocketslm.models.cli,
     pocketslm.export.cli,
@@ -34,6 +39,8 @@ FOLDERS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status (0, 2 for a user's error, 130 for Ctrl-C)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or locale may lack characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     return guarded(arguments.run, arguments)
 
@@ -42,24 +49,37 @@ def guarded(run: Run, arguments: argparse.Namespace) -> int:
     """Run a command; a user's error becomes one line and a status, never a traceback."""
     try:
         run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except PocketSlmError as error:
-        print(f"pocketslm: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _failed(str(error))
     except ImportError as error:
         if (error.name or "").startswith("pocketslm"):
             raise
-        print(
-            f"pocketslm: error: {error.name} is not installed; `pip install pocketslm[all]`",
-            file=sys.stderr,
-        )
-        return USER_ERROR
+        return _failed(f"{error.name} is not installed; `pip install pocketslm[all]`")
     except KeyboardInterrupt:
         print("\npocketslm: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _drop_output()
+        return _failed(f"cannot write {error.filename or 'the output'}: {error.strerror}")
     return 0
+
+
+def _failed(message: str) -> int:
+    say(f"pocketslm: error: {message}")
+    return USER_ERROR
+
+
+def _drop_output() -> None:
+    """Forget what could not be written, or the interpreter tries again as it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

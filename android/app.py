@@ -92,7 +92,8 @@ class PocketApp(App):
         self.cancel_engine()
         for worker in self._workers.values():
             worker.close()
-        self.unload()
+        if self._model is not None:  # no worker is left to do it
+            self._model.close()
         self.library.close()
 
     def low_memory(self) -> None:

@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
 _CHOICES = {
     "theme": ("light", "dark"),
     "language": ("en", "de", "ar"),
-    "engine": ("auto", "native", "runner", "onnx", "onnx_aar", "executorch_aar"),
+    "engine": ("auto", "native", "runner", "onnx", "onnx_aar"),
 }
 
 

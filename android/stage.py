@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "build" / "android"
 # Of the package: these files and folders, but for what only a computer uses.
-PARTS = ("__init__.py", "errors.py", "LICENSE", "runtime", "android")
+PARTS = ("__init__.py", "errors.py", "schema.py", "LICENSE", "runtime", "android")
 WITHOUT = (
     *("android/recipes", "android/manifest", "android/java", "android/cli.py"),
     *("android/stage.py", "android/check.py", "runtime/cli.py", "runtime/assistant/cli.py"),

@@ -10,22 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pocketslm.errors import UsageError
+from pocketslm.export import plan_cli
+from pocketslm.export.plan_cli import MODEL
 from pocketslm.terminal import (
     Commands,
     Progress,
     add_backend,
     add_json,
     add_threads,
+    chosen,
+    given,
     print_json,
+    record_given,
+    refuse,
+    refuse_others,
     say,
+    show,
 )
 
 if TYPE_CHECKING:
     from pocketslm.export.recipe import Recipe
     from pocketslm.models.checkpoint import Checkpoint
-
-
-MODEL = "a Hugging Face folder, .gguf file or catalog name; +UPDATE adds a LoRA adapter or delta"
 
 
 def add_commands(commands: Commands) -> None:
@@ -37,6 +43,7 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("model", help=MODEL)
     add_export_options(parser)
+    plan_cli.add_commands(commands)
 
     parser = commands.add(
         "prune",
@@ -46,12 +53,11 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("model", help=MODEL)
     parser.add_argument("out", type=Path, help="the Hugging Face folder to write")
-    parser.add_argument("--layers", type=int, default=0, help="how many layers to remove")
+    parser.add_argument("--layers", type=int, help="how many layers to remove (default: 0)")
     parser.add_argument(
         "--by",
         choices=("sleb", "influence", "last"),
-        default="sleb",
-        help="the loss without them, one by one (default), their influence, or their place",
+        help="the loss without them, one by one, their influence, or their place (default: sleb)",
     )
     parser.add_argument(
         "--share", action="store_true", help="keep every second layer, and run it twice"
@@ -80,7 +86,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--text", default="lee", help="a UTF-8 file or catalog text whose end shows what matters"
     )
-    parser.add_argument("--tokens", type=int, default=8192, help="of the text (default: 8192)")
+    parser.add_argument("--tokens", type=int, help="of the text (default: 8192)")
     add_json(parser)
 
     parser = commands.add(
@@ -127,10 +133,10 @@ def add_commands(commands: Commands) -> None:
         default=8192,
         help="tokens at the text's start that are left for `eval` (default: 8192)",
     )
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step (default: 4)")
-    parser.add_argument("--sequence", type=int, default=256, help="tokens each (default: 256)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--steps", type=int, help="(default: 200)")
+    parser.add_argument("--batch", type=int, help="sequences a step (default: 4)")
+    parser.add_argument("--sequence", type=int, help="tokens each (default: 256)")
+    parser.add_argument("--learning-rate", type=float, help="(default: 0.0002)")
     parser.add_argument(
         "--lora-rank",
         type=int,
@@ -143,9 +149,9 @@ def add_commands(commands: Commands) -> None:
         metavar="SHARE",
         help="of the layers' weights to remove while it learns, as `prune --adaptive` does at once",
     )
-    parser.add_argument("--stages", type=int, default=4, help="of --adaptive (default: 4)")
+    parser.add_argument("--stages", type=int, help="of --adaptive (default: 4)")
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, if it is faster")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="(default: 0)")
 
     parser = commands.add(
         "delta",
@@ -202,6 +208,7 @@ def add_commands(commands: Commands) -> None:
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """What export takes beside the model; optimum's command takes the same."""
+    record_given(parser)
     parser.add_argument("out", type=Path, help="the bundle folder to write")
     schemes = ("keep", "int4", "int8", "float")
     parser.add_argument(
@@ -257,12 +264,6 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "MODEL+FOLDER merges it instead",
     )
     parser.add_argument(
-        "--kv-cache",
-        choices=("fp16", "int8"),
-        default="fp16",
-        help="of the native and ExecuTorch graphs",
-    )
-    parser.add_argument(
         "--recipe",
         type=Path,
         metavar="FILE",
@@ -271,28 +272,10 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16"), default="fp32", help="of the ONNX graph"
     )
-    parser.add_argument("--context", type=int, help="longest sequence (default: up to 4096)")
-    parser.add_argument(
-        "--target",
-        help="of native, onnx, onnx-pocketslm, executorch, executorch-pocketslm, "
-        "joined with commas "
-        "(default: native,onnx where they cover it)",
-    )
-    fit = parser.add_argument_group("search under a budget, by measurement on this machine")
-    fit.add_argument(
-        "--fit",
-        metavar="BUDGET",
-        help="find the recipe nearest to the source within limits, such as "
-        "ram=120MB,decode=250tps,ttft=1s@512,kl=0.05; the search is kept in OUT.plan",
-    )
-    fit.add_argument(
-        "--prune", action="store_true", help="also try to leave out layers and MLP neurons"
-    )
-    fit.add_argument("--trials", type=int, default=16, help="recipes to try (default: 16)")
-    fit.add_argument("--text", default="lee", help="what quality is measured on (default: lee)")
-    fit.add_argument("--storage", metavar="URL", help="Optuna's database (default: in OUT.plan)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
-    add_json(parser)
+    plan_cli.add_shared_options(parser)
+    search = parser.add_argument_group("the same as `pocketslm plan`")
+    search.add_argument("--fit", metavar="BUDGET", help=plan_cli.BUDGET)
+    plan_cli.add_search_options(search)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
@@ -316,10 +299,35 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     )
 
 
+def _check_options(arguments: argparse.Namespace) -> None:
+    """UsageError for an option that has no part in this export."""
+    refuse(arguments, "without --fit", *plan_cli.SEARCH)
+    if arguments.recipe:
+        beside = ("recipe", "size_budget", "adapter", "overwrite", "json")
+        refuse_others(arguments, "with --recipe, which says it", *beside)
+    if arguments.vocabulary is None:
+        refuse(arguments, "without --vocabulary", "vocabulary_size")
+    if arguments.weights == arguments.head == "float":
+        refuse(arguments, "with float weights and head", "grid", "group_size", "method")
+    parts = set((arguments.method or "rtn").split("+"))
+    if parts == {"rtn"} or parts == {"hqq"}:
+        where = f"with the method {arguments.method or 'rtn'}, which reads no text"
+        if arguments.size_budget is None:
+            refuse(arguments, where, "calibration")
+        refuse(arguments, where, "calibration_tokens")
+    if arguments.target:
+        targets = set(arguments.target.split(","))
+        if "onnx" not in targets:
+            refuse(arguments, "without the target onnx", "dtype")
+        if targets == {"onnx"}:
+            refuse(arguments, "with the target onnx alone", "kv_cache")
+
+
 def export(arguments: argparse.Namespace) -> None:
     if arguments.fit is not None:
-        _export_fitting(arguments)
+        plan_cli.plan(arguments)
         return
+    _check_options(arguments)
     from pocketslm.export.pipeline import export_bundle
     from pocketslm.export.prune.vocabulary import format_ranges, tokens_of
     from pocketslm.export.recipe import read_recipe
@@ -342,15 +350,16 @@ def export(arguments: argparse.Namespace) -> None:
             adapters=arguments.adapter,
             overwrite=arguments.overwrite,
             progress=progress,
+            say=say,
         )
     seconds = time.perf_counter() - start
     if arguments.json:
         print_json(json.loads(manifest.to_json()) | {"seconds": seconds})
         return
     weights = ", ".join(f"{size / 1e6:.1f} MB {name}" for name, size in manifest.weights.items())
-    print(f"{arguments.out}: {manifest.size_bytes / 1e6:.1f} MB in {seconds:.1f} s ({weights})")
+    show(f"{arguments.out}: {manifest.size_bytes / 1e6:.1f} MB in {seconds:.1f} s ({weights})")
     for note in manifest.notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
 
 
 def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: Progress) -> Recipe:
@@ -363,7 +372,7 @@ def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: 
 
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
-    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    files = checkpoint.tokenizer_files()
     text = resolve(recipe.calibration or "lee", say)
     ids = last_tokens(text, load_tokenizer_files(files).encode, 1024, 256)
     return mixed_precision(
@@ -375,60 +384,19 @@ def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: 
     )
 
 
-def _export_fitting(arguments: argparse.Namespace) -> None:
-    """Search for the recipe, keep the search beside the bundle, export what fits best."""
-    from pocketslm.export import plan
-    from pocketslm.export.evaluate import evaluate_bundle
-    from pocketslm.export.pipeline import export_bundle
-    from pocketslm.export.recipe import Recipe
-    from pocketslm.export.source import open_source
-    from pocketslm.models.catalog import resolve
-
-    budget = plan.parse_budget(arguments.fit)
-    checkpoint = open_source(arguments.model, say)
-    text = resolve(arguments.text, say)
-    base = Recipe(context=arguments.context, kv_cache=arguments.kv_cache, targets=("native",))
-    work = arguments.out.with_name(f"{arguments.out.name}.plan")
-    trials = plan.search(
-        checkpoint,
-        text,
-        budget,
-        work,
-        calibration=arguments.calibration or arguments.text,
-        base=base,
-        vocabulary=resolve(arguments.vocabulary, say) if arguments.vocabulary else None,
-        prune=arguments.prune,
-        trials=arguments.trials,
-        storage=arguments.storage,
-        say=say,
-    )
-    plan.write_report(trials, budget, work)
-    chosen = plan.choose(trials)
-    targets = tuple(arguments.target.split(",")) if arguments.target else ("native",)
-    recipe = replace(chosen.recipe, targets=targets)
-    export_bundle(checkpoint, arguments.out, recipe, overwrite=arguments.overwrite)
-    evaluate_bundle(arguments.out, source=checkpoint, text=text, window=plan.window_of(checkpoint))
-    print((work / plan.REPORT).read_text())
-    print(f"{arguments.out}: trial {chosen.number}, {plan.describe(chosen.recipe)}")
-
-
 def _prune(arguments: argparse.Namespace) -> None:
     from pocketslm.export.prune.folder import PruneConfig, prune_folder
     from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
 
-    config = PruneConfig(
-        layers=arguments.layers,
-        by=arguments.by,
-        share=arguments.share,
-        kv_heads=arguments.kv_heads,
-        neurons=arguments.neurons,
-        channels=arguments.channels,
-        adaptive=arguments.adaptive,
-        uniform=arguments.uniform,
-        sparse=arguments.sparse,
-        tokens=arguments.tokens,
-    )
+    if not arguments.layers:
+        refuse(arguments, "without --layers", "by")
+    if arguments.adaptive is None:
+        refuse(arguments, "without --adaptive", "uniform")
+    looked_at = given(arguments).keys() & {"kv_heads", "neurons", "channels", "adaptive", "sparse"}
+    if not looked_at and arguments.by == "last":
+        refuse(arguments, "with --by last, which reads no text", "text", "tokens")
+    config = PruneConfig(**chosen(arguments, PruneConfig))
     source = open_source(arguments.model, say)
     text = resolve(arguments.text, say)
     with Progress() as progress:
@@ -439,10 +407,10 @@ def _prune(arguments: argparse.Namespace) -> None:
         print_json({"out": str(arguments.out), "config": pruned.config.to_dict()})
         return
     for note in pruned.notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
     widths = [layer.mlp.width for layer in pruned.config.layers]
     heads = [a.kv_heads for a in pruned.config.attentions]
-    print(
+    show(
         f"{arguments.out}: {pruned.config.num_hidden_layers} layers of {_span(heads)} KV heads and "
         f"{_span(widths)} neurons, hidden size {pruned.config.hidden_size}"
     )
@@ -472,7 +440,7 @@ def _methods(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json([asdict(row) for row in found])
     else:
-        print(methods.markdown(found))
+        show(methods.markdown(found))
 
 
 def _heal(arguments: argparse.Namespace) -> None:
@@ -480,8 +448,8 @@ def _heal(arguments: argparse.Namespace) -> None:
     from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
 
-    names = ["steps", "batch", "sequence", "learning_rate", "lora_rank", "hidden", "bf16", "seed"]
-    names += ["adaptive", "stages"]
+    if arguments.adaptive is None:
+        refuse(arguments, "without --adaptive", "stages")
     start = time.perf_counter()
     with Progress() as progress:
         losses = heal_folder(
@@ -489,14 +457,14 @@ def _heal(arguments: argparse.Namespace) -> None:
             open_source(arguments.teacher, say),
             resolve(arguments.text, say),
             arguments.out,
-            HealConfig(**{name: getattr(arguments, name) for name in names}),
+            HealConfig(**chosen(arguments, HealConfig)),
             held_out=arguments.held_out,
             progress=lambda step, steps, kl: progress(f"heal, KL {kl:.3f}", step / steps),
         )
     seconds = time.perf_counter() - start
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-    print(f"{arguments.out}: KL {first:.3f} -> {last:.3f} nats on its text in {seconds:.0f} s")
+    show(f"{arguments.out}: KL {first:.3f} -> {last:.3f} nats on its text in {seconds:.0f} s")
 
 
 def _delta(arguments: argparse.Namespace) -> None:
@@ -508,7 +476,7 @@ def _delta(arguments: argparse.Namespace) -> None:
 
     bands = None if arguments.bands is None else parse_bands(arguments.bands)
     base, tuned = open_source(arguments.base, say), open_source(arguments.tuned, say)
-    files = {name: data.decode() for name, data in tuned.tokenizer_files().items()}
+    files = tuned.tokenizer_files()
     window = max(1, min(512, tuned.config.max_position_embeddings, arguments.tokens))
     encode = load_tokenizer_files(files).encode
     ids = last_tokens(resolve(arguments.text, say), encode, arguments.tokens, window)
@@ -521,11 +489,13 @@ def _delta(arguments: argparse.Namespace) -> None:
             ids,
             lambda done, total: progress("split differences", done / total),
         )
-    print(f"{arguments.out}: {size / 1e6:.1f} MB; the model is {arguments.base}+{arguments.out}")
+    show(f"{arguments.out}: {size / 1e6:.1f} MB; the model is {arguments.base}+{arguments.out}")
 
 
 def _eval_task(arguments: argparse.Namespace) -> None:
-    from pocketslm.errors import UsageError
+    refuse(arguments, "with --task", "source", "text", "window", "windows")
+    if arguments.sample is None:
+        refuse(arguments, "without --sample", "earlier", "seed")
     from pocketslm.export.tasks import evaluate_task, read_items, read_margins, save_margins
     from pocketslm.runtime.backends import open_session
     from pocketslm.runtime.bundle import open_bundle
@@ -555,14 +525,15 @@ def _eval_task(arguments: argparse.Namespace) -> None:
     for name in ("acc", "acc_norm"):
         value, error, ci = (getattr(result, name + part) for part in ("", "_stderr", "_ci95"))
         interval = f", of all {result.total} items ± {ci:.4f} (95 %)" if ci else ""
-        print(f"{name:8} {value:.4f} ± {error:.4f}{interval}")
-    print(f"over {result.items} of {result.total} items of {result.task}")
+        show(f"{name:8} {value:.4f} ± {error:.4f}{interval}")
+    show(f"over {result.items} of {result.total} items of {result.task}")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
     if arguments.task is not None:
         _eval_task(arguments)
         return
+    refuse(arguments, "without --task", "sample", "seed", "save", "earlier")
     from pocketslm.export.evaluate import evaluate_bundle
     from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
@@ -582,7 +553,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         print_json(quality.to_dict())
         return
     change = quality.perplexity / quality.source_perplexity - 1
-    print(
+    show(
         f"perplexity {quality.perplexity:.3f} ({quality.source} {quality.source_perplexity:.3f}, "
         f"{change:+.2%})\nmean KL    {quality.kl:.5f} nats\ntop-1      {quality.top1:.2%} agree\n"
         f"over {quality.tokens} tokens of {quality.corpus} in windows of {quality.window}"

@@ -8,8 +8,10 @@ right vectors for the matrix's inputs, then the left ones for what those make of
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from pocketslm.models.tensors import floats
 from pocketslm.models.updated import Updated
 
 Array = npt.NDArray[np.float32]
-VERSION = "1"
+VERSION = "2"
 EXACT = 32  # bits: float32
 DAMPING = 0.05  # of the Hessians, as in quantize/gptq.py
 
@@ -74,8 +76,9 @@ def make_delta(
 
     ``bands``: by default the paper's. ``ids`` [B, S]: tokens for GPTQ; without them every vector is
     rounded to its nearest codes. Embedding, head and norms are stored where they differ, as they
-    are. Raises ExportError where the two have different shapes.
+    are. Raises ExportError where the two have different shapes, or the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if base.config != tuned.config:
@@ -100,9 +103,15 @@ def make_delta(
         "base": checkpoint_sha256(base),
         "bands": json.dumps([[band.rank, band.bits] for band in bands]),
     }
+    identity["sha256"] = _digest(sorted(parts), parts.__getitem__)
     aside = path.with_name(f".{path.name}.part")
-    save_file(parts, aside, metadata=identity)
-    aside.replace(path)
+    try:
+        save_file(parts, aside, metadata=identity)
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise ExportError(f"cannot write {path}: {one_line(error)}") from None
     return path.stat().st_size
 
 
@@ -125,7 +134,7 @@ def _calibrated(
                 delta = _difference(base, tuned, name)
                 if delta.any():
                     split[name] = _split(delta, bands, hessian)
-                    restored = floats(base.weight(name)) + _joined(split[name], bands)
+                    restored = floats(base.weight(name)) + _joined(split[name], bands, delta.shape)
                     model.get_parameter(name).copy_(torch.from_numpy(restored))
 
         x = run_layer(model, index, x, visit)
@@ -138,41 +147,124 @@ def _difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Array:
     return delta
 
 
+def _digest(names: Sequence[str], tensor: Callable[[str], Any]) -> str:
+    """SHA-256 of the tensors with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name in names:
+        array = tensor(name)
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
 class DeltaCheckpoint(Updated):
-    """``base`` with the difference of a delta file added: the fine-tuned model again."""
+    """``base`` with the difference of a delta file added: the fine-tuned model again.
+
+    Raises CheckpointError for a file that is damaged, was made from another base, or holds anything
+    but what its bands and the base's shapes say.
+    """
 
     def __init__(self, base: Checkpoint, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="np") as file:
-                facts, names = file.metadata() or {}, set(file.keys())
+                facts = file.metadata() or {}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {
+                    name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()
+                }
+                self._check_facts(facts, path, base)
+                self.bands = _read_bands(facts.get("bands", ""))
+                self._parts = _check_parts(found, parameter_shapes(base.config), self.bands)
+                if _digest(sorted(found), file.get_tensor) != facts.get("sha256"):
+                    raise ValueError("its tensors do not match its SHA-256")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read {path}: {one_line(error)}") from None
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {one_line(error)}; make it again") from None
+        super().__init__(base, path, path.stem, f"the delta {path.name} was added to {base.name}")
+
+    @staticmethod
+    def _check_facts(facts: Mapping[str, str], path: Path, base: Checkpoint) -> None:
         if facts.get("format") != "pocketslm-delta" or facts.get("version") != VERSION:
-            raise CheckpointError(f"{path} is not a delta of version {VERSION}")
+            raise CheckpointError(f"{path} is not a delta of version {VERSION}; make it again")
         if facts.get("base") != checkpoint_sha256(base):
             raise CheckpointError(f"{path} was made from another base than {base.path}")
-        self.bands = [Band(rank, bits) for rank, bits in json.loads(facts["bands"])]
-        self._names = names
-        super().__init__(base, path, path.stem, f"the delta {path.name} was added to {base.name}")
 
     def update(self, name: str, shape: tuple[int, ...]) -> Any:
         from safetensors import safe_open
 
-        mine = [part for part in self._names if part.startswith(f"{name}.")]
-        if not mine:
+        if name not in self._parts:
             return None
         with safe_open(self.file, framework="np") as file:
-            parts = {part.removeprefix(f"{name}."): file.get_tensor(part) for part in mine}
-        if "whole" in parts:
-            return parts["whole"]
+            parts = {part: file.get_tensor(f"{name}.{part}") for part in self._parts[name]}
+        whole = parts.get("whole")
+        return _joined(parts, self.bands, shape) if whole is None else whole
+
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # part -> its type in safetensors' words, shape
+
+
+def _read_bands(text: str) -> list[Band]:
+    """The file's bands; ValueError for anything else."""
+    data = json.loads(text)
+    if not (isinstance(data, list) and data):
+        raise ValueError(f"its bands are {text[:80]!r}, expected pairs of rank and bits")
+    bands = []
+    for pair in data:
+        if not (isinstance(pair, list) and [type(number) for number in pair] == [int, int]):
+            raise ValueError(f"its bands are {text[:80]!r}, expected pairs of rank and bits")
         try:
-            if tuple(parts["shape"]) != shape:
-                raise ValueError(f"it has shape {tuple(parts['shape'])}, expected {shape}")
-            return _joined(parts, self.bands)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{self.file}: {name} is damaged: {one_line(error)}") from None
+            bands.append(Band(*pair))
+        except ExportError as error:
+            raise ValueError(str(error)) from None
+    return bands
+
+
+def _check_parts(
+    found: Layout, shapes: Mapping[str, tuple[int, ...]], bands: Sequence[Band]
+) -> dict[str, list[str]]:
+    """The parts of each weight; ValueError for one that is missing, unknown or of another form."""
+    parts: dict[str, list[str]] = {}
+    owners = {f"{name}.whole": (name, "whole") for name in shapes}
+    layouts = {name: _layout(shape, bands) for name, shape in shapes.items() if len(shape) == 2}
+    for name, layout in layouts.items():
+        owners |= {f"{name}.{part}": (name, part) for part in layout}
+    for full in sorted(found):
+        if full not in owners:
+            raise ValueError(f"its tensor {full!r} belongs to no weight of the base")
+        name, part = owners[full]
+        expected = ("F32", shapes[name]) if part == "whole" else layouts[name][part]
+        if found[full] != expected:
+            raise ValueError(f"its tensor {full!r} is {found[full]}, expected {expected}")
+        parts.setdefault(name, []).append(part)
+    for name, mine in parts.items():
+        if mine == ["whole"]:
+            continue
+        if "whole" in mine:
+            raise ValueError(f"{name} is there whole and in bands")
+        if missing := sorted(layouts[name].keys() - set(mine)):
+            raise ValueError(f"{name} lacks {missing[0]}")
+    return parts
+
+
+def _layout(shape: tuple[int, ...], bands: Sequence[Band]) -> Layout:
+    """The parts of a matrix of this shape."""
+    layout: Layout = {}
+    left = min(shape)
+    for index, band in enumerate(bands):
+        rank = min(band.rank, left)
+        if not rank:
+            break
+        left -= rank
+        for side, width in zip("uv", shape, strict=True):
+            if band.bits == EXACT:
+                layout[f"{index}.{side}"] = ("F32", (rank, width))
+            else:
+                layout[f"{index}.{side}"] = ("U8", (rank, -(-width * band.bits // 8)))
+                layout[f"{index}.{side}.scales"] = ("F16", (rank,))
+    return layout
 
 
 def _split(delta: Array, bands: Sequence[Band], hessian: Tensor | None = None) -> dict[str, Any]:
@@ -190,7 +282,7 @@ def _split(delta: Array, bands: Sequence[Band], hessian: Tensor | None = None) -
         rounded = _gptq_right(v, bits, hessian)
         made = torch.from_numpy(rounded.values)
         sides = {"u": _gptq_left(u, bits, made @ hessian @ made.T), "v": rounded}
-    parts: dict[str, Any] = {"shape": np.array(delta.shape, np.int64)}
+    parts: dict[str, Any] = {}
     start = 0
     for index, band in enumerate(bands):
         rows = slice(start, start := min(start + band.rank, rank))
@@ -275,8 +367,9 @@ def _compensate(
         left[i + 1 :] -= factor[i, i + 1 :, None] * lost
 
 
-def _joined(parts: dict[str, Any], bands: Sequence[Band]) -> Array:
-    rows, columns = (int(size) for size in parts["shape"])
+def _joined(parts: dict[str, Any], bands: Sequence[Band], shape: tuple[int, ...]) -> Array:
+    """The matrix of this shape that :func:`_split` took apart."""
+    rows, columns = shape
     total = np.zeros((rows, columns), np.float32)
     for index, band in enumerate(bands):
         if f"{index}.u" not in parts:
@@ -322,9 +415,7 @@ def pack_bits(codes: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8]:
 
 
 def unpack_bits(packed: npt.NDArray[np.uint8], bits: int, width: int) -> Array:
-    """The inverse of :func:`pack_bits` for rows of ``width`` codes, as float32; or ValueError."""
-    if packed.shape[1] != -(-width * bits // 8):
-        raise ValueError(f"rows of {packed.shape[1]} bytes, expected {width} codes of {bits} bits")
+    """The inverse of :func:`pack_bits` for rows of ``width`` codes, as float32."""
     stream = np.unpackbits(packed, axis=1, count=width * bits, bitorder="little")
     numbers = np.packbits(stream.reshape(len(packed), width, bits), axis=2, bitorder="little")
     return numbers[:, :, 0].astype(np.float32) - np.float32(2 ** (bits - 1))

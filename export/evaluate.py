@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pocketslm.errors import UsageError
+from pocketslm.errors import CheckpointError, UsageError
 from pocketslm.export.pipeline import update_manifest
 from pocketslm.export.prune.vocabulary import parse_ranges
 from pocketslm.export.text import read_text
@@ -128,7 +128,8 @@ def evaluate(
 
     ``progress`` is called with windows done and in total. ``kept``: the source's ids of the tokens
     that the bundle has; the source is then held to them, too. Raises UsageError where the
-    vocabularies differ, ContextOverflowError where a window is longer than the graph's context.
+    vocabularies differ, ContextOverflowError where a window is longer than the graph's context,
+    BackendError or CheckpointError where the bundle's or the source's logits are not finite.
     """
     if session.vocab_size != (len(kept) if kept else checkpoint.config.vocab_size):
         raise UsageError(
@@ -147,6 +148,11 @@ def evaluate(
             logits = logits[:, :, index]
         session.truncate(0)
         sums += compare(logits[0], torch.from_numpy(session.forward(ids, all_logits=True)), ids)
+        if not np.isfinite(sums).all():  # the session has refused its own
+            raise CheckpointError(
+                f"{checkpoint.path}: its logits are not finite, so that there is nothing to "
+                "compare with; its weights are damaged"
+            )
         progress(done, len(windows))
     positions = window * len(windows)
     source_nll, nll, kl, agreements = sums

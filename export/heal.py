@@ -141,7 +141,7 @@ def heal_folder(
     if out.exists():
         raise UsageError(f"{out} exists already; choose another")
     content = read_text(text)
-    files = {name: data.decode() for name, data in student.tokenizer_files().items()}
+    files = student.tokenizer_files()
     ids = np.asarray(load_tokenizer_files(files).encode(content)[held_out:], np.int64)
     work = out.with_name(f".{out.name}.healing")
     model, losses = heal(student, teacher, ids, work, config, progress)

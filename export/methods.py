@@ -72,7 +72,7 @@ class Workbench:
         self.checkpoint = checkpoint
         self.window = 512
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+        files = checkpoint.tokenizer_files()
         encode = load_tokenizer_files(files).encode
         ids = encode(read_text(text))
         self.windows: list[Ids] = windows_of(ids, self.window, windows)

@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +20,22 @@ from pocketslm.errors import ExportError
 from pocketslm.export.lower.trace import Traced, trace
 from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
+from pocketslm.export.publish import published
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
-from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, read_weight
+from pocketslm.export.tokenizer import settled
+from pocketslm.models.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    Checkpoint,
+    checkpoint_sha256,
+    read_weight,
+)
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
+from pocketslm.runtime.config import generation_defaults
 
 Progress = Callable[[str, float], None]
 
@@ -41,13 +48,16 @@ def export_bundle(
     adapters: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress = lambda step, fraction: None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> Manifest:
     """Write the bundle ``out`` and return its manifest.
 
     ``adapters``: folders of LoRA adapters that PEFT saved, to lie beside the base's weights.
-    The bundle appears whole or not at all: it is written beside ``out`` and renamed. ``progress``
-    is called with the step's name and the fraction of it that is done. Raises ExportError where
-    ``out`` is in the way or cannot be written, CheckpointError where the source cannot be read.
+    The bundle appears whole or not at all: it is written beside ``out`` and renamed; ``say`` tells
+    where ``overwrite`` leaves a moment without one. What killed exports left of it is removed.
+    ``progress`` is called with the step's name and the fraction of it that is done. Raises
+    ExportError where ``out`` is in the way or cannot be written, CheckpointError where the source
+    cannot be read.
     """
     recipe = (recipe or Recipe()).resolved(checkpoint.config)
     asked = [target for target in recipe.targets or () if target.startswith("executorch")]
@@ -60,9 +70,16 @@ def export_bundle(
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     if recipe.removed_layers is not None:
         checkpoint = WithoutLayers(checkpoint, parse_ranges(recipe.removed_layers))
-    with _replacing(out, overwrite) as folder:
-        for name, content in checkpoint.tokenizer_files().items():
+    if recipe.overrides:
+        _check_overrides(recipe, checkpoint.config)
+    if out.exists() and not (overwrite and (out / MANIFEST).exists()):
+        hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
+        raise ExportError(f"{out} exists already; {hint}")
+    with published(out, replace=overwrite, say=say) as folder:
+        files, notes = settled(checkpoint.tokenizer_files(), checkpoint.config.vocab_size)
+        for name, content in files.items():
             (folder / name).write_bytes(content)
+        generation_defaults(folder)  # which reads them as every run will
         recipe, ids = _calibration(recipe, folder)
         if recipe.neurons is not None:
             checkpoint = _with_neurons(checkpoint, ids, recipe.neurons)
@@ -76,6 +93,7 @@ def export_bundle(
         progress("trace", 0.0)
         traced = trace(checkpoint.config, recipe.context)
         progress("trace", 1.0)
+        stored.notes += notes
         graphs = [
             lower(traced, recipe, stored, folder, progress)
             for target, lower in _LOWERINGS.items()
@@ -102,6 +120,14 @@ def export_bundle(
         (folder / MANIFEST).write_text(manifest.to_json())
         progress("hash", 1.0)
     return manifest
+
+
+def _check_overrides(recipe: Recipe, config: ModelConfig) -> None:
+    from pocketslm.models.reference import parameter_shapes
+
+    matrices = {name for name, shape in parameter_shapes(config).items() if len(shape) == 2}
+    if unknown := sorted(recipe.overrides.keys() - matrices - {EMBEDDING, HEAD}):
+        raise ExportError(f"overrides name {unknown[0]!r}, which is no matrix of the model")
 
 
 def _calibration(recipe: Recipe, folder: Path) -> tuple[Recipe, Any]:
@@ -234,19 +260,17 @@ def _lower_native(
 ) -> Graph:
     """``model.slm``, with tokenizer and chat template inside where the runner covers them."""
     from pocketslm.export.lower import native
-    from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
+    from pocketslm.export.lower.native_chat import chat_parts
+    from pocketslm.export.lower.native_tokenizer import pack_tokenizer
     from pocketslm.runtime.tokenizer import load_tokenizer
 
     progress("lower to native", 0.0)
-    tokenizer = load_tokenizer(folder)
     packed, reason = pack_tokenizer((folder / "tokenizer.json").read_bytes())
-    chat = None
-    if packed is not None:
-        chat, reason = chat_parts(tokenizer.render_chat, sorted(tokenizer.eos_token_ids))
+    chat, no_chat = chat_parts(load_tokenizer(folder))
     if packed is None:
         weights.notes.append(f"pocketslm-run takes token ids of this model, not text: {reason}")
-    elif chat is None:
-        weights.notes.append(f"pocketslm-run has no chat mode for this model: {reason}")
+    elif no_chat:
+        weights.notes.append(f"pocketslm-run has no chat mode for this model: {no_chat}")
     report = native.lower(
         traced,
         weights,
@@ -267,6 +291,7 @@ def _lower_onnx(
 ) -> Graph:
     """``model.onnx``, its data, and ``genai_config.json``."""
     from pocketslm.export.lower import onnx
+    from pocketslm.export.lower.genai import genai_config
 
     config = traced.config
     onnx.lower(
@@ -356,90 +381,13 @@ _LOWERINGS = {
 
 
 def _ends(folder: Path) -> tuple[int, list[int]]:
-    """The tokens that begin a text and that end an answer."""
+    """The token that begins a text, and those that end an answer.
+
+    ExecuTorch's file has to name one of the first kind; where a model has none, its runners are
+    told to begin with what they end with, which they do only when asked to.
+    """
     from pocketslm.runtime.tokenizer import load_tokenizer
 
-    eos = sorted(load_tokenizer(folder).eos_token_ids)
-    return _generation(folder).get("bos_token_id", eos[0] if eos else 0), eos
-
-
-def _generation(folder: Path) -> dict[str, Any]:
-    """``generation_config.json``, where the model has one."""
-    path = folder / "generation_config.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, Any]:
-    """onnxruntime-genai's description of the graph; sampling defaults from generation_config."""
-    generation = _generation(folder)
-    eos = generation.get("eos_token_id", 0)
-    pad = generation.get("pad_token_id")
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    return {
-        "model": {
-            "bos_token_id": generation.get("bos_token_id", first_eos),
-            "eos_token_id": eos,
-            "pad_token_id": first_eos if pad is None else pad,
-            "context_length": context,
-            "type": "llama",
-            "vocab_size": config.vocab_size,
-            "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": "model.onnx",
-                "head_size": max(a.head_dim for a in config.attentions),
-                "hidden_size": config.hidden_size,
-                "num_attention_heads": max(a.heads for a in config.attentions),
-                "num_hidden_layers": len(config.layers),
-                "num_key_value_heads": max(a.kv_heads for a in config.attentions),
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        "search": {
-            "do_sample": bool(generation.get("do_sample", False)),
-            "temperature": generation.get("temperature", 1.0),
-            "top_k": generation.get("top_k", 50),
-            "top_p": generation.get("top_p", 1.0),
-            "max_length": context,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": True,
-            "repetition_penalty": generation.get("repetition_penalty", 1.0),
-        },
-    }
-
-
-@contextmanager
-def _replacing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside ``out`` that takes its place when the block ends well."""
-    if out.exists() and not (overwrite and (out / MANIFEST).exists()):
-        hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
-        raise ExportError(f"{out} exists already; {hint}")
-    folder = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            old = folder.with_name(folder.name + ".old")
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    except OSError as error:
-        raise ExportError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if folder is not None and folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    identity = load_tokenizer(folder).identity
+    first = identity.eos[0] if identity.eos else 0
+    return first if identity.bos is None else identity.bos, list(identity.eos)

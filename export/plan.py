@@ -83,15 +83,15 @@ def parse_budget(text: str) -> Budget:
         match = re.fullmatch(r"\s*([a-z]+)=(\d+(?:\.\d+)?)([a-zA-Z]*)(?:@(\d+))?\s*", part)
         if match is None or match[1] not in METRICS:
             raise UsageError(
-                f"--fit: {part.strip()!r} is not a limit such as ram=120MB; expected some of "
+                f"budget: {part.strip()!r} is not a limit such as ram=120MB; expected some of "
                 f"{', '.join(METRICS)}"
             )
         name, number, unit, tokens = match.groups()
         if unit not in ("", METRICS[name][0]):
-            raise UsageError(f"--fit: {name} is in {METRICS[name][0] or 'no unit'}, not {unit!r}")
+            raise UsageError(f"budget: {name} is in {METRICS[name][0] or 'no unit'}, not {unit!r}")
         if tokens is not None:
             if name not in ("ttft", "prefill") or not int(tokens):
-                raise UsageError(f"--fit: {part.strip()!r}: @TOKENS belongs to ttft and prefill")
+                raise UsageError(f"budget: {part.strip()!r}: @TOKENS belongs to ttft and prefill")
             prompt = int(tokens)
         limits[name] = float(number)
     return Budget(limits, prompt)
@@ -212,7 +212,7 @@ def window_of(checkpoint: Checkpoint) -> int:
 
 def _influence(checkpoint: Checkpoint, base: Recipe, calibration: str) -> list[float]:
     """Block influence of each layer on the calibration text: one forward pass."""
-    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    files = checkpoint.tokenizer_files()
     window = base.calibration_window
     tokens = max(window, min(base.calibration_tokens, INFLUENCE_TOKENS))
     ids = last_tokens(resolve(calibration), load_tokenizer_files(files).encode, tokens, window)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
+from pocketslm import schema
 from pocketslm.errors import ExportError
 from pocketslm.export.lower import native
 from pocketslm.export.quantize import hqq, rtn, search
@@ -108,6 +109,10 @@ class Recipe:
         for target in self.targets or ():
             if target in _OVER_NATIVE and "native" not in (self.targets or ()):
                 raise ExportError(f"target {target} reads model.slm; add the target native")
+        for name in ("calibration_tokens", "calibration_window", "neurons"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ExportError(f"{name} is {value}, expected at least 1")
         if self.context is not None and self.context < 2:
             raise ExportError(f"context {self.context}, expected at least 2 tokens")
 
@@ -179,12 +184,12 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """The inverse of :meth:`to_dict`; ExportError for a field that no recipe has."""
-        known = {entry.name for entry in fields(cls)}
-        if unknown := sorted(data.keys() - known):
-            raise ExportError(f"a recipe has no {unknown[0]!r}, only {', '.join(sorted(known))}")
-        targets = data.get("targets")
-        return cls(**dict(data) | {"targets": None if targets is None else tuple(targets)})
+        """The inverse of :meth:`to_dict`; ExportError for a field that is unknown or wrong."""
+        try:
+            recipe: Recipe = schema.build(cls, dict(data))
+        except ValueError as error:
+            raise ExportError(f"the recipe's {error}") from None
+        return recipe
 
     def to_toml(self) -> str:
         """One line a field that is set, the overrides as a table."""
@@ -201,7 +206,7 @@ def read_recipe(path: Path) -> Recipe:
     """A recipe.toml; ExportError where it cannot be read or is not one."""
     try:
         return Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(
             f"cannot read {path} as a recipe: {' '.join(str(error).split())}"
         ) from None

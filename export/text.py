@@ -8,7 +8,9 @@ from pocketslm.errors import UsageError
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file; UsageError where it cannot be read as one."""
+    """A UTF-8 file; UsageError where it cannot be read as one, as a pipe or device."""
+    if not path.is_file():
+        raise UsageError(f"cannot read {path} as UTF-8 text: expected a file")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

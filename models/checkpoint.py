@@ -19,6 +19,7 @@ from pocketslm.models import architectures
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import Array, QuantTensor, Weight, floats
+from pocketslm.models.tokenizer_files import tokenizer_notes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ORIGIN_FILE = "origin.json"
@@ -29,6 +30,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
     "special_tokens_map.json",
+    "config.json",  # for the ids of its special tokens
 )
 
 
@@ -239,6 +241,7 @@ class GGUFCheckpoint:
             f"{kind} blocks were rounded to int8 g32: no target holds them as they are"
             for kind in lossy
         ]
+        self.notes += tokenizer_notes(meta)
 
     def files(self) -> list[Path]:
         return self.file.paths

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pocketslm.errors import UsageError
-from pocketslm.terminal import Commands, add_json, print_columns, print_json, say
+from pocketslm.terminal import Commands, add_json, print_columns, print_json, say, show
 
 
 def add_commands(commands: Commands) -> None:
@@ -35,6 +35,8 @@ def _fetch(arguments: argparse.Namespace) -> None:
     from pocketslm.models.catalog import catalog, fetch
 
     if arguments.list:
+        if arguments.name is not None:
+            raise UsageError(f"--list lists all of the catalog; leave out {arguments.name!r}")
         entries = catalog().values()
         if arguments.json:
             print_json([asdict(entry) for entry in entries])
@@ -44,7 +46,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
         raise UsageError("give a catalog name, or --list for all of them")
     path = fetch(arguments.name, say)
-    print_json({"name": arguments.name, "path": str(path)}) if arguments.json else print(path)
+    print_json({"name": arguments.name, "path": str(path)}) if arguments.json else show(str(path))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pocketslm.errors import CheckpointError
 from pocketslm.models import architectures
-from pocketslm.models.checkpoint import Checkpoint, write_origin
+from pocketslm.models.checkpoint import Checkpoint, one_line, write_origin
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import load_reference
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
@@ -31,13 +34,21 @@ def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
     files = checkpoint.tokenizer_files()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    generation = json.loads(files.get("generation_config.json", b"{}"))
-    config = hf_config(model.config) | {
-        key: generation[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if key in generation
-    }
+    config = hf_config(model.config)
+    for name in ("config.json", "generation_config.json"):
+        said = _object(files.get(name, b"{}"), name)
+        config |= {key: said[key] for key in _IDS if said.get(key) is not None}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _object(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {name}: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} is not a JSON object")
+    return value
 
 
 def hf_config(c: ModelConfig) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pocketslm.errors import TokenizerError
+from pocketslm.models.pretokenizer_guess import guess_pretokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Values of `tokenizer.ggml.token_type`."""
@@ -80,6 +82,14 @@ _PRE = {
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
 }
 _MODELS = ("gpt2", "llama", "gemma4")
+_ROLES = (  # tokenizer.ggml.<role>_token_id, and its name in a token's role here
+    ("bos", "bos"),
+    ("eos", "eos"),
+    ("eot", "eot"),
+    ("eom", "eom"),
+    ("unknown", "unk"),
+    ("padding", "pad"),
+)
 
 
 def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -135,17 +145,31 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     return files
 
 
+def tokenizer_notes(metadata: Mapping[str, Any]) -> list[str]:
+    """What `tokenizer_files_from_gguf` reads otherwise than the metadata says it, in words."""
+    notes = []
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, list) else 0
+    for role, _ in _ROLES:
+        id_ = metadata.get(key := f"tokenizer.ggml.{role}_token_id")
+        if _is_unset(role, id_, count):
+            notes.append(f"{key} is {id_}, which is no token, and was ignored")
+    if metadata.get("tokenizer.ggml.model") == "gpt2" and not metadata.get("tokenizer.ggml.pre"):
+        with suppress(TokenizerError):  # reading the tokenizer says what is wrong with it
+            guess = _guessed(_Vocabulary(metadata))
+            notes.append(f"tokenizer.ggml.pre is missing; by its vocabulary it is {guess!r}")
+    return notes
+
+
+def _is_unset(role: str, id_: object, count: int) -> bool:
+    """Whether an id stands for none: -1 as it is stored, or out of range where nothing needs it."""
+    if not isinstance(id_, int) or 0 <= id_ < count:
+        return False
+    return id_ in (-1, 2**32 - 1) or role in ("padding", "unknown")
+
+
 class _Vocabulary:
     """Tokens, their types and the tokens with a role (`bos`, `eos`, `eot`, ...)."""
-
-    _ROLES = (
-        ("bos", "bos"),
-        ("eos", "eos"),
-        ("eot", "eot"),
-        ("eom", "eom"),
-        ("unknown", "unk"),
-        ("padding", "pad"),
-    )
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.tokens: list[str] = _list(metadata, "tokens", str, None)
@@ -158,9 +182,9 @@ class _Vocabulary:
             )
         count = len(self.tokens)
         self.named: dict[str, int] = {}
-        for key, name in self._ROLES:
+        for key, name in _ROLES:
             id_ = metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if id_ is None:
+            if id_ is None or _is_unset(key, id_, count):
                 continue
             if not isinstance(id_, int) or not 0 <= id_ < count:
                 raise TokenizerError(
@@ -176,6 +200,11 @@ class _Vocabulary:
         # GGUF cannot say that an added token takes the white space after it along. Phi-3's do.
         kind = (metadata.get("general.architecture"), metadata.get("tokenizer.ggml.model"))
         self.rstrip = kind == ("phi3", "llama")
+
+    def ordinary(self) -> list[str]:
+        """The tokens that training made."""
+        pairs = zip(self.tokens, self.types, strict=True)
+        return [token for token, kind in pairs if token and kind == NORMAL]
 
     def added(self) -> list[Json]:
         """`added_tokens`: control and unknown tokens are special, user-defined ones are not."""
@@ -196,7 +225,7 @@ class _Vocabulary:
 
 def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[Json, bool]:
     """`tokenizer.json` of a byte-level vocabulary, and whether texts begin with BOS."""
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.get("tokenizer.ggml.pre") or _guessed(vocabulary)
     pre = _PRE.get(name) if isinstance(name, str) else None
     if pre is None:
         raise TokenizerError(
@@ -225,6 +254,18 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[J
 
 def _merges(metadata: Mapping[str, Any]) -> list[list[str]]:
     return [_pair(merge) for merge in _list(metadata, "merges", str, None)]
+
+
+def _guessed(vocabulary: _Vocabulary) -> str:
+    """The pre-tokenizer's name where metadata has none."""
+    name = guess_pretokenizer(vocabulary.ordinary())
+    if name is None:
+        raise TokenizerError(
+            "GGUF: tokenizer.ggml.pre is missing, and the vocabulary does not tell how words are "
+            "cut; expected the name of a pre-tokenizer; convert the model again, or use its "
+            "Hugging Face checkpoint"
+        )
+    return name
 
 
 def _pair(merge: str) -> list[str]:

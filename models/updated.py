@@ -16,6 +16,7 @@ from pocketslm.models.tensors import Array, Weight, floats
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_MOST = 1e6  # of a rank or alpha that anyone has trained with
 _FACTORS = (".lora_A.weight", ".lora_B.weight")
 # Fields of PEFT's LoraConfig that make an adapter more than A and B, where they are set.
 _MORE = (
@@ -103,10 +104,17 @@ class WithAdapter(Updated):
                 f"{where}: {more[0]} is {data[more[0]]!r}, expected a plain LoRA adapter; merge it "
                 "with PEFT's merge_and_unload"
             )
-        self.rank, alpha = data.get("r"), data.get("lora_alpha")
-        if not isinstance(self.rank, int) or self.rank < 1 or not isinstance(alpha, int | float):
-            raise CheckpointError(f"{where}: expected numbers r and lora_alpha")
-        self.scale = alpha / (sqrt(self.rank) if data.get("use_rslora") else self.rank)
+        rank: Any = data.get("r")
+        alpha: Any = data.get("lora_alpha")
+        self.rank = rank
+        for key, value, kind, least in (
+            ("r", rank, int, 1),
+            ("lora_alpha", alpha, int | float, -_MOST),
+        ):
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            if not (number and least <= value <= _MOST):
+                raise CheckpointError(f"{where}: {key} is {value!r:.40}, expected a number")
+        self.scale = alpha / (sqrt(rank) if data.get("use_rslora") else rank)
         self._names = self._matrices()
 
     def _matrices(self) -> set[str]:

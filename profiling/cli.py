@@ -16,7 +16,9 @@ from pocketslm.terminal import (
     numbers,
     pair,
     print_json,
+    refuse,
     say,
+    show,
 )
 
 
@@ -66,7 +68,11 @@ def add_commands(commands: Commands) -> None:
         "--record", type=Path, metavar="FILE.jsonl", help="append every measurement to this file"
     )
     parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds a repetition may take"
+        "--timeout",
+        dest="timeout_s",
+        type=float,
+        default=600.0,
+        help="seconds a repetition may take (default: 600)",
     )
     parser.add_argument(
         "--backend", default="auto", help="one or several, as native,onnx (default: the first)"
@@ -133,9 +139,16 @@ def add_commands(commands: Commands) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.documents is not None:
+        refuse(arguments, "with --documents", "slimlm", "n_prompt", "n_gen", "n_depth", "pg")
+    if arguments.slimlm:
+        refuse(arguments, "with --slimlm", "n_prompt", "n_gen", "n_depth", "pg")
     if arguments.device:
         devices.bench(arguments)
         return
+    refuse(arguments, "without --device", *devices.ON_A_DEVICE)
+    if not arguments.peer:
+        refuse(arguments, "without --peer", "source")
     from pocketslm.models.catalog import resolve
     from pocketslm.profiling import plan
     from pocketslm.profiling.bench import bench
@@ -160,14 +173,14 @@ def _bench(arguments: argparse.Namespace) -> None:
             cold=arguments.cold,
             operators=arguments.operators,
             context=arguments.context,
-            timeout_s=arguments.timeout,
+            timeout_s=arguments.timeout_s,
             record=arguments.record,
             peers=arguments.peer,
             source=resolve(arguments.source, say) if arguments.source else None,
             say=say,
             progress=progress,
         )
-    print(format_rows(rows, arguments.output), end="")
+    show(format_rows(rows, arguments.output), end="")
 
 
 def _bench_doc(arguments: argparse.Namespace) -> None:
@@ -183,8 +196,8 @@ def _bench_doc(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(asdict(report) | {"model": model.name, "backend": model.backend})
     else:
-        print(f"{model.name}, {model.backend}")
-        print(format_report(report), end="")
+        show(f"{model.name}, {model.backend}")
+        show(format_report(report), end="")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -193,7 +206,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     rows = read_rows(arguments.a)
     differences = compare(rows, read_rows(arguments.b)) if arguments.b else compare_two(rows)
-    print(compare_table(differences), end="")
+    show(compare_table(differences), end="")
     if any(one.low is None for one in differences):
         say(f"fewer than {LEAST_RUNS} runs on a side say nothing: measure with `bench --runs 10`")
     elif any(not one.in_turns for one in differences):
@@ -203,6 +216,12 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _fit(arguments: argparse.Namespace) -> None:
     from pocketslm.profiling.fit import fit, fit_dict, format_fit
 
+    stated = arguments.bandwidth is not None and arguments.int8 is not None
+    if stated and not arguments.records:
+        refuse(arguments, "where bandwidth and int8 are stated", "threads")
+    if not stated:  # half of a statement
+        where = "without --int8" if arguments.bandwidth else "without --bandwidth"
+        refuse(arguments, where, "bandwidth", "int8")
     found = fit(
         arguments.ram,
         arguments.bandwidth,
@@ -212,7 +231,7 @@ def _fit(arguments: argparse.Namespace) -> None:
         arguments.context,
         arguments.prompt,
     )
-    print_json(fit_dict(*found)) if arguments.json else print(format_fit(*found), end="")
+    print_json(fit_dict(*found)) if arguments.json else show(format_fit(*found), end="")
 
 
 def _report(arguments: argparse.Namespace) -> None:

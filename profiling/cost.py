@@ -79,7 +79,7 @@ class Cost:
         """Keys and values of that many tokens, each layer keeping what it can still see."""
         return self.config.state_bytes(tokens, bytes_per_value, batch=PREFILL_BATCH)
 
-    def kv_bytes_read(self, position: int, bytes_per_value: float) -> float:
+    def kv_bytes_read(self, position: float, bytes_per_value: float) -> float:
         """Keys and values that one token with ``position`` tokens before it reads."""
         return sum(
             2 * a.kv_width * (position if a.window is None else min(position, a.window))

@@ -291,7 +291,7 @@ def fit_dict(
 
 
 def _decode(cost: Cost, scheme: Scheme, depth: float, limits: Limits, reached: Reached) -> float:
-    read = scheme.read_bytes(cost) + cost.kv_bytes_read(round(depth), KV_BYTES)
+    read = scheme.read_bytes(cost) + cost.kv_bytes_read(depth, KV_BYTES)
     return limits.bandwidth_bytes_s * reached.decode / read
 
 
@@ -385,7 +385,7 @@ def _reached_decode(row: Measurement) -> float | None:
     if not row.decode_tps or row.limits is None or row.bytes_per_token is None:
         return None
     _, cost = _model(row)
-    read = row.bytes_per_token + cost.kv_bytes(1, KV_BYTES) * _mean_depth(row)
+    read = row.bytes_per_token + cost.kv_bytes_read(_mean_depth(row), KV_BYTES)
     return statistics.median(row.decode_tps) * read / row.limits.bandwidth_bytes_s
 
 

@@ -12,11 +12,21 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pocketslm import schema
 from pocketslm.errors import UsageError
-from pocketslm.profiling.machine import Cluster, Limits, Machine
+from pocketslm.profiling.machine import Limits, Machine
 
 SCHEMA = 2
 OURS = "pocketslm"
+_AT_LEAST_ONE = (
+    "samples_ns",
+    "prefill_ns",
+    "step_ns",
+    "threads",
+    "context",
+    "load_ns",
+    "peak_rss_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -124,13 +134,11 @@ class Measurement:
     def __post_init__(self) -> None:
         _check_schema(self.schema)
         for one in fields(self):
-            _check(one.name, str(one.type), getattr(self, one.name))
-        for name in ("samples_ns", "prefill_ns", "step_ns"):
-            for value in getattr(self, name):
-                _require(name, value, 1)
-        for name in ("threads", "context", "load_ns", "peak_rss_bytes"):
-            if getattr(self, name) is not None:
-                _require(name, getattr(self, name), 1)
+            least = int(one.name in _AT_LEAST_ONE)
+            value = getattr(self, one.name)
+            for count in value if isinstance(value, tuple) else [value]:
+                if isinstance(count, int) and count < least:
+                    raise UsageError(f"{one.name} is {count}, expected at least {least}")
         if not self.n_prompt and not self.n_gen:
             raise UsageError("n_prompt and n_gen are both 0, expected a test of at least one")
         if self.n_prompt and self.n_depth:
@@ -246,20 +254,18 @@ class Measurement:
         """Strict: UsageError for anything missing, unknown or of the wrong kind."""
         data = {name: value for name, value in data.items() if name not in ("test", "summary")}
         _check_schema(data.get("schema"))  # of another one, no other field is known
-        known = {one.name for one in fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise UsageError(f"the measurement has unknown fields {unknown}")
         try:
-            return cls(**data | _parts(data))
-        except (KeyError, TypeError, AttributeError) as error:
+            row: Measurement = schema.build(cls, data)
+        except ValueError as error:
             raise UsageError(f"the measurement does not follow the schema: {error}") from None
+        return row
 
     @classmethod
     def from_json(cls, text: str) -> Measurement:
         """Read one line that :meth:`to_json` wrote; UsageError where it is not one."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = schema.loads(text)
+        except ValueError as error:
             raise UsageError(f"not a measurement but {text[:80]!r}: {error}") from None
         if not isinstance(data, dict):
             raise UsageError(f"not a measurement but {text[:80]!r}, expected a JSON object")
@@ -311,20 +317,6 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
-def _parts(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields that JSON holds as lists and objects, as their own types."""
-    machine = dict(data["machine"])
-    clusters = (Cluster(**one | {"cpus": tuple(one["cpus"])}) for one in machine.pop("clusters"))
-    trace = (TracePoint(**one | {"khz": tuple(one["khz"])}) for one in data["trace"])
-    return {
-        "machine": Machine(**machine, clusters=tuple(clusters)),
-        "trace": tuple(trace),
-        "energy": None if data["energy"] is None else Energy(**data["energy"]),
-        "limits": None if data["limits"] is None else Limits(**data["limits"]),
-        **{one: tuple(data[one]) for one in ("samples_ns", "prefill_ns", "step_ns", "pinning")},
-    }
-
-
 def _check_schema(schema: object) -> None:
     if schema != SCHEMA:
         raise UsageError(
@@ -333,29 +325,5 @@ def _check_schema(schema: object) -> None:
         )
 
 
-def _check(name: str, kind: str, value: object) -> None:
-    """By the annotation of a field; counts are never negative."""
-    if value is None and kind.endswith(" | None"):
-        return
-    kind = kind.removesuffix(" | None")
-    if kind == "int":
-        _require(name, value, 0)
-    elif kind == "str" and not isinstance(value, str):
-        raise UsageError(f"{name} is {value!r}, expected a text")
-    elif kind == "bool" and not isinstance(value, bool):
-        raise UsageError(f"{name} is {value!r}, expected true or false")
-    elif kind.startswith("dict") and not isinstance(value, dict):
-        raise UsageError(f"{name} is {value!r}, expected an object")
-    elif kind == "tuple[int, ...]":
-        assert isinstance(value, tuple)
-        for one in value:
-            _require(name, one, 0)
-
-
 def _stddev(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _require(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name} is {value!r}, expected an integer of at least {least}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from pocketslm.errors import UsageError
 from pocketslm.profiling.records import OURS, Measurement
+from pocketslm.terminal import printable
 
 ANSWERS = ("what", "prompt", "answer", "TTFT", "input, t/s", "output, t/s", "total")
 
@@ -174,7 +175,7 @@ def _engine(row: Measurement) -> str:
 
 def md_table(head: list[str], sides: list[str], rows: list[list[str]]) -> str:
     """Cells padded to equal width, so that the table also reads well as plain text."""
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
+    lines = [[printable(cell).replace("|", "\\|") for cell in row] for row in [head, *rows]]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     lines = [
         [

@@ -5,7 +5,6 @@ The tensors have PEFT's names; A is [rank, in], and B [out, rank] has PEFT's sca
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from math import prod
@@ -15,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import BundleError
+from pocketslm.runtime import strict_json
 
 PREFIX, SUFFIX = "adapter-", ".safetensors"
+# No factor of an adapter that was trained comes near it; it is fp16's largest number.
+LARGEST = 65504.0
 _NAME = re.compile(
     r"base_model\.model\.model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+_proj)"
     r"\.lora_([AB])\.weight"
@@ -43,6 +45,8 @@ def read_updates(path: Path, runs: int = 1) -> list[Update]:
         match = _NAME.fullmatch(name)
         if match is None or array.ndim != 2:
             raise BundleError(f"{path}: {name!r} is not a factor of a layer's matrix")
+        if not (np.abs(array) <= LARGEST).all():  # NaN neither
+            raise BundleError(f"{path}: {name!r} has numbers that are not within +-{LARGEST:g}")
         found.setdefault((int(match[1]), match[2]), {})[match[3]] = array
     for (layer, part), factors in found.items():
         if len(factors) != 2 or factors["A"].shape[0] != factors["B"].shape[1]:
@@ -62,7 +66,7 @@ def _read(path: Path) -> dict[str, npt.NDArray[np.float32]]:
             length = int.from_bytes(file.read(8), "little")
             if length > path.stat().st_size - 8:
                 raise ValueError("it ends within its header")
-            header = json.loads(file.read(length))
+            header = strict_json.loads(file.read(length))
             data = file.read()
         header.pop("__metadata__", None)
         for name, entry in header.items():

@@ -12,13 +12,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pocketslm import schema
 from pocketslm.errors import BundleError, CheckpointError
 from pocketslm.models.config import ModelConfig
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
 
 MANIFEST = "pocketslm.json"
-SCHEMA = 1
 GENAI_CONFIG = "genai_config.json"
+SCHEMA = 1
+# Files that are read where they are there.
+USED = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json", GENAI_CONFIG),
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,8 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
 
     A ``.pte`` file with its tokenizer beside it, such as ExecuTorch's export_llm makes, opens too.
     ``verify`` also compares every file with its SHA-256 (about 0.1 s for 100 MB). Raises
-    BundleError for what is missing, altered, unknown or outside the folder.
+    BundleError for what is missing, altered, unknown or outside the folder, and for a file that
+    would be used and is not listed.
     """
     path = Path(path)
     if path.suffix == ".pte" and path.is_file():
@@ -159,17 +166,15 @@ def read_manifest(folder: Path) -> Manifest:
         )
     data.pop("size_bytes", None)
     try:
-        graphs = [Graph(**graph) for graph in data.pop("graphs")]
-        files = {name: FileEntry(**entry) for name, entry in data.pop("files").items()}
-        manifest = Manifest(graphs=graphs, files=files, **data)
-    except (TypeError, KeyError, AttributeError) as error:
+        manifest: Manifest = schema.build(Manifest, data)
+    except ValueError as error:
         raise BundleError(f"{where} does not follow the schema: {error}") from None
     for name in [*manifest.files, *(graph.file for graph in manifest.graphs)]:
         _check_name(where, name)
     for graph in manifest.graphs:
         if graph.file not in manifest.files:
             raise BundleError(f"{where}: graph file {graph.file!r} is not among its files")
-        if not isinstance(graph.context, int) or graph.context < 1:
+        if graph.context < 1:
             raise BundleError(f"{where}: context {graph.context!r}, expected a positive integer")
     if not manifest.graphs:
         raise BundleError(f"{where} lists no graphs")
@@ -197,6 +202,12 @@ def _check_name(where: Path, name: Any) -> None:
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
     root = folder.resolve()
+    graphs = tuple(graph.file for graph in manifest.graphs)
+    for path in sorted(folder.iterdir()):  # a graph's data is named as it is
+        if path.name not in manifest.files and path.name.startswith((*USED, *graphs)):
+            raise BundleError(
+                f"{path} is used, but the manifest does not list it; remove it or export again"
+            )
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file() or not path.resolve().is_relative_to(root):
@@ -239,8 +250,8 @@ def _bare_graph(path: Path) -> Graph:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = schema.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise BundleError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise BundleError(f"{path} is not a JSON object")

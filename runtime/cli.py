@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocketslm.terminal import Commands, add_backend, add_json, add_threads, print_json, say
+from pocketslm.terminal import (
+    Commands,
+    add_backend,
+    add_json,
+    add_threads,
+    print_json,
+    read_input,
+    refuse,
+    say,
+    show,
+)
 
 if TYPE_CHECKING:
     from pocketslm.runtime.config import GenerationConfig
@@ -25,12 +36,18 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("prompt", help='the prompt; "-" reads it from standard input')
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    add_system(parser)
     add_generation(parser)
     add_json(parser)
 
     parser = commands.add("chat", _chat, "talk with a model", "pocketslm chat out/smollm2")
     parser.add_argument("bundle", type=Path)
+    add_system(parser)
     add_generation(parser)
+
+
+def add_system(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", help="a system message")
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +60,6 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition-penalty", type=float)
     group.add_argument("--seed", type=int)
     group.add_argument("--stop", action="append", default=[], help="text that ends generation")
-    group.add_argument("--system", help="a system message")
     add_backend(parser)
     add_threads(parser)
     parser.add_argument("--adapter", metavar="NAME", help="one of the bundle's LoRA adapters")
@@ -51,8 +67,10 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.raw:
+        refuse(arguments, "with --raw, which has no messages", "system")
     model = load(arguments)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = read_input("a prompt") if arguments.prompt == "-" else arguments.prompt
     config = generation_config(arguments, model).but(logprobs=arguments.json)
     records = (
         model.generate(prompt, config)
@@ -63,21 +81,59 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
+    from pocketslm.errors import ContextOverflowError, TokenizerError, UsageError
+
     model = load(arguments)
     config = generation_config(arguments, model)
     messages = _system(arguments)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the chat
     say(f"{model.name}, context {model.context}. Ctrl-D ends, Ctrl-C stops.")
-    while True:
-        try:
-            question = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
+    while (question := _question()) is not None:
         if not question.strip():
             continue
         messages.append({"role": "user", "content": question})
-        answer = stream(model.chat(messages, config))
+        try:
+            messages = _fitting(model, messages, config)
+            answer = stream(model.chat(messages, config))
+        except (ContextOverflowError, TokenizerError, UsageError) as error:
+            say(f"not answered: {error}")
+            messages.pop()
+            continue
+        if not answer.records:  # stopped before the first token
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": answer.text})
         finish(model, answer)
+
+
+def _question() -> str | None:
+    """The next line, None at the end of the input."""
+    if sys.stdin is None:
+        return None
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _fitting(
+    model: Model, messages: list[dict[str, str]], config: GenerationConfig
+) -> list[dict[str, str]]:
+    """The messages without the oldest turns, as far as they leave no room for an answer."""
+    room = config.max_new_tokens or max(1, model.context // 8)
+    begin = next(i for i, message in enumerate(messages) if message["role"] != "system")
+    dropped = 0
+    while (
+        len(messages) > begin + 1
+        and len(model.tokenizer.apply_chat_template(messages)) + room > model.context
+    ):
+        messages = [*messages[:begin], *messages[begin + 2 :]]
+        dropped += 1
+    if dropped:
+        turns = "turn" if dropped == 1 else f"{dropped} turns"
+        say(f"[the context of {model.context} is full: the oldest {turns} forgotten]")
+    return messages
 
 
 def load(arguments: argparse.Namespace) -> Model:
@@ -109,6 +165,7 @@ def generation_config(
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     sampling = {name: getattr(arguments, name) for name in names}
     if arguments.temperature == 0:
+        refuse(arguments, "with --temperature 0, which draws nothing", *names[1:])
         sampling = {"do_sample": False}
     elif any(value is not None for value in sampling.values()):
         sampling["do_sample"] = True
@@ -137,19 +194,20 @@ def stream(records: Iterator[Record], *, quiet: bool = False) -> Answer:
             answer.records.append(record)
             answer.text += record.text
             if not quiet:
-                print(record.text, end="", flush=True)
+                show(record.text, end="")
     except KeyboardInterrupt:
         answer.interrupted = True
     if not quiet:
-        print(flush=True)
+        show("")
     return answer
 
 
 def finish(model: Model, answer: Answer, as_json: bool = False) -> None:
     """Report what an answer took, and on which backend."""
     count = len(answer.records)
-    if not count:
+    if not count and answer.interrupted:
         raise KeyboardInterrupt
+    assert count, "a generation ends with a record"
     first, last = answer.records[0], answer.records[-1]
     ttft_ms = first.time_ns / 1e6
     decode_s = (last.time_ns - first.time_ns) / 1e9

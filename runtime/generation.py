@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from operator import index
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -153,17 +154,17 @@ class Engine:
     ) -> Generator[Step, None, None]:
         """Yield a step for each new token after the prompt ``tokens``, until a finish.
 
-        The last step has ``finish`` set. Raises UsageError for an empty prompt and
+        The last step has ``finish`` set. Raises UsageError for an empty or odd prompt and
         ContextOverflowError, before anything runs, where prompt and max_new_tokens do not fit;
         BackendError where the model computes NaN or infinity.
         """
-        limit = self._limit(len(tokens), config)
-        return self._in_turn(self._steps(list(tokens), config, eos_token_ids, limit))
+        ids = _whole(tokens)
+        return self._in_turn(self._steps(ids, config, eos_token_ids, self._limit(len(ids), config)))
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
         with self._turns.turn():
-            return self._scorer(None)(self._rewind(ids)).logits
+            return self._scorer(None)(self._rewind(_whole(ids))).logits
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -306,3 +307,11 @@ class Engine:
                 "prompt, lower --max-new-tokens or export with a longer --context"
             )
         return asked or room
+
+
+def _whole(ids: Sequence[int]) -> list[int]:
+    """The ids, as plain integers; an array of floats would be cut to them without a word."""
+    try:
+        return [index(id_) for id_ in ids]
+    except TypeError as error:
+        raise UsageError(f"token ids must be whole numbers: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.generation import Engine, Finish, Step
 from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from pocketslm.runtime.tokenizer.vocabulary import any_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,9 @@ class Record:
     logprob: float | None
     time_ns: int
     finish: Finish | None = None
+
+
+_MARK = re.compile("[\udc00-\udfff]")
 
 
 class TextModel(Protocol):
@@ -135,7 +140,8 @@ class Model:
         A record's logprob is None unless ``config.logprobs`` asks for it.
         The records' texts joined are the generated text: no character is ever split, and a stop
         string is held back until it is certain that it does not come. Text of a special token
-        inside ``prompt`` stays ordinary text; give ids to use special tokens.
+        inside ``prompt`` stays ordinary text; give ids to use special tokens. A stop string may
+        hold special tokens, though they are no text of the answer.
         """
         config = config or self.defaults
         ids = (
@@ -144,7 +150,8 @@ class Model:
             else list(prompt)
         )
         steps = self.engine.generate(ids, config, self.tokenizer.eos_token_ids)
-        return _with_text(steps, StreamDecoder(self.tokenizer), config.stop_strings)
+        stops, marks = _marked_stops(config.stop_strings, self.tokenizer)
+        return _with_text(steps, StreamDecoder(self.tokenizer), stops, marks)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], config: GenerationConfig | None = None
@@ -154,11 +161,15 @@ class Model:
 
 
 def _with_text(
-    steps: Generator[Step, None, None], decoder: StreamDecoder, stop_strings: tuple[str, ...]
+    steps: Generator[Step, None, None],
+    decoder: StreamDecoder,
+    stop_strings: tuple[str, ...],
+    marks: Mapping[int, str] | None = None,
 ) -> Iterator[Record]:
-    held = ""
+    held, marks = "", marks or {}
     for step in steps:
-        held += decoder.push(step.token) if step.finish != "eos" else ""
+        if step.finish != "eos":
+            held += marks.get(step.token) or decoder.push(step.token)
         held += decoder.flush() if step.finish else ""
         finish = step.finish
         if (end := _stop_at(held, stop_strings)) is not None:
@@ -170,9 +181,31 @@ def _with_text(
             text, held = held[:certain], held[certain:]
         if finish:
             steps.close()  # whoever waits for the session need not wait for the caller
+        text = _MARK.sub("", text)
         yield Record(step.token, text, step.logprob, step.time_ns, finish)
         if finish:
             return
+
+
+def _marked_stops(
+    stop_strings: tuple[str, ...], tokenizer: Tokenizer
+) -> tuple[tuple[str, ...], dict[int, str]]:
+    """The stop strings, also with marks for their special tokens, and those marks by token.
+
+    A mark is a lone surrogate, which no decoded text has. So a special token is found and never
+    shown, and neither it nor its text is taken for the other.
+    """
+    texts = {
+        text: id_
+        for id_ in tokenizer.special_ids
+        if (text := tokenizer.texts[id_]) and any(text in stop for stop in stop_strings)
+    }
+    special = any_of(texts)
+    if special is None:
+        return stop_strings, {}
+    marks = {id_: chr(0xDC00 + number) for number, id_ in enumerate(texts.values())}
+    marked = [special.sub(lambda match: marks[texts[match.group()]], stop) for stop in stop_strings]
+    return (*stop_strings, *marked), marks
 
 
 def _stop_at(text: str, stop_strings: tuple[str, ...]) -> int | None:

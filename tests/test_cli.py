@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import itertools
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,37 +18,28 @@ from typing import Any
 
 import pytest
 
-from pocketslm.cli import main
+from pocketslm.cli import _parser, main
+from pocketslm.export.heal import HealConfig
+from pocketslm.export.prune.folder import PruneConfig
+from pocketslm.profiling.devices.bench import Conditions
+from pocketslm.runtime.bundle import MANIFEST
 from pocketslm.runtime.model import Model, Record
 
-COMMANDS = (
-    "fetch",
-    "inspect",
-    "export",
-    "prune",
-    "methods",
-    "heal",
-    "delta",
-    "eval",
-    "run",
-    "chat",
-    "doc summarize",
-    "doc add",
-    "doc list",
-    "doc remove",
-    "doc ask",
-    "doc suggest",
-    "doc rewrite",
-    "bench",
-    "bench-doc",
-    "compare",
-    "fit",
-    "report",
-    "device list",
-    "device info",
-    "device clean",
-    "app",
-)
+
+def _commands(
+    parser: argparse.ArgumentParser, name: str = ""
+) -> dict[str, argparse.ArgumentParser]:
+    """Every command of a parser by its full name."""
+    groups = [one for one in parser._actions if isinstance(one, argparse._SubParsersAction)]
+    if not groups:
+        return {name.strip(): parser}
+    found: dict[str, argparse.ArgumentParser] = {}
+    for word, below in groups[0].choices.items():
+        found |= _commands(below, f"{name} {word}")
+    return found
+
+
+COMMANDS = _commands(_parser())
 Captured = pytest.CaptureFixture[str]
 
 
@@ -57,7 +53,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Captured) 
 
 def test_help_and_version_are_quick_and_light() -> None:
     code = (
-        "import sys\nfrom pocketslm.cli import main\n"
+        "import sys\nfrom pocketslm.cli import _parser, main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'numpy', 'onnxruntime'} & set(sys.modules)"
     )
@@ -95,6 +91,94 @@ USER_ERRORS = {
     "wrong source": (["eval", "BUNDLE", "--source", "GGUF", "--text", "TEXT"], "SHA-256 differs"),
     "short text": (["eval", "BUNDLE", "--source", "HF", "--text", "TEXT"], "at least one window"),
 }
+
+
+# What the options after "|" do nothing beside.
+WITHOUT_EFFECT = [
+    "fetch --list | NAME",
+    "export HF OUT --fit ram=1MB | --weights int4",
+    "export HF OUT --fit ram=1MB | --head int8",
+    "export HF OUT --fit ram=1MB | --group-size 64",
+    "export HF OUT --fit ram=1MB | --grid sym",
+    "export HF OUT --fit ram=1MB | --method rtn",
+    "export HF OUT --fit ram=1MB | --size-budget 9",
+    "export HF OUT --fit ram=1MB | --adapter FOLDER",
+    "export HF OUT --fit ram=1MB | --recipe FILE",
+    "export HF OUT --fit ram=1MB | --dtype fp16",
+    "export HF OUT --fit ram=1MB | --vocabulary-size 9",
+    "export HF OUT --fit ram=1MB | --calibration-tokens 9",
+    "export HF OUT | --prune",
+    "export HF OUT | --trials 16",
+    "export HF OUT | --text lee",
+    "export HF OUT | --storage URL",
+    "export HF OUT | --vocabulary-size 9",
+    "export HF OUT | --calibration TEXT",
+    "export HF OUT --method hqq | --calibration-tokens 9",
+    "export HF OUT --recipe FILE | --weights keep",
+    "export HF OUT --recipe FILE | --context 64",
+    "export HF OUT --recipe FILE | --target native",
+    "export HF OUT --weights float --head float | --group-size 32",
+    "export HF OUT --target native | --dtype fp32",
+    "export HF OUT --target onnx | --kv-cache int8",
+    "prune HF OUT --kv-heads 1 | --by sleb",
+    "prune HF OUT --kv-heads 1 | --uniform",
+    "prune HF OUT --layers 1 --by last | --tokens 9",
+    "prune HF OUT --layers 1 --by last | --text TEXT",
+    "heal HF OUT --teacher HF | --stages 2",
+    "eval BUNDLE | --seed 0",
+    "eval BUNDLE | --sample 9",
+    "eval BUNDLE | --save FILE",
+    "eval BUNDLE --task FILE | --source HF",
+    "eval BUNDLE --task FILE | --window 9",
+    "eval BUNDLE --task FILE | --earlier FILE",
+    "run BUNDLE hi --raw | --system x",
+    "run BUNDLE hi --temperature 0 | --seed 1",
+    "doc add a b | --title x",
+    "doc ask BUNDLE What? --document TEXT | --library FILE",
+    "bench BUNDLE | --pin big",
+    "bench BUNDLE | --sustained 1",
+    "bench BUNDLE | --pause 1",
+    "bench BUNDLE | --idle 1",
+    "bench BUNDLE | --interval 1",
+    "bench BUNDLE | --source HF",
+    "bench BUNDLE --device local | --source HF",
+    "bench BUNDLE --device local | --peer all",
+    "bench BUNDLE --device local | --backend onnx",
+    "bench BUNDLE --device local --sustained 1 | -r 5",
+    "bench BUNDLE --slimlm | -p 9",
+    "bench BUNDLE --documents | -pg 9,9",
+    "bench BUNDLE --documents | --slimlm",
+    "fit --ram 4GB --bandwidth 1GB/s --int8 1TMAC/s | -t 2",
+    "fit --ram 4GB | --bandwidth 1GB/s",
+    "device info local --raw | --json",
+]
+
+
+@pytest.mark.parametrize("line", WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused(
+    line: str, tiny_bundle: Path, tiny_hf: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    places = {"BUNDLE": tiny_bundle, "HF": tiny_hf, "OUT": tmp_path / "out"}
+    command, idle = line.split(" | ")
+    words = [str(places.get(word, word)) for word in (*command.split(), *idle.split())]
+    assert main(words) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "does nothing" in error or "leave out" in error
+    assert idle.split()[0] in error
+
+
+def test_the_help_states_the_defaults_that_the_library_has() -> None:
+    """Options whose default is that of a dataclass have none of their own, but say it."""
+    configs = {"prune": PruneConfig(layers=1), "heal": HealConfig(), "bench": Conditions()}
+    stated = 0
+    for command, config in configs.items():
+        for action in COMMANDS[command]._actions:
+            told = re.search(r"\(default: ([\d.]+|sleb)\)", action.help or "")
+            if told and action.default is None and hasattr(config, action.dest):
+                value = getattr(config, action.dest) if action.dest != "layers" else 0
+                assert str(value).removesuffix(".0") == told[1], (command, action.dest)
+                stated += 1
+    assert stated >= 9
 
 
 @pytest.mark.parametrize("name", USER_ERRORS)
@@ -184,11 +268,100 @@ def test_sampling_options_sample(tiny_bundle: Path, capsys: Captured) -> None:
 def test_chat_reads_a_pipe(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    import io
-
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nagain\n"))
     assert main(["chat", str(tiny_bundle), "-n", "5"]) == 0
     assert capsys.readouterr().err.count("TTFT") == 2
+
+
+def test_a_chat_goes_on_when_its_context_is_full(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """The oldest turns go, a question that is too long is refused, a byte that is no text is none:
+    every other question is answered."""
+    lines = [b"one " * 20] * 6 + [b"long " * 300, b"not \xff UTF-8", b"last"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
+    prompts: list[list[dict[str, str]]] = []
+    chat = Model.chat
+
+    def seen(self: Model, messages: list[dict[str, str]], config: Any) -> Iterator[Record]:
+        prompts.append(list(messages))
+        return chat(self, messages, config)
+
+    monkeypatch.setattr(Model, "chat", seen)
+    assert main(["chat", str(tiny_bundle), "-n", "5", "--system", "Be brief."]) == 0
+    told = capsys.readouterr().err
+    assert told.count("TTFT") == 8
+    assert "of 256 is full: the oldest" in told
+    assert told.count("not answered: ") == 1
+    for messages in prompts:
+        roles = [message["role"] for message in messages]
+        assert roles == ["system", *["user", "assistant"] * (len(roles) // 2 - 1), "user"]
+    assert prompts[-1][-1]["content"] == "last"
+    assert "long" not in prompts[-1][-3]["content"]
+
+
+def _shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        f"{sys.executable} -m pocketslm {command}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("inspect BUNDLE > /dev/full", "cannot write the output: No space left on device"),
+        ("run BUNDLE - <&-", "standard input is closed, expected a prompt"),
+        ("doc rewrite BUNDLE - <&-", "standard input is closed, expected a passage"),
+        ("doc summarize BUNDLE --document - <&-", "standard input is closed, expected a document"),
+        (r"run BUNDLE - < <(printf 'a\xffb')", "a prompt on standard input is not UTF-8"),
+    ],
+)
+def test_streams_that_fail_are_one_line(command: str, message: str, tiny_bundle: Path) -> None:
+    line = command.replace("BUNDLE", str(tiny_bundle)).replace("'", "'\\''")
+    done = _shell(f"--version > /dev/null; bash -c '{sys.executable} -m pocketslm {line}'")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"pocketslm: error: {message}")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_chat_without_input_ends(tiny_bundle: Path) -> None:
+    assert _shell(f"chat {tiny_bundle} <&-").returncode == 0
+
+
+def test_a_locale_without_a_character_shows_its_code(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Text.")
+    library = f"--library {tmp_path / 'library'}"
+    assert _shell(f"doc add {tmp_path / 'a.txt'} --title Grüße {library}").returncode == 0
+    done = _shell(f"doc list {library}", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0
+    assert r"Gr\xfc\xdfe" in done.stdout
+
+
+def test_a_file_s_names_cannot_write_on_the_terminal(
+    tiny_bundle: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    evil = "\x1b[2J\nred\u202e\x9b"
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    changed = {"name": evil, "notes": [evil], "weights": {evil: 1}}
+    (bundle / MANIFEST).write_text(json.dumps(manifest | changed))
+    assert main(["inspect", str(bundle)]) == 0
+    assert main(["inspect", f"nowhere{evil}"]) == 2
+    (tmp_path / "a.txt").write_text("Text.")
+    library = ["--library", str(tmp_path / "library")]
+    assert main(["doc", "add", str(tmp_path / "a.txt"), "--title", evil, *library]) == 0
+    assert main(["doc", "list", *library]) == 0
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err):
+        assert set(text) & set(evil) <= {"\n", *"[2Jred"}
+        assert r"\x1b[2J\nred\u202e\x9b" in text
+    assert len(shown.err.splitlines()) == 2
 
 
 def test_ctrl_c_keeps_what_there_is(

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from hypothesis import settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pocketslm.models.tokenizer_files import _PRE
 from pocketslm.runtime.tokenizer import (
@@ -20,6 +20,7 @@ from pocketslm.runtime.tokenizer import (
 
 IMPLEMENTATIONS = ("tokenizers", "python")
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ORDINARY_ADDED = ["<tool_call>", "im_end"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and it's 1234567 times faster than they'll say.",
@@ -285,6 +286,25 @@ def document(style: str) -> str:
         "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
     }
     return json.dumps(whole)
+
+
+@functools.cache
+def word_piece(lowercase: bool = True) -> str:
+    """A small tokenizer.json of BERT's kind, with the padding and truncation of an encoder."""
+    model = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    model.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=1500, special_tokens=BERT_SPECIAL, show_progress=False
+    )
+    model.train_from_iterator([*CORPUS, *hard_texts(600, seed=3)], trainer)
+    model.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    model.decoder = decoders.WordPiece()
+    model.enable_truncation(16)
+    model.enable_padding(length=16)
+    return model.to_str()
 
 
 @functools.cache

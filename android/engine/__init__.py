@@ -14,9 +14,8 @@ ENGINES = {
     "native": ("engine_native", "tested_desktop"),
     "onnx": ("engine_onnx", "tested_desktop"),
     "onnx_aar": ("engine_onnx_aar", "tested_stand_in"),
-    "executorch_aar": ("engine_executorch_aar", "tested_stand_in"),
 }
-ON_PHONE = ("auto", "runner", "onnx_aar", "executorch_aar")
+ON_PHONE = ("auto", "runner", "onnx_aar")
 ON_DESKTOP = ("auto", "runner", "native", "onnx")
 
 
@@ -28,10 +27,6 @@ def open_model(path: Path, engine: str, threads: int, *, phone: bool) -> TextMod
     if engine == "auto":
         engine = "runner" if phone else "auto"
     # A bundle's files are compared with their SHA-256 when it is imported, once.
-    if engine == "executorch_aar":
-        from pocketslm.android.engine.executorch_aar import ExecuTorchModel
-
-        return ExecuTorchModel.load(path)
     if engine == "onnx_aar":
         from pocketslm.android.engine.onnx_aar import load
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pocketslm.android.engine.meter import free_bytes, read_bandwidth
 from pocketslm.errors import BundleError
-from pocketslm.runtime.bundle import MANIFEST, Bundle, open_bundle, read_manifest
+from pocketslm.runtime.bundle import MANIFEST, Bundle, Graph, open_bundle, read_manifest
 
 # Beside weights and cache: code, buffers, the tokenizer, a document.
 OVERHEAD_BYTES = 60 << 20
@@ -118,20 +118,34 @@ def describe(bundle: Bundle) -> ModelCard:
     manifest = bundle.manifest
     dimensions: dict[str, Any] = manifest.architecture if manifest else {}
     graph = bundle.graphs[0]
-    kv_width = 2 if graph.kv_cache != "int8" else 1
-    kv = 2 * graph.context * kv_width * (2 if dimensions.get("layer_sharing") else 1)
-    for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"):
-        kv *= int(dimensions.get(name, 1))
     quality = (manifest.quality or {}) if manifest else {}
     return ModelCard(
         path=bundle.path,
         name=bundle.path.name,
         size_bytes=manifest.size_bytes if manifest else bundle.graph_bytes(graph),
         weights_bytes=bundle.graph_bytes(graph),
-        kv_bytes=kv,
+        kv_bytes=graph.context * _kv_token_bytes(graph, dimensions),
         context=graph.context,
         top1=quality.get("top1_agreement", quality.get("top1")),
     )
+
+
+# Of a number in the cache, by the graph's word for it; of int8 also a float scale for each head.
+_KV_BYTES = {"int8": 1, "fp16": 2, "fp32": 4}
+_SCALE_BYTES = 4
+
+
+def _kv_token_bytes(graph: Graph, dimensions: Mapping[str, Any]) -> int:
+    """Keys and values of a token in all layers, as the graph keeps them."""
+    count = int(dimensions.get("num_hidden_layers", 0))
+    heads = [int(dimensions.get("num_key_value_heads", 0))] * count
+    if dimensions.get("layer_sizes"):
+        heads = [int(kv_heads) for _, kv_heads, _ in dimensions["layer_sizes"]]
+    runs = 2 if dimensions.get("layer_sharing") else 1
+    width = _KV_BYTES.get(graph.kv_cache, max(_KV_BYTES.values()))
+    vector = int(dimensions.get("head_dim", 0)) * width
+    vector += _SCALE_BYTES if graph.kv_cache == "int8" else 0
+    return 2 * runs * sum(heads) * vector
 
 
 def _plain(name: str) -> str:

@@ -33,9 +33,9 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._events: queue.Queue[Callable[[], None]] = queue.Queue()
+        self.current: Job | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-        self.current: Job | None = None
 
     def submit(self, job: Job) -> Job:
         self._jobs.put(job)

@@ -1,17 +1,16 @@
-"""Pack tokenizer.json and a chat template for ``pocketslm-run``, which has no JSON model reader
-and no Jinja.
+"""Pack tokenizer.json for ``pocketslm-run``, which has no reader of such files.
 
 The runner covers BPE over bytes with the words of GPT-2 (digits apart or not), Llama 3, Qwen 2 and
-3.5, MiniCPM 5, GPT-4o, Tekken and DeepSeek 3, and SentencePiece's BPE with byte fallback (Llama 2,
-Phi-3, Gemma); for anything else these functions return a reason instead, and the runner takes token
-ids.
+3.5, MiniCPM 5, GPT-4o, Tekken and DeepSeek 3, SentencePiece's BPE with byte fallback (Llama 2,
+Phi-3, Gemma) and BERT's WordPiece; for anything else these functions return a reason instead, and
+the runner takes token ids.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pocketslm.models import tokenizer_files as words_of
@@ -22,13 +21,13 @@ from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet
 VERSION = 3
 NO_TOKEN = 2**32 - 1  # a byte that no text of the training data had; it encodes to nothing
 MARK = "▁"
-Messages = list[dict[str, str]]
 Node = Mapping[str, Any]
 
 # As in runtime/ops/runner/words.h and tokenizer.h.
 GPT2, GPT2_DIGITS, LLAMA3, QWEN2, WHOLE, SPACES = range(6)
-MINICPM5, QWEN35, GPT4O, TEKKEN, DEEPSEEK3 = range(6, 11)
+MINICPM5, QWEN35, GPT4O, TEKKEN, DEEPSEEK3, BERT = range(6, 12)
 WHOLE_WORDS, NFC, SPACE_ALWAYS, SPACE_AT_START, STRIP_SPACE = (1 << bit for bit in range(5))
+CLEAN, IDEOGRAPHS, STRIP_ACCENTS, LOWERCASE = (1 << bit for bit in range(5, 9))
 SPECIAL, TAKES_SPACE_BEFORE, TAKES_SPACE_AFTER, MARKED = (1 << bit for bit in range(4))
 
 _SPLITS = {
@@ -75,6 +74,8 @@ def _check(condition: object, reason: str) -> None:
 
 def _byte_level(tokenizer: Node) -> tuple[int, int]:
     """The words and flags of a BPE over bytes."""
+    options = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+    _check(not any(tokenizer["model"].get(o) for o in options), "the BPE has unknown options")
     normalizers = _parts(tokenizer.get("normalizer"), "normalizers")
     _check([n["type"] for n in normalizers] in ([], ["NFC"]), "the tokenizer normalizes text")
     flags = (NFC if normalizers else 0) | (
@@ -113,7 +114,8 @@ def _sentence_piece(tokenizer: Node) -> tuple[int, int]:
     words = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
     decoders = [dict(d) for d in _parts(tokenizer.get("decoder"), "decoders")]
     _check(decoders in (_DECODE, [*_DECODE, _STRIP]), "the decoder is not SentencePiece's")
-    _check(not tokenizer["model"].get("ignore_merges"), "the tokenizer's BPE ignores merges")
+    options = ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")
+    _check(not any(tokenizer["model"].get(o) for o in options), "the BPE has unknown options")
     flags = STRIP_SPACE if decoders[-1] == _STRIP else 0
     if not words or (words == [_SPLIT_AT_SPACES] and _REPLACE in normalizers):
         if normalizers == [_PREPEND, _REPLACE]:
@@ -130,6 +132,26 @@ def _sentence_piece(tokenizer: Node) -> tuple[int, int]:
     return (SPACES if metaspace.get("split", True) else WHOLE), flags
 
 
+def _bert(tokenizer: Node) -> tuple[int, int]:
+    """The words and flags of BERT's WordPiece."""
+    normalizers = _parts(tokenizer.get("normalizer"), "normalizers")
+    words = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    known = [n["type"] for n in normalizers] == ["BertNormalizer"]
+    _check(known and [w["type"] for w in words] == ["BertPreTokenizer"], "the words are not BERT's")
+    prefix = tokenizer["model"].get("continuing_subword_prefix", "##")
+    _check(prefix == "##", "the pieces of words are not BERT's")
+    options = normalizers[0]
+    lower = options.get("lowercase", True)
+    strip = lower if options.get("strip_accents") is None else options["strip_accents"]
+    return BERT, (
+        STRIP_SPACE
+        | CLEAN * bool(options.get("clean_text", True))
+        | IDEOGRAPHS * bool(options.get("handle_chinese_chars", True))
+        | STRIP_ACCENTS * bool(strip)
+        | LOWERCASE * bool(lower)
+    )
+
+
 def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
     """The packed section, or None and the reason."""
     try:
@@ -142,29 +164,32 @@ def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
 
 def _pack(tokenizer: Node) -> bytes:
     model = tokenizer["model"]
-    vocabulary: dict[str, int] = model["vocab"]
-    _check(model.get("type", "BPE") == "BPE", "the tokenizer is not a BPE")
-    options = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
-    _check(not any(model.get(o) for o in options), "the tokenizer's BPE has options it lacks")
+    kind = model.get("type", "BPE")
+    _check(kind in ("BPE", "WordPiece"), "the tokenizer is neither BPE nor WordPiece")
     added = tokenizer["added_tokens"]
     _check(not any(t.get("single_word") for t in added), "an added token has conditions")
     marked = bool(model.get("byte_fallback"))
-    words, flags = (_sentence_piece if marked else _byte_level)(tokenizer)
+    family = _bert if kind == "WordPiece" else _sentence_piece if marked else _byte_level
+    words, flags = family(tokenizer)
     normalizes = _parts(tokenizer.get("normalizer"), "normalizers")
     normalized = normalizes and any(t["normalized"] for t in added)
     _check(not normalized, "an added token is looked for in normalized text")
     affixes = postprocessors.build(tokenizer.get("post_processor"))
-    _check(not affixes.after, "the tokenizer adds tokens after a text")
+    _check(words == BERT or not affixes.after, "the tokenizer adds tokens after a text")
 
+    vocabulary: dict[str, int] = model["vocab"]
     by_id = {token["id"]: token["content"] for token in added}
-    alphabet = {chr(code): byte for byte, code in byte_alphabet().items()}
     pieces = [b""] * (1 + max([*vocabulary.values(), *by_id]))
     byte_tokens = [NO_TOKEN] * 256
     index = []
+    alphabet = {chr(code): byte for byte, code in byte_alphabet().items()}
     for piece, id_ in vocabulary.items():
         if id_ in by_id:
             continue
-        if marked:
+        if words == BERT:
+            # A token that begins a word has the space before it.
+            pieces[id_] = (piece[2:] if piece.startswith("##") else " " + piece).encode()
+        elif marked:
             byte = byte_token(piece)
             _check(" " not in piece, f"token {piece!r} holds a space")
             pieces[id_] = byte or piece.replace(MARK, " ").encode()
@@ -182,28 +207,38 @@ def _pack(tokenizer: Node) -> bytes:
         pieces[id_] = (content.replace(MARK, " ") if marked else content).encode()
     if marked:
         _check(NO_TOKEN not in byte_tokens, "the vocabulary lacks tokens of bytes")
-    else:
+    elif words != BERT:
         byte_tokens = [vocabulary.get(chr(byte_alphabet()[b]), NO_TOKEN) for b in range(256)]
     index.sort(key=lambda id_: pieces[id_])
-    if not marked and not flags & WHOLE_WORDS:
+    if not (marked or words == BERT or flags & WHOLE_WORDS):
         index = []  # nothing is looked up by its bytes
 
-    merges = []
-    for rank, merge in enumerate(model["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        merges.append((vocabulary[left], vocabulary[right], rank, vocabulary[left + right]))
-    # Of two merges of one pair the last counts, as in a dictionary.
-    unique = {merge[:2]: merge for merge in merges}
-    packed_merges = [word for pair in sorted(unique) for word in unique[pair]]
+    merges = _merges(model, vocabulary)
     offsets = [0]
     for packed in pieces:
         offsets.append(offsets[-1] + len(packed))
     packed_added = [word for token in added for word in (token["id"], _added_flags(token, marked))]
-    lists = (offsets, packed_merges, index, packed_added, affixes.before, byte_tokens)
+    lists = (offsets, merges, index, packed_added, affixes.before, affixes.after, byte_tokens)
     body = [word for part in lists for word in part]
-    counts = (len(unique), len(index), len(added), len(affixes.before))
-    header = (VERSION, len(pieces), *counts, words, flags, offsets[-1])
-    return struct.pack(f"<9I{len(body)}I", *header, *body) + b"".join(pieces)
+    counts = (len(merges) // 4, len(index), len(added), len(affixes.before), len(affixes.after))
+    word_piece = (
+        (vocabulary[model["unk_token"]], model.get("max_input_chars_per_word", 100))
+        if words == BERT
+        else (0, 0)
+    )
+    header = (VERSION, len(pieces), *counts, words, flags, *word_piece, offsets[-1])
+    return struct.pack(f"<12I{len(body)}I", *header, *body) + b"".join(pieces)
+
+
+def _merges(model: Node, vocabulary: Mapping[str, int]) -> list[int]:
+    """[left, right, rank, result] of each merge, by left and right."""
+    merges = []
+    for rank, merge in enumerate(model.get("merges", ())):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        merges.append((vocabulary[left], vocabulary[right], rank, vocabulary[left + right]))
+    # Of two merges of one pair the last counts, as in a dictionary.
+    unique = {merge[:2]: merge for merge in merges}
+    return [word for pair in sorted(unique) for word in unique[pair]]
 
 
 def _added_flags(token: Node, marked: bool) -> int:
@@ -213,55 +248,3 @@ def _added_flags(token: Node, marked: bool) -> int:
         | TAKES_SPACE_AFTER * bool(token.get("rstrip"))
         | MARKED * (marked and MARK in token["content"])
     )
-
-
-def chat_parts(
-    render: Callable[[Messages, bool], str], eos: Sequence[int]
-) -> tuple[dict[str, Any] | None, str]:
-    """The strings of a template around alternating messages, or None and the reason.
-
-    ``render(messages, add_generation_prompt)`` is the template. It is taken apart with marks for
-    contents and put to the test on longer conversations.
-    """
-    marks = {"system": "<<system>>", "user": "<<user>>", "assistant": "<<assistant>>"}
-
-    def message(role: str) -> dict[str, str]:
-        return {"role": role, "content": marks[role]}
-
-    def between(text: str, left: str, right: str) -> str:
-        start = text.index(left) + len(left) if left else 0
-        return text[start : text.index(right, start) if right else len(text)]
-
-    system, user, assistant = (message(role) for role in marks)
-    try:
-        asked = render([user], True)
-        with_system = render([system, user], True)
-        continued = render([user, assistant, user], True)
-        tail = continued[continued.index(marks["assistant"]) + len(marks["assistant"]) :]
-        parts = {
-            "start_system": between(with_system, "", marks["system"]),
-            "system_to_user": between(with_system, marks["system"], marks["user"]),
-            "start_user": between(asked, "", marks["user"]),
-            "user_to_assistant": between(asked, marks["user"], ""),
-            "assistant_to_user": between(tail, "", marks["user"]),
-        }
-        for start in ([user], [system, user]):
-            conversation = [*start, assistant, user, assistant, user]
-            if render(conversation, True) != _join(conversation, parts):
-                return None, "the chat template depends on more than the roles' order"
-    except Exception as error:  # a template may raise what it likes
-        return None, f"the chat template could not be taken apart ({error!r})"
-    return {**parts, "eos": list(eos)}, ""
-
-
-def _join(messages: Messages, parts: Mapping[str, str]) -> str:
-    text, previous = "", "start"
-    for message in messages:
-        text += (
-            parts[f"{previous}_to_{message['role']}"]
-            if previous != "start"
-            else (parts[f"start_{message['role']}"])
-        )
-        text += message["content"]
-        previous = message["role"]
-    return text + parts["user_to_assistant"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from pocketslm.errors import UsageError
 from pocketslm.export.prune import adaptive, depth, sparse, width
 from pocketslm.export.prune.pruned import Changed
+from pocketslm.export.publish import published
 from pocketslm.export.quantize.calibration import last_tokens
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.hf_writer import save_hf
@@ -85,7 +85,7 @@ def prune_folder(
 
     @functools.cache  # not read where nothing looks at it
     def ids() -> Tensor:
-        files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+        files = checkpoint.tokenizer_files()
         return last_tokens(text, load_tokenizer_files(files).encode, config.tokens, config.window)
 
     pruned, removed = checkpoint, list[int]()
@@ -123,11 +123,8 @@ def prune_folder(
         sparse.sparsify(model, ids(), pattern, progress=progress)
         note = f"zeros by Wanda in the layers ({pattern}); {sparse.NOTE}"
         pruned = Changed(pruned, model, note, sparse=str(pattern))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
-        folder = Path(aside) / "model"
+    with published(out) as folder:
         save_hf(pruned, folder)
         record = asdict(config) | {"removed_layers": removed, "text": text.name}
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        folder.rename(out)
     return pruned

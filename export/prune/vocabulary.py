@@ -23,6 +23,7 @@ import numpy as np
 from pocketslm.errors import ExportError
 from pocketslm.export.prune.pruned import Pruned
 from pocketslm.export.text import read_text
+from pocketslm.export.tokenizer import settled
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.tokenizer import load_tokenizer_files
@@ -50,7 +51,7 @@ class TrimmedVocabulary(Pruned):
         return weight.rows(index) if isinstance(weight, QuantTensor) else weight[index]
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        files = dict(self.whole.tokenizer_files())
+        files, _ = settled(self.whole.tokenizer_files(), self.whole.config.vocab_size)
         number = {old: new for new, old in enumerate(self.kept)}
         tokenizer = trim_tokenizer(json.loads(files["tokenizer.json"]), number)
         files["tokenizer.json"] = json.dumps(tokenizer, ensure_ascii=False).encode()
@@ -60,20 +61,13 @@ class TrimmedVocabulary(Pruned):
                 if field in generation:
                     generation[field] = _renumber(generation[field], number)
             files["generation_config.json"] = json.dumps(generation, indent=2).encode()
-        if "tokenizer_config.json" in files:
-            config = json.loads(files["tokenizer_config.json"])
-            if added := config.get("added_tokens_decoder"):
-                config["added_tokens_decoder"] = {
-                    str(number[int(id_)]): token for id_, token in added.items()
-                }
-            files["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
         return files
 
 
 def tokens_of(checkpoint: Checkpoint, text: Path, count: int | None = None) -> list[int]:
     """:func:`tokens_to_keep` for a UTF-8 text as the checkpoint's own tokenizer reads it."""
     content = read_text(text)
-    files = {name: data.decode() for name, data in checkpoint.tokenizer_files().items()}
+    files, _ = settled(checkpoint.tokenizer_files(), checkpoint.config.vocab_size)
     ids = load_tokenizer_files(files).encode(content)
     return tokens_to_keep(json.loads(files["tokenizer.json"]), ids, count)
 

@@ -6,9 +6,27 @@ import argparse
 import dataclasses
 from typing import Any
 
-from pocketslm.terminal import Commands, Progress, add_json, print_columns, print_json, say
+from pocketslm.terminal import (
+    Commands,
+    Progress,
+    add_json,
+    chosen,
+    print_columns,
+    print_json,
+    refuse,
+    say,
+    show,
+)
 
 SPECS = "local, ssh:[user@]host[:port], adb or adb:SERIAL"
+_SECONDS = {
+    "sustained": "repeat each test for so long (default: as often as -r says)",
+    "pause": "between tests (default: local 0, ssh 10, adb 60)",
+    "idle": "to watch a battery at rest first (default: 10)",
+    "interval": "between polls of the sensors (default: 1)",
+}
+# Options of `bench` that only a device takes.
+ON_A_DEVICE = ("pin", *(f"{name}_s" for name in _SECONDS))
 
 
 def add_commands(commands: Commands) -> None:
@@ -37,23 +55,12 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("on a device")
     group.add_argument("--device", help=f"run the native graph there: {SPECS}")
     group.add_argument("--pin", help="cores to use: big, little, prime, all, or CPUs such as 4-7")
-    group.add_argument(
-        "--sustained", type=float, default=0.0, metavar="S", help="repeat each test for so long"
-    )
-    group.add_argument(
-        "--pause", type=float, metavar="S", help="between tests (local 0, ssh 10, adb 60)"
-    )
-    group.add_argument(
-        "--idle", type=float, default=10.0, metavar="S", help="to watch a battery at rest first"
-    )
-    group.add_argument(
-        "--interval", type=float, default=1.0, metavar="S", help="between polls of the sensors"
-    )
+    for name, text in _SECONDS.items():
+        group.add_argument(f"--{name}", dest=f"{name}_s", type=float, metavar="S", help=text)
 
 
 def bench(arguments: argparse.Namespace) -> None:
     """``pocketslm bench --device``: rows are printed and recorded even when a run is cut short."""
-    from pocketslm.errors import UsageError
     from pocketslm.profiling.devices import open_device
     from pocketslm.profiling.devices.bench import Conditions, bench_on_device
     from pocketslm.profiling.plan import SLIMLM, plan
@@ -62,19 +69,11 @@ def bench(arguments: argparse.Namespace) -> None:
     from pocketslm.profiling.workload import document_tests
     from pocketslm.runtime.bundle import open_bundle
 
-    if arguments.peer or arguments.backend not in ("auto", "native"):
-        raise UsageError("on a device only the native graph runs: leave out --peer and --backend")
-    conditions = Conditions(
-        repetitions=arguments.repetitions,
-        pin=arguments.pin,
-        sustained_s=arguments.sustained,
-        cold=arguments.cold,
-        operators=arguments.operators,
-        pause_s=arguments.pause,
-        idle_s=arguments.idle,
-        interval_s=arguments.interval,
-        timeout_s=arguments.timeout,
-    )
+    where = "on a device, where only the native graph runs"
+    refuse(arguments, where, "peer", "source", *["backend"] * (arguments.backend != "native"))
+    if arguments.sustained_s:
+        refuse(arguments, "with --sustained", "repetitions")
+    conditions = Conditions(**chosen(arguments, Conditions))
     first, *_ = arguments.bundle
     configs = [open_bundle(path, verify=False).config for path in arguments.bundle]
     tests = (
@@ -110,7 +109,7 @@ def bench(arguments: argparse.Namespace) -> None:
             )
     finally:
         if rows:
-            print(format_rows(rows, arguments.output), end="", flush=True)
+            show(format_rows(rows, arguments.output), end="")
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -130,11 +129,13 @@ def _info(arguments: argparse.Namespace) -> None:
     from pocketslm.profiling.sensors import sampler
     from pocketslm.profiling.sensors.tree import parse, script
 
+    if arguments.raw:
+        refuse(arguments, "with --raw", "json")
     with open_device(arguments.device) as device:
         files = tuple(dict.fromkeys((*info.FILES, *sampler.FILES)))
         text = device.shell(script(files, (*info.COMMANDS, *sampler.COMMANDS)))
         if arguments.raw:
-            print(text, end="")
+            show(text, end="")
             return
         tree = parse(text)
         machine = info.machine(tree, device.kind)

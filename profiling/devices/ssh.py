@@ -12,6 +12,7 @@ from pocketslm.errors import DeviceError, UsageError
 from pocketslm.profiling.devices.device import Device, last_words
 
 FOLDER = "$HOME/.cache/pocketslm-device"
+_MARK = "pocketslm:"
 _UNREACHABLE = 255  # ssh's own status, as against the script's
 
 
@@ -43,10 +44,24 @@ class SshDevice(Device):
         ]
         self._host = host
         try:
-            self.folder = self.shell(f'echo "{FOLDER}"').strip()
+            self.folder = self._find_folder()
         except DeviceError:
-            self._scratch.cleanup()
+            self.close()
             raise
+
+    def _find_folder(self) -> str:
+        """Where FOLDER is on the board, whose shell must print nothing else: what a program writes
+        could not be told from it."""
+        said = self.shell(f'echo "{_MARK}{FOLDER}"').removesuffix("\n")
+        before, _, folder = said.partition(_MARK)
+        if before:
+            raise DeviceError(
+                f"{self.name}: its shell prints {before.strip()!r:.60} before every "
+                "command; let ~/.bashrc or its like print only where the shell is interactive"
+            )
+        if not folder.startswith("/") or "\n" in folder:
+            raise DeviceError(f"{self.name}: its home folder is {folder!r:.60}")
+        return folder
 
     def command(self, script: str) -> list[str]:
         # The user's own shell may be any; it only starts sh.

@@ -12,8 +12,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pocketslm.errors import UsageError
 from pocketslm.runtime.cli import add_generation, generation_config, load
-from pocketslm.terminal import Commands, add_json, print_columns, print_json, say
+from pocketslm.terminal import (
+    Commands,
+    add_json,
+    print_columns,
+    print_json,
+    read_input,
+    refuse,
+    say,
+    show,
+)
 
 if TYPE_CHECKING:
     from pocketslm.runtime.assistant.answer import Answer, Citation, Event
@@ -102,6 +112,8 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
 
 
 def _add(arguments: argparse.Namespace) -> None:
+    if len(arguments.file) > 1:
+        refuse(arguments, "for several files", "title")
     with _library(arguments) as library:
         for file in arguments.file:
             document = library.add(_read(file))
@@ -153,7 +165,7 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _rewrite(arguments: argparse.Namespace) -> None:
-    passage = sys.stdin.read() if arguments.passage == "-" else arguments.passage
+    passage = read_input("a passage") if arguments.passage == "-" else arguments.passage
     assistant, cancel = _assistant(arguments), threading.Event()
     events = assistant.rewrite(passage, arguments.instruction, cancel)
     _show(arguments, assistant, events, cancel)
@@ -166,6 +178,8 @@ def _work(arguments: argparse.Namespace, *tasks: Start) -> None:
 
     which = arguments.document or str(sample_document())
     kept = which.isdecimal() and not Path(which).exists()
+    if not kept:
+        refuse(arguments, "with a document that is not in it", "library")
     with _library(arguments) if kept else Library(":memory:") as library:
         document = library.open(int(which)) if kept else library.add(_read(which))
         assistant, cancel = _assistant(arguments), threading.Event()
@@ -202,13 +216,13 @@ def _show(
             elif isinstance(event, Progress):
                 say(f"part {event.done + 1} of {event.total}")
             elif not arguments.json:
-                print(event, end="", flush=True)
+                show(event, end="")
     finally:
         signal.signal(signal.SIGINT, before)
     if arguments.json:
         print_json(asdict(answer) | {"backend": assistant.model.backend})
         return answer
-    print(flush=True)
+    show("")
     if document:
         for citation in answer.citations:
             say(f"  {_quoted(document, citation)}")
@@ -244,8 +258,10 @@ def _library(arguments: argparse.Namespace) -> Library:
 
 
 def _read(file: str) -> Source:
-    from pocketslm.runtime.assistant.readers import read_bytes, read_file
+    from pocketslm.runtime.assistant.readers import read_file, read_stream
 
     if file == "-":
-        return read_bytes(sys.stdin.buffer.read(), "standard input")
+        if sys.stdin is None:
+            raise UsageError("standard input is closed, expected a document")
+        return read_stream(sys.stdin.buffer, "standard input")
     return read_file(Path(file))

@@ -265,17 +265,28 @@ class Library:
     def _transaction(self) -> Iterator[Any]:
         """All or nothing of what runs inside."""
         with self._lock:
-            self._database.execute("BEGIN IMMEDIATE")
             try:
+                self._database.execute("BEGIN IMMEDIATE")
                 yield self._database.execute
+                self._database.execute("COMMIT")
+            except sqlite3.Error as error:
+                self._undo()
+                raise DocumentError(f"{self.path} cannot be written: {error}") from None
             except BaseException:
-                self._database.execute("ROLLBACK")
+                self._undo()
                 raise
-            self._database.execute("COMMIT")
+
+    def _undo(self) -> None:
+        """End a transaction that failed; on a full disk SQLite has done so by itself."""
+        if self._database.in_transaction:
+            self._database.execute("ROLLBACK")
 
     def _rows(self, statement: str, *values: Any) -> list[Any]:
         with self._lock:
-            return self._database.execute(statement, values).fetchall()
+            try:
+                return self._database.execute(statement, values).fetchall()
+            except sqlite3.Error as error:
+                raise DocumentError(f"{self.path} cannot be read: {error}") from None
 
 
 def _count(source: Source, chunk: Chunk) -> tuple[Counter[str], set[str]]:

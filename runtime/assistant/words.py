@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 # An acronym with dots, a number with its separators, or a word.
 _WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,:]\d+)*|[^\W_]+")
-_SENTENCE_END = re.compile(r"[.!?…。！？]+[\"'”’»)\]]*\s+(?=[\"'“‘«(\[]?[^\W_a-z])|\n\s*\n?")
+# It takes time linear in the text: a run of full stops is tried once, and nothing is given back.
+_SENTENCE_END = re.compile(
+    r"(?<![.!?…。！？])[.!?…。！？]++[\"'”’»)\]]*+\s++(?=[\"'“‘«(\[]?[^\W_a-z])|\n\s*+"
+)
 # After these a full stop does not end a sentence.
 _ABBREVIATION = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Gen|Col|Lt|Sgt|Sen|Rep|Gov|No|vs|etc|e\.g|i\.e|cf|Fig|"

@@ -124,6 +124,8 @@ def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None
     """
     if tokens.ndim != 1 or tokens.size == 0:
         raise UsageError(f"forward needs at least one token, as a vector, not {tokens.shape}")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise UsageError(f"token ids are whole numbers, not {tokens.dtype}")
     if session.length + tokens.size > session.context:
         raise ContextOverflowError(
             f"{session.length} + {tokens.size} tokens do not fit the context of "

@@ -132,6 +132,12 @@ def load_library() -> ctypes.CDLL:
         "model_close": (None, (pointer,)),
         "model_describe": (ctypes.c_int, (pointer, p(_ModelInfo))),
         "model_blob": (pointer, (pointer, _u32, p(_size))),
+        "tokenizer_open": (ctypes.c_int, (pointer, p(pointer), NativeError)),
+        "tokenizer_close": (None, (pointer,)),
+        **dict.fromkeys(
+            ("encode", "decode"),
+            (ctypes.c_int, (pointer, pointer, _size, _u32, pointer, _size, p(_size), NativeError)),
+        ),
         "session_open": (ctypes.c_int, (pointer, p(_Options), p(pointer), NativeError)),
         "session_close": (None, (pointer,)),
         "session_describe": (ctypes.c_int, (pointer, p(_SessionInfo))),
@@ -334,7 +340,7 @@ class NativeSession:
     def length(self) -> int:
         """Positions filled so far."""
         with self._lock:
-            return int(self._library.pslm_length(self._handle))
+            return int(self._library.pslm_length(self._open()))
 
     def forward(
         self, tokens: npt.NDArray[np.integer[Any]], *, all_logits: bool = False
@@ -347,7 +353,7 @@ class NativeSession:
         out = np.empty((rows, self.model.info.output_size), np.float32)
         with self._lock:
             status = self._library.pslm_forward(
-                self._handle,
+                self._open(),
                 ids.ctypes.data,
                 ids.size,
                 LOGITS_ALL if all_logits else LOGITS_LAST,
@@ -370,7 +376,7 @@ class NativeSession:
         log_total = ctypes.c_double()
         with self._lock:
             status = self._library.pslm_forward_top(
-                self._handle,
+                self._open(),
                 ids.ctypes.data,
                 ids.size,
                 count,
@@ -389,7 +395,7 @@ class NativeSession:
             raise UsageError(f"token {token} is outside the vocabulary of {self.vocab_size}")
         with self._lock:
             status = self._library.pslm_step_greedy(
-                self._handle, token, ctypes.byref(self._next), self._error.argument
+                self._open(), token, ctypes.byref(self._next), self._error.argument
             )
             self._error.check(status)
             return self._next.value
@@ -409,7 +415,7 @@ class NativeSession:
                 f"{filled}"
             )
         with self._lock:
-            self._error.check(self._library.pslm_truncate(self._handle, length))
+            self._error.check(self._library.pslm_truncate(self._open(), length))
 
     def use_adapter(self, updates: Sequence[Update]) -> None:
         """Add low-rank updates to the matrices in place of any before; with none, all is as it was.
@@ -427,20 +433,20 @@ class NativeSession:
             one.a, one.b = a.ctypes.data, b.ctypes.data
         with self._lock:
             status = self._library.pslm_set_updates(
-                self._handle, array, len(updates), self._error.argument
+                self._open(), array, len(updates), self._error.argument
             )
             self._error.check(status)
 
     def profile(self, on: bool = True) -> None:
         """Begin to measure the time of each operator from zero, or stop."""
         with self._lock:
-            self._library.pslm_set_profiling(self._handle, int(on))
+            self._library.pslm_set_profiling(self._open(), int(on))
 
     def times(self) -> OperatorTimes:
         """Time by operator since :meth:`profile`."""
         times = _Times()
         with self._lock:
-            self._library.pslm_read_times(self._handle, ctypes.byref(times))
+            self._library.pslm_read_times(self._open(), ctypes.byref(times))
         return OperatorTimes(**{f.name: getattr(times, f.name) for f in fields(OperatorTimes)})
 
     def save(self, length: int | None = None) -> bytes:
@@ -450,17 +456,22 @@ class NativeSession:
         if count != 0 and not limit <= count <= filled:
             raise UsageError(f"cannot save {count} positions, expected 0 or {limit} to {filled}")
         with self._lock:
-            size = self._library.pslm_kv_bytes(self._handle, count)
+            size = self._library.pslm_kv_bytes(self._open(), count)
             buffer = ctypes.create_string_buffer(max(1, size))
-            self._error.check(self._library.pslm_kv_save(self._handle, count, buffer, len(buffer)))
+            self._error.check(self._library.pslm_kv_save(self._open(), count, buffer, len(buffer)))
         return buffer.raw[:size]
 
     def restore(self, length: int, saved: bytes) -> None:
         """Replace the context by ``length`` positions that :meth:`save` gave."""
         with self._lock:
-            status = self._library.pslm_kv_restore(self._handle, length, saved, len(saved))
+            status = self._library.pslm_kv_restore(self._open(), length, saved, len(saved))
         if status != 0:
             raise UsageError(f"the saved state does not hold {length} positions of this model")
+
+    def _open(self) -> ctypes.c_void_p:
+        if not self._handle:
+            raise UsageError("this session was closed; open another one")
+        return self._handle
 
     def close(self) -> None:
         """Give its memory and threads back; later calls raise UsageError."""

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import BackendError, ContextOverflowError, PocketSlmError, UsageError
+from pocketslm.runtime import strict_json
 from pocketslm.runtime.backends import Logits, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import GenerationConfig
@@ -354,7 +355,7 @@ class RunnerSession:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """An event; None for anything else."""
     try:
-        event = json.loads(line)
+        event = strict_json.loads(line)
     except (ValueError, RecursionError):
         return None
     named = isinstance(event, dict) and isinstance(event.get("event"), str)

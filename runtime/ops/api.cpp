@@ -8,13 +8,16 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <string>
 #include <system_error>
 #include <type_traits>
+#include <vector>
 
 #include "cpu.h"
 #include "finite.h"
 #include "model_file.h"
 #include "pocketslm.h"
+#include "runner/tokenizer.h"
 #include "session.h"
 
 using namespace pocketslm;
@@ -30,6 +33,10 @@ struct pslm_session {
 
   // After a fork the child has the calling thread and none of the others.
   bool lost_threads() const { return engine.threads() > 1 && process != getpid(); }
+};
+struct pslm_tokenizer {
+  Tokenizer tokenizer;
+  uint32_t vocabulary;
 };
 
 namespace {
@@ -84,11 +91,20 @@ pslm_status check_logits(const Session& engine, pslm_error error) {
 pslm_status check_tokens(const Session& session, const int32_t* tokens, size_t count,
                          pslm_error error) {
   const uint32_t vocabulary = session.model().config.vocab_size;
+pslm_status check_vocabulary(uint32_t vocabulary, const int32_t* tokens, size_t count,
+                             pslm_error error) {
   for (size_t i = 0; i < count; ++i)
     if (static_cast<uint32_t>(tokens[i]) >= vocabulary)
       return report(error, PSLM_ERROR_ARGUMENT,
                     "token " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
                         std::to_string(vocabulary));
+  return PSLM_OK;
+}
+
+pslm_status check_tokens(const Session& session, const int32_t* tokens, size_t count,
+                         pslm_error error) {
+  const uint32_t vocabulary = session.model().config.vocab_size;
+  if (const pslm_status status = check_vocabulary(vocabulary, tokens, count, error)) return status;
   if (count > session.context() - session.length())
     return report(error, PSLM_ERROR_CONTEXT,
                   std::to_string(count) + " more tokens after " +
@@ -449,5 +465,74 @@ pslm_status pslm_kv_restore(pslm_session* session, size_t count, const void* buf
       return PSLM_ERROR_ARGUMENT;
     engine.restore(count, static_cast<const uint8_t*>(buffer));
     return PSLM_OK;
+  });
+}
+
+pslm_status pslm_tokenizer_open(const pslm_model* model, pslm_tokenizer** tokenizer,
+                                pslm_error error) {
+  if (!model || !tokenizer) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  *tokenizer = nullptr;
+  size_t bytes = 0;
+  const void* data = pslm_model_blob(model, static_cast<uint32_t>(Role::tokenizer), &bytes);
+  if (!data) return report(error, PSLM_ERROR_FORMAT, "the model file has no tokenizer");
+  return guarded(error, [&] {
+    auto opened = std::make_unique<pslm_tokenizer>();
+    opened->vocabulary = model->file.config.vocab_size;
+    const std::string failure = opened->tokenizer.load(data, bytes, opened->vocabulary);
+    if (!failure.empty()) return report(error, PSLM_ERROR_FORMAT, failure);
+    *tokenizer = opened.release();
+    return PSLM_OK;
+  });
+}
+
+void pslm_tokenizer_close(pslm_tokenizer* tokenizer) { delete tokenizer; }
+
+namespace {
+
+// Into the caller's memory, if it is large enough; `capacity` 0 asks for the size alone.
+template <typename T>
+pslm_status hand_over(const T* made, size_t size, T* out, size_t capacity, size_t* count,
+                      pslm_error error) {
+  *count = size;
+  if (size <= capacity) std::copy(made, made + size, out);
+  if (size <= capacity || capacity == 0) return PSLM_OK;
+  return report(error, PSLM_ERROR_ARGUMENT,
+                "no room for " + std::to_string(size) + ", only for " + std::to_string(capacity));
+}
+
+}  // namespace
+
+pslm_status pslm_encode(const pslm_tokenizer* tokenizer, const char* text, size_t bytes,
+                        uint32_t flags, int32_t* tokens, size_t capacity, size_t* count,
+                        pslm_error error) {
+  if (!tokenizer || (bytes && !text) || (capacity && !tokens) || !count)
+    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (flags & ~uint32_t{PSLM_TEXT_SPECIAL | PSLM_TEXT_WHOLE})
+    return report(error, PSLM_ERROR_ARGUMENT, "unknown flags of text");
+  return guarded(error, [&] {
+    const Tokenizer& own = tokenizer->tokenizer;
+    std::vector<int32_t> out;
+    const TextPart part{{text, bytes}, (flags & PSLM_TEXT_SPECIAL) != 0};
+    flags & PSLM_TEXT_WHOLE ? own.encode_whole(part, out) : own.encode({part}, out);
+    return hand_over(out.data(), out.size(), tokens, capacity, count, error);
+  });
+}
+
+pslm_status pslm_decode(const pslm_tokenizer* tokenizer, const int32_t* tokens, size_t count,
+                        uint32_t flags, char* text, size_t capacity, size_t* bytes,
+                        pslm_error error) {
+  if (!tokenizer || (count && !tokens) || (capacity && !text) || !bytes)
+    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (flags & ~uint32_t{PSLM_TEXT_GOES_ON})
+    return report(error, PSLM_ERROR_ARGUMENT, "unknown flags of text");
+  if (const pslm_status status = check_vocabulary(tokenizer->vocabulary, tokens, count, error))
+    return status;
+  return guarded(error, [&] {
+    const Tokenizer& own = tokenizer->tokenizer;
+    std::string out;
+    for (size_t i = 0; i < count; ++i) out += own.bytes(tokens[i]);
+    const bool starts = !(flags & PSLM_TEXT_GOES_ON);
+    const size_t skipped = starts && own.strips_space() && !out.empty() && out[0] == ' ' ? 1 : 0;
+    return hand_over(out.data() + skipped, out.size() - skipped, text, capacity, bytes, error);
   });
 }

@@ -32,7 +32,9 @@ COMMON = (
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
-RUNNER = ("engine", "json", "main", "protocol", "sampler", "tokenizer", "unicode", "words")
+RUNNER = ("chat", "engine", "main", "protocol", "sampler")
+# Text to tokens and back, for both.
+TEXT = tuple(f"runner/{name}" for name in ("bert", "json", "tokenizer", "unicode", "words"))
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
     # Rounding is part of the contract: every path adds and multiplies in the same order.
@@ -159,8 +161,33 @@ def compile_and_link(
             objects = list(pool.map(compile_unit, units))
         linked = Path(scratch) / output.name
         run([*toolchain.command, *flags, *objects, *link_flags, "-pthread", "-o", str(linked)])
+        seal(linked)
         linked.replace(output)
     return output
+
+
+# A program or library ends with this and the SHA-256 of all before it, which loaders do not read:
+# one that was cut, as by a loss of power, would end the process that loads it.
+SEAL = b"\npocketslm "
+
+
+def seal(path: Path) -> None:
+    """Say at the end of the file what it holds, and have it on the disk."""
+    with path.open("r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(SEAL + digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a program or library is there, as it was built."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    size = len(data) - len(SEAL) - hashlib.sha256().digest_size
+    return size > 0 and data[size:] == SEAL + hashlib.sha256(data[:size]).digest()
 
 
 def sanitizer_flags(names: str) -> list[str]:
@@ -174,7 +201,7 @@ def build_library(directory: Path, sanitize: str | None = None) -> Path:
     suffix = "" if sanitize is None else "-" + sanitize.replace(",", "-")
     output = directory / f"libpocketslm-{source_hash()}{suffix}.so"
     flags = [] if sanitize is None else sanitizer_flags(sanitize)
-    return compile_and_link(output, toolchain, (*COMMON, *BINDINGS), flags, ["-shared"])
+    return compile_and_link(output, toolchain, (*COMMON, *TEXT, *BINDINGS), flags, ["-shared"])
 
 
 def executorch_library() -> Path:
@@ -192,7 +219,7 @@ def executorch_library() -> Path:
         raise BuildError(f"{root} has no extension/pybindings/_portable_lib")
     release = importlib.metadata.version("executorch")
     output = cache_directory() / f"libpocketslm-executorch-{release}-{source_hash()}.so"
-    if output.is_file():
+    if is_whole(output):
         return output
     include = root / "include"
     flags = [
@@ -208,7 +235,7 @@ def executorch_library() -> Path:
 def build_runner(output: Path, target: str | None = None, sanitize: str | None = None) -> Path:
     """Build ``pocketslm-run``, static unless a sanitizer is asked for."""
     toolchain = find_toolchain(target)
-    names = [*COMMON, *(f"runner/{name}" for name in RUNNER)]
+    names = [*COMMON, *TEXT, *(f"runner/{name}" for name in RUNNER)]
     flags, link = [], ["-static", "-s"]
     if toolchain.machine == "aarch64":
         link += ["-Wl,-z,max-page-size=16384"]  # phones with 16 KB pages
@@ -227,7 +254,7 @@ def built_library() -> Path | None:
     """The library for these sources where it lies in the package or the cache."""
     name = f"libpocketslm-{source_hash()}.so"
     places = (SOURCES / "lib" / name, cache_directory() / name)
-    return next((path for path in places if path.is_file()), None)
+    return next((path for path in places if is_whole(path)), None)
 
 
 def library() -> Path:
@@ -241,7 +268,7 @@ def runner(target: str | None = None) -> Path:
     From the cache, or compiled now.
     """
     path = cache_directory() / "-".join(filter(None, ("pocketslm-run", target, source_hash())))
-    return path if path.is_file() else build_runner(path, target)
+    return path if is_whole(path) else build_runner(path, target)
 
 
 def main() -> int:

@@ -49,10 +49,16 @@ typedef enum {
   PSLM_KV_I8 = 1,
   PSLM_KV_CALLER = 2 /* fp16 in the caller's memory: see pslm_bind_cache */
 } pslm_kv_type;
+enum {
+  PSLM_TEXT_SPECIAL = 1, /* encode: the names of special tokens mean them; not for users' text */
+  PSLM_TEXT_WHOLE = 2,   /* encode: with what stands around a text, such as BOS; not for chats */
+  PSLM_TEXT_GOES_ON = 4  /* decode: these are not the first tokens of a text */
+};
 typedef enum { PSLM_LOGITS_NONE = 0, PSLM_LOGITS_LAST = 1, PSLM_LOGITS_ALL = 2 } pslm_logits;
 
 typedef struct pslm_model pslm_model;
 typedef struct pslm_session pslm_session;
+typedef struct pslm_tokenizer pslm_tokenizer;
 
 typedef struct {
   char* text; /* may be null */
@@ -106,6 +112,22 @@ PSLM_API pslm_status pslm_model_state(const pslm_model* model, uint32_t index,
                                       pslm_state_info* info);
 /* An opaque section of the file, such as the tokenizer; null and 0 where the file has none. */
 PSLM_API const void* pslm_model_blob(const pslm_model* model, uint32_t role, size_t* bytes);
+
+/* The tokenizer that export packed into the file, an error where it packed none. The model must
+ * outlive it. It holds no state: any number of threads may use one at once. */
+PSLM_API pslm_status pslm_tokenizer_open(const pslm_model* model, pslm_tokenizer** tokenizer,
+                                         pslm_error error);
+PSLM_API void pslm_tokenizer_close(pslm_tokenizer* tokenizer);
+/* UTF-8 to tokens; `flags` are PSLM_TEXT_ values. `count` becomes the number of tokens. Where they
+ * are more than `capacity`, none is written, which is an error unless `capacity` is 0. */
+PSLM_API pslm_status pslm_encode(const pslm_tokenizer* tokenizer, const char* text, size_t bytes,
+                                 uint32_t flags, int32_t* tokens, size_t capacity, size_t* count,
+                                 pslm_error error);
+/* Tokens to text, to which special ones add nothing; `bytes` and `capacity` as above. A character
+ * may end in a later token, so text by the token is to be joined before it is read as UTF-8. */
+PSLM_API pslm_status pslm_decode(const pslm_tokenizer* tokenizer, const int32_t* tokens,
+                                 size_t count, uint32_t flags, char* text, size_t capacity,
+                                 size_t* bytes, pslm_error error);
 
 /* The model must outlive the session. */
 PSLM_API pslm_status pslm_session_open(const pslm_model* model, const pslm_options* options,

@@ -7,8 +7,9 @@ Decoding, streaming and chat templates are one code for both.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -16,9 +17,15 @@ from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import decoders, fields, normalizers, postprocessors, wheel
 from pocketslm.runtime.tokenizer.bpe import PythonEncoder
 from pocketslm.runtime.tokenizer.chat import ChatTemplate, Fragment, Message
+from pocketslm.runtime.tokenizer.identity import (
+    Identity,
+    read_identity,
+    special_names,
+    with_added_tokens,
+)
 from pocketslm.runtime.tokenizer.stream import StreamDecoder
 from pocketslm.runtime.tokenizer.unicode_classes import WHITE_SPACE, characters
-from pocketslm.runtime.tokenizer.vocabulary import Vocabulary
+from pocketslm.runtime.tokenizer.vocabulary import Vocabulary, any_of
 
 __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer", "load_tokenizer_files"]
 
@@ -29,10 +36,11 @@ FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
+    "special_tokens_map.json",
+    "config.json",
 )
 MAX_FILE_BYTES = 256 << 20
 _SPACES = characters(WHITE_SPACE)
-_TOKEN_VARIABLE = re.compile(r"(?:[a-z]+_)?[a-z]+_token")
 
 
 class Encoder(Protocol):
@@ -58,8 +66,7 @@ class Tokenizer:
         affixes: postprocessors.Affixes,
         variables: Mapping[str, str],
         chat_template: str | None,
-        eos_token_ids: frozenset[int],
-        bos_token_id: int | None,
+        identity: Identity,
     ) -> None:
         self._encoder = encoder
         self._vocabulary = vocabulary
@@ -67,13 +74,26 @@ class Tokenizer:
         self._affixes = affixes
         self._bytes: dict[tuple[int, bool], bytes] = {}
         self._stripping = {t.id: t for t in vocabulary.added if t.lstrip or t.rstrip}
-        self._chat = chat_template and ChatTemplate(
-            chat_template,
-            {token.content: token.id for token in vocabulary.added if token.special},
-            variables,
+        self._chat = (
+            None
+            if not chat_template
+            else ChatTemplate(
+                chat_template,
+                {token.content: token.id for token in vocabulary.added if token.special},
+                variables,
+            )
         )
-        self.eos_token_ids = eos_token_ids
-        self.bos_token_id = bos_token_id
+        self.identity = identity
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset(self.identity.eos)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text; None if there is none."""
+        return self.identity.bos
 
     @property
     def name(self) -> str:
@@ -94,6 +114,21 @@ class Tokenizer:
     def leading_strip(self) -> tuple[str, int]:
         """A character, and how often it is taken off the start of a decoded text."""
         return self._decoder.strip, self._decoder.strip_count
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template; None if there is none."""
+        return self._chat.source if self._chat else None
+
+    @property
+    def texts(self) -> Mapping[int, str]:
+        """The text of every token, as the vocabulary writes it."""
+        return self._vocabulary.texts
+
+    @property
+    def affixes(self) -> tuple[int, ...]:
+        """The tokens that `encode` adds before and after a text, where asked to."""
+        return (*self._affixes.before, *self._affixes.after)
 
     def token_id(self, text: str) -> int | None:
         """The id of the token with exactly this text in the vocabulary; None if there is none."""
@@ -190,11 +225,44 @@ class Tokenizer:
         )
         return self._encode_fragments(fragments)
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The same prompt as text, special tokens written out; for showing, not for encoding."""
-        fragments = self._render(messages, add_generation_prompt=add_generation_prompt)
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        strftime_now: Callable[[str], str] | None = None,
+    ) -> str:
+        """The same prompt as text, special tokens written out; for showing, not for encoding.
+
+        `strftime_now` writes dates in it, by default today's.
+        """
+        fragments = self._render(
+            messages, add_generation_prompt=add_generation_prompt, strftime_now=strftime_now
+        )
         texts = self._vocabulary.texts
         return "".join(part if isinstance(part, str) else texts[part] for part in fragments)
+
+    def turn_end(self) -> int | None:
+        """The token with which the chat template closes the assistant's turn; None if there is
+        none, or no template that takes a question and an answer."""
+        if not self._chat:
+            return None
+        answer = "ANSWER"
+        turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": answer})
+        try:
+            fragments = self._render(turns, add_generation_prompt=False)
+        except TokenizerError:
+            return None
+        for part, following in pairwise([*fragments, ""]):
+            if not isinstance(part, str) or answer not in part:
+                continue
+            rest = part.partition(answer)[2].strip()
+            if not rest:
+                return following if isinstance(following, int) else None
+            written = any_of(token.content for token in self._vocabulary.added)
+            match = written.match(rest) if written else None
+            return self.token_id(match.group()) if match else None
+        return None
 
     def _render(self, messages: Sequence[Message], **options: Any) -> list[Fragment]:
         if not self._chat:
@@ -221,8 +289,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path, implementation: Implementation = "auto") -> Tokenizer:
-    """The tokenizer in `folder`, from `tokenizer.json` and, where present, `tokenizer_config.json`,
-    `chat_template.jinja` and `generation_config.json`.
+    """The tokenizer in `folder`, from `tokenizer.json` and those of the other `FILES` that it has.
 
     `implementation` is `tokenizers` (the wheel), `python` (no wheel needed) or `auto`, the wheel
     where it is installed. Both give the same ids.
@@ -267,32 +334,39 @@ def load_tokenizer_files(
             "tokenizer.json is missing; expected the tokenizer file that Hugging Face writes; "
             "fetch or export the model again"
         )
-    document, config, generation = (
+    document, config, generation, special_map, model = (
         fields.parse_object(text[name], name) if name in text else {}
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "generation_config.json",
+            "special_tokens_map.json",
+            "config.json",
+        )
     )
-    normalizer = normalizers.build(document.get("normalizer"))
-    vocabulary = Vocabulary(document, normalizer)
-    variables = _token_variables(config)
-    bos = variables.get("bos_token")
-    bos_id = vocabulary.id_of(bos) if bos else None
-    eos = variables.get("eos_token")
-    eos_id = vocabulary.id_of(eos) if eos else None
-    eos_ids = _ids(generation, "eos_token_id") | ({eos_id} if eos_id is not None else set())
+    merged = with_added_tokens(document, config, special_map)
+    normalizer = normalizers.build(merged.get("normalizer"))
+    vocabulary = Vocabulary(merged, normalizer)
+    variables = special_names(config, special_map)
+    named = {
+        name: id_
+        for name, token in variables.items()
+        if (id_ := vocabulary.id_of(token)) is not None
+    }
     encoder: Encoder
     if _use_wheel(implementation):
-        encoder = wheel.WheelEncoder(text["tokenizer.json"], document, vocabulary)
+        whole = text["tokenizer.json"] if merged == document else json.dumps(merged)
+        encoder = wheel.WheelEncoder(whole, merged, vocabulary)
     else:
-        encoder = PythonEncoder(document, vocabulary, normalizer)
+        encoder = PythonEncoder(merged, vocabulary, normalizer)
     return Tokenizer(
         encoder,
         vocabulary,
-        decoders.build(document.get("decoder")),
-        postprocessors.build(document.get("post_processor")),
+        decoders.build(merged.get("decoder")),
+        postprocessors.build(merged.get("post_processor")),
         variables,
         text.get("chat_template.jinja") or _template_in(config),
-        frozenset(eos_ids),
-        min(_ids(generation, "bos_token_id"), default=None) if bos_id is None else bos_id,
+        read_identity(generation, model, named),
     )
 
 
@@ -320,16 +394,6 @@ def _text(content: bytes | str, name: str) -> str:
         ) from None
 
 
-def _token_variables(config: Mapping[str, object]) -> dict[str, str]:
-    """`bos_token` and its like in tokenizer_config.json; each a string or an added token."""
-    found = {}
-    for key, value in config.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if _TOKEN_VARIABLE.fullmatch(key) and isinstance(content, str):
-            found[key] = content
-    return found
-
-
 def _template_in(config: Mapping[str, object]) -> str | None:
     """The `chat_template` of tokenizer_config.json: one, or the `default` of several."""
     value = config.get("chat_template")
@@ -344,15 +408,3 @@ def _template_in(config: Mapping[str, object]) -> str | None:
             "or a list with one named 'default'; fetch or export the file again"
         )
     return value
-
-
-def _ids(generation: Mapping[str, object], key: str) -> set[int]:
-    """An id or a list of ids in generation_config.json."""
-    value = generation.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(id_) is int and id_ >= 0 for id_ in ids):
-        raise TokenizerError(
-            f"generation_config.json: {key} is {str(value)[:80]!r}; expected an id or a list of "
-            "ids; fetch or export the file again"
-        )
-    return set(cast("list[int]", ids))

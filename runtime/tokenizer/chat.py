@@ -20,7 +20,7 @@ template compares or splits messages at that token, it finds nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -32,6 +32,8 @@ Message = Mapping[str, Any]
 Fragment = str | int
 """Ordinary text, or the id of a special token."""
 
+MAX_TEMPLATE = 1 << 18  # characters; the longest known ones have 30,000
+MAX_REASON = 500  # characters of a template's own error
 _PRIVATE_PLANES = ((0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CONTROL_KEYS = frozenset({"role", "type"})
@@ -57,32 +59,44 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        strftime_now: Callable[[str], str] | None = None,
     ) -> list[Fragment]:
         """The prompt as ordinary text and special tokens.
 
-        `variables` are further names that the template can use, such as `enable_thinking`.
+        `variables` are further names that the template can use, such as `enable_thinking`;
+        `strftime_now` writes the date for it, by default today's.
         Raises `TokenizerError` where the template does not compile, rejects the messages, fails
-        on them, or builds special tokens that cannot be told from message text.
+        on them, asks for more steps or text than a prompt of these messages can need, or builds
+        special tokens that cannot be told from message text.
         """
-        inputs = {
-            "messages": [_message(message) for message in messages],
-            "tools": _plain(list(tools)) if tools is not None else None,
-            "documents": _plain(list(documents)) if documents is not None else None,
-            **{key: _plain(value) for key, value in (variables or {}).items()},
-        }
+        try:
+            inputs = {
+                "messages": [_message(message) for message in messages],
+                "tools": _plain(list(tools)) if tools is not None else None,
+                "documents": _plain(list(documents)) if documents is not None else None,
+                **{key: _plain(value) for key, value in (variables or {}).items()},
+            }
+        except RecursionError:
+            raise TokenizerError(
+                "the messages nest too deeply; expected lists and mappings as JSON has them; "
+                "flatten them"
+            ) from None
         marks = self._marks(inputs)
-        fragments = self._fragments(inputs, marks, add_generation_prompt)
+        given: dict[str, Any] = {n: marks.get(text, text) for n, text in self.variables.items()}
+        given |= {"add_generation_prompt": add_generation_prompt}
+        given |= {"strftime_now": strftime_now} if strftime_now else {}
+        fragments = self._fragments({**given, **inputs}, marks)
         if any(self._written_out(part) for part in fragments):
-            self._check_written_by_messages(inputs, marks, add_generation_prompt)
+            neutral = {key: _neutral(value) for key, value in inputs.items()}
+            self._check_written_by_messages({**given, **neutral}, marks)
         return fragments
 
     def _check_written_by_messages(
-        self, inputs: Mapping[str, Any], marks: Mapping[str, str], add_generation_prompt: bool
+        self, neutral: Mapping[str, Any], marks: Mapping[str, str]
     ) -> None:
         """Refuses a template that writes special tokens out as text even when no message does."""
-        neutral = {key: _neutral(value) for key, value in inputs.items()}
         try:
-            fragments = self._fragments(neutral, marks, add_generation_prompt)
+            fragments = self._fragments(neutral, marks)
         except TokenizerError:  # it needs the real messages; what they hold stays ordinary text
             return
         for part in fragments:
@@ -93,18 +107,26 @@ class ChatTemplate:
                     "a role; write it out in chat_template.jinja"
                 )
 
-    def _fragments(
-        self, inputs: Mapping[str, Any], marks: Mapping[str, str], add_generation_prompt: bool
-    ) -> list[Fragment]:
-        given = {name: marks.get(text, text) for name, text in self.variables.items()}
-        try:
-            template = _compile(self.source, tuple(marks.items()))
-            rendered = template.render(
-                **{**given, **inputs, "add_generation_prompt": add_generation_prompt}
-            )
-        except Exception as error:  # a template is a program of its own, and may fail in any way
+    def _fragments(self, inputs: Mapping[str, Any], marks: Mapping[str, str]) -> list[Fragment]:
+        from pocketslm.runtime.tokenizer.metering import OverBudget, metered, size_of
+
+        if len(self.source) > MAX_TEMPLATE:
             raise TokenizerError(
-                f"the chat template failed: {type(error).__name__}: {error}; expected messages "
+                f"the chat template has {len(self.source)} characters; expected at most "
+                f"{MAX_TEMPLATE}; use another template"
+            )
+        try:
+            with metered(size_of(inputs)):
+                rendered = _compile(self.source, tuple(marks.items())).render(**inputs)
+        except OverBudget as error:
+            raise TokenizerError(
+                f"the chat template was stopped: it asks for too many {error}; expected work in "
+                "proportion to the messages; use another template"
+            ) from None
+        except Exception as error:  # a template is a program of its own, and may fail in any way
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON]
+            raise TokenizerError(
+                f"the chat template failed: {reason}; expected messages "
                 "with the roles and fields that it knows; change the messages or the template"
             ) from error
         if not marks:
@@ -141,14 +163,14 @@ class ChatTemplate:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    """What the template sees: keys whose value is None are dropped, reasoning is also found
-    under the names that templates use for it."""
+    """What the template sees: keys whose value is None are dropped, but for the content, for which
+    templates ask; reasoning is also found under the names that templates use for it."""
     if not isinstance(message, Mapping):
         raise TokenizerError(
             f"a chat message is {type(message).__name__}; expected a mapping with 'role' and "
             "'content'; pass a list of such mappings"
         )
-    given = {key: value for key, value in message.items() if value is not None}
+    given = {k: v for k, v in message.items() if v is not None or k == "content"}
     plain: dict[str, Any] = _plain(given)
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
     if reasoning is not None:
@@ -197,7 +219,6 @@ def _neutral(value: Any) -> Any:
 @lru_cache(maxsize=8)
 def _compile(source: str, marks: tuple[tuple[str, str], ...]) -> Any:
     """The Jinja template with the special tokens of its literals replaced by their marks."""
-    from pocketslm.runtime.tokenizer.jinja import environment, mark_special_tokens
+    from pocketslm.runtime.tokenizer.jinja import compiled
 
-    engine = environment()
-    return engine.from_string(mark_special_tokens(engine, engine.parse(source), dict(marks)))
+    return compiled(source, dict(marks))

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from pocketslm.runtime.tokenizer.metering import Metered, MeteredEnvironment, check_json
 from pocketslm.runtime.tokenizer.vocabulary import any_of
 
 
@@ -45,6 +45,9 @@ class _Namespace(Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
         super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"  # what it holds may be long
 
 
 class _Dict:
@@ -78,14 +81,15 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own `tojson` escapes HTML characters; prompts have to keep them."""
+    check_json(value, indent, separators, ensure_ascii)
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
-def environment() -> ImmutableSandboxedEnvironment:
+def environment() -> MeteredEnvironment:
     """A fresh environment with the settings, filters and globals of transformers."""
-    engine = ImmutableSandboxedEnvironment(
+    engine = MeteredEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     engine.filters["tojson"] = _to_json
@@ -104,14 +108,21 @@ def mark_special_tokens(
     `marks` maps a token's text to its mark. Tokens are found inside literals, and around a role
     that stands between two literals.
     """
-    if not marks:
-        return tree
-    engine.filters["mark_role"] = lambda role, left, right: marks.get(
-        f"{left}{role}{right}", f"{left}{role}{right}"
-    )
-    _Marker(marks).visit(tree)  # in place: the root itself is kept
-    tree.set_environment(engine)
+    if marks:
+        engine.filters["mark_role"] = lambda role, left, right: marks.get(
+            f"{left}{role}{right}", f"{left}{role}{right}"
+        )
+        _Marker(marks).visit(tree)  # in place: the root itself is kept
     return tree
+
+
+def compiled(source: str, marks: Mapping[str, str]) -> Template:
+    """The template with its special tokens marked and its steps counted."""
+    engine = environment()
+    tree = mark_special_tokens(engine, engine.parse(source), marks)
+    Metered().visit(tree)
+    tree.set_environment(engine)
+    return engine.from_string(tree)
 
 
 class _Marker(NodeTransformer):

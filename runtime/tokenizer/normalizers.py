@@ -70,19 +70,23 @@ def _step(node: dict[str, object]) -> Normalizer:
     raise fields.unsupported("normalizer type", kind, KNOWN)
 
 
-@cache
-def _bert_classes() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """What BERT's normalizer removes, takes for a space, sets apart, and takes for an accent."""
+# The gap below U+2B920 is the wheel's.
+BERT_IDEOGRAPHS: uc.Ranges = (
+    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F),
+)  # fmt: skip
+"""What BERT's normalizer sets apart with spaces."""
+
+
+def bert_removed() -> uc.Ranges:
+    """What BERT's normalizer leaves out of a text: controls, but for the white space among them."""
     controls = ((0x0, 0x8), (0xB, 0xC), (0xE, 0x1F), (0x7F, 0x9F), (0xFFFD, 0xFFFD))
-    removed = uc.union([controls, uc.of_unicode_8("Cf"), uc.category("Co") or ()])
-    # The gap below U+2B920 is the wheel's.
-    ideographs = (
-        (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF),
-        (0x2A700, 0x2B81F), (0x2B920, 0x2CEAF), (0x2F800, 0x2FA1F),
-    )  # fmt: skip
-    classes = (removed, uc.WHITE_SPACE, ideographs, uc.of_unicode_8("Mn"))
-    removed_, space, ideograph, accent = (re.compile(write_class(ranges)) for ranges in classes)
-    return removed_, space, ideograph, accent
+    return uc.union([controls, uc.of_unicode_8("Cf"), uc.category("Co") or ()])
+
+
+@cache
+def _class(ranges: uc.Ranges) -> re.Pattern[str]:
+    return re.compile(write_class(ranges))
 
 
 def _bert(node: dict[str, object]) -> Normalizer:
@@ -91,7 +95,8 @@ def _bert(node: dict[str, object]) -> Normalizer:
     apart = fields.optional(node, "handle_chinese_chars", bool, True, where)
     lower = fields.optional(node, "lowercase", bool, True, where)
     strip = fields.optional(node, "strip_accents", bool, lower, where)
-    removed, space, ideograph, accent = _bert_classes()
+    removed, space = _class(bert_removed()), _class(uc.WHITE_SPACE)
+    ideograph, accent = _class(BERT_IDEOGRAPHS), _class(uc.of_unicode_8("Mn"))
 
     def normalize(text: str) -> str:
         if clean:

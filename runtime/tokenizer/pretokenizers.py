@@ -88,11 +88,16 @@ def _step(node: dict[str, object]) -> Step:
     raise fields.unsupported("pre_tokenizer type", kind, KNOWN)
 
 
+def bert_signs() -> uc.Ranges:
+    """What is a word by itself to BERT: punctuation, and all signs of ASCII."""
+    ascii_signs = ((0x21, 0x2F), (0x3A, 0x40), (0x5B, 0x60), (0x7B, 0x7E))
+    return uc.union([ascii_signs, uc.of_unicode_8("P")])
+
+
 @cache
 def _bert_words() -> re.Pattern[str]:
-    """Punctuation, character by character, and what stands between it and white space."""
-    ascii_signs = ((0x21, 0x2F), (0x3A, 0x40), (0x5B, 0x60), (0x7B, 0x7E))
-    signs = uc.union([ascii_signs, uc.of_unicode_8("P")])
+    """Signs, one by one, and what stands between them and white space."""
+    signs = bert_signs()
     between = write_class(uc.union([signs, uc.WHITE_SPACE]), negated=True)
     return re.compile(f"{between}+|{write_class(signs)}")
 

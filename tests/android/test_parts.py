@@ -17,7 +17,7 @@ import pytest
 import support
 from pocketslm.android import strings
 from pocketslm.android.engine import meter
-from pocketslm.android.engine.models import Models, describe
+from pocketslm.android.engine.models import Models, _kv_token_bytes, describe
 from pocketslm.android.engine.worker import Job, Worker
 from pocketslm.android.intents import SCHEMAS, Action
 from pocketslm.android.intents.grammar import propose
@@ -25,7 +25,7 @@ from pocketslm.android.settings import DEFAULTS, Settings
 from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.models.checkpoint import open_checkpoint
-from pocketslm.runtime.bundle import open_bundle
+from pocketslm.runtime.bundle import Graph, open_bundle
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
 
@@ -135,6 +135,43 @@ def _poll_until(worker: Worker, holds) -> None:  # type: ignore[no-untyped-def]
 
 
 # Models
+
+
+def test_a_job_that_runs_at_once_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that is faster than its starter must not have its job forgotten."""
+    begun = threading.Event()
+    start = threading.Thread.start
+
+    def start_and_wait(self: threading.Thread) -> None:
+        start(self)
+        begun.wait(10) if self.name == "fast" else None
+
+    class Fast(Worker):
+        def _run(self) -> None:
+            self.current = "mine"  # type: ignore[assignment]
+            begun.set()
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_wait)
+    assert Fast("fast").current == "mine"
+
+
+@pytest.mark.parametrize(
+    ("cache", "changes", "heads_and_bytes"),
+    [
+        ("fp16", {}, (8, 2 * 64)),
+        ("fp32", {}, (8, 4 * 64)),
+        ("int8", {}, (8, 64 + 4)),
+        ("fp16", {"layer_sharing": True}, (16, 2 * 64)),
+        ("fp16", {"layer_sizes": [[8, 2, 96], [4, 1, 96]]}, (3, 2 * 64)),
+    ],
+)
+def test_the_cache_is_counted_as_the_graph_keeps_it(
+    cache: str, changes: dict[str, object], heads_and_bytes: tuple[int, int]
+) -> None:
+    plain = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64}
+    heads, vector = heads_and_bytes
+    graph = Graph("native", "model.slm", 256, cache)
+    assert _kv_token_bytes(graph, plain | changes) == 2 * heads * vector
 
 
 def test_a_bundle_is_imported_as_a_folder_and_as_a_zip(tiny_bundle: Path, tmp_path: Path) -> None:

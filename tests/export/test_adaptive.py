@@ -20,6 +20,7 @@ from pocketslm.export.prune import adaptive, depth, width
 from pocketslm.export.prune.folder import RECORD_FILE
 from pocketslm.export.prune.pruned import Changed
 from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
+from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.bundle import open_bundle
@@ -27,13 +28,19 @@ from pocketslm.runtime.bundle import open_bundle
 MAX_GRAPH_ERROR = 0.02  # of float weights over an fp16 cache and an 8-bit head
 MAX_LOGIT_ERROR = 1e-4  # of a model with parts masked against one without them, in fp32
 MAX_SCORE_ERROR = 1e-4  # relative, of sums of products in another order
-CONFIG = replace(
-    support.TINY,
-    intermediate_size=256,
-    num_hidden_layers=4,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-)
+
+
+def sized(**changes: Any) -> ModelConfig:
+    return support.tiny(
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        **changes,
+    )
+
+
+CONFIG = sized()
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 264, (3, 24)))
 TEXT = np.random.default_rng(1).integers(0, 256, 600)
 QUICK = HealConfig(steps=8, batch=4, sequence=16, learning_rate=1e-3, checkpoint_every=3)
@@ -93,7 +100,7 @@ def test_importance_and_scores_are_the_paper_s(checkpoint: Checkpoint) -> None:
 def test_what_adds_nothing_goes_first_and_changes_nothing(
     architecture: str, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, architecture=architecture, attention_bias=architecture == "qwen2")
+    config = sized(architecture=architecture, attention_bias=architecture == "qwen2")
     whole = open_checkpoint(support.write_hf(tmp_path / "hf", config))
     model = load_reference(whole)
     dead = torch.zeros(256, dtype=torch.bool)
@@ -124,7 +131,7 @@ def test_amplitude_zero_is_uniform_and_another_is_not(checkpoint: Checkpoint) ->
         narrow = width.Narrowed(checkpoint, kept)
         assert max_error(logits(load_reference(narrow)), logits(model)) < MAX_LOGIT_ERROR
         widths[amplitude] = narrow.config.layers
-        assert all(size.intermediate_size % 32 == 0 for size in narrow.config.layers)
+        assert all(layer.mlp.width % 32 == 0 for layer in narrow.config.layers)
     assert len(set(widths[0.0])) == 1
     assert len(set(widths[0.02])) > 1
 
@@ -164,7 +171,7 @@ def test_pruning_while_healing_resumes_and_ends_narrow(
     for layer, neurons in zip(student.model.layers, kept.neurons, strict=True):
         assert not layer.mlp.down_proj.weight[:, ~neurons].any()  # training did not wake them up
     assert 0 < losses[3] < losses[4]  # the second stage hurts, too
-    narrowed = sum(size.intermediate_size for size in whole.config.layers)
+    narrowed = sum(layer.mlp.width for layer in whole.config.layers)
     assert narrowed < 0.8 * 4 * 256
 
     def stop(step: int, steps: int, kl: float) -> None:
@@ -200,7 +207,7 @@ def test_the_commands_write_layers_of_their_own_size_that_export(
     assert "neurons" in capsys.readouterr().out
     assert json.loads((out / RECORD_FILE).read_text())["adaptive"] == 0.4
     pruned = open_checkpoint(out)
-    assert pruned.config.layer_sizes is not None
+    assert not pruned.config.is_uniform
     assert main(["export", str(out), str(tmp_path / "bundle"), "--weights", "float"]) == 0
     bundle = open_bundle(tmp_path / "bundle")
     expected = logits(load_reference(pruned))[0]
@@ -213,4 +220,4 @@ def test_the_commands_write_layers_of_their_own_size_that_export(
     config = replace(QUICK, steps=2, stages=1, adaptive=0.4)
     heal_folder(checkpoint, checkpoint, text, tmp_path / "healed", config)
     healed = open_checkpoint(tmp_path / "healed").config
-    assert sum(size.intermediate_size for size in healed.layers) < 0.8 * 4 * 256
+    assert sum(layer.mlp.width for layer in healed.layers) < 0.8 * 4 * 256

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +92,9 @@ def test_mixed_precision_beats_one_precision_and_low_rank_at_equal_bytes(calibra
     def measured(*bands: Band) -> tuple[int, float]:
         parts = _split(delta, bands, hessian)
         size = sum(value.nbytes for value in parts.values())
-        return size, float(np.linalg.norm(x.numpy() @ (_joined(parts, bands) - delta).T))
+        return size, float(
+            np.linalg.norm(x.numpy() @ (_joined(parts, bands, delta.shape) - delta).T)
+        )
 
     size, error = measured(Band(2, 8), Band(32, 3), Band(116, 2))
     for other in (Band(44, 8), Band(175, 2), Band(11, 32)):
@@ -106,7 +110,7 @@ def test_gptq_loses_less_of_the_output_than_the_nearest_codes() -> None:
     bands = paper_bands(256 + 128)
 
     def lost(hessian: torch.Tensor | None) -> float:
-        made = _joined(_split(delta, bands, hessian), bands)
+        made = _joined(_split(delta, bands, hessian), bands, delta.shape)
         return float(np.linalg.norm(x.numpy() @ (made - delta).T))
 
     assert lost(hessian) < 0.95 * lost(None)
@@ -153,14 +157,6 @@ def test_files_that_do_not_fit_are_errors(
     with pytest.raises(CheckpointError, match="another base"):
         DeltaCheckpoint(tuned, tmp_path / "d")
     whole = (tmp_path / "d").read_bytes()
-    parts = dict(load_file(tmp_path / "d"))
-    name = "model.layers.0.mlp.up_proj.weight"
-    with safe_open(tmp_path / "d", framework="pt") as file:
-        facts = file.metadata()
-    for part, value in (("shape", torch.tensor([1 << 40, 64])), ("0.u", torch.zeros(2, 3).byte())):
-        save_file(parts | {f"{name}.{part}": value}, tmp_path / "damaged", metadata=facts)
-        with pytest.raises(CheckpointError, match="up_proj.weight is damaged"):
-            DeltaCheckpoint(base, tmp_path / "damaged").weight(name)
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="cannot read"):
         DeltaCheckpoint(base, tmp_path / "cut")
@@ -170,3 +166,58 @@ def test_files_that_do_not_fit_are_errors(
     for rank, bits in ((0, 8), (4, 5)):
         with pytest.raises(ExportError, match="unknown"):
             Band(rank, bits)
+
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+# What is changed in the tensors (None: taken out) or facts of a file, and what is said of it.
+DAMAGE: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
+    "one bit": ({f"{NAME}.0.v": lambda t: t ^ 1}, {}, "do not match its SHA-256"),
+    "lost half": ({f"{NAME}.0.u": None}, {}, f"{NAME} lacks 0.u"),
+    "lost scales": ({f"{NAME}.0.u.scales": None}, {}, f"{NAME} lacks 0.u.scales"),
+    "lost weight": ({"model.norm.weight.whole": None}, {}, "do not match its SHA-256"),
+    "wide rows": ({f"{NAME}.0.u": lambda t: torch.zeros(2, 1 << 12).byte()}, {}, "expected"),
+    "rank": ({f"{NAME}.0.u": lambda t: t[0]}, {}, "expected"),
+    "one scale": ({f"{NAME}.0.u.scales": lambda t: t[:1]}, {}, "expected"),
+    "bf16": ({f"{NAME}.0.u.scales": lambda t: t.bfloat16()}, {}, "expected"),
+    "floats": ({f"{NAME}.0.u": lambda t: t.float()}, {}, "expected"),
+    "whole too": ({f"{NAME}.whole": torch.zeros(96, 64)}, {}, "whole and in bands"),
+    "vector's band": ({"model.norm.weight.0.u": torch.zeros(2, 8).byte()}, {}, "no weight"),
+    "unknown": ({"model.layers.9.mlp.up_proj.weight.whole": torch.zeros(1)}, {}, "no weight"),
+    "stray": ({"x": torch.zeros(1)}, {}, "'x' belongs to no weight"),
+    **{
+        f"bands {text}": ({}, {"bands": text}, "damaged")
+        for text in ("", "[", "[]", "{}", "[[2]]", "[[2, 8.0]]", "[[true, 8]]", "[[2, 5]]", "[8]")
+    },
+    "other bands": ({}, {"bands": "[[2, 4]]"}, "expected"),
+    "more bands": ({}, {"bands": "[[2, 8], [2, 8]]"}, "lacks 1."),
+    "no sha256": ({}, {"sha256": ""}, "do not match its SHA-256"),
+    "version 1": ({}, {"version": "1"}, "not a delta of version 2"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_delta_is_used_whole_or_refused(
+    name: str, base: Checkpoint, tuned: Checkpoint, tmp_path: Path
+) -> None:
+    make_delta(base, tuned, tmp_path / "d", [Band(2, 8)])
+    DeltaCheckpoint(base, tmp_path / "d")
+    with safe_open(tmp_path / "d", framework="pt") as file:
+        facts = file.metadata()
+    tensors, changed, message = DAMAGE[name]
+    parts = dict(load_file(tmp_path / "d"))
+    for part, change in tensors.items():
+        parts[part] = change(parts[part]) if callable(change) else change
+    parts = {part: value.contiguous() for part, value in parts.items() if value is not None}
+    save_file(parts, tmp_path / "damaged", metadata=facts | changed)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        DeltaCheckpoint(base, tmp_path / "damaged")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_delta_that_cannot_be_written_leaves_nothing(
+    base: Checkpoint, tuned: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="cannot write"):
+        make_delta(base, tuned, tmp_path / "file" / "d", [Band(2, 8)])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 import support
-from pocketslm.errors import ContextOverflowError, ExportError
-from pocketslm.export.evaluate import compare, evaluate_bundle, windows_of
+from pocketslm.errors import BackendError, CheckpointError, ContextOverflowError, ExportError
+from pocketslm.export.evaluate import compare, evaluate, evaluate_bundle, windows_of
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
@@ -190,12 +191,12 @@ def test_rebuilding_from_the_recipe_gives_the_same_bytes(tiny_gguf: Path, tmp_pa
 def test_nothing_is_left_of_a_failed_export(
     tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pocketslm.export.lower import onnx
+    from pocketslm.export.lower import onnx_graph
 
     def full_disk(self: object, name: str, array: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(onnx._DataFile, "add", full_disk)
+    monkeypatch.setattr(onnx_graph.DataFile, "add", full_disk)
     with pytest.raises(ExportError, match="No space left on device"):
         export_bundle(open_checkpoint(tiny_hf), tmp_path / "out" / "b")
     assert list((tmp_path / "out").iterdir()) == []
@@ -203,7 +204,7 @@ def test_nothing_is_left_of_a_failed_export(
     def interrupt(self: object, name: str, array: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx._DataFile, "add", interrupt)
+    monkeypatch.setattr(onnx_graph.DataFile, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_bundle(open_checkpoint(tiny_hf), tmp_path / "out" / "b")
     assert list((tmp_path / "out").iterdir()) == []
@@ -262,6 +263,40 @@ def test_quality_of_a_float_bundle_is_that_of_its_source(tiny_hf: Path, tmp_path
     assert quality.perplexity == pytest.approx(quality.source_perplexity, rel=1e-4)
     assert quality.top1 > 0.99
     assert read_manifest(tmp_path / "b").quality == quality.to_dict()
+
+
+@pytest.mark.parametrize("backend", ["native", "onnx", "runner"])
+def test_quality_of_what_is_not_finite_is_an_error(
+    backend: str, tiny_hf: Path, tmp_path: Path
+) -> None:
+    """Of the bundle: its final norm is finite, its logits are not. Of the source: a NaN."""
+    from safetensors.torch import load_file, save_file
+
+    def altered(value: float) -> Path:
+        folder = tmp_path / f"norm-{value}"
+        shutil.copytree(tiny_hf, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"].fill_(value)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    recipe = Recipe(weights="float", head="float")
+    text = tmp_path / "text.txt"
+    text.write_text("nothing")
+    good, bad = open_checkpoint(tiny_hf), open_checkpoint(altered(3e38))
+    windows = windows_of(range(128), 64, 2)
+    for name, checkpoint in (("good", good), ("bad", bad)):
+        export_bundle(checkpoint, tmp_path / name, recipe)
+
+    def session(name: str) -> Session:
+        return open_session(open_bundle(tmp_path / name), backend, 1)
+
+    with pytest.raises(BackendError, match="not finite"):
+        evaluate(good, session("bad"), windows, text)
+    nan = open_checkpoint(altered(float("nan")))
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        evaluate(nan, session("good"), windows, text)
+    assert evaluate(good, session("good"), windows, text).kl < 1e-6
 
 
 def test_the_quality_measure_is_the_definition() -> None:

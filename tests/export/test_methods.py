@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from pocketslm.models.checkpoint import open_checkpoint
 def bench(tmp_path_factory: pytest.TempPathFactory) -> methods.Workbench:
     folder = tmp_path_factory.mktemp("methods")
     text, model = folder / "letters.txt", folder / "model"
-    support.write_hf(model, replace(support.TINY, num_hidden_layers=6))
+    support.write_hf(model, support.tiny(num_hidden_layers=6))
     letters = np.random.default_rng(0).choice(list("etaoin shrdlu"), 3000)
     text.write_text("".join(letters))
     return methods.Workbench(open_checkpoint(model), text, text, windows=1, tokens=1024)

@@ -14,11 +14,12 @@ import support
 from pocketslm.errors import ExportError, UsageError
 from pocketslm.export.heal import forward_kl
 from pocketslm.export.quantize import awq, gptq, hqq, rtn, search
-from pocketslm.export.quantize.calibration import SITES, last_tokens, quantize_layers
+from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
 from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
 from pocketslm.export.quantize.tune import tune
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
+from pocketslm.models.sites import sites
 from pocketslm.models.tensors import QuantTensor, concat_rows, pack_codes
 
 RNG = np.random.default_rng(0)
@@ -172,12 +173,13 @@ def test_awq_changes_nothing_in_fp32(tmp_path: Path) -> None:
     expected, _ = model(IDS, model.empty_cache(8))
     before = {name: value.clone() for name, value in model.named_parameters()}
     generator = torch.Generator().manual_seed(1)
-    for layer in model.model.layers:
-        widths = {site: layer.get_submodule(site).weight.shape[1] for site in SITES}
+    for layer, described in zip(model.model.layers, model.config.stored_layers, strict=True):
+        names = [site.name for site in sites(described)]
+        widths = {name: layer.get_submodule(name).weight.shape[1] for name in names}
         inputs = {s: torch.randn(300, k, generator=generator) for s, k in widths.items()}
         skewed = {s: x * torch.arange(1, x.shape[1] + 1) ** 2 for s, x in inputs.items()}
         hessians = {s: x.T @ x / 300 for s, x in skewed.items()}
-        awq.rescale(layer, hessians, Spec(4, 32, "sym"), config.head_dim)
+        awq.rescale(layer, described, hessians, Spec(4, 32, "sym"))
     changed = [n for n, value in model.named_parameters() if not torch.equal(value, before[n])]
     assert len(changed) == 2 * (2 + 7 + 1)  # the norms, every matrix, the values' bias
     got, _ = model(IDS, model.empty_cache(8))

@@ -83,10 +83,22 @@ def test_what_needs_a_text_gets_one(part: str) -> None:
         ('method = "rtn+hqq"', "'rtn\\+hqq'"),
         ('method = "gptq"', "needs a calibration text"),
         ("neurons = 64", "leaving neurons out needs a calibration text"),
-        ('grid = "round"', "'round'"),
+        ('grid = "round"', "grid is 'round', expected one of sym, zp, min"),
         ('kv_cache = "int2"', "'int2'"),
         ('[overrides]\n"a" = "int3"', "overrides"),
-        ("bits = 4", "no 'bits'"),
+        ("bits = 4", "bits is unknown"),
+        ("context = 64.5", "context is 64.5, expected an integer"),
+        ("context = true", "context is True, expected an integer"),
+        ("group_size = 32.0", "group_size is 32.0"),
+        ('calibration_tokens = "x"', "calibration_tokens is 'x'"),
+        ("calibration_window = 0", "calibration_window is 0, expected at least 1"),
+        ("vocabulary = 3", "vocabulary is 3, expected a text"),
+        ("removed_layers = 3", "removed_layers is 3, expected a text"),
+        ('neurons = "x"', "neurons is 'x'"),
+        ("method = 3", "method is 3"),
+        ("targets = 3", "targets is 3, expected a list"),
+        ("overrides = 3", "overrides is 3, expected an object"),
+        ("calibration = " + "[" * 9999, "cannot read"),
         ("group_size = ", "cannot read"),
         ('targets = ["tpu"]', "tpu"),
     ],
@@ -97,3 +109,17 @@ def test_recipes_that_make_no_sense(content: str, message: str, tmp_path: Path) 
     with pytest.raises(ExportError, match=message) as caught:
         read_recipe(path)
     assert "\n" not in str(caught.value)
+
+
+def test_an_override_of_no_matrix_is_refused(tiny_hf: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(tiny_hf)
+    for name in ("model.layers.9.mlp.up_proj.weight", "model.norm.weight", "up_proj"):
+        with pytest.raises(ExportError, match=f"overrides name '{name}'"):
+            export_bundle(source, tmp_path / "out", Recipe(overrides={name: "int8"}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_text_is_a_file(tiny_hf: Path, tmp_path: Path, capsys: Captured) -> None:
+    options = ["--method", "gptq", "--calibration", "/dev/zero"]
+    assert main(["export", str(tiny_hf), str(tmp_path / "out"), *options]) == 2
+    assert "cannot read /dev/zero as UTF-8 text: expected a file" in capsys.readouterr().err

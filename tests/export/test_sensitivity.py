@@ -9,21 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+import support
 from pocketslm.cli import main
 from pocketslm.errors import ExportError
 from pocketslm.export.pipeline import export_bundle
-from pocketslm.export.quantize.calibration import SITES
 from pocketslm.export.quantize.sensitivity import allocate, mixed_precision, sensitivities
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
+from pocketslm.models.sites import layer_matrices
 
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 264, (2, 50)))
-ALL = [
-    tuple(f"model.layers.{layer}.{name}.weight" for name in names)
-    for layer in range(2)
-    for names in SITES.values()
-]
+ALL = layer_matrices(support.TINY)
 
 
 def test_each_site_is_measured_alone(tiny_hf: Path) -> None:

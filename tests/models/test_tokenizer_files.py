@@ -12,6 +12,7 @@ import tokenizers
 
 from pocketslm.errors import TokenizerError
 from pocketslm.models.gguf_reader import GGUFFile
+from pocketslm.models.pretokenizer_guess import guess_pretokenizer
 from pocketslm.models.tokenizer_files import (
     _PRE,
     BYTE,
@@ -21,6 +22,7 @@ from pocketslm.models.tokenizer_files import (
     USER_DEFINED,
     merges_from_scores,
     tokenizer_files_from_gguf,
+    tokenizer_notes,
 )
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
@@ -151,6 +153,65 @@ def test_every_known_pre_tokenizer_loads_and_agrees(pre: str) -> None:
     )
 
 
+def vocabulary_like(*evidence: str) -> list[str]:
+    """Enough tokens to tell a pre-tokenizer by, of which `evidence` are the telling ones."""
+    return [*(f"w{letter}{index:04x}g" for letter in "ab" for index in range(3000)), *evidence]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "name"),
+    [
+        (["1", "9", "Ġx"], "smollm"),
+        (["1", "12", "Ġ1234"], "gpt-2"),
+        (["1", "(get", "toString"], "qwen2"),
+        (["1", "(get", "tostring"], "tekken"),
+        (["1", "123", "(get", "toString", "âĢľThe"], "llama-bpe"),
+        (["1", "123", "(get", "tostring", "âĢľThe"], "gpt-4o"),
+        (["1", "123", "(get", "toString"], "deepseek-v3"),
+        (["1", "12345", "(get", "toString"], None),
+        (["1", "12"], None),
+        ([], None),
+    ],
+)
+def test_a_missing_pre_tokenizer_is_told_by_the_vocabulary(
+    evidence: list[str], name: str | None
+) -> None:
+    tokens = vocabulary_like(*evidence)
+    assert guess_pretokenizer(tokens) == name
+    assert guess_pretokenizer(tokens[-100:]) is None
+    alphabet = [letter for letter in ALPHABET if letter not in tokens]
+    types = [NORMAL] * len(tokens) + [USER_DEFINED] * len(alphabet)
+    metadata = byte_level(None, tokens=tokens + alphabet, token_type=types, merges=[])
+    if name is None:
+        with pytest.raises(TokenizerError, match="pre is missing, and the vocabulary does not"):
+            tokenizer_files_from_gguf(metadata)
+        assert tokenizer_notes(metadata) == []
+        return
+    said = {**metadata, "tokenizer.ggml.pre": name}
+    assert tokenizer_files_from_gguf(metadata) == tokenizer_files_from_gguf(said)
+    assert tokenizer_notes(metadata) == [
+        f"tokenizer.ggml.pre is missing; by its vocabulary it is {name!r}"
+    ]
+    assert tokenizer_notes(said) == []
+
+
+@pytest.mark.real
+def test_smollm2_is_told_by_its_vocabulary(smollm2_gguf: Path) -> None:
+    metadata = GGUFFile(smollm2_gguf).metadata
+    without = {k: v for k, v in metadata.items() if k != "tokenizer.ggml.pre"}
+    assert tokenizer_files_from_gguf(without) == tokenizer_files_from_gguf(metadata)
+
+
+@pytest.mark.parametrize(
+    ("role", "id_"), [("padding", 2**32 - 1), ("padding", 10**6), ("unknown", 999), ("eot", -1)]
+)
+def test_an_id_that_is_no_token_is_ignored_with_a_note(role: str, id_: int) -> None:
+    metadata = byte_level(**{f"{role}_token_id": id_})
+    assert tokenizer_files_from_gguf(metadata) == tokenizer_files_from_gguf(byte_level())
+    (note,) = tokenizer_notes(metadata)
+    assert note == f"tokenizer.ggml.{role}_token_id is {id_}, which is no token, and was ignored"
+
+
 def test_pre_tokenizers_split_as_their_names_say() -> None:
     def pieces(pre: str | None, text: str) -> list[str]:
         document = tokenizer_files_from_gguf(byte_level(pre))["tokenizer.json"]
@@ -162,7 +223,6 @@ def test_pre_tokenizers_split_as_their_names_say() -> None:
     assert pieces("llama-bpe", "x12345 Y'S") == ["x", "123", "45", "ĠY", "'S"]
     assert pieces("qwen2", "x12") == ["x", "1", "2"]
     assert pieces("default", "x1234=") == ["x", "123", "4", "="]
-    assert pieces(None, "x1234=") == pieces("default", "x1234=")
     assert pieces("gpt-4o", "fooBar don't") == ["foo", "Bar", "Ġdon't"]
 
 

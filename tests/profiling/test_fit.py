@@ -58,7 +58,7 @@ def test_an_embedding_of_its_own_is_kept_but_not_read() -> None:
 
 def test_every_model_in_every_scheme_by_size() -> None:
     rows = fit.predict(stated(), 2048, 512)
-    models = [name for name, entry in catalog().items() if entry.dimensions]
+    models = [name for name, entry in catalog().items() if entry.config]
     assert {one.model for one in rows} == set(models)
     assert len(rows) == len(models) * len(fit.SCHEMES)
     sizes = [one.size_bytes for one in rows]
@@ -138,7 +138,7 @@ def rows(make_row: Any) -> list[Any]:
             continue
         layers = _cost.layer_macs
         weights = round((layers * 4.5 + _cost.head_macs * 8.5) / 8)
-        token_kv = _cost.kv_heads * _cost.head_dim * 4
+        token_kv = _cost.kv_bytes(1, 2)
         common = {
             "model": name,
             "artefact": name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,16 @@ def test_json_carries_samples_and_summary(make_row: Any) -> None:
     assert data["summary"]["avg_ts"] == pytest.approx(750)
 
 
+def machine_with(**changes: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(PHONE))) | changes
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"schema": 1}, "schema 1"),
         ({"threads": 0}, "threads is 0"),
-        ({"threads": True}, "threads is True"),
+        ({"threads": True}, "threads is True, expected an integer"),
         ({"threads": 2.0}, "threads is 2.0"),
         ({"n_prompt": -1}, "n_prompt is -1"),
         ({"load_ns": "1"}, "load_ns is '1'"),
@@ -75,20 +80,29 @@ def test_json_carries_samples_and_summary(make_row: Any) -> None:
         ({"cold": 1}, "cold is 1"),
         ({"pinning": [-1]}, "pinning is -1"),
         ({"operator_ns": []}, "operator_ns is []"),
-        ({"energy": {"joules": 1.0}}, "does not follow the schema"),
-        ({"trace": [{"at_ns": 1, "khz": [], "rpm": 1}]}, "does not follow the schema"),
+        ({"energy": {"joules": 1.0}}, "energy.source is missing"),
+        ({"trace": [{"at_ns": 1, "khz": [], "rpm": 1}]}, "trace.rpm is unknown"),
         ({"backend": None}, "backend is None"),
         ({"samples_ns": []}, "samples_ns is empty"),
         ({"samples_ns": [0]}, "samples_ns is 0"),
         ({"samples_ns": [float("nan")]}, "samples_ns is nan"),
-        ({"samples_ns": 5}, "does not follow the schema"),
+        ({"samples_ns": 5}, "samples_ns is 5, expected a list"),
         ({"n_gen": 1}, "prefill_ns has 0 values, expected 2"),
         ({"n_depth": 1}, "at most one of them"),
         ({"n_prompt": 0}, "both 0"),
         ({"step_ns": [1]}, "step_ns has 1 values"),
-        ({"speed": 9}, "unknown fields ['speed']"),
-        ({"machine": {"cpu": "x"}}, "does not follow the schema"),
-        ({"machine": None}, "does not follow the schema"),
+        ({"speed": 9}, "speed is unknown"),
+        ({"machine": {"cpu": "x"}}, "machine.cores is missing"),
+        ({"machine": None}, "machine is None, expected an object"),
+        ({"operator_ns": {"add": "9"}}, "operator_ns.add is '9', expected an integer"),
+        ({"software": {"numpy": 2}}, "software.numpy is 2, expected a text"),
+        ({"limits": {"bandwidth_bytes_s": "9", "int8_macs_s": 1}}, "limits.bandwidth_bytes_s is"),
+        ({"trace": [{"at_ns": 1, "celsius": {"cpu": "hot"}}]}, "trace.celsius.cpu is 'hot'"),
+        *[
+            ({"machine": machine_with(**{name: value})}, f"machine.{name} is ")
+            for name, value in (("cpu", {}), ("soc", 3), ("ram_bytes", "4"), ("product", {}))
+        ],
+        ({"machine": machine_with(clusters=[{"cpus": ["0"]}])}, "machine.clusters.cpus is '0'"),
     ],
 )
 def test_strict_about_fields(make_row: Any, changes: dict[str, Any], message: str) -> None:
@@ -98,7 +112,7 @@ def test_strict_about_fields(make_row: Any, changes: dict[str, Any], message: st
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["run", "machine", "samples_ns", "step_ns", "schema"])
+@pytest.mark.parametrize("name", ["run", "machine", "samples_ns", "size_bytes", "schema"])
 def test_missing_field(make_row: Any, name: str) -> None:
     data = json.loads(make_row().to_json())
     del data[name]

@@ -174,7 +174,18 @@ def test_damaged_files_are_errors(tmp_path: Path) -> None:
         ({name: good[name]}, "do not fit together"),
         (good | {name: good[name][:2].clone()}, "do not fit together"),
         ({name: good[name].half()}, "is not float32"),
+        *(
+            (good | {name: good[name].clone().fill_(value)}, "not within")
+            for value in (float("nan"), float("inf"), -float("inf"), 1e38)
+        ),
     ):
         save_file(tensors, path)
         with pytest.raises(BundleError, match=message):
             read_updates(path)
+    save_file(good, path)
+    content = path.read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip()
+    twice = header[:-1] + b',"x":{},"x":{}}'
+    path.write_bytes(len(twice).to_bytes(8, "little") + twice + content[8 + len(header) :])
+    with pytest.raises(BundleError, match="field 'x' is there twice"):
+        read_updates(path)

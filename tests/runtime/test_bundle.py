@@ -42,6 +42,19 @@ CHANGES: dict[str, tuple[Callable[[Manifest], object], str]] = {
     "future schema": (lambda m: m.update(schema=2), "schema 2, this pocketslm reads 1"),
     "no schema": (lambda m: m.pop("schema"), "schema None"),
     "unknown field": (lambda m: m.update(surprise=1), "does not follow the schema"),
+    "architecture of another type": (lambda m: m.update(architecture="x"), "architecture is 'x'"),
+    "backend of another type": (lambda m: m["graphs"][0].update(backend=[]), "graphs.backend is"),
+    "cache of another type": (lambda m: m["graphs"][0].update(kv_cache={}), "graphs.kv_cache is"),
+    "fraction": (lambda m: m["graphs"][0].update(context=64.5), "graphs.context is 64.5"),
+    "name of another type": (lambda m: m.update(name=3), "name is 3, expected a text"),
+    "weights of another type": (lambda m: m.update(weights={"int4": "x"}), "weights.int4 is 'x'"),
+    "notes of another type": (lambda m: m.update(notes=[3]), "notes is 3, expected a text"),
+    "bytes of another type": (
+        lambda m: m["files"]["model.onnx"].update(bytes=True),
+        "files.model.onnx.bytes is True",
+    ),
+    "no number of bytes": (lambda m: m["files"]["model.onnx"].update(bytes=1e400), "no number"),
+    "no head": (lambda m: m["architecture"].update(head_dim=True), "no head_dim"),
     "missing field": (lambda m: m.pop("architecture"), "does not follow the schema"),
     "no graphs": (lambda m: m.update(graphs=[]), "lists no graphs"),
     "graphs of another type": (lambda m: m.update(graphs=3), "does not follow the schema"),
@@ -51,7 +64,11 @@ CHANGES: dict[str, tuple[Callable[[Manifest], object], str]] = {
     "backslash": (rename_file("..\\model.onnx"), "outside the bundle"),
     "graph not listed": (rename_file("other.onnx"), "not among its files"),
     "bad context": (lambda m: m["graphs"][0].update(context=-5), "context -5"),
-    "no head size": (lambda m: m["architecture"].pop("head_dim"), "no head_dim"),
+    "no layers": (lambda m: m["architecture"].pop("stored_layers"), "architecture's description"),
+    "a head of no size": (
+        lambda m: m["architecture"]["stored_layers"][0]["attention"].update(head_dim=0),
+        "head_dim is 0",
+    ),
 }
 
 
@@ -69,6 +86,32 @@ def test_manifests_that_are_not_json_objects(text: str, copy: Path) -> None:
     (copy / MANIFEST).write_text(text)
     with pytest.raises(BundleError):
         open_bundle(copy)
+
+
+@pytest.mark.parametrize("key", ["name", "sha256"])
+def test_a_key_that_stands_twice_is_refused(key: str, copy: Path) -> None:
+    text = (copy / MANIFEST).read_text()
+    (copy / MANIFEST).write_text(text.replace(f'"{key}":', f'"{key}": "x", "{key}":', 1))
+    with pytest.raises(BundleError, match=f"'{key}' stands twice"):
+        open_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "generation_config.json", "tokenizer.json", "model.onnx.data"],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_used_is_listed(name: str, linked: bool, copy: Path, tmp_path: Path) -> None:
+    """Else a file that nobody signed would be read; others beside the model are nobody's matter."""
+    (copy / "README.txt").write_text("Mine.")
+    open_bundle(copy)
+    rewrite(copy, lambda m: m["files"].pop(name, None))
+    (copy / name).unlink(missing_ok=True)
+    outside = tmp_path / "outside"
+    outside.write_text("{}")
+    (copy / name).symlink_to(outside) if linked else (copy / name).write_text("{}")
+    with pytest.raises(BundleError, match=f"{name} is used, but the manifest does not list it"):
+        open_bundle(copy, verify=False)
 
 
 def test_altered_files(copy: Path) -> None:

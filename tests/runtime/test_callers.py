@@ -150,7 +150,7 @@ def test_a_closed_session_is_an_error(native: NativeModel) -> None:
     session.close()
     session.close()
     for call in (lambda: session.forward(np.array([1])), lambda: session.step_greedy(1)):
-        with pytest.raises(UsageError, match="null argument"):
+        with pytest.raises(UsageError, match="session was closed"):
             call()
 
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from pocketslm.errors import ContextOverflowError, UsageError
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
+from pocketslm.profiling.engine import SessionEngine
 from pocketslm.runtime import generation, sampling
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.generation import Step
@@ -258,6 +261,39 @@ def test_a_shared_prefix_is_not_prefilled_again(tiny_bundle: Path) -> None:
     assert [s.token for s in again] == [s.token for s in expected]
 
 
+@pytest.mark.parametrize("backend", ["native", "onnx"])
+def test_generate_runs_what_bench_times(backend: str, tiny_hf: Path, tmp_path: Path) -> None:
+    """The same calls of the session, with the same tokens: of a head that is screened, too."""
+    recipe = Recipe(weights="int4", head="int8", targets=(backend,))  # type: ignore[arg-type]
+    export_bundle(open_checkpoint(tiny_hf), tmp_path / "bundle", recipe)
+    session = Model.load(tmp_path / "bundle", backend, threads=1).engine.session
+    calls: list[tuple[str, int]] = []
+
+    def recorded(name: str) -> None:
+        inner = getattr(session, name)
+
+        def call(tokens: Any, *options: Any, **more: Any) -> Any:
+            calls.append((name, int(np.size(tokens))))
+            return inner(tokens, *options, **more)
+
+        setattr(session, name, call)
+
+    names = {"native": ("forward", "forward_top", "step_greedy"), "onnx": ("forward",)}
+    for name in names[backend]:
+        recorded(name)
+    count = 40
+    timed = SessionEngine(session)
+    timed.reset()
+    expected = [timed.prefill(PROMPT), *(timed.step() for _ in range(count - 1))]
+    of_bench = calls.copy()
+    calls.clear()
+    config = GenerationConfig(max_new_tokens=count, ignore_eos=True)
+    steps = generation.Engine(session).generate(PROMPT, config, ())
+    assert [step.token for step in steps] == expected
+    assert calls == of_bench
+    assert calls[1:] == [(names[backend][-1], 1)] * (count - 1)
+
+
 def test_an_abandoned_generation_leaves_a_usable_engine(model: Model) -> None:
     config = GenerationConfig(max_new_tokens=10, ignore_eos=True)
     expected = [s.token for s in model.engine.generate(PROMPT, config, ())]
@@ -278,6 +314,11 @@ def test_the_context_is_never_overrun(model: Model) -> None:
             model.engine.generate(prompt, config.but(max_new_tokens=limit), ())
     with pytest.raises(UsageError, match="empty"):
         model.engine.generate([], config, ())
+    for ids in ([1.5], [1, "2"], np.array([0.5])):
+        with pytest.raises(UsageError, match="token ids must be whole numbers"):
+            model.engine.generate(ids, config, ())  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="token ids are whole numbers, not float64"):
+        model.engine.session.forward(np.array([1.0]))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="token 264 is outside"):
         list(model.engine.generate([264], config, ()))
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import tokenizers
 from hypothesis import example, given, settings
-from tokenizers import models, trainers
 
 from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import (
@@ -21,38 +20,20 @@ from pocketslm.runtime.tokenizer import (
     normalizers,
     pretokenizers,
 )
-from tokenizer_support import CORPUS, FUZZ, IMPLEMENTATIONS, texts
+from tokenizer_support import CORPUS, FUZZ, IMPLEMENTATIONS, texts, word_piece
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CHARACTERS = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
 NEWER_DECOMPOSITION = "\U00011938"  # Python composes and decomposes it, the wheel does not
 
 
 @functools.cache
-def document(lowercase: bool = True) -> str:
-    """A small tokenizer.json of BERT's kind, with the padding and truncation of an encoder."""
-    model = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
-    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=SPECIAL, show_progress=False)
-    model.train_from_iterator(CORPUS, trainer)
-    model.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    model.decoder = tokenizers.decoders.WordPiece()
-    model.enable_truncation(16)
-    model.enable_padding(length=16)
-    return model.to_str()
-
-
-@functools.cache
 def loaded(lowercase: bool, implementation: Any) -> Tokenizer:
-    return load_tokenizer_files({"tokenizer.json": document(lowercase)}, implementation)
+    return load_tokenizer_files({"tokenizer.json": word_piece(lowercase)}, implementation)
 
 
 @functools.cache
 def oracle(lowercase: bool) -> tokenizers.Tokenizer:
-    reference = tokenizers.Tokenizer.from_str(document(lowercase))
+    reference = tokenizers.Tokenizer.from_str(word_piece(lowercase))
     reference.no_padding()
     reference.no_truncation()
     return reference
@@ -114,7 +95,7 @@ def test_every_character_is_split_as_in_the_wheel() -> None:
 
 
 def test_a_vocabulary_without_the_unknown_token_is_refused() -> None:
-    whole = json.loads(document())
+    whole = json.loads(word_piece())
     whole["model"]["unk_token"] = "[NONE]"
     with pytest.raises(TokenizerError, match=r"'\[NONE\]' is not in model.vocab"):
         load_tokenizer_files({"tokenizer.json": json.dumps(whole)}, "python")

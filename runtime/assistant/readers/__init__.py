@@ -1,20 +1,20 @@
 """Files to text: each format has one reader, which yields blocks and refuses what is hostile.
 
-Limits hold before memory is spent: the size of the file, what an archive unpacks to, how much text
-and how many pages come out. What a reader cannot take is a DocumentError of one sentence.
+Limits hold before time and memory are spent: the size of the file, what an archive unpacks to, how
+many tags, paragraphs, pages and characters come out. A reader's time is linear in the bytes that it
+reads. What it cannot take is a DocumentError of one sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
+from typing import IO
 
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block, Source, make_source
-
-MAX_FILE_BYTES = 128 << 20
-MAX_TEXT_CHARACTERS = 16 << 20
+from pocketslm.runtime.assistant.readers.limits import MAX_FILE_BYTES, limited
 
 Reader = Callable[[bytes], Iterable[Block]]
 
@@ -32,22 +32,28 @@ KINDS = {
 def read_file(path: Path) -> Source:
     """The document in a file, by its name's ending; raises DocumentError."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise DocumentError(f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MiB")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            return read_stream(file, path.name)
     except OSError as error:
         raise DocumentError(f"cannot read {path}: {error.strerror}") from None
-    return read_bytes(data, path.name)
+
+
+def read_stream(file: IO[bytes], name: str) -> Source:
+    """The document in an open file, which may be a pipe."""
+    return read_bytes(file.read(MAX_FILE_BYTES + 1), name)
 
 
 def read_bytes(data: bytes, name: str) -> Source:
     """The document in ``data``; ``name``: its file name, which says the kind."""
+    if len(data) > MAX_FILE_BYTES:
+        raise DocumentError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB")
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     kind = _kind(data, name)
     reader: Reader = import_module(f"{__name__}.{KINDS[kind][0]}").read
     try:
-        source = make_source(Path(name).stem, kind, _limited(reader(data)))
+        source = make_source(Path(name).stem, kind, limited(reader(data)))
     except DocumentError as error:
-        raise DocumentError(f"{name} {error}") from None
+        raise DocumentError(" ".join(f"{name} {error}".split())) from None
     if not source.chunks:
         hint = "; is it scanned?" if kind == "pdf" else ""
         raise DocumentError(f"{name} holds no text{hint}")
@@ -65,12 +71,3 @@ def _kind(data: bytes, name: str) -> str:
         known = " ".join(ending for _, endings in KINDS.values() for ending in endings)
         raise DocumentError(f"{name} is of an unknown kind; known: {known}")
     return "txt"
-
-
-def _limited(blocks: Iterable[Block]) -> Iterator[Block]:
-    left = MAX_TEXT_CHARACTERS
-    for block in blocks:
-        left -= len(block.text)
-        if left < 0:
-            raise DocumentError(f"holds more than {MAX_TEXT_CHARACTERS >> 20} million characters")
-        yield block

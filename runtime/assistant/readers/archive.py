@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import io
+import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
 from xml.parsers import expat
 
 from pocketslm.errors import DocumentError
+from pocketslm.runtime.assistant.readers.limits import ElementCount
 
 MAX_MEMBERS = 10_000
 MAX_UNPACKED_BYTES = 128 << 20
 MAX_DEPTH = 256
+MAX_NAMESPACE_CHARACTERS = 1000  # each of its tags comes with it
+
+# What zipfile raises for damage, by the method that a member is packed with.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(OSError, EOFError, ValueError, OverflowError, NotImplementedError),
+)
 
 
 class Archive:
@@ -21,7 +31,7 @@ class Archive:
     def __init__(self, data: bytes) -> None:
         try:
             self._zip = zipfile.ZipFile(io.BytesIO(data))
-        except (zipfile.BadZipFile, ValueError, EOFError, OverflowError, NotImplementedError):
+        except _DAMAGE:
             raise DocumentError("is not a whole zip archive") from None
         if len(self._zip.infolist()) > MAX_MEMBERS:
             raise DocumentError(f"holds more than {MAX_MEMBERS} files")
@@ -37,10 +47,10 @@ class Archive:
                 data = member.read(self._left + 1)
         except KeyError:
             raise DocumentError(f"lacks {name}") from None
-        except RuntimeError:  # zipfile's for an encrypted member
-            raise DocumentError("is locked by a password; save it without one") from None
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, ValueError):
+        except _DAMAGE:
             raise DocumentError(f"has a damaged {name}") from None
+        except RuntimeError:  # zipfile's for an encrypted member
+            raise DocumentError("needs a password; save it without one") from None
         self._left -= len(data)
         if self._left < 0:
             raise DocumentError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
@@ -55,15 +65,17 @@ def parse_xml(
 ) -> None:
     """Stream XML to callbacks, with tags and attributes as "namespace name" (no tree is built).
 
-    Raises DocumentError for what is not well-formed, declares entities (as a billion laughs does,
-    and no document of an office program) or nests deeper than MAX_DEPTH.
+    Raises DocumentError for what is not well-formed, nests deeper than MAX_DEPTH, has too many
+    elements, or declares what makes much of little, as a billion laughs does and no office program:
+    entities, attributes with defaults, long namespaces.
     """
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
-    depth = 0
+    depth, count = 0, ElementCount()
 
     def opened(tag: str, attributes: dict[str, str]) -> None:
         nonlocal depth
+        count.add()
         depth += 1
         if depth > MAX_DEPTH:
             raise DocumentError(f"nests XML deeper than {MAX_DEPTH}")
@@ -75,11 +87,18 @@ def parse_xml(
         end(tag)
 
     def declared(*_: object) -> None:
-        raise DocumentError("declares XML entities, which no honest document needs")
+        raise DocumentError("declares XML entities or attributes, which no honest document needs")
+
+    def namespace(prefix: str | None, name: str | None) -> None:
+        if len(name or "") > MAX_NAMESPACE_CHARACTERS:
+            raise DocumentError(f"has a namespace of more than {MAX_NAMESPACE_CHARACTERS} letters")
 
     parser.StartElementHandler, parser.EndElementHandler = opened, closed
-    parser.CharacterDataHandler, parser.EntityDeclHandler = text, declared
+    parser.CharacterDataHandler, parser.StartNamespaceDeclHandler = text, namespace
+    parser.EntityDeclHandler = parser.AttlistDeclHandler = declared
     try:
         parser.Parse(data, True)
     except expat.ExpatError as error:
         raise DocumentError(f"holds damaged XML: {error}") from None
+    except (LookupError, ValueError):  # of the encoding that it declares
+        raise DocumentError("is XML in an unknown encoding; save it as UTF-8") from None

@@ -7,10 +7,19 @@ from collections.abc import Iterator
 
 from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml
+from pocketslm.runtime.assistant.readers.limits import BlockCount
 
-_NAMESPACE = "http://schemas.openxmlformats.org/wordprocessingml/2006/main "
+# As Word writes it, and the "strict" form of the standard.
+_NAMESPACES = frozenset(
+    (
+        "http://schemas.openxmlformats.org/wordprocessingml/2006/main",
+        "http://purl.oclc.org/ooxml/wordprocessingml/main",
+    )
+)
+_FALLBACK = "http://schemas.openxmlformats.org/markup-compatibility/2006 Fallback"
 _HEADING = re.compile(r"(?:heading|berschrift|titre|titolo|kop) ?(\d)", re.IGNORECASE)
 _MARKS = {"tab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "-"}
+_BEFORE_CELL_END = re.compile(r"(?<! ) ++\| ")
 
 
 def read(data: bytes) -> Iterator[Block]:
@@ -20,58 +29,99 @@ def read(data: bytes) -> Iterator[Block]:
     return (block if body.pages > 1 else block._replace(page=None) for block in body.blocks)
 
 
+class _Paragraph:
+    """What is being read: a paragraph, or a row of a table."""
+
+    def __init__(self, begins: int) -> None:
+        self.parts: list[str] = []
+        self.level = 0
+        self.begins = begins  # its page
+        self.rows = 0  # that are open
+
+
 class _Body:
     """What ``word/document.xml`` says, event by event."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
-        self._parts: list[str] = []
-        self._level = 0
-        self.pages = self._begins = 1
+        self.pages = 1
+        self._count = BlockCount()
+        self._now = _Paragraph(self.pages)
+        self._around: list[_Paragraph] = []  # those that hold the text box that is being read
         self._in_text = False
-        self._rows = 0
+        self._skipping = 0  # copies of a drawing for old programs, one in another
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
-        match tag.removeprefix(_NAMESPACE):
+        if self._skipping or tag == _FALLBACK:
+            self._skipping += tag == _FALLBACK
+            return
+        now = self._now
+        match _name(tag):
             case "t":
                 self._in_text = True
             case "pStyle":
-                style = attributes.get(_NAMESPACE + "val", "")
+                style = _value(attributes, "val")
                 heading = _HEADING.search(style)
-                self._level = min(6, int(heading[1])) if heading else int(style == "Title")
+                now.level = min(6, int(heading[1])) if heading else int(style == "Title")
             case "lastRenderedPageBreak":
                 self._break()
-            case "br" if attributes.get(_NAMESPACE + "type") == "page":
+            case "br" if _value(attributes, "type") == "page":
                 self._break()
             case "tr":
-                self._rows += 1
+                now.rows += 1
+            case "txbxContent":
+                self._around.append(now)
+                self._now = _Paragraph(self.pages)
             case mark if mark in _MARKS:
-                self._parts.append(_MARKS[mark])
+                now.parts.append(_MARKS[mark])
 
     def end(self, tag: str) -> None:
-        match tag.removeprefix(_NAMESPACE):
+        if self._skipping:
+            self._skipping -= tag == _FALLBACK
+            return
+        now = self._now
+        match _name(tag):
             case "t":
                 self._in_text = False
             case "tc":
-                self._parts.append(" | ")
+                now.parts.append(" | ")
             case "tr":
-                self._rows -= 1
+                now.rows -= 1
                 self._end_block()
-            case "p" if self._rows:
-                self._parts.append(" ")
+            case "p" if now.rows:
+                now.parts.append(" ")
             case "p":
                 self._end_block()
+            case "txbxContent" if self._around:
+                self._end_block()
+                self._now = self._around.pop()
 
     def text(self, text: str) -> None:
-        if self._in_text:
-            self._parts.append(text)
+        if self._in_text and not self._skipping:
+            self._now.parts.append(text)
 
     def _break(self) -> None:
         self.pages += 1
-        if not "".join(self._parts).strip():
-            self._begins = self.pages
+        if all(part.isspace() for part in self._now.parts):
+            self._now.parts.clear()
+            self._now.begins = self.pages
 
     def _end_block(self) -> None:
-        text = re.sub(r" +\| ", " | ", "".join(self._parts)).strip(" |\t\n")
-        self.blocks.append(Block(text, self._level, self._begins))
-        self._parts, self._level, self._begins = [], 0, self.pages
+        now = self._now
+        text = _BEFORE_CELL_END.sub(" | ", "".join(now.parts)).strip(" |\t\n")
+        if text:
+            block = Block(text, now.level, now.begins)
+            self._count.add(block)
+            self.blocks.append(block)
+        now.parts.clear()
+        now.level, now.begins = 0, self.pages
+
+
+def _name(tag: str) -> str:
+    """The tag of a Word document without its namespace; those of others as they are."""
+    namespace, _, name = tag.rpartition(" ")
+    return name if namespace in _NAMESPACES else tag
+
+
+def _value(attributes: dict[str, str], name: str) -> str:
+    return next((v for tag, v in attributes.items() if _name(tag) == name), "")

@@ -28,7 +28,7 @@ def read(data: bytes) -> Iterator[Block]:
 
     parse_xml(archive.read(package), start)
     folder = posixpath.dirname(package)
-    for reference in spine:
+    for reference in dict.fromkeys(spine):
         if href := files.get(reference):
             chapter = posixpath.normpath(posixpath.join(folder, unquote(href)))
             yield from html.read(archive.read(chapter))

@@ -1,19 +1,35 @@
-"""HTML, and the chapters of an EPUB: text of the body, with its headings."""
+"""HTML, and the chapters of an EPUB: text of the body, with its headings.
+
+A scanner of our own and not ``html.parser``, whose time is quadratic in tags that do not end, by
+the version of Python: here whatever is looked for in vain is looked for once.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
+from html import unescape
+from typing import NamedTuple
 
 from pocketslm.runtime.assistant.document import Block
+from pocketslm.runtime.assistant.readers.limits import ElementCount
 from pocketslm.runtime.assistant.readers.text import decode
 
-_CHARSET = re.compile(rb"charset=[\"']?\s*([\w-]+)", re.IGNORECASE)
+_CHARSET = re.compile(rb"charset\s*+=[\s\"']*+([\w-]+)", re.IGNORECASE)
+_OPENING = re.compile(r"<(!--|[!?]|/?[a-zA-Z]|/)")
+_TAG = re.compile(r"<(/?)([a-zA-Z][^\s/>]*+)(?:[^>=]++|=\s*+(?:\"[^\"]*+\"|'[^']*+')?+)*+>")
+_TAG_TO_FIRST_END = re.compile(r"<(/?)([a-zA-Z][^\s/>]*+)[^>]*+>")
+_LONG_NUMBER = re.compile(r"&#[xX]?[0-9a-fA-F]{9,}+;?")
+_SPACE = re.compile(r"\s++")
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
-_SKIPPED = frozenset(
-    re.findall(r"\w+", "script style head nav template svg noscript iframe select")
-)
+# What has no text to read, with its content. ``head`` needs no entry: its other elements are empty.
+_SKIPPED = {
+    name: re.compile(rf"</(?i:{name})(?=[\s/>])")
+    for name in (
+        *("script", "style", "title", "nav", "template"),
+        *("svg", "noscript", "iframe", "select"),
+    )
+}
 _BLOCKS = frozenset(
     re.findall(
         r"\w+",
@@ -24,65 +40,100 @@ _BLOCKS = frozenset(
 
 
 def read(data: bytes) -> Iterator[Block]:
-    return iter(parse(_decode(data)))
+    charset = _CHARSET.search(data[:2048])
+    return parse(decode(data, charset[1].decode("ascii") if charset else ""))
 
 
-def parse(markup: str) -> list[Block]:
-    parser = _Parser()
-    parser.feed(markup)
-    parser.close()
-    parser.end_block()
-    return parser.blocks
+def parse(markup: str) -> Iterator[Block]:
+    """Blocks of a page; a broken or unclosed tag costs structure, never text."""
+    page = _Page()
+    for piece in _pieces(markup):
+        yield from page.take(piece)
+    yield from page.end_block()
 
 
-def _decode(data: bytes) -> str:
-    if (charset := _CHARSET.search(data[:2048])) and charset[1].lower() not in (b"utf-8", b"utf8"):
-        try:
-            return data.decode(charset[1].decode("ascii"))
-        except (LookupError, UnicodeDecodeError):
-            pass
-    return decode(data)
+class _Piece(NamedTuple):
+    """Text, or a tag: ``tag`` is its name, with a slash before it where it ends an element."""
+
+    tag: str
+    text: str = ""
 
 
-class _Parser(HTMLParser):
-    """Collects blocks; a broken or unclosed tag costs structure, never text."""
+def _pieces(markup: str) -> Iterator[_Piece]:
+    """The text and tags of a page that are to be read, in order."""
+    missing: set[str] = set()  # what does not come any more
+    tag, count = _TAG, ElementCount()
+
+    def end_of(mark: str, start: int) -> int:
+        """Where the next ``mark`` ends; 0: nowhere."""
+        if mark in missing:
+            return 0
+        if mark in _SKIPPED:
+            found = _SKIPPED[mark].search(markup, start)
+            place = found.start() if found else -1
+        else:
+            place = markup.find(mark, start)
+        if place < 0:
+            missing.add(mark)
+            return 0
+        return place if mark in _SKIPPED else place + len(mark)
+
+    at = text_from = 0
+    while (start := markup.find("<", at)) >= 0:
+        count.add()
+        opening, piece, end = _OPENING.match(markup, start), None, 0
+        if opening and opening[1] == "!--":
+            end = end_of("-->", start + len("<!")) or opening.end()
+        elif opening:
+            end = end_of(">", start)
+            if end and opening[1][-1].isalpha():
+                found = tag.match(markup, start)
+                if not found:  # its quotes do not close, and so no others are believed
+                    tag = _TAG_TO_FIRST_END
+                    found = tag.match(markup, start)
+                if found:
+                    end, piece = found.end(), _Piece(found[1] + found[2].lower())
+        if not end:  # a "<" that is text
+            at = start + 1
+            continue
+        if start > text_from:
+            yield _Piece("", markup[text_from:start])
+        if piece and piece.tag in _SKIPPED:
+            end = end_of(piece.tag, end) or end
+        elif piece:
+            yield piece
+        at = text_from = end
+    if text_from < len(markup):
+        yield _Piece("", markup[text_from:])
+
+
+class _Page:
+    """Puts pieces together to blocks."""
 
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.blocks: list[Block] = []
         self._text: list[str] = []
         self._level = 0
-        self._skipping = ""
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if self._skipping:
-            return
-        if tag in _SKIPPED:
-            self._skipping = tag
-        elif tag in _HEADINGS:
-            self.end_block()
-            self._level = _HEADINGS[tag]
-        elif tag in _BLOCKS:
-            self.end_block()
-            if tag == "li":
+    def take(self, piece: _Piece) -> Iterator[Block]:
+        """Add a piece; yields the block that it ends."""
+        tag = piece.tag
+        name = tag.removeprefix("/")
+        if not tag:
+            self._text.append(_SPACE.sub(" ", unescape(_LONG_NUMBER.sub("\ufffd", piece.text))))
+        elif name in _HEADINGS or name in _BLOCKS:
+            yield from self.end_block()
+            if tag in _HEADINGS:
+                self._level = _HEADINGS[tag]
+            elif tag == "li":
                 self._text.append("- ")
         elif tag == "br":
             self._text.append("\n")
         elif tag in ("td", "th") and self._text:
             self._text.append(" | ")
 
-    def handle_endtag(self, tag: str) -> None:
-        if tag == self._skipping:
-            self._skipping = ""
-        elif not self._skipping and (tag in _BLOCKS or tag in _HEADINGS):
-            self.end_block()
-
-    def handle_data(self, data: str) -> None:
-        if not self._skipping:
-            self._text.append(re.sub(r"\s+", " ", data))
-
-    def end_block(self) -> None:
-        text = re.sub(r" *\n *", "\n", "".join(self._text)).strip()
+    def end_block(self) -> Iterator[Block]:
+        text = re.sub(r" {2,}+", " ", "".join(self._text))
+        text = re.sub(r" ?\n ?", "\n", text).strip()
         if text.strip("-| "):
-            self.blocks.append(Block(re.sub(r" {2,}", " ", text), self._level))
+            yield Block(text, self._level)
         self._text, self._level = [], 0

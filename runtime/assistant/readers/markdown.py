@@ -1,4 +1,8 @@
-"""Markdown: headings, and text without the marks of emphasis, links and images."""
+"""Markdown: headings, and text without front matter and the marks of emphasis, links and images.
+
+Every pattern here takes time linear in the text: its repetitions are possessive, and two of its
+attempts never read the same characters.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +10,110 @@ import re
 from collections.abc import Iterator
 
 from pocketslm.runtime.assistant.document import Block
-from pocketslm.runtime.assistant.readers.text import decode, unwrap
+from pocketslm.runtime.assistant.readers.limits import check_characters
+from pocketslm.runtime.assistant.readers.text import decode, lines, unwrap
 
-_HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*$")
-_UNDERLINE = re.compile(r"(=+|-+)\s*$")
-_FENCE = re.compile(r"\s*(```|~~~)")
-_INLINE = (
-    (re.compile(r"!?\[([^\]\n]*)\]\([^)\s]*(?:\s+\"[^\"\n]*\")?\)"), r"\1"),
-    (re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
-    (re.compile(r"(?<![\w*])\*(?=\S)([^*\n]+?)(?<=\S)\*(?![\w*])"), r"\1"),
-    (re.compile(r"(?<![\w_])_(?=\S)([^_\n]+?)(?<=\S)_(?![\w_])"), r"\1"),
-    (re.compile(r"`([^`\n]+)`"), r"\1"),
-    (re.compile(r"<!--.*?-->", re.DOTALL), ""),
+_HEADING = re.compile(r"(#{1,6})\s")
+_UNDERLINE = re.compile(r"(=++|-++)\s*+$")
+_FENCE = re.compile(r"\s*+(```|~~~)")
+# The first line of a file that has front matter, and what may end it.
+_FRONT_MATTER = {"---": ("---", "..."), "+++": ("+++",)}
+_FIELD = re.compile(r"\s*+(?:#|[\w\"'.-]++\s*+[:=])")
+_LINK = re.compile(
+    r"!?\[([^\[\]\n]*+)\]\((?:[^()\s]|\([^()\s]*+\))*+(?:[ \t]++\"[^\"\n]*+\")?+[ \t]*+\)"
 )
+_MARK = re.compile(r"(?<!`)(`++)([^`\n]++)\1(?!`)|\*++|_++|\n")
 
 
 def read(data: bytes) -> Iterator[Block]:
-    lines: list[str] = []
+    text = decode(data)
+    check_characters(len(text))
+    paragraph: list[str] = []
     fence = ""
-    for line in [*decode(data).split("\n"), ""]:
+    for line in lines(text[_front_matter(text) :]):
         if (mark := _FENCE.match(line)) and fence in ("", mark[1]):
-            yield from _paragraph(lines, code=bool(fence))
-            fence, lines = ("" if fence else mark[1]), []
+            yield from _paragraph(paragraph, code=bool(fence))
+            fence, paragraph = ("" if fence else mark[1]), []
             continue
         if fence:
-            lines.append(line)
+            paragraph.append(line)
         elif heading := _HEADING.match(line):
-            yield from _paragraph(lines)
-            yield Block(_plain(heading[2]), len(heading[1]))
-            lines = []
-        elif lines and _UNDERLINE.match(line):
-            *before, title = lines
+            yield from _paragraph(paragraph)
+            yield Block(_plain(_title(line[heading.end() :])), len(heading[1]))
+            paragraph = []
+        elif paragraph and _UNDERLINE.match(line):
+            *before, title = paragraph
             yield from _paragraph(before)
             yield Block(_plain(title), 1 if line[0] == "=" else 2)
-            lines = []
+            paragraph = []
         elif line.strip():
-            lines.append(line)
+            paragraph.append(line)
         else:
-            yield from _paragraph(lines)
-            lines = []
-    yield from _paragraph(lines, code=bool(fence))
+            yield from _paragraph(paragraph)
+            paragraph = []
+    yield from _paragraph(paragraph, code=bool(fence))
 
 
-def _paragraph(lines: list[str], *, code: bool = False) -> Iterator[Block]:
-    if lines:
-        yield Block("\n".join(lines) if code else _plain(unwrap("\n".join(lines))))
+def _front_matter(text: str) -> int:
+    """Where the text begins after the fields at its top, which describe it (YAML or TOML)."""
+    rows = lines(text)
+    first = next(rows)
+    ends = _FRONT_MATTER.get(first.rstrip(), ())
+    length = len(first) + 1
+    for number, line in enumerate(rows):
+        if not ends or (number == 0 and not _FIELD.match(line)):
+            break
+        length += len(line) + 1
+        if line.rstrip() in ends:
+            return length
+    return 0
+
+
+def _title(text: str) -> str:
+    """A heading without the number signs that may close it."""
+    text = text.strip()
+    title = text.rstrip("#")
+    return title.rstrip() if not title or title[-1].isspace() else text
+
+
+def _paragraph(rows: list[str], *, code: bool = False) -> Iterator[Block]:
+    if rows:
+        yield Block("\n".join(rows) if code else _plain(unwrap("\n".join(rows))))
 
 
 def _plain(text: str) -> str:
-    for pattern, put in _INLINE:
-        text = pattern.sub(put, text)
-    return text
+    for _ in range(2):  # an image in a link, then the link
+        text = _LINK.sub(r"\1", text)
+    return _without_emphasis(_without_comments(text))
+
+
+def _without_comments(text: str) -> str:
+    parts: list[str] = []
+    at = 0
+    while (start := text.find("<!--", at)) >= 0 and (end := text.find("-->", start)) >= 0:
+        parts.append(text[at:start])
+        at = end + len("-->")
+    return "".join([*parts, text[at:]])
+
+
+def _without_emphasis(text: str) -> str:
+    """Text without marks of emphasis and code: a mark goes where its partner is on its line."""
+    parts: list[str] = []
+    opened: dict[str, int] = {}  # mark -> its place in ``parts``
+    at = 0
+    for match in _MARK.finditer(text):
+        parts.append(text[at : match.start()])
+        at = match.end()
+        mark = match[2] or match.group()
+        if mark == "\n":
+            opened.clear()
+        elif not match[1]:
+            before, after = text[match.start() - 1 : match.start()], text[at : at + 1]
+            anywhere = mark == "**"  # the others are no marks inside a word
+            closes = before and not before.isspace() and (anywhere or not after.isalnum())
+            if closes and mark in opened:
+                parts[opened.pop(mark)] = mark = ""
+            elif after and not after.isspace() and (anywhere or not before.isalnum()):
+                opened[mark] = len(parts)
+        parts.append(mark)
+    return "".join([*parts, text[at:]])

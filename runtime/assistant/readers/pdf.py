@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block
-from pocketslm.runtime.assistant.readers.text import unwrap
+from pocketslm.runtime.assistant.readers.text import BLANK_LINE, split, unwrap
 
 MAX_PAGES = 5000
 
 
 def read(data: bytes) -> Iterator[Block]:
     try:
-        from pypdf import PdfReader
+        from pypdf import PdfReader, errors
     except ImportError:
         raise DocumentError(
             "is a PDF, which needs pypdf; `pip install pocketslm[assistant]`"
@@ -25,18 +25,22 @@ def read(data: bytes) -> Iterator[Block]:
     try:
         reader = PdfReader(io.BytesIO(data), strict=False)
         if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError("is locked by a password; save it without one")
+            raise DocumentError("needs a password; save it without one")
         if (count := len(reader.pages)) > MAX_PAGES:
             raise DocumentError(f"has {count} pages, at most {MAX_PAGES} are read")
         for number in range(1, count + 1):
             text = reader.pages[number - 1].extract_text()
-            for paragraph in re.split(r"\n\s*\n", _tidy(text)):
+            for paragraph in split(BLANK_LINE, _tidy(text)):
                 yield Block(unwrap(paragraph), page=number)
             reader.resolved_objects.clear()  # or memory grows with every page read
     except DocumentError:
         raise
     except GeneratorExit:
         raise
+    except errors.DependencyError:
+        raise DocumentError(
+            "is encrypted, which needs cryptography; `pip install cryptography`, or save it without"
+        ) from None
     # pypdf raises many kinds for files that are damaged on purpose, RecursionError among them.
     except Exception as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__

@@ -3,49 +3,86 @@
 from __future__ import annotations
 
 import codecs
+import io
 import re
 from collections.abc import Iterator
 
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block
+from pocketslm.runtime.assistant.readers.limits import MAX_ENCODED_BYTES, check_characters
 
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_LIST_ITEM = re.compile(r"\s*(?:[-*•+]|\d+[.)])\s")
+# Encodings that pages declare. Python knows more, some of them no encodings of text (hex, bz2) or
+# able to make half a surrogate pair (utf-7, unicode_escape).
+_DECLARED = re.compile(
+    r"iso-?8859-?\d+|latin-?\d|windows-?\d+|cp-?\d+|koi8-?[rtu]|gbk|gb2312|gb18030|big5(-?hkscs)?|"
+    r"shift-?jis|sjis|euc-?(jp|kr)|iso-?2022-?(jp|kr)|macintosh|mac-?roman|tis-?620|us-ascii"
+)
+_PAGE_END, _LINE_END = re.compile("\f"), re.compile("\n")
+BLANK_LINE = re.compile(r"\n\s*\n")
+_LIST_ITEM = re.compile(r"\s*+(?:[-*•+]|\d++[.)])\s")
 # Shorter lines are verse, code or a table, and keep their ends.
 _WRAPPED = 50
 
 
 def read(data: bytes) -> Iterator[Block]:
-    pages = decode(data).split("\f")
-    for number, page in enumerate(pages, 1):
-        for paragraph in re.split(r"\n\s*\n", page):
-            yield Block(unwrap(paragraph), page=number if len(pages) > 1 else None)
+    text = decode(data)
+    check_characters(len(text))
+    paged = "\f" in text
+    for number, page in enumerate(split(_PAGE_END, text), 1):
+        for paragraph in split(BLANK_LINE, page):
+            yield Block(unwrap(paragraph), page=number if paged else None)
 
 
-def decode(data: bytes) -> str:
-    """UTF-8, UTF-16 with its mark, or Windows-1252; DocumentError for what is no text."""
-    marked = (encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark))
-    try:
-        text = data.decode(next(marked, "utf-8"))
-    except UnicodeDecodeError:
+def decode(data: bytes, declared: str = "") -> str:
+    """Text of UTF-8, UTF-16 with its mark, the encoding ``declared``, or Windows-1252.
+
+    Raises DocumentError for what is no text, or too much of it.
+    """
+    if len(data) > MAX_ENCODED_BYTES:
+        raise DocumentError(f"holds more than {MAX_ENCODED_BYTES >> 20} MiB of text; split it")
+    marked = [encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)]
+    known = declared.lower().replace("_", "-")
+    believed = [known] if _DECLARED.fullmatch(known) else []
+    for encoding in marked or [*believed, "utf-8", "cp1252"]:
         try:
-            text = data.decode("cp1252")
-        except UnicodeDecodeError:
-            raise DocumentError("is not text; save it as UTF-8") from None
-    if text.count("\0") or sum(text[:4096].count(mark) for mark in map(chr, range(1, 9))):
+            text = data.decode(encoding)
+            break
+        except (UnicodeDecodeError, LookupError):
+            continue
+    else:
+        raise DocumentError("is not text; save it as UTF-8")
+    if "\0" in text or any(mark in text[:4096] for mark in map(chr, range(1, 9))):
         raise DocumentError("is not text; save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def split(separator: re.Pattern[str], text: str) -> Iterator[str]:
+    """As ``separator.split(text)``, one part at a time."""
+    start = 0
+    for match in separator.finditer(text):
+        yield text[start : match.start()]
+        start = match.end()
+    yield text[start:]
+
+
+def lines(text: str) -> Iterator[str]:
+    return split(_LINE_END, text)
+
+
 def unwrap(paragraph: str) -> str:
     """The lines of a paragraph joined where an editor had wrapped them."""
-    joined = ""
-    for line in paragraph.split("\n"):
-        last = joined.rsplit("\n", 1)[-1]
-        wrapped = len(last) >= _WRAPPED and not _LIST_ITEM.match(line)
-        joined += (" " if wrapped else "\n" if joined else "") + line.strip()
-    return joined
+    joined = io.StringIO()
+    length = 0  # of the line that is being joined
+    for line in lines(paragraph):
+        wrapped = length >= _WRAPPED and not _LIST_ITEM.match(line)
+        if joined.tell():
+            joined.write(" " if wrapped else "\n")
+        line = line.strip()
+        length = length + 1 + len(line) if wrapped else len(line)
+        joined.write(line)
+    return joined.getvalue()

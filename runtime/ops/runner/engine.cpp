@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
+#include <list>
 #include <tuple>
 
 #include "model_file.h"
@@ -107,8 +108,7 @@ void Engine::unload() {
   session_ = nullptr;
   model_ = nullptr;
   tokenizer_ = Tokenizer();
-  has_chat_ = false;
-  chat_ = ChatParts();
+  chat_ = Chat();
   cached_.clear();
 }
 
@@ -145,33 +145,12 @@ std::string Engine::load_parts(const LoadOptions& options) {
   if (const void* data = pslm_model_blob(model_, static_cast<uint32_t>(Role::chat), &bytes);
       failure.empty() && data) {
     const auto chat = parse_json({static_cast<const char*>(data), bytes});
-    failure = chat ? read_chat(*chat) : "the chat section is not JSON";
+    failure = chat ? chat_.read(*chat, model_info_.vocab_size) : "the chat section is not JSON";
   }
   profiled_ = options.profile;
   restart_times();
   load_ms_ = milliseconds_since(start);
   return failure;
-}
-
-std::string Engine::read_chat(const Json& chat) {
-  const std::pair<const char*, std::string*> parts[] = {
-      {"start_system", &chat_.start_system},           {"system_to_user", &chat_.system_to_user},
-      {"start_user", &chat_.start_user},               {"user_to_assistant", &chat_.user_to_assistant},
-      {"assistant_to_user", &chat_.assistant_to_user},
-  };
-  for (const auto& [name, target] : parts) {
-    const Json* value = chat.find(name);
-    if (!value || !value->is(Json::Kind::string)) return "the chat section lacks " + std::string(name);
-    *target = value->string;
-  }
-  if (const Json* eos = chat.find("eos"))
-    for (const Json& id : eos->items) {
-      if (!id.is_whole(0, model_info_.vocab_size - 1.0))
-        return "the chat section names an unknown token";
-      chat_.eos.push_back(static_cast<int32_t>(id.number));
-    }
-  has_chat_ = true;
-  return "";
 }
 
 pslm_session_info Engine::session_info() const {
@@ -193,34 +172,20 @@ void Engine::reset() {
 
 std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens) const {
   if (!tokenizer_.loaded()) return "the model file has no tokenizer; pass tokens instead";
-  tokens = tokenizer_.prefix();
-  tokenizer_.encode({{text, true}}, tokens);
+  tokens.clear();
+  tokenizer_.encode_whole({text, true}, tokens);
   return "";
 }
 
 // What the template wrote may name special tokens; what people wrote may not.
 std::string Engine::encode_chat(const std::vector<Message>& messages,
                                 std::vector<int32_t>& tokens) const {
-  if (!tokenizer_.loaded() || !has_chat_)
+  if (!tokenizer_.loaded() || !chat_.loaded())
     return "the model file has no chat template; pass prompt or tokens instead";
-  std::string previous;
   std::vector<TextPart> parts;
-  for (const Message& message : messages) {
-    const std::string* lead = nullptr;
-    if (previous.empty() && message.role == "system") lead = &chat_.start_system;
-    if (previous.empty() && message.role == "user") lead = &chat_.start_user;
-    if (previous == "system" && message.role == "user") lead = &chat_.system_to_user;
-    if (previous == "user" && message.role == "assistant") lead = &chat_.user_to_assistant;
-    if (previous == "assistant" && message.role == "user") lead = &chat_.assistant_to_user;
-    if (!lead)
-      return "messages must be an optional system message, then user and assistant in turn; got '" +
-             message.role + "' after '" + previous + "'";
-    parts.push_back({*lead, true});
-    parts.push_back({message.content, false});
-    previous = message.role;
-  }
-  if (previous != "user") return "the last message must be the user's";
-  parts.push_back({chat_.user_to_assistant, true});
+  std::list<std::string> written;
+  if (std::string failure = chat_.compose(messages, parts, written); !failure.empty())
+    return failure;
   tokenizer_.encode(parts, tokens);
   return "";
 }
@@ -280,7 +245,7 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   outcome.prefill_ms = milliseconds_since(started);
 
   const auto decode_started = Clock::now();
-  const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos : generation.eos;
+  const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos() : generation.eos;
   std::string pending;  // the beginning of a character whose end is in the next token
   bool at_start = true;
   outcome.reason = "length";

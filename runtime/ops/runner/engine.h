@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "json.h"
+#include "chat.h"
 #include "pocketslm.h"
 #include "sampler.h"
 #include "tokenizer.h"
@@ -21,10 +21,6 @@ struct LoadOptions {
   bool cold = false;      // drop the file from the page cache first
   std::vector<int> cpus;  // run on these only; empty: on those that the process was started with
   std::string isa = "auto";
-};
-
-struct Message {
-  std::string role, content;
 };
 
 struct Generation {
@@ -55,12 +51,6 @@ struct Times {
   std::vector<int64_t> prefill_ns, decode_ns, step_ns;
   std::vector<int64_t> prefill_cpu_ns, decode_cpu_ns, prefill_faults, decode_faults;
   pslm_times prefill_operators{}, decode_operators{};
-};
-
-// The strings of a chat template around the messages of a conversation that alternates.
-struct ChatParts {
-  std::string start_system, system_to_user, start_user, user_to_assistant, assistant_to_user;
-  std::vector<int32_t> eos;
 };
 
 class Engine {
@@ -101,15 +91,14 @@ class Engine {
  private:
   void unload();
   std::string load_parts(const LoadOptions& options);
-  std::string read_chat(const Json& chat);
   size_t keep_common(const std::vector<int32_t>& tokens, size_t limit);
 
   pslm_model* model_ = nullptr;
   pslm_session* session_ = nullptr;
   pslm_model_info model_info_{};
   Tokenizer tokenizer_;
-  bool has_chat_ = false, profiled_ = false;
-  ChatParts chat_;
+  bool profiled_ = false;
+  Chat chat_;
   std::vector<int32_t> cached_;  // the tokens that the session holds
   double load_ms_ = 0;
 };

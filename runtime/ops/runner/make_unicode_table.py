@@ -1,5 +1,6 @@
-"""Write unicode_table.inl (ranges of letters, marks, numbers, signs and white space) and
-normalization_table.inl (canonical decompositions and combining classes)."""
+"""Write unicode_table.inl (ranges of letters, marks, numbers, signs and white space),
+normalization_table.inl (canonical decompositions and combining classes) and bert_table.inl (what
+BERT's normalizer and words go by)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pocketslm.runtime.tokenizer import unicode_classes
+from pocketslm.runtime.tokenizer import normalizers, pretokenizers, unicode_classes
 
 
 def classes() -> Iterator[str]:
@@ -59,6 +60,34 @@ def orders() -> Iterator[str]:
         first, previous = code, order
 
 
+def bert_classes() -> Iterator[str]:
+    """Ranges of what is removed (R), an accent (A), a word by itself (P), or set apart (I)."""
+    kinds = {
+        "R": normalizers.bert_removed(),
+        "A": unicode_classes.of_unicode_8("Mn"),
+        "P": pretokenizers.bert_signs(),
+        "I": normalizers.BERT_IDEOGRAPHS,
+    }
+    found = sorted((*span, kind) for kind, spans in kinds.items() for span in spans)
+    return (f"{{{first:#x},{last:#x},{kind}}}," for first, last, kind in found)
+
+
+def lower_case() -> Iterator[str]:
+    """Runs of every `step`-th character whose lower case is `delta` on."""
+    runs: list[list[int]] = []  # first, last, step, delta
+    for code in range(sys.maxunicode + 1):
+        lower = chr(code).lower()
+        if len(lower) != 1 or ord(lower) == code:
+            continue  # but for U+0130 the lower case of one character is one
+        delta = ord(lower) - code
+        last = runs[-1] if runs else None
+        if last and last[3] == delta and code - last[1] in ((1, 2) if last[2] == 0 else (last[2],)):
+            last[1:3] = code, code - last[1]
+        else:
+            runs.append([code, code, 0, delta])
+    return (f"{{{first:#x},{last:#x},{step or 1},{delta}}}," for first, last, step, delta in runs)
+
+
 def wrapped(cells: Iterable[str]) -> str:
     lines, line = [], ""
     for cell in cells:
@@ -72,8 +101,13 @@ def wrapped(cells: Iterable[str]) -> str:
 def main() -> None:
     folder = Path(__file__).parent
     (folder / "unicode_table.inl").write_text("// Unicode 16\n" + wrapped(classes()))
+    version = f"// Unicode {unicodedata.unidata_version}\n"
+    (folder / "bert_table.inl").write_text(
+        f"// Unicode 8\nconstexpr Range kRanges[] = {{\n{wrapped(bert_classes())}}};\n"
+        f"{version}constexpr Lower kLower[] = {{\n{wrapped(lower_case())}}};\n"
+    )
     (folder / "normalization_table.inl").write_text(
-        f"// Unicode {unicodedata.unidata_version}\n"
+        f"{version}"
         f"constexpr Decomposition kDecompositions[] = {{\n{wrapped(decompositions())}}};\n"
         f"constexpr Combining kCombining[] = {{\n{wrapped(orders())}}};\n"
     )

@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "bert.h"
 #include "json.h"
 #include "unicode.h"
 
@@ -15,9 +16,10 @@ namespace {
 
 // Written by export/lower/native_tokenizer.py: this header, then offsets [tokens + 1] into the
 // text, merges [left, right, rank, result] by left and right, tokens by their bytes, added tokens
-// [id, flags], ids of the prefix, tokens of the 256 bytes, text.
+// [id, flags], ids of the prefix and the suffix, tokens of the 256 bytes, text.
 struct SectionHeader {
-  uint32_t version, tokens, merges, indexed, added, prefix, words, flags, text_bytes;
+  uint32_t version, tokens, merges, indexed, added, prefix, suffix, words, flags, unknown, longest,
+      text_bytes;
 };
 constexpr uint32_t kVersion = 3;
 constexpr uint32_t kNoToken = UINT32_MAX;  // of a byte that encodes to nothing
@@ -63,7 +65,7 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
   if (header.version != kVersion)
     return "the tokenizer section has an unknown version; export the model again";
   const uint64_t words = uint64_t{header.tokens} + 1 + uint64_t{header.merges} * 4 +
-                         header.indexed + uint64_t{header.added} * 2 + header.prefix + 256;
+                         header.indexed + uint64_t{header.added} * 2 + header.prefix + header.suffix + 256;
   if (header.tokens == 0 || header.tokens > vocabulary ||
       sizeof header + words * 4 + header.text_bytes != bytes ||
       header.words >= static_cast<uint32_t>(Words::count))
@@ -74,7 +76,8 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
   index_ = reinterpret_cast<const uint32_t*>(merges_ + header.merges);
   const uint32_t* added = index_ + header.indexed;
   const uint32_t* prefix = added + 2 * size_t{header.added};
-  byte_tokens_ = prefix + header.prefix;
+  const uint32_t* suffix = prefix + header.prefix;
+  byte_tokens_ = suffix + header.suffix;
   text_ = reinterpret_cast<const char*>(byte_tokens_ + 256);
   for (uint32_t i = 0; i <= header.tokens; ++i)
     if (offsets_[i] > header.text_bytes || (i && offsets_[i] < offsets_[i - 1]))
@@ -95,12 +98,15 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
     for (size_t at = merged.find(' ', 1); at < merged.size(); at = merged.find(' ', at + 1))
       merges_a_space_[static_cast<unsigned char>(merged[at - 1])] = true;
   }
+  known &= header.unknown < header.tokens;
   if (!known) return "the tokenizer section names an unknown token";
   for (uint32_t left = header.tokens; left-- > 0;)
     first_merge_[left] = std::min(first_merge_[left], first_merge_[left + 1]);
   count_ = header.tokens, index_count_ = header.indexed;
   words_ = static_cast<Words>(header.words), flags_ = header.flags;
-  prefix_.assign(prefix, prefix + header.prefix);
+  unknown_ = header.unknown, longest_ = header.longest;
+  prefix_.assign(prefix, suffix);
+  suffix_.assign(suffix, byte_tokens_);
   is_special_.assign(count_, false);
   for (; added != prefix; added += 2) {
     const uint32_t token = added[0], flags = added[1];
@@ -180,10 +186,19 @@ void Tokenizer::encode(const std::vector<TextPart>& parts, std::vector<int32_t>&
   flush(false);
 }
 
+void Tokenizer::encode_whole(TextPart text, std::vector<int32_t>& out) const {
+  out.insert(out.end(), prefix_.begin(), prefix_.end());
+  encode({text}, out);
+  out.insert(out.end(), suffix_.begin(), suffix_.end());
+}
+
 // Text without added tokens. SentencePiece's mark is a space here, in tokens too.
 void Tokenizer::encode_text(std::string text, bool start, Encoding& encoding) const {
   auto& [out, texts, seen] = encoding;
   if (flags_ & kNfc) text = to_nfc(text);
+  if (words_ == Words::bert)
+    text = bert_normalized(text, {(flags_ & kClean) != 0, (flags_ & kIdeographs) != 0,
+                                  (flags_ & kStripAccents) != 0, (flags_ & kLowercase) != 0});
   if (is_marked()) text = replaced(text, kMark, " ");
   if (flags_ & kSpaceAlways || (flags_ & kSpaceAtStart && start && text[0] != ' '))
     text.insert(0, 1, ' ');
@@ -199,7 +214,7 @@ void Tokenizer::encode_text(std::string text, bool start, Encoding& encoding) co
         const auto [first, count] = known->second;
         for (size_t i = 0; i < count; ++i) out.push_back(out[first + i]);
       } else {
-        merge_word(word, out);
+        words_ == Words::bert ? find_pieces(word, out) : merge_word(word, out);
         if (word.size() <= kCachedBytes && seen.size() < kCachedWords)
           seen.emplace(word, std::make_pair(before, out.size() - before));
       }
@@ -233,6 +248,33 @@ int32_t Tokenizer::token_of(std::string_view text) const {
   const uint32_t* found = std::lower_bound(
       index_, end, text, [&](uint32_t token, std::string_view t) { return stored(token) < t; });
   return found != end && stored(*found) == text ? static_cast<int32_t>(*found) : -1;
+}
+
+// WordPiece: the longest token that the word begins with, then that of the rest, and so on. Tokens
+// that begin a word have a space before them.
+void Tokenizer::find_pieces(std::string_view word, std::vector<int32_t>& out) const {
+  if (space_run(word) == word.size()) return;
+  std::vector<size_t> ends;  // of the characters
+  for (size_t at = 0; at < word.size(); ends.push_back(at)) next_utf8(word, at);
+  std::vector<int32_t> pieces;
+  std::string piece = " ";
+  size_t start = 0, first = 0;
+  if (ends.size() <= longest_)
+    for (; first < ends.size(); piece.clear()) {
+      const size_t led = piece.size();
+      size_t last = ends.size();
+      int32_t token = -1;
+      for (; last > first && token < 0; --last) {
+        piece.resize(led);
+        piece += word.substr(start, ends[last - 1] - start);
+        token = token_of(piece);
+      }
+      if (token < 0) break;
+      pieces.push_back(token);
+      first = last + 1, start = ends[last];
+    }
+  if (first < ends.size()) pieces = {static_cast<int32_t>(unknown_)};
+  out.insert(out.end(), pieces.begin(), pieces.end());
 }
 
 void Tokenizer::merge_word(std::string_view word, std::vector<int32_t>& out) const {

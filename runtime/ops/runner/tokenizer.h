@@ -1,5 +1,5 @@
-// BPE over bytes or over SentencePiece's characters, from the section that export packed out of a
-// tokenizer.json.
+// BPE over bytes or over SentencePiece's characters, or WordPiece, from the section that export
+// packed out of a tokenizer.json.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,9 @@ class Tokenizer {
 
   // Neighbouring parts are one text. Takes time in proportion to it, or to n log n of a word.
   void encode(const std::vector<TextPart>& parts, std::vector<int32_t>& out) const;
-  // What stands before a prompt that is not a chat, commonly the beginning-of-sequence token.
-  const std::vector<int32_t>& prefix() const { return prefix_; }
+  // The same between what stands before and after a text that is not a chat, commonly the
+  // beginning-of-sequence token; an encoder has two.
+  void encode_whole(TextPart text, std::vector<int32_t>& out) const;
 
   // The bytes of one token; empty for special ones.
   std::string_view bytes(int32_t token) const;
@@ -40,6 +41,10 @@ class Tokenizer {
     kSpaceAlways = 4,   // a space goes before each text
     kSpaceAtStart = 8,  // a space goes before a prompt's first text, if it has none
     kStripSpace = 16,
+    kClean = 32,  // of BertNormalization, to the end
+    kIdeographs = 64,
+    kStripAccents = 128,
+    kLowercase = 256,
   };
   enum AddedFlag : uint32_t {
     kSpecial = 1,
@@ -60,6 +65,7 @@ class Tokenizer {
   void encode_text(std::string text, bool start, Encoding& encoding) const;
   size_t marked_word_end(std::string_view text, size_t start) const;
   void merge_word(std::string_view word, std::vector<int32_t>& out) const;
+  void find_pieces(std::string_view word, std::vector<int32_t>& out) const;
   void merge(const std::vector<int32_t>& tokens, std::vector<int32_t>& out) const;
   bool is_marked() const { return words_ == Words::whole || words_ == Words::spaces; }
   const Merge* find(int32_t left, int32_t right) const;
@@ -68,6 +74,7 @@ class Tokenizer {
   std::string_view stored(uint32_t token) const;
 
   uint32_t count_ = 0, index_count_ = 0, flags_ = 0;
+  uint32_t unknown_ = 0, longest_ = 0;  // WordPiece's: the unknown token, characters of a word
   Words words_ = Words::gpt2;
   const uint32_t* offsets_ = nullptr;
   const Merge* merges_ = nullptr;      // by left and right
@@ -75,7 +82,7 @@ class Tokenizer {
   const uint32_t* index_ = nullptr;    // tokens by their bytes
   const uint32_t* byte_tokens_ = nullptr;
   const char* text_ = nullptr;
-  std::vector<int32_t> prefix_;
+  std::vector<int32_t> prefix_, suffix_;
   std::vector<Added> added_;       // by name
   bool added_leads_[256] = {};     // bytes that an added token begins with
   bool merges_a_space_[256] = {};  // bytes that some merge puts a space after

@@ -89,13 +89,10 @@ uint32_t compose(uint32_t first, uint32_t second) {
 
 }  // namespace
 
-std::string to_nfc(std::string_view text) {
-  // Below U+0300 nothing combines and nothing but composed characters stands.
-  if (std::all_of(text.begin(), text.end(),
-                  [](char c) { return static_cast<unsigned char>(c) < 0xcc; }))
-    return std::string(text);
+std::vector<uint32_t> decomposed(const std::vector<uint32_t>& text) {
   std::vector<uint32_t> codes;
-  for (size_t at = 0; at < text.size();) decompose(next_utf8(text, at), codes);
+  codes.reserve(text.size());
+  for (uint32_t code : text) decompose(code, codes);
   for (auto at = codes.begin(); at != codes.end();) {
     auto end = at + 1;
     while (end != codes.end() && combining_order(*end)) ++end;
@@ -104,6 +101,17 @@ std::string to_nfc(std::string_view text) {
     });
     at = end;
   }
+  return codes;
+}
+
+std::string to_nfc(std::string_view text) {
+  // Below U+0300 nothing combines and nothing but composed characters stands.
+  if (std::all_of(text.begin(), text.end(),
+                  [](char c) { return static_cast<unsigned char>(c) < 0xcc; }))
+    return std::string(text);
+  std::vector<uint32_t> codes;
+  for (size_t at = 0; at < text.size();) codes.push_back(next_utf8(text, at));
+  codes = decomposed(codes);
   std::vector<uint32_t> composed;
   size_t starter = SIZE_MAX;
   int last_order = -1;  // of what was kept since the starter; -1: nothing

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace pocketslm {
 
@@ -18,6 +19,9 @@ constexpr Classes one(CharClass kind) { return 1u << static_cast<uint32_t>(kind)
 constexpr Classes kLetters = one(CharClass::upper) | one(CharClass::lower) | one(CharClass::letter);
 constexpr Classes kMarks = one(CharClass::mark), kNumbers = one(CharClass::number);
 constexpr Classes kSpaces = one(CharClass::space);
+
+// Canonical decomposition (NFD) of code points.
+std::vector<uint32_t> decomposed(const std::vector<uint32_t>& text);
 
 // Canonical composition (NFC) of UTF-8 text.
 std::string to_nfc(std::string_view text);

@@ -1,5 +1,6 @@
 #include "words.h"
 
+#include "bert.h"
 #include "json.h"
 #include "unicode.h"
 
@@ -198,6 +199,8 @@ size_t word_end(Words words, std::string_view text, size_t start) {
       return llama3_word_end(text, start, {kLetters, 1, true, false, false, true});
     case Words::deepseek3:
       return deepseek3_word_end(text, start);
+    case Words::bert:
+      return bert_word_end(text, start);
     case Words::whole:
     case Words::spaces:
     case Words::count:

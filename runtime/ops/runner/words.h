@@ -7,7 +7,8 @@
 
 namespace pocketslm {
 
-// As in export/lower/native_tokenizer.py. `whole` and `spaces` are SentencePiece's.
+// As in export/lower/native_tokenizer.py. `whole` and `spaces` are SentencePiece's, `bert` is
+// WordPiece's.
 enum class Words : uint32_t {
   gpt2,
   gpt2_digits,
@@ -20,6 +21,7 @@ enum class Words : uint32_t {
   gpt4o,
   tekken,
   deepseek3,
+  bert,
   count
 };
 

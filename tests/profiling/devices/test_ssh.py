@@ -60,6 +60,30 @@ def test_status_and_last_words(board: SshServer) -> None:
         assert failing(lambda: device.shell("echo why >&2; exit 3")).endswith("status 3: why")
 
 
+@pytest.mark.parametrize(
+    ("home", "message"),
+    [
+        (r"printf 'Welcome\033[2J\nto the board\n'; exec ", "its shell prints 'Welcome"),
+        ("HOME=nowhere exec ", "its home folder is 'nowhere"),
+    ],
+)
+def test_a_board_that_prints_a_banner_is_refused(
+    home: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for ssh whose remote shell runs this first."""
+    from pocketslm.profiling.devices import ssh
+
+    monkeypatch.setattr(ssh, "FOLDER", "$HOME/of ours")
+    client = tmp_path / "bin" / "ssh"
+    client.parent.mkdir()
+    client.write_text(f'#!/bin/sh\nfor script; do :; done\n{home}sh -c "$script"\n')
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{client.parent}:{os.environ['PATH']}")
+    said = failing(lambda: open_device("ssh:board"))
+    assert message in said
+    assert "\x1b" not in said
+
+
 def test_an_unknown_host_is_not_trusted(board: SshServer) -> None:
     board.forget_host()
     message = failing(lambda: open_device(f"ssh:{board.address}"))

@@ -16,6 +16,7 @@ from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.answer import Answer, Citation
 from pocketslm.runtime.assistant.document import Block, make_source
 from pocketslm.runtime.assistant.library import Library
+from pocketslm.runtime.assistant.readers import read_bytes
 
 SOURCE = make_source("Trip", "md", [Block("Rome", 1), Block("We saw the Colosseum.", page=2)])
 ANSWER = Answer("ask", "What?", "It.", "eos", citations=(Citation(0, 6, 27),), seconds=1.5)
@@ -73,6 +74,7 @@ import sys
 from pocketslm.runtime.assistant.answer import Answer
 from pocketslm.runtime.assistant.document import Block, make_source
 from pocketslm.runtime.assistant.library import Library
+from pocketslm.runtime.assistant.readers import read_bytes
 
 library, number = Library(sys.argv[1]), int(sys.argv[2])
 while True:
@@ -123,3 +125,15 @@ def test_two_threads_may_write(tmp_path: Path) -> None:
         sources = [make_source(str(n), "txt", [Block(f"text number {n}")]) for n in range(40)]
         ids = {document.id for document in pool.map(library.add, sources)}
         assert len(ids) == len(library.entries()) == 40
+
+
+def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+    with Library(tmp_path / "library") as library:
+        kept = library.add(read_bytes(b"Kept.", "kept.txt"))
+        (pages,) = library._database.execute("PRAGMA page_count").fetchone()
+        library._database.execute(f"PRAGMA max_page_count = {pages + 2}")
+        long = " ".join(f"word{number}" for number in range(20_000))
+        with pytest.raises(DocumentError, match="library cannot be written: database or disk is"):
+            library.add(read_bytes(long.encode(), "long.txt"))
+        assert [entry.id for entry in library.entries()] == [kept.id]
+        library.rename(kept.id, "still writable")

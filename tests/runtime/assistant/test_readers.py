@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,7 +16,8 @@ from pypdf import PdfReader, PdfWriter
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant import readers
 from pocketslm.runtime.assistant.document import CHUNK_CHARACTERS, Block, make_source
-from pocketslm.runtime.assistant.readers import archive, pdf
+from pocketslm.runtime.assistant.library import Library
+from pocketslm.runtime.assistant.readers import archive, limits, pdf
 from pocketslm.runtime.assistant.words import sentences
 from support_documents import DOCX_XML, docx, epub, pdf_file, zipped
 
@@ -129,7 +133,7 @@ HOSTILE = {
     "cut pdf": (lambda: pdf_file(["Hello"] * 3)[:200], "a.pdf", "damaged PDF"),
     "no pdf": (lambda: b"%PDF-1.7\n" + b"garbage " * 99, "a.pdf", "damaged PDF"),
     "scanned pdf": (lambda: pdf_file([""]), "a.pdf", "is it scanned?"),
-    "locked pdf": (_locked, "a.pdf", "locked by a password"),
+    "locked pdf": (_locked, "a.pdf", "needs a password"),
     "pdf bomb": (_bomb, "a.pdf", "a.pdf"),
     "cut docx": (lambda: docx()[:-40], "a.docx", "not a whole zip archive"),
     "docx that is no zip": (lambda: b"PK nothing", "a.docx", "not a whole zip archive"),
@@ -161,15 +165,220 @@ def test_what_is_hostile_is_refused_in_a_sentence(name: str) -> None:
     assert file in str(refused.value)
 
 
+W = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+
+
+def _word(body: str) -> bytes:
+    return docx(f'<w:document xmlns:w="{W}"><w:body>{body}</w:body></w:document>')
+
+
+def _member(method: int) -> bytes:
+    """A document whose packed content is damaged."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as file:
+        file.writestr("word/document.xml", DOCX_XML)
+    data = bytearray(out.getvalue())
+    data[60:80] = b"\xff" * 20
+    return bytes(data)
+
+
+DAMAGED = {
+    "unknown encoding": (docx('<?xml version="1.0" encoding="foo"?><a/>'), "unknown encoding"),
+    "utf-7": (docx('<?xml version="1.0" encoding="utf-7"?><a/>'), "unknown encoding"),
+    "idna": (docx('<?xml version="1.0" encoding="idna"?><a/>'), "unknown encoding"),
+    "damaged lzma": (_member(zipfile.ZIP_LZMA), "damaged word/document.xml"),
+    "damaged bz2": (_member(zipfile.ZIP_BZIP2), "damaged word/document.xml"),
+    "default attribute": (docx('<!DOCTYPE a [<!ATTLIST a b CDATA "x">]><a/>'), "declares XML"),
+    "long namespace": (docx(f'<a xmlns="{"x" * 2000}"/>'), "namespace of more than"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_archives_are_refused(name: str) -> None:
+    data, message = DAMAGED[name]
+    with pytest.raises(DocumentError, match=message):
+        readers.read_bytes(data, "a.docx")
+
+
+def test_a_text_box_is_read_once() -> None:
+    box = "<w:txbxContent><w:p><w:r><w:t>Boxed.</w:t></w:r></w:p></w:txbxContent>"
+    compatible = "http://schemas.openxmlformats.org/markup-compatibility/2006"
+    drawing = (
+        f'<m:AlternateContent xmlns:m="{compatible}"><m:Choice>{box}</m:Choice>'
+        f"<m:Fallback>{box}</m:Fallback></m:AlternateContent>"
+    )
+    source = readers.read_bytes(
+        _word(f"<w:p><w:r><w:t>Before </w:t>{drawing}<w:t>after.</w:t></w:r></w:p>"), "a.docx"
+    )
+    assert source.text == "Boxed.\n\nBefore after."
+
+
+def test_a_strict_document_is_read() -> None:
+    strict = DOCX_XML.replace(W, "http://purl.oclc.org/ooxml/wordprocessingml/main")
+    assert readers.read_bytes(docx(strict), "a.docx") == readers.read_bytes(docx(), "a.docx")
+
+
+@pytest.mark.parametrize(
+    "top", ["---\ntitle: Turbine\n\nauthor: X\n---\n", '+++\ntitle = "Turbine"\n+++\n']
+)
+def test_front_matter_is_no_text(top: str) -> None:
+    assert readers.read_bytes(f"{top}\n# Results\n\nFailed.".encode(), "a.md").text == (
+        "Results\n\nFailed."
+    )
+
+
+def test_a_rule_at_the_top_is_no_front_matter() -> None:
+    text = b"---\nNot a field here.\n\n---\nMore."
+    assert "Not a field here." in readers.read_bytes(text, "a.md").text
+    assert "b: c" in readers.read_bytes(b"---\nb: c\nnever closed", "a.md").text
+
+
+def test_marks_without_a_partner_stay() -> None:
+    text = (
+        b"**bold** and __strong__, *it*, a * b, snake_case_, 2*3*4, `a*b*` [![x](y)](z) **open\n\n"
+        b"# C#\n\n# Closed #\n\n[w](u_(v)) <!-- gone --> <!-- open"
+    )
+    assert readers.read_bytes(text, "a.md").text == (
+        "bold and strong, it, a * b, snake_case_, 2*3*4, a*b* x **open\n\nC#\n\nClosed\n\n"
+        "w  <!-- open"
+    )
+
+
+UNCLOSED = {
+    "head": ("<html><head><title>T</title><body><p>Text.", "Text."),
+    "nav": ("<nav><a>Home</a><p>Text.", "Home\n\nText."),
+    "closed nav": ("<nav><a>Home</a></nav><p>Text.", "Text."),
+    "select": ("<select><option>a<p>Text.", "a\n\nText."),
+    "comment": ("<p>a<!-- b<p>Text.", "a b\n\nText."),
+    "declaration": ("<![x><p>Text.", "Text."),
+    "end": ("<p>Text.<![x", "Text.<![x"),
+    "quote": ('<a href="x>Link</a><p>Text.', "Link\n\nText."),
+    "quoted end": ('<a title="a > b">Link</a>', "Link"),
+    "less": ("<p>a < b <3 </ p>", "a < b <3"),
+    "script": ("<script>if (a</b) x</script><p>Text.", "Text."),
+    "number": (f"<p>&#{'9' * 5000}; &#x{'f' * 50};&#55296;.", "\ufffd \ufffd\ufffd."),
+}
+
+
+@pytest.mark.parametrize("name", UNCLOSED)
+def test_a_broken_tag_costs_no_text(name: str) -> None:
+    page, text = UNCLOSED[name]
+    assert readers.read_bytes(page.encode(), "a.html").text == text
+
+
+@pytest.mark.parametrize(
+    "charset",
+    [
+        *("undefined", "punycode", "idna", "utf-7", "utf-16", "hex", "bz2_codec"),
+        *("unicode_escape", "raw_unicode_escape", "mbcs", "cp0", "x"),
+    ],
+)
+def test_a_page_may_declare_any_charset(charset: str) -> None:
+    page = f'<meta charset="{charset}"><p>Grüße \\ud800'.encode()
+    assert readers.read_bytes(page, "a.html").text == "Grüße \\ud800"
+
+
+def test_a_name_that_is_no_utf8_is_readable(tmp_path: Path) -> None:
+    file = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    file.write_text("Text.")
+    with Library(":memory:") as library:
+        assert library.add(file).title == "caf\ufffd"
+        assert library.entries()[0].title == "caf\ufffd"
+
+
+@pytest.mark.parametrize("algorithm", ["AES-128", "AES-256", "RC4-128"])
+def test_a_pdf_that_anyone_may_open_is_opened(algorithm: str) -> None:
+    writer = PdfWriter(PdfReader(io.BytesIO(pdf_file(["Open to all."]))))
+    writer.encrypt("", "owner", algorithm=algorithm)
+    out = io.BytesIO()
+    writer.write(out)
+    assert readers.read_bytes(out.getvalue(), "a.pdf").text == "Open to all."
+
+
+def test_too_many_tags_are_refused_at_the_first_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_ELEMENTS", 100)
+    seen: list[str] = []
+    with pytest.raises(DocumentError, match="more than 100 tags"):
+        archive.parse_xml(b"<a>" + b"<b/>" * 10**5 + b"</a>", lambda tag, _: seen.append(tag))
+    assert len(seen) == 100
+    with pytest.raises(DocumentError, match="more than 100 tags"):
+        readers.read_bytes(b"<b>x" * 10**5, "a.html")
+    monkeypatch.setattr(limits, "MAX_BLOCKS", 10)
+    for name, data in (
+        ("a.docx", _word("<w:p><w:r><w:t>x</w:t></w:r></w:p>" * 20)),
+        ("a.txt", b"x\n\n" * 20),
+        ("a.md", b"# x\n" * 20),
+        ("a.html", b"<p>x" * 20),
+    ):
+        with pytest.raises(DocumentError, match=r"more than (10 paragraphs|100 tags)"):
+            readers.read_bytes(data, name)
+
+
+# Each is repeated to 300 kB. A reader that is quadratic takes minutes for one of them.
+REPEATED = {
+    "md": [
+        "[",
+        "[a](",
+        '[a](b "',
+        "**a ",
+        "*a ",
+        "_a ",
+        "`",
+        "`a",
+        "<!--",
+        "#",
+        "a\n",
+        "\n \n",
+        "**a",
+    ],
+    "html": [
+        *("<", "</", "<!--", "<!", "<?", "<a ", '<a b="', "<a b='>", "<nav>", "<svg><nav>"),
+        *("<![", "<b> ", "&#1", "<script>", "<h1>a<p>b", "<a b=c>"),
+    ],
+    "txt": [".", ". ", ".)", "a.", "\n", "\f", "a\n\n", "1.", "x" * 80 + "\n", "\"'"],
+}
+ONCE = {
+    "md": ["# a" + " " * 300_000 + "b", "a\n" + "=" * 300_000 + "x", "[a](" + "(b)" * 100_000],
+    "html": ["<a" + ' b=""' * 60_000, "<a " + "=" * 300_000 + ">", "&#" + "1" * 300_000 + ";"],
+    "txt": ["." + " " * 300_000 + "(", "1" * 300_000],
+}
+
+
+def test_reading_is_linear_and_bounded(tmp_path: Path) -> None:
+    texts = [
+        (kind, part * (300_000 // len(part))) for kind in REPEATED for part in REPEATED[kind]
+    ] + [(kind, text) for kind in ONCE for text in ONCE[kind]]
+    for number, (kind, text) in enumerate(texts):
+        (tmp_path / f"{number}.{kind}").write_text(text)
+    cells = "<w:t>x" + " " * 300_000 + "</w:t><w:tc/>"
+    breaks = (
+        "<w:p><w:t>" + "x" * 300_000 + "</w:t>" + "<w:lastRenderedPageBreak/>" * 9000 + "</w:p>"
+    )
+    for name, body in (("cells", cells), ("breaks", breaks), ("empty", "<w:p/>" * 5_000_000)):
+        (tmp_path / f"{name}.docx").write_bytes(_word(body))
+    script = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from pocketslm.errors import DocumentError\n"
+        "from pocketslm.runtime.assistant import readers\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        "for file in Path(sys.argv[1]).iterdir():\n"
+        "    try:\n        readers.read_file(file)\n    except DocumentError:\n        pass\n"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=300)
+
+
 def test_limits_hold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("some text")
-    monkeypatch.setattr(readers, "MAX_TEXT_CHARACTERS", 8)
+    monkeypatch.setattr(limits, "MAX_TEXT_CHARACTERS", 8)
     with pytest.raises(DocumentError, match="holds more than"):
         readers.read_file(file)
-    monkeypatch.setattr(readers, "MAX_FILE_BYTES", 8)
+    with monkeypatch.context() as less:
+        less.setattr(readers, "MAX_FILE_BYTES", 8)
+        with pytest.raises(DocumentError, match="is larger than"):
+            readers.read_file(file)
     with pytest.raises(DocumentError, match="is larger than"):
-        readers.read_file(file)
+        readers.read_file(Path("/dev/zero"))
     monkeypatch.setattr(pdf, "MAX_PAGES", 1)
     with pytest.raises(DocumentError, match="has 2 pages"):
         readers.read_bytes(pdf_file(["a", "b"]), "a.pdf")

@@ -10,9 +10,11 @@ import pytest
 
 import support
 from pocketslm.export.lower.native import lower
-from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
+from pocketslm.export.lower.native_chat import chat_parts
+from pocketslm.export.lower.native_tokenizer import pack_tokenizer
 from pocketslm.export.lower.trace import trace
 from pocketslm.runtime.ops import build
+from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 
 @pytest.fixture(scope="session")
@@ -35,18 +37,12 @@ def arm_runner_path() -> Path:
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with every kind of weight, the byte tokenizer and a chat template."""
-    import jinja2
-
     path = tmp_path_factory.mktemp("chat") / "model.slm"
     config = native_support.tiny_config(vocab_size=support.TINY.vocab_size)
     tokenizer, reason = pack_tokenizer(support.tokenizer_files()["tokenizer.json"])
     assert tokenizer is not None, reason
-    template = jinja2.Template(support.CHATML)
-    chat, reason = chat_parts(
-        lambda messages, prompt: template.render(messages=messages, add_generation_prompt=prompt),
-        [257],
-    )
-    assert chat is not None, reason
+    chat, reason = chat_parts(load_tokenizer_files(support.tokenizer_files()))
+    assert not reason
     weights = native_support.tiny_weights(config, native_support.mixed_kinds)
     traced = trace(config, config.max_position_embeddings)
     lower(traced, weights, path, tokenizer=tokenizer, chat=chat)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 import pytest
-from native_support import mixed_kinds, tiny_config, write_tiny
+from native_support import mixed_kinds, tiny_config, tiny_weights, write_tiny
 
 from pocketslm.errors import BackendError, ContextOverflowError, ExportError, UsageError
+from pocketslm.export.lower import native as native_lowering
 from pocketslm.export.lower import onnx_native
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.config import LayerSize, ModelConfig
+from pocketslm.models.tensors import Weight
 from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.backends.native import NativeModel, library_path
 from pocketslm.runtime.bundle import open_bundle
@@ -124,6 +128,9 @@ def test_a_cache_is_written_in_place_where_past_is_present(tmp_path: Path) -> No
         ({"input_ids": np.array([[1, 2, 100]])}, "token 100 is outside the vocabulary of 100"),
         ({"input_ids": np.array([[1, 2, -1]])}, "token -1 is outside"),
         ({"attention_mask": np.array([[0, 1, 1]])}, "padding is not supported"),
+        ({"attention_mask": np.array([[2, 0, 1]])}, "ones for all tokens so far"),
+        ({"attention_mask": np.array([[2**63 - 1, 2**63 - 1, 5]])}, "ones for all tokens so far"),
+        ({"attention_mask": np.array([[1, 1, -1, 3]])}, "ones for all tokens so far"),
         ({"attention_mask": np.ones((1, 2), np.int64)}, "ones for all tokens so far"),
         ({"attention_mask": np.ones((1, CAPACITY + 1), np.int64)}, "has room for 100 positions"),
         ({"attention_mask": np.ones((1, CAPACITY), np.int64)}, "do not fit the context of 96"),
@@ -139,6 +146,63 @@ def test_faulty_inputs_are_errors(change: dict[str, Any], message: str, tmp_path
     with pytest.raises(Exception, match=message):
         graph.session.run(None, graph.feeds(TOKENS[:3], 1) | change)
     np.testing.assert_array_equal(graph.forward(TOKENS[:3]), expected)
+
+
+def fewer_outputs(node: onnx.NodeProto) -> None:
+    del node.output[3:]
+
+
+def an_absent_output(node: onnx.NodeProto) -> None:
+    node.output[2] = ""
+
+
+def an_absent_input(node: onnx.NodeProto) -> None:
+    node.input[5] = ""
+
+
+def fewer_caches(node: onnx.NodeProto) -> None:
+    del node.input[6:]
+    del node.output[3:]
+
+
+def another_cache(node: onnx.NodeProto) -> None:
+    node.input.append(node.input[4])
+    node.output.append("another")
+
+
+@pytest.mark.parametrize(
+    "change", [fewer_outputs, an_absent_output, an_absent_input, fewer_caches, another_cache]
+)
+def test_a_graph_that_uses_the_operator_in_another_way_is_an_error(
+    change: Callable[[onnx.NodeProto], None], tmp_path: Path
+) -> None:
+    write_graph(tmp_path, tiny_config())
+    path = tmp_path / onnx_native.GRAPH_FILE
+    model = onnx.load(path, load_external_data=False)
+    change(model.graph.node[0])
+    made = set(model.graph.node[0].output)
+    kept = [value for value in model.graph.output if value.name in made]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(Exception, match=r"the graph (has|leaves)|INVALID_GRAPH|Decoder"):
+        OnnxGraph(tmp_path, tiny_config()).forward(TOKENS[:3])
+
+
+def test_logits_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    config = tiny_config()
+    graph = write_graph(tmp_path, config)
+    graph.forward(TOKENS[:3])
+    given = tiny_weights(config, mixed_kinds)
+
+    def large(name: str, shape: tuple[int, ...]) -> Weight:
+        if name == "model.norm.weight":
+            return np.full(shape, 3e38, np.float32)
+        return given(name, shape)
+
+    native_lowering.lower(config, large, tmp_path / "model.slm")
+    with pytest.raises(Exception, match="logits are not finite"):
+        OnnxGraph(tmp_path, config).forward(TOKENS[:3])
 
 
 def test_faulty_models_and_settings_are_errors(tmp_path: Path) -> None:

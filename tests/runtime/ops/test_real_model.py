@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pytest
 import torch
 from native_runner import running
 
 from pocketslm.export.lower.native import lower
-from pocketslm.export.lower.native_tokenizer import chat_parts, pack_tokenizer
+from pocketslm.export.lower.native_chat import chat_parts
+from pocketslm.export.lower.native_tokenizer import pack_tokenizer
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends.native import NativeModel, isa_names
+from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 pytestmark = pytest.mark.real
 
@@ -41,14 +41,8 @@ def model_path(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     files = checkpoint.tokenizer_files()
     tokenizer, reason = pack_tokenizer(files["tokenizer.json"])
     assert tokenizer is not None, reason
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files["chat_template.jinja"].decode())
-    eos = json.loads(files["generation_config.json"])["eos_token_id"]
-    chat, reason = chat_parts(
-        lambda messages, prompt: template.render(messages=messages, add_generation_prompt=prompt),
-        eos if isinstance(eos, list) else [eos],
-    )
-    assert chat is not None, reason
+    chat, reason = chat_parts(load_tokenizer_files(files))
+    assert not reason
     weights = lambda name, shape: checkpoint.weight(name)  # noqa: E731
     report = lower(trace(checkpoint.config, 2048), weights, path, tokenizer=tokenizer, chat=chat)
     assert not report.rounded_scales
@@ -72,11 +66,9 @@ def test_divergence_from_fp32(
         runner.ask(op="load", path=str(model_path), threads=1, context=64)
         tokens = np.array(runner.ask(op="encode", prompt=text)["tokens"][:512])
     checkpoint = open_checkpoint(smollm2_gguf)
-    c = checkpoint.config
-    empty = torch.zeros(1, c.num_key_value_heads, 0, c.head_dim)
     with torch.no_grad():
         reference = load_reference(checkpoint, 512)
-        logits, _ = reference(torch.tensor(tokens[None]), [(empty, empty)] * c.num_hidden_layers)
+        logits, _ = reference(torch.tensor(tokens[None]), reference.empty_cache())
     session = NativeModel(model_path).session(threads=2, kv_type=kv_type, context=512)
     expected = torch.log_softmax(logits[0], -1)
     actual = torch.log_softmax(torch.tensor(session.forward(tokens, all_logits=True)), -1)

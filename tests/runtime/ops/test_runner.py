@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -245,6 +246,14 @@ def test_threads_stay_on_the_cpus_asked_for(runner_path: Path, chat_model: Path)
         ({"op": "fly"}, "unknown op"),
         ({"op": "generate", "tokens": [264]}, "ids below 264"),
         ({"op": "generate", "tokens": []}, "must not be empty"),
+        ({"op": "generate", "tokens": [1.5]}, "ids below 264"),
+        ({"op": "generate", "tokens": None}, "'tokens' must be a list"),
+        ({"op": "generate", "tokens": [1], "eos": [2**31]}, "'eos' must be"),
+        ({"op": "generate", "tokens": [1], "eos": [-1]}, "'eos' must be"),
+        ({"op": "generate", "tokens": [1], "eos": ["a"]}, "'eos' must be"),
+        ({"op": "generate", "prompt": ""}, "the prompt is empty"),
+        ({"op": "logits", "prompt": ""}, "the prompt is empty"),
+        ({"op": "logits", "tokens": []}, "must not be empty"),
         ({"op": "generate", "tokens": [1], "temperature": -1}, "'temperature' must be"),
         ({"op": "generate", "tokens": [1], "max_tokens": 1.5}, "'max_tokens' must be"),
         ({"op": "generate", "tokens": [1], "top_p": "x"}, "'top_p' must be"),
@@ -262,6 +271,110 @@ def test_faulty_requests_are_errors(runner: Runner, request_: object, message: s
     event = runner.event()
     assert event["event"] == "error"
     assert message in event["message"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"op":"stats","op":"quit"}',
+        '{"op":"stats","x":{"a":1,"b":2,"a":3}}',
+        '{"op":"stats","x":[' + "1," * 2**18 + "1]}",
+        '{"op":"stats","x":"' + "a" * 2**24 + '"}',
+    ],
+    ids=["double field", "double field inside", "too many values", "too long"],
+)
+def test_lines_that_are_no_request(runner: Runner, line: str) -> None:
+    assert runner.process.stdin is not None
+    runner.process.stdin.write(line + "\n")
+    runner.process.stdin.flush()
+    event = runner.event()
+    assert (event["event"], event["id"]) == ("error", "")
+    assert "one line with a JSON object" in event["message"]
+    assert runner.ask(op="stats", id="next")["id"] == "next"
+
+
+def test_a_logits_request_after_one_with_a_cache(runner: Runner) -> None:
+    """Of an empty prompt nothing is read, whatever the session holds."""
+    assert len(runner.ask(op="logits", tokens=[1, 2])["logits"]) == 264
+    assert "the prompt is empty" in runner.ask(op="logits", prompt="")["message"]
+    assert len(runner.ask(op="logits", tokens=[1, 2])["logits"]) == 264
+
+
+def test_every_event_has_the_id_of_its_request(runner: Runner, chat_model: Path) -> None:
+    for at, request in enumerate(
+        (
+            {"op": "stats"},
+            {"op": "encode", "prompt": "the"},
+            {"op": "logits", "tokens": [1]},
+            {"op": "bench", "prompt_tokens": 2, "new_tokens": 1, "repeats": 1},
+            {"op": "probe", "bytes": 1 << 20},
+            {"op": "reset"},
+            {"op": "fly"},
+        )
+    ):
+        assert runner.ask(**request, id=str(at))["id"] == str(at)
+    runner.send(op="generate", tokens=PROMPT, max_tokens=2, id="g", ignore_eos=True)
+    assert [runner.event()["id"] for _ in range(3)] == ["g"] * 3
+
+
+def test_the_token_that_ends_an_answer_is_told(runner: Runner) -> None:
+    tokens, _, _ = runner.generate(tokens=PROMPT, max_tokens=8, ignore_eos=True)
+    made, _, done = runner.generate(tokens=PROMPT, max_tokens=8, eos=[tokens[3]])
+    assert made == tokens[: tokens.index(tokens[3])]
+    assert (done["reason"], done["token"]) == ("eos", tokens[3])
+    assert "logprob" not in done
+    _, _, done = runner.generate(tokens=PROMPT, max_tokens=8, eos=[tokens[3]], logprobs=True)
+    assert done["logprob"] < 0
+
+
+def test_a_lack_of_memory_is_an_answer(runner_path: Path, chat_model: Path) -> None:
+    room = 60 << 20
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+
+    text = "x" * (12 << 20)
+    lines = [
+        {"op": "load", "path": str(chat_model), "threads": 1, "context": 64},
+        {"op": "encode", "prompt": text},
+        {"op": "encode", "id": "after", "prompt": "the"},
+    ]
+    done = subprocess.run(
+        [runner_path, "--json"],
+        input="".join(json.dumps(line) + "\n" for line in lines),
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded, refused, after = map(json.loads, done.stdout.splitlines())
+    assert loaded["event"] == "loaded"
+    assert (refused["event"], refused["message"]) == ("error", "out of memory")
+    assert (after["event"], after["id"]) == ("encoded", "after")
+
+
+def test_an_answer_that_cannot_be_written_ends_it(runner_path: Path, chat_model: Path) -> None:
+    load = json.dumps({"op": "load", "path": str(chat_model)}) + "\n"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [runner_path, "--json"], input=load, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+        assert done.returncode == 1
+        assert "cannot be written" in done.stderr
+        done = subprocess.run(
+            [runner_path, chat_model, "-p", "the"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+        assert done.returncode == 2
+        assert "cannot be written" in done.stderr
+
+
+def test_a_pipe_is_no_model(runner_path: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with running([str(runner_path)]) as runner:
+        for cold in (False, True):
+            answer = runner.ask(op="load", path=str(tmp_path / "pipe"), cold=cold)
+            assert "not a regular file" in answer["message"]
 
 
 def test_failed_load_leaves_a_clean_state(runner_path: Path, chat_model: Path) -> None:

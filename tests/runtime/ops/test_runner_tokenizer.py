@@ -69,6 +69,14 @@ def random_texts() -> Iterator[str]:
         yield "".join(rng.choices(NASTY, k=rng.randint(1, 12)))
 
 
+def whole(text: str) -> tokenizers.Tokenizer:
+    """The reference, without the padding and truncation that an encoder's file asks for."""
+    reference = tokenizers.Tokenizer.from_str(text)
+    reference.no_padding()
+    reference.no_truncation()
+    return reference
+
+
 @pytest.fixture(scope="module", params=COVERED)
 def family(
     request: pytest.FixtureRequest, runner_path: Path, tmp_path_factory: pytest.TempPathFactory
@@ -114,6 +122,16 @@ def test_ids_of_a_wrong_family_differ() -> None:
         ids[style] = [encoded.ids for encoded in reference.encode_batch(list(random_texts()))]
     for first, second in itertools.combinations(ids, 2):
         assert ids[first] != ids[second], (first, second)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_word_pieces_equal_tokenizers(lowercase: bool, runner_path: Path, tmp_path: Path) -> None:
+    text = tokenizer_support.word_piece(lowercase)
+    reference = whole(text)
+    with running_with(runner_path, text, tmp_path) as runner:
+        for prompt in [*random_texts(), "x" * 100, "é" * 101, "\u0130 \u03a3\u0301"]:
+            expected = reference.encode(prompt).ids
+            assert runner.ask(op="encode", prompt=prompt)["tokens"] == expected, repr(prompt)
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
@@ -168,12 +186,12 @@ def test_what_is_not_covered_is_said(style: str, reason: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", [f for f in tokenizer_families.FILES if f != "minilm"])
+@pytest.mark.parametrize("name", tokenizer_families.FILES)
 def test_real_files_equal_tokenizers(
     name: str, lee_text: Path, runner_path: Path, tmp_path: Path
 ) -> None:
     text = tokenizer_families.tokenizer_json(name)
-    reference = tokenizers.Tokenizer.from_str(text)
+    reference = whole(text)
     lines = lee_text.read_text(encoding="utf-8").splitlines()[:40]
     with running_with(runner_path, text, tmp_path) as runner:
         for prompt in [*lines, *tokenizer_support.hard_texts(RANDOM_TEXTS)]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
+from itertools import islice
 from pathlib import Path
 
+import fuzz
+import numpy as np
 import pytest
 from native_runner import Runner, running, running_with
+from native_support import mixed_kinds, tiny_config, tiny_weights
 from program_cases import CASES, ENCODERS, program
 from program_support import mutations
 
 import tokenizer_support
+from pocketslm.export.lower.native import lower
+from pocketslm.export.lower.trace import trace
 from pocketslm.runtime.backends.native import isa_names
 from pocketslm.runtime.ops import build
 
+LINES, FILES = 1500, 150  # of fuzzing; `python tests/fuzz.py` does more
 TOKENS = [i * 37 % 264 for i in range(290)]  # more than one batch, with a tail of every size
 
 
@@ -28,9 +36,12 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return build.build_runner(probe / "pocketslm-run", sanitize=request.param)
 
 
-@pytest.mark.parametrize("style", ["smollm", "qwen35", "gpt4o", "minicpm5", "deepseek3", "gemma"])
+@pytest.mark.parametrize(
+    "style", ["smollm", "qwen35", "gpt4o", "minicpm5", "deepseek3", "gemma", "bert"]
+)
 def test_no_findings_in_tokenizers(sanitized: Path, style: str, tmp_path: Path) -> None:
-    with running_with(sanitized, tokenizer_support.document(style), tmp_path) as runner:
+    text = tokenizer_support.word_piece() if style == "bert" else tokenizer_support.document(style)
+    with running_with(sanitized, text, tmp_path) as runner:
         for text in tokenizer_support.hard_texts(200):
             assert runner.ask(op="encode", prompt=text)["event"] == "encoded"
         assert_no_findings(runner)
@@ -89,3 +100,43 @@ def test_mutated_programs(name: str, sanitized: Path, tmp_path: Path) -> None:
                 accepted += 1
                 runner.ask(op="logits", tokens=list(range(9)))
     assert accepted
+
+
+def test_numbers_that_are_not_finite_are_no_finding(sanitized: Path, tmp_path: Path) -> None:
+    """Codes of int8 are made of them, which no conversion of theirs may be."""
+    config = tiny_config()
+    given = tiny_weights(config, mixed_kinds)
+    for part, value in (("model.norm", 3e38), ("0.input_layernorm", 1e38), ("model.norm", 1e-38)):
+        path = tmp_path / f"{part}-{value}.slm"
+        lower(
+            trace(config, 640),
+            lambda name, shape, part=part, value=value: (
+                np.full(shape, value, np.float32) if part in name else given(name, shape)
+            ),
+            path,
+        )
+        with running([str(sanitized)]) as runner:
+            for isa in isa_names():
+                runner.ask(op="load", path=str(path), threads=2, isa=isa, kv="int8")
+                answer = runner.ask(op="logits", tokens=TOKENS[:20], first=0)
+                assert ("not finite" in answer.get("message", "")) == (value > 1)
+                *_, last = runner.generate(tokens=[1], max_tokens=2)
+                assert ("not finite" in last.get("message", "")) == (value > 1)
+            assert_no_findings(runner)
+
+
+def test_fuzz_finds_nothing(sanitized: Path, chat_model: Path, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    assert sum(1 for _ in islice(fuzz.protocol(sanitized, chat_model, rng), LINES)) == LINES
+    assert sum(1 for _ in islice(fuzz.models(sanitized, chat_model, tmp_path, rng), FILES)) == FILES
+
+
+def test_fuzz_can_find(tmp_path: Path, chat_model: Path) -> None:
+    """A program that ends, and one whose answer is no JSON."""
+    for body in ("exit 1", 'while read line; do echo \'{"event":"x","id":"fuzz","y":NaN}\'; done'):
+        program = tmp_path / "program"
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+        with pytest.raises(fuzz.Crash) as crash:
+            next(fuzz.protocol(program, chat_model, random.Random(1)))
+        assert b'"op": "load"' in crash.value.found

@@ -1,0 +1,80 @@
+"""The tokenizer that export packed into a ``model.slm``, over the C border of ``runtime/ops``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pocketslm.errors import TokenizerError
+from pocketslm.runtime.backends.native import ErrorText, NativeModel, load_library
+
+SPECIAL, WHOLE, GOES_ON = 1, 2, 4  # PSLM_TEXT_
+
+
+class NativeTokenizer:
+    """Text to ids and back, with no file but the model's own. Safe to use from several threads.
+
+    Raises :class:`BundleError` for a model whose tokenizer export could not pack.
+    """
+
+    def __init__(self, model: NativeModel) -> None:
+        self.model = model  # keeps the mapping alive
+        self.vocab_size = model.info.vocab_size
+        self._library = load_library()
+        self._handle = ctypes.c_void_p()
+        error = ErrorText()
+        error.check(
+            self._library.pslm_tokenizer_open(
+                model._handle, ctypes.byref(self._handle), error.argument
+            )
+        )
+
+    def encode(
+        self, text: str, *, parse_special: bool = False, add_special_tokens: bool = False
+    ) -> list[int]:
+        """The ids of ``text``; the arguments are those of
+        :meth:`pocketslm.runtime.tokenizer.Tokenizer.encode`."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"cannot encode text with the lone surrogate {text[error.start]!r}; expected "
+                "Unicode text; decode its source with errors='replace'"
+            ) from None
+        flags = SPECIAL * parse_special | WHOLE * add_special_tokens
+        call = self._library.pslm_encode
+        # A byte is a token at most, but for what NFC makes of it.
+        return list(_filled(call, self._handle, data, len(data), flags, ctypes.c_int32, len(data)))
+
+    def decode(self, ids: Sequence[int], *, goes_on: bool = False) -> bytes:
+        """The bytes of ``ids`` without special tokens, which may end inside a character.
+
+        ``goes_on``: these are not the first tokens of a text. WordPiece's spaces before signs stay.
+        Raises :class:`UsageError` for ids outside the vocabulary.
+        """
+        tokens = np.asarray(ids, np.int64).clip(-1, 2**31 - 1).astype(np.int32)
+        call, flags = self._library.pslm_decode, GOES_ON * goes_on
+        data = tokens.ctypes.data
+        return bytes(
+            _filled(call, self._handle, data, tokens.size, flags, ctypes.c_char, 8 * tokens.size)
+        )
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.pslm_tokenizer_close(self._handle)
+
+
+def _filled(call: Any, handle: Any, data: Any, size: int, flags: int, kind: Any, guess: int) -> Any:
+    """What ``call`` gives, in memory of the guessed size or else of the size that it asks for."""
+    count, error = ctypes.c_size_t(), ErrorText()
+    for attempt in range(2):
+        capacity = count.value if attempt else guess + 16
+        out = (kind * capacity)()
+        status = call(handle, data, size, flags, out, capacity, ctypes.byref(count), error.argument)
+        if count.value <= capacity:
+            break
+    error.check(status)
+    return out[: count.value]
