@@ -88,9 +88,6 @@ pslm_status check_logits(const Session& engine, pslm_error error) {
                 "the model's logits are not finite: its weights or its adapter are damaged");
 }
 
-pslm_status check_tokens(const Session& session, const int32_t* tokens, size_t count,
-                         pslm_error error) {
-  const uint32_t vocabulary = session.model().config.vocab_size;
 pslm_status check_vocabulary(uint32_t vocabulary, const int32_t* tokens, size_t count,
                              pslm_error error) {
   for (size_t i = 0; i < count; ++i)
