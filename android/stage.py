@@ -23,7 +23,7 @@ WITHOUT = (
     *("android/recipes", "android/manifest", "android/java", "android/cli.py"),
     *("android/stage.py", "android/check.py", "runtime/cli.py", "runtime/assistant/cli.py"),
 )
-ENDINGS = {".py", ".kv", ".json", ".txt", ".ttf"}
+ENDINGS = {".py", ".kv", ".json", ".txt", ".ttf", ".def"}
 MAIN = '''"""Where python-for-android starts the app."""
 
 from pocketslm.android.main import run

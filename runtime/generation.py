@@ -245,6 +245,7 @@ class Engine:
 
     def _rewind(self, ids: Sequence[int]) -> Sequence[int]:
         """Cut the cache to what it shares with ``ids``; the rest of them, at least one."""
+        del self.cached[self.session.length :]  # a call that failed may have emptied the session
         shared = 0
         for ours, theirs in zip(self.cached, ids, strict=False):
             if ours != theirs:
