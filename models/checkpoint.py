@@ -192,12 +192,8 @@ class HFCheckpoint:
         parameters = [*_parameters(self.config)]
         if self.config.tie_word_embeddings and self.config.head:
             parameters.append(HEAD)
-        old, new = self._prefix
-        found = {
-            old + name.removeprefix(new) if name.startswith(new) else name: name
-            for name in self._where
-        }
-        _refuse_unread(self.path, self.architecture.hf.unread(found, parameters))
+        unread = self.architecture.hf.unread(self._where, parameters, self._stored)
+        _refuse_unread(self.path, unread)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         found = {name: self.path / name for name in _TOKENIZER_FILES}
