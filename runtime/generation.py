@@ -113,11 +113,11 @@ class Turns:
         """Have the session, until the end of the block or until it is taken away."""
         me = threading.get_ident()
         mine = object()
-        with self._changed:
-            while self._holder is not None and self._thread != me:
-                self._changed.wait()
-            self._holder, self._thread = mine, me
         try:
+            with self._changed:
+                while self._holder is not None and self._thread != me:
+                    self._changed.wait()
+                self._holder, self._thread = mine, me
             yield mine
         finally:
             with self._changed:

@@ -163,15 +163,14 @@ class OneProcess:
     def after_fork(self) -> None:
         self._lock, self._forked = threading.Lock(), True
 
-    def __enter__(self) -> None:
+    @property
+    def lock(self) -> threading.Lock:
+        """To be held while the session is used. Raises BackendError in a forked process."""
         if self._forked:
             raise BackendError(
                 "this session's threads stayed behind in a fork; load the model in this process"
             )
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        return self._lock
 
 
 def usable_cores() -> int:

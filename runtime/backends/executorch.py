@@ -131,7 +131,7 @@ class ExecuTorchSession:
         self.backend = f"executorch {version('executorch')}" + " + pocketslm" * native
         self.threads = threads or usable_cores()
         self.length = 0
-        self._lock = OneProcess()  # of the cache and the program
+        self._process = OneProcess()  # of the cache and the program
         load_library().pslm_et_set_threads(self.threads)
         try:
             self._program = Program(path)
@@ -146,7 +146,7 @@ class ExecuTorchSession:
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        with self._lock:
+        with self._process.lock:
             check_tokens(self, tokens)
             tokens = np.ascontiguousarray(tokens, np.int64)
             # Of a piece most files give the last token's logits only.
@@ -161,7 +161,7 @@ class ExecuTorchSession:
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        with self._lock:
+        with self._process.lock:
             if not 0 <= length <= self.length:
                 raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
             self.length = length

@@ -51,7 +51,7 @@ class OnnxSession:
         self.context = context or graph.context
         self.threads = threads or usable_cores()
         self.length = 0
-        self._lock = OneProcess()  # of the cache and what is bound
+        self._process = OneProcess()  # of the cache and what is bound
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _ERRORS_ONLY
@@ -130,7 +130,7 @@ class OnnxSession:
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        with self._lock:
+        with self._process.lock:
             check_tokens(self, tokens)
             pieces = [
                 self._run(tokens[at : at + self._chunk], self.length + at, all_logits)
@@ -143,7 +143,7 @@ class OnnxSession:
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        with self._lock:
+        with self._process.lock:
             if not 0 <= length <= self.length:
                 raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
             if self._columns and length not in (0, self.length):
