@@ -22,7 +22,7 @@ _NAMES = {
 }
 
 
-def loads(text: str) -> Any:
+def loads(text: str | bytes) -> Any:
     """JSON without keys that stand twice, NaN, infinity or integers beyond 64 bits; ValueError says
     what is wrong."""
     try:

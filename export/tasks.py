@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from pocketslm import schema
 from pocketslm.errors import UsageError
-from pocketslm.runtime.backends import Session
+from pocketslm.runtime.backends import ForgettingSession, SavingSession, Session
 
 Ids = npt.NDArray[np.int64]
 Margins = Sequence[float]  # of every item, in nats
@@ -241,10 +241,19 @@ def log_likelihoods(
     question = encode(context)
     session.truncate(0)
     first = _log_softmax(session.forward(np.asarray(question))[-1:])
+    # A state with windows or convolutions cannot always be cut back.
+    forgets = isinstance(session, ForgettingSession) and session.rewind_limit > 1
+    saved = session.save() if forgets and isinstance(session, SavingSession) else None
     found = []
     for choice in item.choices:
         tokens = np.asarray(encode(context + between + choice)[len(question) :])
-        session.truncate(len(question))
+        if isinstance(session, SavingSession) and saved is not None:
+            session.restore(len(question), saved)
+        elif forgets:
+            session.truncate(0)
+            session.forward(np.asarray(question))
+        else:
+            session.truncate(len(question))
         rows = first
         if len(tokens) > 1:
             rest = _log_softmax(session.forward(tokens[:-1], all_logits=True))

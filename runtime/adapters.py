@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pocketslm import schema
 from pocketslm.errors import BundleError
-from pocketslm.runtime import strict_json
 
 PREFIX, SUFFIX = "adapter-", ".safetensors"
 # No factor of an adapter that was trained comes near it; it is fp16's largest number.
@@ -66,7 +66,7 @@ def _read(path: Path) -> dict[str, npt.NDArray[np.float32]]:
             length = int.from_bytes(file.read(8), "little")
             if length > path.stat().st_size - 8:
                 raise ValueError("it ends within its header")
-            header = strict_json.loads(file.read(length))
+            header = schema.loads(file.read(length))
             data = file.read()
         header.pop("__metadata__", None)
         for name, entry in header.items():

@@ -25,8 +25,9 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from pocketslm import schema
 from pocketslm.errors import BackendError, ContextOverflowError, PocketSlmError, UsageError
-from pocketslm.runtime import forks, strict_json
+from pocketslm.runtime import forks
 from pocketslm.runtime.backends import Logits, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import GenerationConfig
@@ -363,7 +364,7 @@ class RunnerSession:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """An event; None for anything else."""
     try:
-        event = strict_json.loads(line)
+        event = schema.loads(line)
     except (ValueError, RecursionError):
         return None
     named = isinstance(event, dict) and isinstance(event.get("event"), str)

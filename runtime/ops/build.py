@@ -116,7 +116,9 @@ def find_toolchain(target: str | None = None) -> Toolchain:
 def run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise BuildError(f"{' '.join(command)}\n{done.stderr.strip()}")
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        reason = next(iter(lines or done.stderr.splitlines()[-1:]), "it said nothing")
+        raise BuildError(f"{command[0]} failed: {reason.strip()}; run `{' '.join(command)}`")
 
 
 @functools.cache

@@ -187,5 +187,5 @@ def test_damaged_files_are_errors(tmp_path: Path) -> None:
     header = content[8 : 8 + int.from_bytes(content[:8], "little")].rstrip()
     twice = header[:-1] + b',"x":{},"x":{}}'
     path.write_bytes(len(twice).to_bytes(8, "little") + twice + content[8 + len(header) :])
-    with pytest.raises(BundleError, match="field 'x' is there twice"):
+    with pytest.raises(BundleError, match="'x' stands twice"):
         read_updates(path)
