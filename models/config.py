@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from pocketslm.errors import CheckpointError
+from pocketslm.errors import CheckpointError, UsageError
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 NormKind = Literal["rms", "layer"]
@@ -264,6 +264,14 @@ class ModelConfig:
                     f"config: {self.rotaries[a.rotary].dim} dimensions of a head of {a.head_dim} "
                     "are rotated"
                 )
+
+    def need_head(self, what: str) -> None:
+        """UsageError where ``what`` needs a model that generates text and this one does not."""
+        if not self.head:
+            raise UsageError(
+                f"{what} needs a model that generates text, this one gives embeddings; "
+                "see `pocketslm embed`"
+            )
 
     @property
     def repeats(self) -> int:

@@ -187,6 +187,10 @@ def _open(
 ) -> Session:
     if backend not in BACKENDS:
         raise BackendError(f"{bundle.path} needs backend {backend!r}, unknown here")
+    if bundle.config is not None and not bundle.config.head and backend != "native":
+        raise BackendError(
+            f"backend {backend!r} does not run models of embeddings; use --backend native"
+        )
     if context is not None and not 1 <= context <= graph.context:
         raise UsageError(
             f"context {context} is not within the graph's 1 to {graph.context} tokens; "
