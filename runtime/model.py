@@ -175,7 +175,7 @@ class Model:
         hold special tokens, though they are no text of the answer. Raises UsageError where the
         model gives embeddings.
         """
-        self._need_head("generate")
+        self.need_head("generate")
         config = config or self.defaults
         ids = (
             self.tokenizer.encode(prompt, add_special_tokens=True)
@@ -190,10 +190,11 @@ class Model:
         self, messages: Sequence[Mapping[str, Any]], config: GenerationConfig | None = None
     ) -> Iterator[Record]:
         """Answer a conversation ({"role", "content"} messages) through the chat template."""
-        self._need_head("chat")
+        self.need_head("chat")
         return self.generate(self.tokenizer.apply_chat_template(list(messages)), config)
 
-    def _need_head(self, what: str) -> None:
+    def need_head(self, what: str) -> None:
+        """UsageError where ``what`` needs a model that generates text and this one does not."""
         if self.bundle.config is not None:
             self.bundle.config.need_head(what)
 

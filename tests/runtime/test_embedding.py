@@ -106,7 +106,7 @@ def test_texts_that_cannot_be_embedded_are_refused(bert: Path, tmp_path: Path) -
 
 
 def test_each_kind_of_model_says_what_it_is_for(
-    bert: Path, tiny_bundle: Path, tmp_path: Path
+    bert: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = Model.load(bert, threads=1)
     message = "needs a model that generates text, this one gives embeddings"
@@ -123,6 +123,8 @@ def test_each_kind_of_model_says_what_it_is_for(
     ):
         with pytest.raises(UsageError, match=message):
             attempt()
+    assert main(["doc", "summarize", str(bert)]) == 2
+    assert message in capsys.readouterr().err
     with pytest.raises(UsageError, match="generates text, it has no embeddings"):
         Model.load(tiny_bundle, threads=1).embed(["a"])
     with pytest.raises(BackendError, match="'runner' does not run models of embeddings"):
