@@ -58,7 +58,7 @@ def read_pooling(folder: Path, hidden_size: int) -> tuple[Pooling | None, list[s
             f"{pooling.where} sets {len(chosen)} modes of pooling, expected one of "
             + ", ".join(_MODES)
         )
-    pooling("include_prompt")  # where there is none, it says nothing
+    pooling("include_prompt")  # it counts only where there is a prompt
     if (name := prompts("default_prompt_name")) is not None:
         raise CheckpointError(
             f"{prompts.where}: default_prompt_name is {str(name)[:40]!r}: texts would begin with a "

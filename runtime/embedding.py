@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.errors import BackendError, BundleError, ContextOverflowError, UsageError
 from pocketslm.models.config import Pooling
 from pocketslm.runtime.backends import Session
 from pocketslm.runtime.tokenizer import Tokenizer
@@ -32,9 +32,9 @@ def tokens_of(
             f"text {number} has {len(ids)} tokens, the model reads {room} of a text; split it, or "
             "let its first tokens stand for it (--truncate)"
         )
-    found = tokenizer.with_affixes(ids[: max(0, room)])
-    if not found or len(found) > most:
-        raise UsageError(f"text {number} has no tokens, expected at least one")
+    found = tokenizer.with_affixes(ids[: max(room, 0)])
+    if not found or room < 1:
+        raise UsageError(f"text {number} has no tokens that the model reads, expected at least one")
     return found
 
 
@@ -45,14 +45,20 @@ def cosines(vectors: Vector) -> Vector:
     return found
 
 
-def embed(session: Session, ids: Sequence[int], pooling: Pooling) -> Vector:
-    """The embedding [hidden_size] of a text's tokens; the session must be empty.
+def embed(session: Session, ids: Sequence[int], pooling: Pooling, size: int) -> Vector:
+    """The embedding [size] of a text's tokens; the session must be empty.
 
-    Raises BackendError where it is not finite or has no direction.
+    Raises BundleError where the graph gives another size, BackendError where the embedding is not
+    finite or has no direction.
     """
     tokens = np.asarray(ids, np.int64)
     states = session.forward(tokens, all_logits=pooling.kind != "last")
     vector: Vector = states.mean(0) if pooling.kind == "mean" else states[0]
+    if vector.size != size:
+        raise BundleError(
+            f"{session.backend}: the graph gives {vector.size} values a token, the manifest says "
+            f"{size}; export the model again"
+        )
     length = float(np.linalg.norm(vector))
     if not np.isfinite(length) or (pooling.normalize and length == 0):
         raise BackendError(

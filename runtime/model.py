@@ -1,4 +1,4 @@
-"""A loaded bundle: prompts in, streamed text out."""
+"""A loaded bundle: prompts in, streamed text out; or texts in, embeddings out."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class TextModel(Protocol):
 
 
 class Model:
-    """A bundle ready to generate: session, cache and tokenizer.
+    """A bundle ready to generate or to embed: session, cache and tokenizer.
 
     Any thread may call it: generations and changes of the adapter come after each other, as
     :class:`pocketslm.runtime.generation.Engine` says.
@@ -157,10 +157,11 @@ class Model:
             for number, text in enumerate(texts, 1)
         ]
         vectors = np.empty((len(ids), config.hidden_size), np.float32)
+        session = self.engine.session
         with self.engine.exclusive():
             for row, tokens in zip(vectors, ids, strict=True):
-                self.engine.session.truncate(0)
-                row[:] = embed(self.engine.session, tokens, config.pooling)
+                session.truncate(0)
+                row[:] = embed(session, tokens, config.pooling, config.hidden_size)
         return vectors
 
     def generate(

@@ -22,7 +22,7 @@ _TYPE_COUNT = 2
 
 @dataclass(frozen=True)
 class BertMap(WeightMap):
-    """A text has one type: what its first row adds to every token lies in the positions here."""
+    """A text alone is of token type 0; that row, added to every token, lies in the positions."""
 
     def read(self, name: str, config: ModelConfig, read: Read) -> Weight:
         weight = super().read(name, config, read)

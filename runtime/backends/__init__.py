@@ -54,6 +54,7 @@ class Session(Protocol):
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """Append tokens [n] to the cache; logits [1, V] of the last, or [n, V] of all.
 
+        A model of embeddings gives hidden states [1, H] or [n, H]; an encoder keeps no tokens.
         The array may be reused by the next call. Raises ContextOverflowError, and BackendError
         where a logit is not finite; the cache is then what it was.
         """

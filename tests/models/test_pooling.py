@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from architectures import ROWS, write_folder
 
@@ -97,6 +98,28 @@ def test_berts_of_another_shape_are_refused(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {field: value}))
     with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
+
+
+def test_names_may_have_a_prefix_and_heads_of_training_are_not_read(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder, _ = write_folder(tmp_path, ROWS["bert"])
+    plain = load_file(folder / "model.safetensors")
+    assert "embeddings.LayerNorm.weight" in plain
+    assert "pooler.dense.weight" in plain
+    checkpoint = open_checkpoint(folder)
+    names = ["model.embed_positions.weight", "model.layers.3.mlp_post_norm.bias"]
+    expected = [checkpoint.weight(name) for name in names]
+    prefixed = {f"bert.{name}": tensor for name, tensor in plain.items()}
+    prefixed["cls.predictions.bias"] = np.zeros(264, np.float32)
+    prefixed["bert.embeddings.position_ids"] = np.arange(256)[None]
+    save_file(prefixed, folder / "model.safetensors")
+    again = open_checkpoint(folder)
+    for name, weight in zip(names, expected, strict=True):
+        np.testing.assert_array_equal(again.weight(name), weight)
+    save_file(prefixed | {"bert.adapter.weight": np.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="bert.adapter.weight"):
         open_checkpoint(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from architectures import ROWS, write_folder
 from pocketslm.cli import main
 from pocketslm.errors import (
     BackendError,
+    BundleError,
     ContextOverflowError,
     ExportError,
     UsageError,
@@ -27,7 +29,7 @@ from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.config import Pooling
 from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends import open_session
-from pocketslm.runtime.bundle import open_bundle
+from pocketslm.runtime.bundle import MANIFEST, open_bundle
 from pocketslm.runtime.model import Model
 from tokenizer_support import word_piece
 
@@ -101,8 +103,19 @@ def test_texts_that_cannot_be_embedded_are_refused(bert: Path, tmp_path: Path) -
     with pytest.raises(UsageError, match="a list of texts, not one text"):
         Model.load(bert, threads=1).embed("one")
     bare = exported(tmp_path, "qwen3 embedding", Pooling("last"), words=False)
-    with pytest.raises(UsageError, match="text 2 has no tokens"):
+    with pytest.raises(UsageError, match="text 2 has no tokens that the model reads"):
         Model.load(bare, threads=1).embed(["a", ""])
+
+
+def test_a_graph_of_another_size_than_its_manifest_says_is_refused(
+    bert: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "bundle"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["architecture"]["hidden_size"] = 96
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="gives 64 values a token, the manifest says 96"):
+        Model.load(folder, threads=1).embed(["a"])
 
 
 def test_each_kind_of_model_says_what_it_is_for(
