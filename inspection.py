@@ -60,9 +60,11 @@ def _describe_program(path: Path) -> dict[str, Any]:
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
     from pocketslm.models.checkpoint import open_checkpoint
+    from pocketslm.models.config import PREFILL_BATCH
     from pocketslm.models.reference import parameter_shapes
 
     checkpoint = open_checkpoint(path)
+    state = checkpoint.config.state_bytes(4096, 2, batch=PREFILL_BATCH)
     return {
         "kind": f"{checkpoint.format} checkpoint",
         "name": checkpoint.name,
@@ -70,6 +72,6 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "parameters": sum(map(prod, parameter_shapes(checkpoint.config).values())),
         "architecture": checkpoint.config.to_dict(),
         "stored bytes": checkpoint.stored_bytes(),
-        "state bytes at 4096 tokens (fp16)": checkpoint.config.state_bytes(4096, 2, batch=256),
+        "state bytes at 4096 tokens (fp16)": state,
         "notes": checkpoint.notes,
     }

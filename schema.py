@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+_MOST = 2**64 - 1
 _NAMES = {
     str: "a text",
     bool: "true or false",
@@ -23,9 +23,12 @@ _NAMES = {
 
 
 def loads(text: str) -> Any:
-    """JSON without keys that stand twice, NaN or infinity; ValueError says what is wrong."""
+    """JSON without keys that stand twice, NaN, infinity or integers beyond 64 bits; ValueError says
+    what is wrong."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        return json.loads(
+            text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -77,7 +80,9 @@ def _of(kind: type, data: Any, name: str) -> Any:
     """``data`` if it is of a plain type; no bool is a number, and a whole number is a float too."""
     allowed = {float: (int, float), tuple: (list, tuple)}.get(kind, (kind,))
     right = isinstance(data, allowed) and (kind is bool or not isinstance(data, bool))
-    if not right or (isinstance(data, float) and not math.isfinite(data)):
+    if isinstance(data, int | float):
+        right = right and -_MOST <= data <= _MOST  # no NaN is
+    if not right:
         raise ValueError(f"{name} is {data!r:.80}, expected {_NAMES[kind]}")
     return data
 
@@ -94,6 +99,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r:.80} stands twice in one object")
     return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > len(str(_MOST)) or abs(int(text)) > _MOST:
+        raise ValueError(f"{text:.40} is beyond 64 bits")
+    return int(text)
 
 
 def _constant(name: str) -> Any:

@@ -15,12 +15,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "build" / "android"
 # Of the package: these files and folders, but for what only a computer uses.
-PARTS = ("__init__.py", "errors.py", "schema.py", "LICENSE", "runtime", "android")
+PARTS = (
+    *("__init__.py", "errors.py", "schema.py", "LICENSE", "runtime", "android"),
+    *("models/__init__.py", "models/config.py"),
+)
 WITHOUT = (
     *("android/recipes", "android/manifest", "android/java", "android/cli.py"),
     *("android/stage.py", "android/check.py", "runtime/cli.py", "runtime/assistant/cli.py"),
 )
-ENDINGS = {".py", ".kv", ".json", ".txt", ".ttf"}
+ENDINGS = {".py", ".kv", ".json", ".txt", ".ttf", ".def"}
 MAIN = '''"""Where python-for-android starts the app."""
 
 from pocketslm.android.main import run

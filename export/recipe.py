@@ -19,6 +19,7 @@ from pocketslm.export.quantize import hqq, rtn, search
 from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
 from pocketslm.models.checkpoint import EMBEDDING, HEAD
 from pocketslm.models.config import ModelConfig
+from pocketslm.models.sites import is_rounded
 from pocketslm.models.tensors import QuantTensor, Weight, floats
 
 Scheme = Literal["keep", "float", "int4", "int8"]
@@ -188,6 +189,8 @@ class Recipe:
         quantized = isinstance(weight, QuantTensor)
         if len(weight.shape) != 2 or self.scheme(name, quantized=quantized) == "keep":
             return weight
+        if not is_rounded(name):
+            return floats(weight)
         array = floats(weight)
         spec = self.spec(name, quantized=quantized)
         return array if spec is None else round_to_grid(torch.from_numpy(array), spec, self.fit)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pocketslm import schema
 from pocketslm.errors import UsageError
 from pocketslm.runtime.backends import Session
 
@@ -78,7 +79,7 @@ def read_items(path: Path) -> list[Item]:
         if not line.strip():
             continue
         try:
-            items.append(_item(json.loads(line)))
+            items.append(_item(schema.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(
@@ -93,16 +94,20 @@ def read_items(path: Path) -> list[Item]:
 def _item(data: dict[str, Any]) -> Item:
     question = _first(data, _QUESTIONS)
     choices = data["choices"]
-    labels: Sequence[str] = [chr(ord("A") + i) for i in range(len(choices))]
+    labels = [chr(ord("A") + i) for i in range(len(choices))]
     if isinstance(choices, dict):
         choices, labels = choices["text"], choices["label"]
     answer = _first(data, _ANSWERS)
-    if not isinstance(question, str) or not all(isinstance(c, str) for c in choices):
-        raise TypeError("question and choices must be texts")
+    if not isinstance(choices, list) or not isinstance(labels, list):
+        raise TypeError("choices must be a list")
+    if any(not isinstance(text, str) or not text.strip() for text in (question, *choices)):
+        raise TypeError("question and choices must be texts that say something")
     if isinstance(answer, str) and answer in labels:
         answer = labels.index(answer)
     elif isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
+    if isinstance(answer, bool | float):
+        raise TypeError(f"answer is {answer!r}")
     gold = int(answer)
     if not 0 <= gold < len(choices) or len(choices) < 2:
         raise ValueError(f"answer {answer!r} of {len(choices)} choices")

@@ -200,12 +200,8 @@ class HFCheckpoint:
             parameters += [HEAD] * ("lm_head" in self.architecture.hf.top)
         elif self.config.tie_word_embeddings:
             parameters.append(HEAD)
-        old, new = self._prefix
-        found = {
-            old + name.removeprefix(new) if name.startswith(new) else name: name
-            for name in self._where
-        }
-        _refuse_unread(self.path, self.architecture.hf.unread(found, parameters))
+        unread = self.architecture.hf.unread(self._where, parameters, self._stored)
+        _refuse_unread(self.path, unread)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         found = {name: self.path / name for name in _TOKENIZER_FILES}

@@ -18,6 +18,7 @@ PoolingKind = Literal["mean", "cls", "last"]
 MAX_LAYERS = 1024
 _MAX_SIZE = 1 << 24  # of any width, far above every model that this project serves
 _MAX_POSITIONS = 1 << 24
+PREFILL_BATCH = 256  # tokens that the native engine takes at a time, beside a window
 
 
 class LayerSize(NamedTuple):
@@ -307,12 +308,14 @@ class ModelConfig:
         pairs = zip(self.stored_layers, sizes, strict=True)
         return replace(self, stored_layers=tuple(layer.resized(size) for layer, size in pairs))
 
-    def state_bytes(self, tokens: int, bytes_per_value: float, batch: int = 0) -> int:
+    def state_bytes(
+        self, tokens: int, bytes_per_value: float, *, scale_bytes: float = 0, batch: int = 0
+    ) -> int:
         """Bytes of the states of a session that holds ``tokens`` tokens.
 
-        bytes_per_value: 4 for fp32, 2 for fp16, 1 + 4 / head_dim for int8 with a scale.
-        batch: tokens that a windowed layer must be able to take beside its window; 0: windows are
-        not used, each layer keeps all tokens.
+        bytes_per_value: 4 for fp32, 2 for fp16, 1 for int8. scale_bytes: beside each key and value
+        of a head. batch: tokens that a windowed layer takes beside its window; 0: windows are not
+        used, each layer keeps all tokens.
         """
         total = 0.0
         for layer in self.layers:
@@ -323,7 +326,7 @@ class ModelConfig:
             kept = tokens
             if batch and a.window is not None:
                 kept = min(tokens, -(-(a.window + batch) // 16) * 16)
-            total += 2 * a.kv_width * kept * bytes_per_value
+            total += 2 * kept * (a.kv_width * bytes_per_value + a.kv_heads * scale_bytes)
         return round(total)
 
     def to_dict(self) -> dict[str, Any]:

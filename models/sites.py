@@ -61,6 +61,14 @@ def sites(layer: Layer) -> tuple[Site, ...]:
     )
 
 
+def is_rounded(name: str) -> bool:
+    """Whether a parameter is a matrix that may be quantized: of a site, embedding or head.
+
+    Learned positions and the taps of a convolution are tables of floats.
+    """
+    return not name.endswith((".embed_positions.weight", ".conv.taps.weight"))
+
+
 def matrices(layer: Layer) -> list[str]:
     """All matrices of a layer."""
     return [name for site in sites(layer) for name in site.matrices]

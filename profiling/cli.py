@@ -231,6 +231,7 @@ def _fit(arguments: argparse.Namespace) -> None:
         arguments.threads,
         arguments.context,
         arguments.prompt,
+        say,
     )
     print_json(fit_dict(*found)) if arguments.json else show(format_fit(*found), end="")
 

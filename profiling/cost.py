@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pocketslm.models.config import ModelConfig, ShortConv
+from pocketslm.models.config import PREFILL_BATCH, ModelConfig, ShortConv
 from pocketslm.models.sites import axes, sites
 
 
@@ -85,6 +85,3 @@ class Cost:
             2 * a.kv_width * (position if a.window is None else min(position, a.window))
             for a in self.config.attentions
         ) * float(bytes_per_value)
-
-
-PREFILL_BATCH = 256  # tokens that the native engine takes beside a window

@@ -19,7 +19,15 @@ from pocketslm.profiling import charts
 from pocketslm.profiling.charts import Axis, Bar, Point, Series, clean
 from pocketslm.profiling.llama_bench import read_rows
 from pocketslm.profiling.records import Measurement, TracePoint, percentile
-from pocketslm.profiling.tables import ANSWERS, FORMATS, answers, format_rows, ratios
+from pocketslm.profiling.tables import (
+    ANSWERS,
+    FORMATS,
+    answers,
+    artefact_names,
+    format_rows,
+    ratios,
+    speed_cell,
+)
 
 SUFFIXES = (".html", ".svg", *(f".{style}" for style in FORMATS))
 
@@ -63,8 +71,11 @@ class _Rows:
     def __init__(self, rows: Sequence[Measurement]) -> None:
         self.all = rows
         self.by_setup: dict[_Setup, list[Measurement]] = {}
+        self._artefacts = {
+            id(row): name for row, name in zip(rows, artefact_names(rows), strict=True)
+        }
         for row in rows:
-            self.by_setup.setdefault(_setup(row), []).append(row)
+            self.by_setup.setdefault(self.setup(row), []).append(row)
         self.setups = list(self.by_setup)
         self.devices = list(dict.fromkeys(setup.device for setup in self.setups))
         several_threads = len({setup.threads for setup in self.setups}) > 1
@@ -76,6 +87,12 @@ class _Rows:
             )
             for setup in self.setups
         }
+
+    def setup(self, row: Measurement) -> _Setup:
+        """Artefacts of one file name that differ are told apart."""
+        engine = f"{row.runtime} {row.runtime_version} ({row.backend})"
+        device = str(row.machine.product or row.machine.cpu)
+        return _Setup(self._artefacts[id(row)], engine, row.threads, device)
 
     def colour(self, setup: _Setup) -> int:
         return self.setups.index(setup)
@@ -163,11 +180,6 @@ def roofline(rows: Sequence[Measurement]) -> str:
     return charts.standalone(found)
 
 
-def _setup(row: Measurement) -> _Setup:
-    engine = f"{row.runtime} {row.runtime_version} ({row.backend})"
-    return _Setup(row.artefact, engine, row.threads, str(row.machine.product or row.machine.cpu))
-
-
 def _summary(data: _Rows) -> str:
     head = ["test", "tokens/s", "TTFT p50", "step p50", "p90", "p99", "peak RSS", "load"]
     groups = []
@@ -179,7 +191,7 @@ def _summary(data: _Rows) -> str:
             ttft = f"{summary['ttft_ns_p50'] / 1e6:.1f} ms" if row.ttft_ns else ""
             cells.append(
                 [row.title + (" cold" if row.cold else "")]
-                + [f"{summary['avg_ts']:.1f} ± {summary['stddev_ts']:.1f}", ttft]
+                + [speed_cell(row, 1), ttft]
                 + ([f"{ms:.2f} ms" for ms in step] or [""] * 3)
                 + [_mb(row.peak_rss_bytes), "" if row.load_ns is None else _ms(row.load_ns)]
             )
@@ -197,7 +209,8 @@ def _summary(data: _Rows) -> str:
         )
     return _section(
         "Summary",
-        "Mean ± standard deviation over repetitions; latencies are of single decode steps.",
+        "Medians, with the slowest and the fastest repetition; latencies are of single decode "
+        "steps.",
         body,
     )
 
@@ -247,7 +260,7 @@ def _operators_chart(data: _Rows, rows: Sequence[Measurement]) -> str:
     for row, times, total in each:
         parts = [(times.get(name, 0) / total, colour) for colour, name in enumerate(names)]
         parts.append((1 - sum(share for share, _ in parts), len(names)))
-        label = f"{data.names[_setup(row)]}, {row.title}"
+        label = f"{data.names[data.setup(row)]}, {row.title}"
         bars.append(Bar(label, parts, f"{total / 1e6:.1f} ms"))
     others = ["others"] * (len(shares) > len(names))
     return charts.bars(bars, "Time by operator", [*names, *others])
@@ -393,9 +406,8 @@ def _trace(data: _Rows) -> str:
             values = [(point.at_ns / 1e9, _finite(read(point)) / unit) for point in row.trace]
             values = [(at, value) for at, value in values if math.isfinite(value)]
             if len(values) > 2:
-                name = (
-                    f"{data.names[_setup(row)]}, {row.title}{' (throttled)' * bool(row.throttled)}"
-                )
+                name = f"{data.names[data.setup(row)]}, {row.title}"
+                name += " (throttled)" * bool(row.throttled)
                 series.append(Series(name, values, len(series), marks=False))
         if series:
             axis = Axis(label, zero=title not in ("Temperature",))
@@ -468,7 +480,7 @@ def _energy(data: _Rows) -> str:
     for row in data.all:
         if row.energy is None or not 0 < _finite(row.energy.joules) < charts.HUGE:
             continue
-        setup = _setup(row)
+        setup = data.setup(row)
         joules = row.joules_per_token or 0.0
         text = f"{1e3 * joules:.3g} mJ/token"
         name = f"{data.names[setup]}, {row.title}: {row.energy.label}"
@@ -480,7 +492,7 @@ def _energy(data: _Rows) -> str:
 def _devices(data: _Rows) -> str:
     text = ""
     for device in data.devices:
-        row = next(row for row in data.all if _setup(row).device == device)
+        row = next(row for row in data.all if data.setup(row).device == device)
         machine = row.machine
         facts = {
             "processor": " · ".join(filter(None, [machine.cpu, machine.soc])),

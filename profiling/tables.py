@@ -14,6 +14,7 @@ from pocketslm.errors import UsageError
 from pocketslm.profiling.records import OURS, Measurement
 from pocketslm.terminal import printable
 
+SPEED = "t/s, median (min .. max)"
 ANSWERS = ("what", "prompt", "answer", "TTFT", "input, t/s", "output, t/s", "total")
 
 
@@ -36,7 +37,7 @@ class Ratio:
 def format_rows(rows: Sequence[Measurement], style: str = "md") -> str:
     """All rows as text that ends in a newline; styles: md, json, jsonl, csv.
 
-    md shows mean ± sample standard deviation as llama-bench does, and below it our ratios to the
+    md shows medians with the slowest and the fastest repetition, and below them our ratios to the
     peers' medians where peers were measured; the others carry every field and sample.
     """
     if style not in FORMATS:
@@ -46,12 +47,28 @@ def format_rows(rows: Sequence[Measurement], style: str = "md") -> str:
     return FORMATS[style](rows)
 
 
+def artefact_names(rows: Sequence[Measurement]) -> list[str]:
+    """What each row's artefact is called: its file name, with the beginning of its SHA-256 (else
+    its size) where the rows have several artefacts of that name."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row.artefact, set()).add(_content(row))
+    return [
+        row.artefact if len(found[row.artefact]) == 1 else f"{row.artefact} ({_content(row)[:8]})"
+        for row in rows
+    ]
+
+
+def _content(row: Measurement) -> str:
+    return row.artefact_sha256 or f"{row.size_bytes} bytes"
+
+
 def ratios(rows: Sequence[Measurement]) -> list[Ratio]:
     """Ours to each peer's, for the tests of one run that both did."""
     ours = {_test_key(row): row for row in rows if row.runtime == OURS}
     return [
-        _ratio(ours[_test_key(row)], row)
-        for row in rows
+        _ratio(ours[_test_key(row)], row, name)
+        for row, name in zip(rows, artefact_names(rows), strict=True)
         if row.runtime != OURS and _test_key(row) in ours
     ]
 
@@ -60,19 +77,21 @@ def _test_key(row: Measurement) -> tuple[str, str, int]:
     return row.run, row.title, row.threads
 
 
-def _ratio(ours: Measurement, peer: Measurement) -> Ratio:
+def _ratio(ours: Measurement, peer: Measurement, name: str) -> Ratio:
     # Where one was cut short, the other has more repetitions.
     each = [a / b for a, b in zip(ours.tokens_per_second, peer.tokens_per_second, strict=False)]
-    peer_name = f"{peer.artefact} on {_engine(peer)}"
     median = statistics.median(ours.tokens_per_second) / statistics.median(peer.tokens_per_second)
-    return Ratio(ours.title, ours.threads, peer_name, median, min(each), max(each))
+    return Ratio(
+        ours.title, ours.threads, f"{name} on {_engine(peer)}", median, min(each), max(each)
+    )
 
 
 def _md(rows: Sequence[Measurement]) -> str:
+    names = artefact_names(rows)
     table = md_table(
-        ["model", "size", "backend", "threads", "test", "t/s", "peak RSS", "load"],
+        ["model", "size", "backend", "threads", "test", SPEED, "peak RSS", "load"],
         ["l", "r", "l", "r", "r", "r", "r", "r"],
-        [_md_row(row) for row in rows],
+        [_md_row(row, name) for row, name in zip(rows, names, strict=True)],
     )
     tables = [table]
     if answered := answers(rows):
@@ -80,14 +99,14 @@ def _md(rows: Sequence[Measurement]) -> str:
         tables.append(
             md_table(["model", "backend", "threads", *ANSWERS], ["l", "l", *"rlrrrrrr"], setups)
         )
-    if timed := [row for row in rows if row.operator_ns]:
+    if timed := [(row, name) for row, name in zip(rows, names, strict=True) if row.operator_ns]:
         tables.append(
             md_table(
                 ["model", "backend", "threads", "test", "of the time"],
                 ["l", "l", "r", "r", "l"],
                 [
-                    [row.artefact, _engine(row), str(row.threads), row.title, _shares(row)]
-                    for row in timed
+                    [name, _engine(row), str(row.threads), row.title, _shares(row)]
+                    for row, name in timed
                 ],
             )
         )
@@ -119,9 +138,9 @@ def answers(rows: Sequence[Measurement]) -> list[tuple[tuple[str, str, str], lis
     token.
     """
     tasks: dict[tuple[tuple[str, str, str], tuple[str, ...]], list[Measurement]] = {}
-    for row in rows:
+    for row, name in zip(rows, artefact_names(rows), strict=True):
         if row.n_prompt and row.n_gen:
-            setup = row.artefact, _engine(row), str(row.threads)
+            setup = name, _engine(row), str(row.threads)
             task = row.test if row.workload == "random" else row.workload
             tasks.setdefault((setup, (row.run, row.machine.cpu, task)), []).append(row)
     return [(setup, _answer(group)) for (setup, _), group in tasks.items()]
@@ -155,15 +174,23 @@ def _shares(row: Measurement) -> str:
     return ", ".join(named + [f"others {small / total:.0%}"] * (small > total / 200))
 
 
-def _md_row(row: Measurement) -> list[str]:
-    summary = row.summary()
+def speed_cell(row: Measurement, digits: int = 2) -> str:
+    """The column SPEED."""
+    speeds = row.tokens_per_second
+    middle = f"{statistics.median(speeds):.{digits}f}"
+    if len(speeds) == 1:
+        return middle
+    return f"{middle} ({min(speeds):.{digits}f} .. {max(speeds):.{digits}f})"
+
+
+def _md_row(row: Measurement, name: str) -> list[str]:
     return [
-        row.artefact,
+        name,
         f"{row.size_bytes / 1e6:.1f} MB",
         _engine(row),
         str(row.threads),
         row.title,
-        f"{summary['avg_ts']:.2f} ± {summary['stddev_ts']:.2f}",
+        speed_cell(row),
         "" if row.peak_rss_bytes is None else f"{row.peak_rss_bytes / 1e6:.0f} MB",
         "" if row.load_ns is None else f"{row.load_ns / 1e6:.0f} ms",
     ]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import ContextOverflowError, UsageError
+from pocketslm.runtime import forks
 from pocketslm.runtime.backends import ForgettingSession, Logits, SavingSession, Session, TopSession
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.sampling import (
@@ -98,6 +99,11 @@ class Turns:
     """
 
     def __init__(self) -> None:
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """Nobody is at work here yet."""
         self._changed = threading.Condition()
         self._holder: object = None
         self._thread = 0  # where the holder was last at work
@@ -107,11 +113,11 @@ class Turns:
         """Have the session, until the end of the block or until it is taken away."""
         me = threading.get_ident()
         mine = object()
-        with self._changed:
-            while self._holder is not None and self._thread != me:
-                self._changed.wait()
-            self._holder, self._thread = mine, me
         try:
+            with self._changed:
+                while self._holder is not None and self._thread != me:
+                    self._changed.wait()
+                self._holder, self._thread = mine, me
             yield mine
         finally:
             with self._changed:
@@ -239,6 +245,7 @@ class Engine:
 
     def _rewind(self, ids: Sequence[int]) -> Sequence[int]:
         """Cut the cache to what it shares with ``ids``; the rest of them, at least one."""
+        del self.cached[self.session.length :]  # a call that failed may have emptied the session
         shared = 0
         for ours, theirs in zip(self.cached, ids, strict=False):
             if ours != theirs:

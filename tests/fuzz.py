@@ -107,7 +107,7 @@ def _answer(runner: Runner, request: dict[str, Any], before: str = "") -> None:
                 return
     except (OSError, ValueError) as error:
         raise Crash("\n".join(lines).encode(), str(error)) from None
-    process.stdin.close()
+    process.kill()
     assert process.stderr is not None
     raise Crash("\n".join(lines).encode(), process.stderr.read()[-4000:])
 

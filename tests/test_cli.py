@@ -162,9 +162,17 @@ def test_an_option_without_effect_is_refused(
     command, idle = line.split(" | ")
     words = [str(places.get(word, word)) for word in (*command.split(), *idle.split())]
     assert main(words) == 2
-    (error,) = capsys.readouterr().err.splitlines()
+    error = capsys.readouterr().err.splitlines()[-1]
     assert "does nothing" in error or "leave out" in error
     assert idle.split()[0] in error
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "4294967297", "two"])
+def test_threads_that_make_no_sense(count: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["run", "BUNDLE", "hi", "--threads", count])
+    assert end.value.code == 2
+    assert "expected from 1 to 1024" in capsys.readouterr().err
 
 
 def test_the_help_states_the_defaults_that_the_library_has() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from pocketslm.android.engine.meter import free_bytes, read_bandwidth
 from pocketslm.errors import BundleError
+from pocketslm.models.config import PREFILL_BATCH, ModelConfig
 from pocketslm.runtime.bundle import MANIFEST, Bundle, Graph, open_bundle, read_manifest
 
 # Beside weights and cache: code, buffers, the tokenizer, a document.
@@ -116,7 +117,6 @@ class Models:
 def describe(bundle: Bundle) -> ModelCard:
     """The card of a bundle, from its manifest and the sizes of its files."""
     manifest = bundle.manifest
-    dimensions: dict[str, Any] = manifest.architecture if manifest else {}
     graph = bundle.graphs[0]
     quality = (manifest.quality or {}) if manifest else {}
     return ModelCard(
@@ -124,7 +124,7 @@ def describe(bundle: Bundle) -> ModelCard:
         name=bundle.path.name,
         size_bytes=manifest.size_bytes if manifest else bundle.graph_bytes(graph),
         weights_bytes=bundle.graph_bytes(graph),
-        kv_bytes=graph.context * _kv_token_bytes(graph, dimensions),
+        kv_bytes=_state_bytes(graph, bundle.config),
         context=graph.context,
         top1=quality.get("top1_agreement", quality.get("top1")),
     )
@@ -135,17 +135,16 @@ _KV_BYTES = {"int8": 1, "fp16": 2, "fp32": 4}
 _SCALE_BYTES = 4
 
 
-def _kv_token_bytes(graph: Graph, dimensions: Mapping[str, Any]) -> int:
-    """Keys and values of a token in all layers, as the graph keeps them."""
-    count = int(dimensions.get("num_hidden_layers", 0))
-    heads = [int(dimensions.get("num_key_value_heads", 0))] * count
-    if dimensions.get("layer_sizes"):
-        heads = [int(kv_heads) for _, kv_heads, _ in dimensions["layer_sizes"]]
-    runs = 2 if dimensions.get("layer_sharing") else 1
-    width = _KV_BYTES.get(graph.kv_cache, max(_KV_BYTES.values()))
-    vector = int(dimensions.get("head_dim", 0)) * width
-    vector += _SCALE_BYTES if graph.kv_cache == "int8" else 0
-    return 2 * runs * sum(heads) * vector
+def _state_bytes(graph: Graph, config: ModelConfig | None) -> int:
+    """What the states of a full context take, as the graph keeps them."""
+    if config is None:
+        return 0
+    return config.state_bytes(
+        graph.context,
+        _KV_BYTES.get(graph.kv_cache, max(_KV_BYTES.values())),
+        scale_bytes=_SCALE_BYTES if graph.kv_cache == "int8" else 0,
+        batch=PREFILL_BATCH if graph.backend == "native" else 0,  # the others use no windows
+    )
 
 
 def _plain(name: str) -> str:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ class Android:
         mActivity.startActivity(intent)
 
     def watch(self, opened: OnFile, describe: Callable[[], list[Any]]) -> None:
+        shutil.rmtree(self._inbox(), ignore_errors=True)  # copies of the last time
         activity.bind(on_new_intent=lambda intent: self._open(intent, opened))
         self._open(mActivity.getIntent(), opened)
         self._reader = _start_screen_reader(describe)
@@ -77,13 +80,25 @@ class Android:
                 _call(opened, path)
 
     def _hand_over(self, uri: Any, opened: OnFile) -> None:
-        """Copy what a content address names, under its own name, then hand over the copy."""
+        """Copy what a content address names, under its own name, then hand over the copy.
+
+        On a thread of its own: a model has hundreds of megabytes. A copy that fails is handed over
+        as a file that is not there, which the app tells the person.
+        """
         resolver = mActivity.getContentResolver()
         path = self._inbox() / _file_name(_display_name(resolver, uri))
         descriptor = resolver.openFileDescriptor(uri, "r").detachFd()
-        with os.fdopen(descriptor, "rb") as source, path.open("wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-        _call(opened, path)
+
+        def copy() -> None:
+            aside = path.with_name(f".{path.name}")
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+                with os.fdopen(descriptor, "rb") as source, aside.open("wb") as file:
+                    shutil.copyfileobj(source, file, 1 << 20)
+                aside.replace(path)
+            _call(opened, path)
+
+        threading.Thread(target=copy, daemon=True).start()
 
     def _inbox(self) -> Path:
         folder = Path(mActivity.getCacheDir().getAbsolutePath()) / "inbox"

@@ -98,6 +98,9 @@ class WithoutLayers(Pruned):
             raise ExportError(
                 f"layers {sorted(removed)} to remove, expected some of 0..{count - 1}"
             )
+        left = [layer for i, layer in enumerate(whole.config.stored_layers) if i not in removed]
+        if not any(layer.attention for layer in left):
+            raise ExportError(f"layers {sorted(removed)} to remove are all that have attention")
         self.kept = [layer for layer in range(count) if layer not in set(removed)]
         layers = whole.config.stored_layers
         config = replace(whole.config, stored_layers=tuple(layers[i] for i in self.kept))

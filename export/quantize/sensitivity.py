@@ -20,7 +20,7 @@ from pocketslm.export.quantize.grid import round_to_grid
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.reference import load_reference, parameter_shapes
-from pocketslm.models.sites import LAYERS, layer_matrices
+from pocketslm.models.sites import LAYERS, is_rounded, layer_matrices
 from pocketslm.models.tensors import QuantTensor
 
 Site = tuple[str, ...]  # names of matrices
@@ -112,7 +112,7 @@ def _bytes(recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
 
 
 def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
-    if len(shape) == 2 and name.startswith(LAYERS):
+    if len(shape) == 2 and name.startswith(LAYERS) and is_rounded(name):
         return _bytes(recipe, name, shape)
     weight = recipe.apply(name, checkpoint.weight(name))
     return weight.nbytes if isinstance(weight, QuantTensor) else weight.size * 4

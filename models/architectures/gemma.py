@@ -76,7 +76,8 @@ class Gemma2(Architecture):
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         # transformers rounds the factor to the embedding's type; bfloat16 is what Gemma is in.
         cap = f("final_logit_softcapping")
-        scale = math.sqrt(config.hidden_size)
+        # Our own field: a model that lost channels keeps the factor that it had.
+        scale = f.number("embedding_multiplier", math.sqrt(config.hidden_size))
         return replace(config, embedding_scale=scale, logit_softcap=cap)
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
@@ -87,6 +88,9 @@ class Gemma2(Architecture):
             "query_pre_attn_scalar": round(attentions[0].scale ** -2),
             "attn_logit_softcapping": attentions[0].softcap,
             "final_logit_softcapping": c.logit_softcap,
+            "embedding_multiplier": (
+                None if c.embedding_scale == math.sqrt(c.hidden_size) else c.embedding_scale
+            ),
             "sliding_window": next((w for w in windows if w is not None), 4096),
             "layer_types": [_FULL if w is None else _SLIDING for w in windows],
         }

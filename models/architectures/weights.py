@@ -114,9 +114,17 @@ class WeightMap:
             written[name] = whole
         return written
 
-    def unread(self, names: Iterable[str], parameters: Iterable[str]) -> list[str]:
-        """Those of their ``names`` that none of our ``parameters`` is made from."""
-        used = {self.stored(name) for name in parameters}
+    def unread(
+        self,
+        names: Iterable[str],
+        parameters: Iterable[str],
+        rename: Callable[[str], str] = lambda name: name,
+    ) -> list[str]:
+        """Those of a file's ``names`` that none of our ``parameters`` is made from.
+
+        rename: a name of the family's as this file has it.
+        """
+        used = {rename(self.stored(name)) for name in parameters}
         return sorted(
             name
             for name in names

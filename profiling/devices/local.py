@@ -5,8 +5,6 @@ from __future__ import annotations
 from pocketslm.profiling.devices.device import Device
 from pocketslm.runtime.ops.build import cache_directory
 
-FOLDER = str(cache_directory() / "device")
-
 
 class LocalDevice(Device):
     """``local``."""
@@ -14,7 +12,7 @@ class LocalDevice(Device):
     kind, name, pause_s = "local", "local", 0.0
 
     def __init__(self) -> None:
-        self.folder = FOLDER
+        self.folder = str(cache_directory() / "device")
 
     def command(self, script: str) -> list[str]:
         return ["sh", "-c", script]

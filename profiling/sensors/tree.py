@@ -7,23 +7,27 @@ the line. For a command the path is ``$ COMMAND``. The same text is a recording 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Sequence
 
 Tree = dict[str, str]
 
 COMMAND = "$ "
+_UNSAFE = re.compile(r"[^\w@%+=:,./*?\[\]-]", re.ASCII)  # in a shell's word, patterns apart
 
 
 def script(files: Sequence[str], commands: Sequence[str] = ()) -> str:
     """Prints these files, which may be patterns, and commands; what cannot be read is left out.
 
+    Of a file's name only the marks of a pattern mean something: the device may have named it.
     A file takes no new process: reading one costs microseconds, while starting one costs more than
     the kernel needs to answer.
     """
     lines = 'while read -r v || [ -n "$v" ]; do echo "$f\t$v"; done'
     parts = []
     if files:
-        parts.append(f'for f in {" ".join(files)}; do {lines} < "$f"; done 2>/dev/null')
+        names = " ".join(_UNSAFE.sub(r"\\\g<0>", file) for file in files)
+        parts.append(f'for f in {names}; do {lines} < "$f"; done 2>/dev/null')
     for command in commands:
         assert "'" not in command
         parts.append(f"f='{COMMAND}{command}'; {command} 2>/dev/null | {lines}")

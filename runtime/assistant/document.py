@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from pocketslm.runtime.assistant.words import sentences
+from pocketslm.runtime.assistant.words import each_sentence
 
 if TYPE_CHECKING:
     from pocketslm.runtime.assistant.library import Library
@@ -106,14 +106,12 @@ def make_source(title: str, kind: str, blocks: Iterable[Block]) -> Source:
     return Source(title, kind, "\n\n".join(parts), tuple(chunks), page)
 
 
-def _pieces(text: str) -> list[tuple[int, int]]:
+def _pieces(text: str) -> Iterator[tuple[int, int]]:
     """Sentences, the overlong ones cut at a space."""
-    found = []
-    for start, end in sentences(text):
+    for start, end in each_sentence(text):
         while end - start > CHUNK_CHARACTERS:
             space = text.rfind(" ", start + 1, start + CHUNK_CHARACTERS)
             cut = space if space > start else start + CHUNK_CHARACTERS
-            found.append((start, cut))
+            yield start, cut
             start = cut
-        found.append((start, end))
-    return found
+        yield start, end

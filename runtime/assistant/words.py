@@ -104,20 +104,26 @@ _ENDINGS = (
 
 def sentences(text: str, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
     """Where the sentences within text[start:end] begin and end, without the space between."""
+    return list(each_sentence(text, start, end))
+
+
+def each_sentence(text: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """As :func:`sentences`, one at a time: a text of millions of lines has as many."""
     end = len(text) if end is None else end
-    found, begin = [], start
+    begin = start
     for match in _SENTENCE_END.finditer(text, start, end):
         if _ABBREVIATION.search(text, max(begin, match.end() - 12), match.end()):
             continue
-        found.append(_stripped(text, begin, match.end()))
+        yield from _stripped(text, begin, match.end())
         begin = match.end()
-    found.append(_stripped(text, begin, end))
-    return [(a, b) for a, b in found if a < b]
+    yield from _stripped(text, begin, end)
 
 
-def _stripped(text: str, start: int, end: int) -> tuple[int, int]:
+def _stripped(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The span without space around it, none where nothing is left."""
     while start < end and text[start].isspace():
         start += 1
     while end > start and text[end - 1].isspace():
         end -= 1
-    return start, end
+    if start < end:
+        yield start, end

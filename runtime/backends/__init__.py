@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.bundle import Bundle, Graph
 
@@ -149,6 +151,27 @@ def check_threads(threads: int | None) -> None:
     """Raises UsageError for a number of threads that no backend starts."""
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise UsageError(f"threads is {threads}, expected 1 to {MAX_THREADS}")
+
+
+class OneProcess:
+    """The lock of a session whose runtime has threads that a fork leaves behind."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._forked = False
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._lock, self._forked = threading.Lock(), True
+
+    @property
+    def lock(self) -> threading.Lock:
+        """To be held while the session is used. Raises BackendError in a forked process."""
+        if self._forked:
+            raise BackendError(
+                "this session's threads stayed behind in a fork; load the model in this process"
+            )
+        return self._lock
 
 
 def usable_cores() -> int:

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 import struct
-import threading
 import weakref
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import BackendError, BundleError, UsageError
-from pocketslm.runtime.backends import Logits, check_logits, check_tokens, usable_cores
+from pocketslm.runtime.backends import Logits, OneProcess, check_logits, check_tokens, usable_cores
 from pocketslm.runtime.backends.native import ErrorText, NativeError
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
@@ -132,7 +131,7 @@ class ExecuTorchSession:
         self.backend = f"executorch {version('executorch')}" + " + pocketslm" * native
         self.threads = threads or usable_cores()
         self.length = 0
-        self._lock = threading.Lock()  # of the cache and the program
+        self._process = OneProcess()  # of the cache and the program
         load_library().pslm_et_set_threads(self.threads)
         try:
             self._program = Program(path)
@@ -147,7 +146,7 @@ class ExecuTorchSession:
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        with self._lock:
+        with self._process.lock:
             check_tokens(self, tokens)
             tokens = np.ascontiguousarray(tokens, np.int64)
             # Of a piece most files give the last token's logits only.
@@ -162,7 +161,7 @@ class ExecuTorchSession:
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        with self._lock:
+        with self._process.lock:
             if not 0 <= length <= self.length:
                 raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
             self.length = length

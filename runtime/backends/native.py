@@ -21,6 +21,7 @@ from pocketslm.errors import (
     PocketSlmError,
     UsageError,
 )
+from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.backends import check_threads, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
@@ -45,6 +46,11 @@ _ERRORS: dict[int, type[PocketSlmError]] = {
     7: BackendError,
     8: BackendError,
     9: BackendError,
+}
+# Where a call has no place for a line of its own.
+_TEXTS = {
+    7: "another thread uses this session",
+    8: "this session's threads stayed behind in a fork; open one in this process",
 }
 
 _u32, _u64, _size = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t
@@ -208,7 +214,8 @@ class ErrorText:
 
     def check(self, status: int, what: str = "") -> None:
         if status != 0:
-            text = self._buffer.value.decode(errors="replace") or f"status {status}"
+            text = self._buffer.value.decode(errors="replace")
+            text = text or _TEXTS.get(status, f"status {status}")
             self._buffer.value = b""
             raise _ERRORS.get(status, BackendError)(f"{what}: {text}" if what else text)
 
@@ -331,10 +338,15 @@ class NativeSession:
         self.isa: str = info.isa.decode()
         self.kv_type: str = kv_type
         self.backend = f"native {self.isa}"
-        # Of calls, their buffers and the handle, which calls of other threads must not find closed.
-        self._lock = threading.Lock()
         self._next = ctypes.c_int32()
         self._error = ErrorText()
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """The library itself knows which sessions have lost their threads."""
+        # Of calls, their buffers and the handle, which calls of other threads must not find closed.
+        self._lock = threading.Lock()
 
     @property
     def length(self) -> int:

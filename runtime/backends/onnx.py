@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from pocketslm.errors import BackendError, UsageError
-from pocketslm.runtime.backends import Logits, check_logits, check_tokens, usable_cores
+from pocketslm.runtime.backends import Logits, OneProcess, check_logits, check_tokens, usable_cores
 from pocketslm.runtime.bundle import Bundle, Graph
 
 # Longer prompts run in pieces of this many tokens, which bounds the memory of activations and costs
@@ -52,7 +51,7 @@ class OnnxSession:
         self.context = context or graph.context
         self.threads = threads or usable_cores()
         self.length = 0
-        self._lock = threading.Lock()  # of the cache and what is bound
+        self._process = OneProcess()  # of the cache and what is bound
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _ERRORS_ONLY
@@ -131,7 +130,7 @@ class OnnxSession:
 
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        with self._lock:
+        with self._process.lock:
             check_tokens(self, tokens)
             pieces = [
                 self._run(tokens[at : at + self._chunk], self.length + at, all_logits)
@@ -144,7 +143,7 @@ class OnnxSession:
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
-        with self._lock:
+        with self._process.lock:
             if not 0 <= length <= self.length:
                 raise UsageError(f"cannot truncate {self.length} cached tokens to {length}")
             if self._columns and length not in (0, self.length):

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import BackendError, ContextOverflowError, PocketSlmError, UsageError
-from pocketslm.runtime import strict_json
+from pocketslm.runtime import forks, strict_json
 from pocketslm.runtime.backends import Logits, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import GenerationConfig
@@ -76,11 +76,10 @@ class RunnerSession:
         self._load |= {"threads": threads} if threads else {}
         self._ids: list[int] = []
         self._numbers = itertools.count(1)
-        self._asking = threading.Lock()  # of requests with their answers
-        self._write = threading.Lock()  # of the pipe, which a cancel takes at any time
-        self._running: str | None = None  # the generation whose answers are not read to the end
         self._read = bytearray()  # of the child's output, not yet taken
         self._process: subprocess.Popen[bytes] | None = None
+        self.after_fork()
+        forks.watch(self)
         with self._asking:
             loaded = self._start()
         self.backend = f"runner {loaded['isa']}"
@@ -88,6 +87,15 @@ class RunnerSession:
         self.vocab_size: int = loaded["vocab_size"]
         self.threads: int = loaded["threads"]
         self.load_ms: float = loaded["load_ms"]
+
+    def after_fork(self) -> None:
+        """The child is the parent's, which goes on with it; the next request starts another."""
+        self._asking = threading.Lock()  # of requests with their answers
+        self._write = threading.Lock()  # of the pipe, which a cancel takes at any time
+        self._running: str | None = None  # the generation whose answers are not read to the end
+        if self._process is not None:
+            self._process.returncode = 0  # not ours to wait for
+            self._process = None
 
     @property
     def length(self) -> int:

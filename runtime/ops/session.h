@@ -160,7 +160,6 @@ class Session {
   void share(unsigned m, size_t total, size_t chunk, F&& f);
   template <typename F>
   void share_weights(unsigned m, size_t total, size_t unit_bytes, F&& f);
-  void barrier(unsigned m) { pool_.barrier(ReadWhileWaiting{members_[m].plan.ahead}); }
   size_t chunk(size_t total, size_t unit_bytes) const;
   void balance();
   void mark(unsigned m, uint64_t pslm_times::* counter) {

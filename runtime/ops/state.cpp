@@ -56,7 +56,8 @@ void States::bind(void* const* places, size_t positions) {
 void States::store(size_t state, size_t head, size_t position, const float* key,
                    const float* value) {
   const Kept& kept = kept_[state];
-  const size_t dim = kept.head_dim, place = position % kept.room;
+  const size_t dim = kept.head_dim;
+  const size_t place = position < kept.room ? position : position % kept.room;
   uint8_t* keys = kept.keys + head * head_elements(kept) * width_;
   uint8_t* values = kept.values + (head * head_elements(kept) + place * dim) * width_;
   const size_t at = place / kPositionBlock * kPositionBlock * dim + place % kPositionBlock;

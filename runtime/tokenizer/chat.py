@@ -32,7 +32,7 @@ Message = Mapping[str, Any]
 Fragment = str | int
 """Ordinary text, or the id of a special token."""
 
-MAX_TEMPLATE = 1 << 18  # characters; the longest known ones have 30,000
+MAX_TEMPLATE = 1 << 16  # characters; the longest known ones have 30,000
 MAX_REASON = 500  # characters of a template's own error
 _PRIVATE_PLANES = ((0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 _REASONING = ("reasoning_content", "thinking", "reasoning")

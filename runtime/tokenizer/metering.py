@@ -86,6 +86,8 @@ class Meter:
                 self.spend(len(item) // CHARACTERS_PER_STEP)
                 total += 2 + (2 if item.isprintable() else 10) * len(item)
                 continue
+            if isinstance(item, range):  # what is no number is looked for in all of it
+                self.spend(len(item))
             total += item.bit_length() // 3 + 2 if isinstance(item, int) else 64
             children = _children(item)
             if children is None:
@@ -97,10 +99,10 @@ class Meter:
             stack += [(child, depth + 1) for child in children]
         return total
 
-    def each(self, values: Iterable[Any]) -> Iterator[Any]:
-        """The values, one step each."""
+    def each(self, values: Iterable[Any], price: int = 1) -> Iterator[Any]:
+        """The values, so many steps each."""
         for value in values:
-            self.spend(1)
+            self.spend(price)
             yield value
 
     def join(self, parts: Iterable[str]) -> str:
@@ -183,7 +185,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
             _check_percent(meter, left, right)
         elif sign == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
             meter.fits(_length(left) + 6 * _length(right))
-        elif sign == "-" and isinstance(left, (_KEYS, _ITEMS)):
+        elif sign == "-" and isinstance(left, (set, _KEYS, _ITEMS)):
             meter.weigh(left)
             meter.weigh(right)
         return super().call_binop(context, sign, left, right)
@@ -311,8 +313,8 @@ def _weighed(context: Any, value: Any) -> Any:
 
 
 @pass_context
-def _each(context: Any, values: Iterable[Any]) -> Iterator[Any]:
-    return _current.get().each(values)
+def _each(context: Any, values: Iterable[Any], price: int) -> Iterator[Any]:
+    return _current.get().each(values, price)
 
 
 @pass_context
@@ -464,7 +466,9 @@ class Metered(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         if node.test is not None:  # what it leaves out never reaches the body
+            price = nodes.Const(1 + _price(node.test))
             node.iter = _applied("$each", node.iter, node)
+            node.iter.args.append(price)
         self._body(node)
         return node
 
@@ -498,6 +502,7 @@ def _applied(name: str, value: Any, node: nodes.Node) -> nodes.Filter:
 
 
 def _price(node: nodes.Node) -> int:
-    """The parts of a statement, each counted once; longer literals count more."""
+    """The parts of a statement, each counted once; calls and long literals count more."""
     inside = sum(map(_price, node.iter_child_nodes()))
-    return 1 + inside + len(getattr(node, "data", "")) // CHARACTERS_PER_STEP
+    own = 4 if isinstance(node, (nodes.Filter, nodes.Call, nodes.Test)) else 1
+    return own + inside + len(getattr(node, "data", "")) // CHARACTERS_PER_STEP

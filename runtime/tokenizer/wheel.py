@@ -11,6 +11,8 @@ from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import fields
 from pocketslm.runtime.tokenizer.vocabulary import Vocabulary
 
+MAX_REASON = 300  # characters of the wheel's own error
+
 
 def is_installed() -> bool:
     """Whether the `tokenizers` wheel can be imported here."""
@@ -33,6 +35,7 @@ class WheelEncoder:
 
     def __init__(self, text: str, document: Mapping[str, object], vocabulary: Vocabulary) -> None:
         """`text` is the whole of `tokenizer.json`, `document` what it parses to."""
+        _check_prefix(vocabulary.model)
         self._document = document
         self._added = {token.id: token.content for token in vocabulary.added}
         self._special = _load(text)
@@ -92,6 +95,20 @@ class WheelEncoder:
         return ids
 
 
+def _check_prefix(model: Mapping[str, object]) -> None:
+    """Refuses merges on which the wheel would panic, which it reports on stderr by itself."""
+    prefix = fields.optional(model, "continuing_subword_prefix", str, "", "model")
+    for merge in fields.optional(model, "merges", list, [], "model") if prefix else ():
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        right = pair[1] if isinstance(pair, list) and len(pair) == 2 else None
+        if not isinstance(right, str) or not right.startswith(prefix):
+            raise TokenizerError(
+                f"tokenizer.json: model.merges has {str(merge)[:80]!r}; expected two tokens of "
+                f"which the second begins with {prefix[:80]!r}, the model's "
+                "continuing_subword_prefix; fetch or export the file again"
+            )
+
+
 def _load(text: str) -> Any:
     from tokenizers import Tokenizer
 
@@ -104,7 +121,7 @@ def _guarded(call: Callable[[], Any]) -> Any:
         return call()
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:MAX_REASON]
             raise TokenizerError(
                 f"tokenizer.json was refused by the tokenizers wheel: {reason}; expected a file "
                 "as Hugging Face writes it; fetch or export the file again"

@@ -11,13 +11,14 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import support
 from pocketslm.android import strings
 from pocketslm.android.engine import meter
-from pocketslm.android.engine.models import Models, _kv_token_bytes, describe
+from pocketslm.android.engine.models import Models, _state_bytes, describe
 from pocketslm.android.engine.worker import Job, Worker
 from pocketslm.android.intents import SCHEMAS, Action
 from pocketslm.android.intents.grammar import propose
@@ -162,16 +163,17 @@ def test_a_job_that_runs_at_once_is_the_current_one(monkeypatch: pytest.MonkeyPa
         ("fp32", {}, (8, 4 * 64)),
         ("int8", {}, (8, 64 + 4)),
         ("fp16", {"layer_sharing": True}, (16, 2 * 64)),
-        ("fp16", {"layer_sizes": [[8, 2, 96], [4, 1, 96]]}, (3, 2 * 64)),
+        ("fp16", {"layer_sizes": [[8, 2, 96], [4, 1, 96]] * 2}, (6, 2 * 64)),
     ],
 )
 def test_the_cache_is_counted_as_the_graph_keeps_it(
-    cache: str, changes: dict[str, object], heads_and_bytes: tuple[int, int]
+    cache: str, changes: dict[str, Any], heads_and_bytes: tuple[int, int]
 ) -> None:
-    plain = {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 64}
+    plain = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    config = support.tiny(num_hidden_layers=4, **plain | changes)
     heads, vector = heads_and_bytes
     graph = Graph("native", "model.slm", 256, cache)
-    assert _kv_token_bytes(graph, plain | changes) == 2 * heads * vector
+    assert _state_bytes(graph, config) == 256 * 2 * heads * vector
 
 
 def test_a_bundle_is_imported_as_a_folder_and_as_a_zip(tiny_bundle: Path, tmp_path: Path) -> None:

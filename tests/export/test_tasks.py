@@ -159,6 +159,13 @@ def test_forms_of_items(tmp_path: Path) -> None:
         '{"query": "q", "choices": ["a"], "gold": 0}',
         '{"query": 3, "choices": ["a", "b"], "gold": 0}',
         '{"choices": ["a", "b"], "gold": 0}',
+        '{"query": "q", "choices": ["a", ""], "gold": 0}',
+        '{"query": " ", "choices": ["a", "b"], "gold": 0}',
+        '{"query": "q", "choices": "ab", "gold": 0}',
+        '{"query": "q", "choices": ["a", "b"], "gold": 0.5}',
+        '{"query": "q", "choices": ["a", "b"], "gold": true}',
+        '{"query": "q", "query": "p", "choices": ["a", "b"], "gold": 0}',
+        "[" * 99_999,
     ],
 )
 def test_lines_that_are_no_items(line: str, tmp_path: Path) -> None:

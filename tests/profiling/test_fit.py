@@ -204,6 +204,39 @@ def test_rows_that_do_not_count(rows: list[Any]) -> None:
         fit.device(records=[*rows, other])
 
 
+def test_a_reading_that_cannot_be_is_measured_again(
+    rows: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bandwidth was measured while the machine was busy, the decoding was not."""
+    busy = dataclasses.replace(rows[1], limits=Limits(5e9, 200e9))
+    calls: list[tuple[int, int | None]] = []
+
+    def again(threads: int, size: int | None) -> Limits:
+        calls.append((threads, size))
+        return LIMITS
+
+    monkeypatch.setattr(fit, "limits", again)
+    monkeypatch.setattr(fit, "this_machine", lambda: rows[0].machine)
+    said: list[str] = []
+    assert fit.possible([rows[0], busy, busy], said.append) == [rows[0], rows[1], rows[1]]
+    assert calls == [(busy.threads, busy.bytes_per_token)]
+    assert "reached 200% of its limits, which cannot be: measured again, it is 50%" in said[0]
+    # Not better, or not this machine: it does not count.
+    monkeypatch.setattr(fit, "limits", lambda *_: Limits(6e9, 1e9))
+    assert fit.possible([busy], said.append) == []
+    monkeypatch.setattr(fit, "this_machine", lambda: Machine("Other", 2, "x86_64", 1, "Linux"))
+    assert fit.possible([rows[0], busy], said.append) == [rows[0]]
+    assert said[-1].endswith("left out; measure again with `bench --record`")
+
+
+def test_records_of_nothing_possible_are_refused(rows: list[Any], tmp_path: Path) -> None:
+    other = Machine("No such machine", 2, "x86_64", 8 << 30, "Linux")
+    row = dataclasses.replace(rows[1], limits=Limits(5e9, 2e11), machine=other)
+    append_records(tmp_path / "r.jsonl", [row])
+    with pytest.raises(UsageError, match="holds no row that can be"):
+        fit.fit(None, None, None, tmp_path / "r.jsonl", None, 64, 64)
+
+
 def test_the_command_prints_the_error(
     rows: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,7 @@ def test_rows_are_read(tmp_path: Path, style: str) -> None:
     assert (prompt.test, generation.test) == ("pp512", "tg128")
     assert prompt.tokens_per_second == (800, 800)
     assert prompt.run == generation.run
-    assert "800.00 ± 0.00" in format_rows([prompt, generation])
+    assert "800.00 (800.00 .. 800.00)" in format_rows([prompt, generation])
 
 
 def test_our_own_records_come_by_the_same_door(tmp_path: Path, make_row: Any) -> None:

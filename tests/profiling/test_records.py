@@ -94,6 +94,7 @@ def machine_with(**changes: Any) -> dict[str, Any]:
         ({"speed": 9}, "speed is unknown"),
         ({"machine": {"cpu": "x"}}, "machine.cores is missing"),
         ({"machine": None}, "machine is None, expected an object"),
+        ({"size_bytes": 10**30}, "size_bytes is 1000"),
         ({"operator_ns": {"add": "9"}}, "operator_ns.add is '9', expected an integer"),
         ({"software": {"numpy": 2}}, "software.numpy is 2, expected a text"),
         ({"limits": {"bandwidth_bytes_s": "9", "int8_macs_s": 1}}, "limits.bandwidth_bytes_s is"),
@@ -120,7 +121,9 @@ def test_missing_field(make_row: Any, name: str) -> None:
         Measurement.from_dict(data)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"x"'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"x"', '{"quality": {"kl": 1' + "0" * 30 + "}}"]
+)
 def test_not_json_objects(text: str) -> None:
     with pytest.raises(UsageError, match="not a measurement"):
         Measurement.from_json(text)

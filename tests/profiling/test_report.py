@@ -18,7 +18,7 @@ from pocketslm.profiling import charts
 from pocketslm.profiling.charts import Axis, Bar, Series
 from pocketslm.profiling.machine import Limits, Machine
 from pocketslm.profiling.records import Energy, Measurement, TracePoint, append_records
-from pocketslm.profiling.report import html, write_report
+from pocketslm.profiling.report import _Rows, html, write_report
 
 HOSTILE = "<script>alert('x')</script>&\"\x00\ud800"
 SECTIONS = [
@@ -135,6 +135,23 @@ def test_round_ticks() -> None:
 def test_the_front_is_what_nothing_beats() -> None:
     points = [(1.0, 9.0), (2.0, 3.0), (3.0, 4.0), (4.0, 1.0), (2.0, 5.0)]
     assert charts.front(points) == [(1.0, 9.0), (2.0, 3.0), (4.0, 1.0)]
+
+
+def test_artefacts_of_one_name_are_two_lines_and_two_colours(make_row: Any) -> None:
+    rows = [
+        make_row(artefact_sha256=digit * 64, samples_ns=(ns, ns))
+        for digit, ns in (("a", 10**9), ("b", 10**7))
+    ]
+    page = html(rows)
+    assert "tiny (aaaaaaaa)" in page
+    assert "tiny (bbbbbbbb)" in page
+    assert len(_Rows(rows).setups) == 2
+    assert [
+        len(one.points) for one in _Rows(rows).curves(lambda r: 1, lambda r: r.prefill_tps)
+    ] == [
+        1,
+        1,
+    ]
 
 
 def test_hostile_names_are_text(make_row: Any, tmp_path: Path) -> None:

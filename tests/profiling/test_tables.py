@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from typing import Any
 
 import pytest
 
 from pocketslm.errors import UsageError
 from pocketslm.profiling.records import Measurement
-from pocketslm.profiling.tables import format_rows, ratios
+from pocketslm.profiling.tables import answers, artefact_names, format_rows, ratios
 
 ALONE = """\
-| model |    size | backend                           | threads |  test |             t/s | peak RSS |   load |
-| ----- | ------: | --------------------------------- | ------: | ----: | --------------: | -------: | -----: |
-| tiny  | 98.4 MB | pocketslm 0.1.0 (onnxruntime 1.0) |       2 | pp512 | 750.00 ± 353.55 |   206 MB | 120 ms |
+| model |    size | backend                           | threads |  test |   t/s, median (min .. max) | peak RSS |   load |
+| ----- | ------: | --------------------------------- | ------: | ----: | -------------------------: | -------: | -----: |
+| tiny  | 98.4 MB | pocketslm 0.1.0 (onnxruntime 1.0) |       2 | pp512 | 750.00 (500.00 .. 1000.00) |   206 MB | 120 ms |
 """  # noqa: E501
 
 
@@ -63,6 +64,32 @@ def test_only_like_is_compared(make_row: Any) -> None:
     deep = make_row(**generated, n_depth=512)
     assert not ratios([deep, make_row(**generated, runtime="llama.cpp")])
     assert len(ratios([ours, make_row(runtime="llama.cpp")])) == 1
+
+
+def test_one_slow_repetition_moves_no_table(make_row: Any) -> None:
+    calm, hit = (make_row(samples_ns=(10, 10, 10, 10, last)) for last in (10, 1000))
+    shown = [re.search(r"([\d.]+) \(", format_rows([row])) for row in (calm, hit)]
+    assert shown[0] is not None
+    assert shown[1] is not None
+    assert shown[0][1] == shown[1][1]
+    assert (
+        "(" not in format_rows([make_row(samples_ns=(512_000_000,))]).splitlines()[2].split("|")[6]
+    )
+
+
+def test_artefacts_of_one_name_are_told_apart(make_row: Any) -> None:
+    both = {"n_gen": 2, "samples_ns": (9, 9), "prefill_ns": (4, 4), "step_ns": (1, 1, 1, 1)}
+    a, b, again = (make_row(artefact_sha256=digit * 64, **both) for digit in "ab" + "a")
+    assert artefact_names([a, again]) == ["tiny", "tiny"]
+    assert artefact_names([a, b, again]) == [
+        "tiny (aaaaaaaa)",
+        "tiny (bbbbbbbb)",
+        "tiny (aaaaaaaa)",
+    ]
+    found = [setup[0] for setup, _ in answers([a, b, again])]
+    assert found == ["tiny (aaaaaaaa)", "tiny (bbbbbbbb)"]
+    sizes = [make_row(artefact_sha256=None, size_bytes=size) for size in (1, 2)]
+    assert artefact_names(sizes) == ["tiny (1 bytes)", "tiny (2 bytes)"]
 
 
 def test_bars_in_names_do_not_break_the_table(make_row: Any) -> None:

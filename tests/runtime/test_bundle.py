@@ -54,7 +54,6 @@ CHANGES: dict[str, tuple[Callable[[Manifest], object], str]] = {
         "files.model.onnx.bytes is True",
     ),
     "no number of bytes": (lambda m: m["files"]["model.onnx"].update(bytes=1e400), "no number"),
-    "no head": (lambda m: m["architecture"].update(head_dim=True), "no head_dim"),
     "missing field": (lambda m: m.pop("architecture"), "does not follow the schema"),
     "no graphs": (lambda m: m.update(graphs=[]), "lists no graphs"),
     "graphs of another type": (lambda m: m.update(graphs=3), "does not follow the schema"),

@@ -248,6 +248,50 @@ print("parent: fine")
     ]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fork_amid_another_thread_s_generation(backend: str, tiny_bundle: Path) -> None:
+    """Its locks are held by nobody in the new process, and a child process stays the parent's."""
+    code = """
+import os, sys, threading
+from pocketslm.errors import BackendError
+from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.model import Model
+model = Model.load(sys.argv[1], sys.argv[2], threads=2)
+config = GenerationConfig(max_new_tokens=8, ignore_eos=True)
+def tokens():
+    return [record.token for record in model.generate([1, 2, 3], config)]
+expected = tokens()
+begun, go_on = threading.Event(), threading.Event()
+found = []
+def generate():
+    stream = model.generate([1, 2, 3], config)
+    found.append(next(stream).token)
+    begun.set()
+    go_on.wait()
+    found.extend(record.token for record in stream)
+thread = threading.Thread(target=generate)
+thread.start()
+begun.wait()
+child = os.fork()
+if child == 0:
+    try:
+        assert tokens() == expected
+        print("child: an answer", flush=True)
+    except BackendError as error:
+        print("child:", error, flush=True)
+    os._exit(0)  # as multiprocessing does: other libraries' threads are not there to end
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+go_on.set()
+thread.join()
+assert found == expected
+print("parent: an answer")
+"""
+    child, parent = run(code, str(tiny_bundle), backend).splitlines()
+    assert parent == "parent: an answer"
+    expected = "an answer" if backend == "runner" else "this session's threads stayed behind"
+    assert child.startswith(f"child: {expected}")
+
+
 def test_threads_that_cannot_start_are_an_error_and_leave_none_behind(tmp_path: Path) -> None:
     """Some can, and the next cannot: each thread takes a stack of the address space."""
     code = """

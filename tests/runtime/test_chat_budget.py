@@ -29,6 +29,7 @@ TOO_MUCH = {
     "copies": "{% set d = dict.fromkeys(range(99999)) %}" + MANY + "{% if d.copy() %}{% endif %}"
     "{% endfor %}",
     "generators": MANY + "{{ range(99999) | select('lt', 0) | first }}{% endfor %}",
+    "finding in a range": MANY + "{% if 'b' in range(99999) %}{% endif %}{% endfor %}",
     "sorting": MANY + "{% set x = range(99999) | sort %}{% endfor %}",
     "slices of lists": "{{ [1] | slice(1000000000) | list | length }}",
     # texts and lists that are made

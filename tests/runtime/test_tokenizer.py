@@ -321,6 +321,20 @@ def test_what_the_wheel_refuses_is_an_error() -> None:
         load_tokenizer_files({"tokenizer.json": json.dumps(whole)}, "tokenizers")
 
 
+def test_merges_that_panic_the_wheel_are_an_error_before_it(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    whole = json.loads(document("llama3"))
+    whole["model"]["continuing_subword_prefix"] = "abcdef"
+    with pytest.raises(TokenizerError, match="the second begins with 'abcdef'"):
+        load_tokenizer_files({"tokenizer.json": json.dumps(whole)}, "tokenizers")
+    whole["pre_tokenizer"] = {"type": "N" * 100_000}
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer_files({"tokenizer.json": json.dumps(whole)}, "tokenizers")
+    assert len(str(caught.value)) < 600
+    assert capfd.readouterr().err == ""
+
+
 def test_missing_files_and_bad_arguments_are_errors(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="does not exist"):
         load_tokenizer(tmp_path)

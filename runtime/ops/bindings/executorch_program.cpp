@@ -57,7 +57,10 @@ void keep_reason(et_timestamp_t time, et_pal_log_level_t level, const char* file
   if (!t_reason) {
     g_emit(time, level, file, function, line, message, length);
   } else if (t_reason->empty() && (level == kError || level == kFatal)) {
-    t_reason->assign(message, length);
+    try {
+      t_reason->assign(message, length);
+    } catch (const std::bad_alloc&) {  // the failure goes without a reason
+    }
   }
 }
 

@@ -101,19 +101,20 @@ class LineReader {
   bool ended_ = false;
 };
 
-// A request whose fields are read with their types and ranges; the first fault is kept.
+// A request whose fields are read with their types and ranges; the first fault is kept. What nobody
+// reads is a fault, too: a misspelt option would be one that does nothing.
 class Request {
  public:
   explicit Request(const Json& json) : json_(json) {}
 
   std::string text(const char* name, const std::string& otherwise) {
-    const Json* value = json_.find(name);
+    const Json* value = find(name);
     if (!value) return otherwise;
     if (!value->is(Json::Kind::string)) return fail(name, "a string"), otherwise;
     return value->string;
   }
   double number(const char* name, double otherwise, double low, double high, bool whole = false) {
-    const Json* value = json_.find(name);
+    const Json* value = find(name);
     if (!value) return otherwise;
     const double n = value->number;
     const bool valid = value->is(Json::Kind::number) && n >= low && n <= high;
@@ -129,24 +130,37 @@ class Request {
     return static_cast<uint32_t>(number(name, otherwise, low, high, true));
   }
   bool flag(const char* name) {
-    const Json* value = json_.find(name);
+    const Json* value = find(name);
     if (!value) return false;
     if (!value->is(Json::Kind::boolean)) fail(name, "true or false");
     return value->boolean;
   }
   const Json* list(const char* name) {
-    const Json* value = json_.find(name);
+    const Json* value = find(name);
     if (value && !value->is(Json::Kind::array)) return fail(name, "a list"), nullptr;
     return value;
   }
   void fail(const std::string& name, const std::string& expected) {
     if (fault_.empty()) fault_ = "'" + name + "' must be " + expected;
   }
-  const std::string& fault() const { return fault_; }
+  // Once all fields are read: empty, or what is wrong.
+  std::string fault() const {
+    if (!fault_.empty()) return fault_;
+    for (const auto& field : json_.fields)
+      if (std::find(read_.begin(), read_.end(), field.first) == read_.end())
+        return "'" + field.first + "' is unknown here, or says what another field says";
+    return "";
+  }
 
  private:
+  const Json* find(const char* name) {
+    read_.push_back(name);
+    return json_.find(name);
+  }
+
   const Json& json_;
   std::string fault_;
+  std::vector<std::string_view> read_{"op"};
 };
 
 std::string logprob(float value) {
@@ -232,7 +246,7 @@ class Server {
 
   std::string handle(const std::string& op, Request& request) {
     if (op == "load") return load(request);
-    if (op == "stats") return stats();
+    if (op == "stats") return stats(request);
     if (op == "probe") return probe(request);
     if (!engine_.loaded()) return "no model is loaded; send {\"op\":\"load\",\"path\":...} first";
     if (op == "generate") return generate(request);
@@ -240,6 +254,7 @@ class Server {
     if (op == "encode") return encode(request);
     if (op == "bench") return bench(request);
     if (op == "reset") {
+      if (!request.fault().empty()) return request.fault();
       engine_.reset();
       engine_.restart_times();
       emit("reset", "%s", "");
@@ -305,9 +320,7 @@ class Server {
       }
       return engine_.encode_chat(messages, tokens);
     }
-    const std::string text = request.text("prompt", "");
-    if (!request.fault().empty()) return request.fault();
-    return engine_.encode(text, tokens);
+    return engine_.encode(request.text("prompt", ""), tokens);
   }
 
   std::string generate(Request& request) {
@@ -357,6 +370,7 @@ class Server {
   std::string encode(Request& request) {
     std::vector<int32_t> tokens;
     if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
+    if (!request.fault().empty()) return request.fault();
     emit("encoded", ",\"tokens\":%s",
          numbers(std::vector<int64_t>(tokens.begin(), tokens.end())).c_str());
     return "";
@@ -389,12 +403,14 @@ class Server {
 
   std::string bench(Request& request) {
     const uint32_t fresh = request.count("new_tokens", 128, 0, 1 << 20);
-    const uint32_t count = request.count("prompt_tokens", 512, 0, 1 << 20);
     const uint32_t repeats = request.count("repeats", 3, 1, 1000);
-    if (!request.fault().empty()) return request.fault();
-    std::vector<int32_t> tokens = engine_.random_tokens(request.list("tokens") ? 0 : count);
-    if (request.list("tokens"))
+    std::vector<int32_t> tokens;
+    if (request.list("tokens")) {
       if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
+    } else {
+      tokens = engine_.random_tokens(request.count("prompt_tokens", 512, 0, 1 << 20));
+    }
+    if (!request.fault().empty()) return request.fault();
     Times times;
     const auto go_on = [&] { return !reader_.cancelled(id_) && somebody_reads(); };
     if (std::string failure = engine_.bench(tokens, fresh, repeats, go_on, times); !failure.empty())
@@ -425,7 +441,8 @@ class Server {
     return poll(&output, 1, 0) <= 0 || !(output.revents & (POLLERR | POLLHUP));
   }
 
-  std::string stats() {
+  std::string stats(const Request& request) {
+    if (!request.fault().empty()) return request.fault();
     const Usage usage = read_usage();
     std::string fields;
     for (const auto& [name, value] : std::initializer_list<std::pair<const char*, uint64_t>>{

@@ -65,7 +65,8 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
   if (header.version != kVersion)
     return "the tokenizer section has an unknown version; export the model again";
   const uint64_t words = uint64_t{header.tokens} + 1 + uint64_t{header.merges} * 4 +
-                         header.indexed + uint64_t{header.added} * 2 + header.prefix + header.suffix + 256;
+                         header.indexed + uint64_t{header.added} * 2 + header.prefix +
+                         header.suffix + 256;
   if (header.tokens == 0 || header.tokens > vocabulary ||
       sizeof header + words * 4 + header.text_bytes != bytes ||
       header.words >= static_cast<uint32_t>(Words::count))
@@ -92,7 +93,8 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
     const Merge& merge = merges_[i];
     known &= merge.left < header.tokens && merge.result < header.tokens;
     if (!known) break;
-    if (i && merge.left < merges_[i - 1].left) return "the tokenizer section's merges are not in order";
+    if (i && merge.left < merges_[i - 1].left)
+      return "the tokenizer section's merges are not in order";
     first_merge_[merge.left] = i;
     const std::string_view merged = stored(merge.result);
     for (size_t at = merged.find(' ', 1); at < merged.size(); at = merged.find(' ', at + 1))
@@ -168,7 +170,8 @@ void Tokenizer::encode(const std::vector<TextPart>& parts, std::vector<int32_t>&
   for (const TextPart& part : parts)
     for (size_t at = 0; at < part.text.size();) {
       const size_t from = at;
-      while (at < part.text.size() && !added_leads_[static_cast<unsigned char>(part.text[at])]) ++at;
+      const auto leads = [&](char c) { return added_leads_[static_cast<unsigned char>(c)]; };
+      while (at < part.text.size() && !leads(part.text[at])) ++at;
       plain += part.text.substr(from, at - from);
       if (at == part.text.size()) break;
       const Added* added = added_at(part.text.substr(at));

@@ -34,8 +34,8 @@ size_t run_end(std::string_view text, size_t at, Classes classes, size_t most = 
   return at;
 }
 
-// \s*[\r\n]+|\s+(?!\S)|\s+: white space up to its last line end; without one, white space leaves its
-// last character to the word after it.
+// \s*[\r\n]+|\s+(?!\S)|\s+: white space up to its last line end; without one, white space leaves
+// its last character to the word after it.
 size_t space_end(std::string_view text, size_t start, bool lines) {
   const size_t end = run_end(text, start, kSpaces);
   for (size_t at = end; lines && at > start; --at)
@@ -120,7 +120,7 @@ size_t llama3_word_end(std::string_view text, size_t start, const Style& style) 
   const size_t signs = text[start] == ' ' ? start + 1 : start;
   const Classes others = ~((style.cased ? kLetters : style.letters) | kNumbers | kSpaces);
   if (size_t end = run_end(text, signs, others); end > signs) {
-    while (is_line_end(text, end) || (style.slashes && end < text.size() && text[end] == '/')) ++end;
+    while (is_line_end(text, end) || (style.slashes && text.substr(end, 1) == "/")) ++end;
     return end;
   }
   return space_end(text, start, true);

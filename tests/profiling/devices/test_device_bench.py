@@ -71,8 +71,8 @@ def local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from pocketslm.profiling.devices import ssh
 
     monkeypatch.setattr(ssh, "FOLDER", str(tmp_path / "board"))
-    monkeypatch.setattr(local, "FOLDER", str(tmp_path / "local"))
-    return tmp_path / "local"
+    monkeypatch.setattr(local, "cache_directory", lambda: tmp_path / "local")
+    return tmp_path / "local" / "device"
 
 
 def jobs(**options: object) -> list[Job]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from pocketslm.profiling.machine import Cluster
 from pocketslm.profiling.records import TracePoint
 from pocketslm.profiling.sensors import cpufreq, power, thermal
 from pocketslm.profiling.sensors.throttling import throttled
-from pocketslm.profiling.sensors.tree import Tree, parse
+from pocketslm.profiling.sensors.tree import Tree, parse, script
 
 MAX_RELATIVE = 1e-9
 BATTERY = "/sys/class/power_supply/battery"
@@ -277,3 +278,18 @@ def test_throttling_is_judged_by_time_and_clock() -> None:
 def test_every_recording_is_described() -> None:
     table = (RECORDINGS / "README.md").read_text()
     assert all(f"`{path.name}`" in table for path in Path(RECORDINGS).glob("*.txt"))
+
+
+def test_a_file_s_name_runs_nothing(tmp_path: Path) -> None:
+    """A device names its own sensors, and a recording of one may come from anywhere."""
+    names = ["a b", "$(touch made)", "`touch made`", "c;touch made", "d'e", 'f"g', "h&", "i\\j"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    files = [f"{tmp_path}/{name}" for name in names]
+    run = {"capture_output": True, "text": True, "check": True, "cwd": tmp_path}
+    printed = subprocess.run(["sh", "-c", script(files)], **run).stdout  # type: ignore[call-overload]
+    assert parse(printed) == dict(zip(files, names, strict=True))
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "zone1").write_text("41")
+    printed = subprocess.run(["sh", "-c", script([f"{tmp_path}/zone*"])], **run).stdout  # type: ignore[call-overload]
+    assert parse(printed) == {f"{tmp_path}/zone1": "41"}

@@ -19,6 +19,7 @@ from native_support import mixed_kinds, tiny_config, tiny_weights, write_tiny
 from pocketslm.errors import BackendError, ContextOverflowError, ExportError, UsageError
 from pocketslm.export.lower import native as native_lowering
 from pocketslm.export.lower import onnx_native
+from pocketslm.export.lower.trace import trace
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
@@ -200,7 +201,8 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
             return np.full(shape, 3e38, np.float32)
         return given(name, shape)
 
-    native_lowering.lower(config, large, tmp_path / "model.slm")
+    traced = trace(config, config.max_position_embeddings)
+    native_lowering.lower(traced, large, tmp_path / "model.slm")
     with pytest.raises(Exception, match="logits are not finite"):
         OnnxGraph(tmp_path, config).forward(TOKENS[:3])
 

@@ -12,6 +12,7 @@ import pytest
 from pocketslm.errors import BundleError, TokenizerError, UsageError
 from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import pack_tokenizer
+from pocketslm.export.lower.trace import trace
 from pocketslm.runtime.backends.native import ErrorText, NativeModel, load_library
 from pocketslm.runtime.backends.native_tokenizer import NativeTokenizer
 from pocketslm.runtime.tokenizer import load_tokenizer_files
@@ -21,7 +22,12 @@ from tokenizer_support import document, hard_texts, loaded, word_piece
 def model(folder: Path, tokenizer: bytes | None, size: int = 3002) -> NativeModel:
     config = native_support.tiny_config(vocab_size=size)
     weights = native_support.tiny_weights(config, lambda _, w: w)
-    lower(config, weights, folder / "model.slm", tokenizer=tokenizer)
+    lower(
+        trace(config, config.max_position_embeddings),
+        weights,
+        folder / "model.slm",
+        tokenizer=tokenizer,
+    )
     return NativeModel(folder / "model.slm")
 
 

@@ -11,6 +11,7 @@ from native_support import mixed_kinds, quantize, tiny_config, tiny_weights
 
 from pocketslm.errors import BackendError, UsageError
 from pocketslm.export.lower.native import lower
+from pocketslm.export.lower.trace import trace
 from pocketslm.models.tensors import Weight
 from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
@@ -44,7 +45,7 @@ def write_overflowing(path: Path, scheme: str, share: float) -> NativeModel:
             return np.full(shape, LARGE_NORM)
         return given(name, shape)
 
-    lower(config, weights, path)
+    lower(trace(config, config.max_position_embeddings), weights, path)
     return NativeModel(path)
 
 

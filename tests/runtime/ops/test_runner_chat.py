@@ -14,6 +14,7 @@ from native_runner import Runner, running
 from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_chat import chat_parts
 from pocketslm.export.lower.native_tokenizer import pack_tokenizer
+from pocketslm.export.lower.trace import trace
 from pocketslm.runtime.tokenizer import Tokenizer, load_tokenizer_files
 from tokenizer_support import CONFIG, document
 
@@ -138,7 +139,13 @@ def loaded(runner: Runner, folder: Path, tokenizer: Tokenizer, style: str) -> di
     parts, _ = chat_parts(tokenizer)
     config = native_support.tiny_config(vocab_size=tokenizer.vocab_size)
     weights = native_support.tiny_weights(config, lambda _, weight: weight)
-    lower(config, weights, folder / "model.slm", tokenizer=packed, chat=parts)
+    lower(
+        trace(config, config.max_position_embeddings),
+        weights,
+        folder / "model.slm",
+        tokenizer=packed,
+        chat=parts,
+    )
     runner.ask(op="load", path=str(folder / "model.slm"), threads=1, context=300)
     return parts
 
@@ -178,7 +185,13 @@ def test_a_model_without_a_chat_still_knows_its_end(runner: Runner, tmp_path: Pa
     config = native_support.tiny_config(vocab_size=tokenizer.vocab_size)
     weights = native_support.tiny_weights(config, lambda _, weight: weight)
     end = {"eos": [tokens[3]]}
-    lower(config, weights, tmp_path / "model.slm", tokenizer=packed, chat=end)
+    lower(
+        trace(config, config.max_position_embeddings),
+        weights,
+        tmp_path / "model.slm",
+        tokenizer=packed,
+        chat=end,
+    )
     runner.ask(op="load", path=str(tmp_path / "model.slm"), threads=1, context=300)
     stopped, _, done = runner.generate(tokens=[5, 9, 70], max_tokens=40)
     assert done["reason"] == "eos"

@@ -1,0 +1,248 @@
+"""Folders and files as other tools leave them: read as they are meant, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import support
+from pocketslm.errors import CheckpointError
+from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.gguf_reader import GGUFFile
+from pocketslm.models.reference import load_reference
+from pocketslm.models.tensors import floats
+
+State = dict[str, torch.Tensor]
+IDS = torch.arange(40)[None] * 5
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return support.write_hf(tmp_path / "model")
+
+
+def logits(path: Path) -> torch.Tensor:
+    model = load_reference(open_checkpoint(path), 64)
+    out: torch.Tensor = model(IDS, model.empty_cache())[0]
+    return out
+
+
+def restate(folder: Path, change: Callable[[State], Any]) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_one_file_of_several_is_read_as_transformers_does(folder: Path) -> None:
+    expected = logits(folder)
+    state = {name: value * 2 for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(state, folder / "zz.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "gone.safetensors"}}'
+    )
+    assert torch.equal(logits(folder), expected)
+    assert "zz.safetensors" in open_checkpoint(folder).notes[0]
+
+
+def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"is in a\.safetensors and in b\.safetensors"):
+        open_checkpoint(folder)
+
+
+def test_a_head_of_its_own_is_used_though_it_is_declared_tied(folder: Path) -> None:
+    shared = logits(folder)
+    head = torch.randn(264, 64)
+    restate(folder, lambda state: state.update({"lm_head.weight": head}))
+    checkpoint = open_checkpoint(folder)
+    assert not checkpoint.config.tie_word_embeddings
+    assert "differs from the embedding" in checkpoint.notes[0]
+    assert not torch.allclose(logits(folder), shared)
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    restate(folder, lambda state: state.update({"lm_head.weight": embedding.clone()}))
+    assert torch.equal(logits(folder), shared)
+
+
+@pytest.mark.parametrize("old_to_new", [("model.", ""), ("model.", "language_model.model.")])
+def test_names_with_another_prefix(old_to_new: tuple[str, str], folder: Path) -> None:
+    expected, (old, new) = logits(folder), old_to_new
+
+    def rename(state: State) -> None:
+        for name in list(state):
+            if name.startswith(old):
+                state[new + name.removeprefix(old)] = state.pop(name)
+        state["lm_head.weight"] = state[f"{new}embed_tokens.weight"].clone()
+
+    restate(folder, rename)
+    assert torch.equal(logits(folder), expected)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a bias that nobody declared": (
+        lambda f: restate(
+            f, lambda s: s.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})
+        ),
+        r"does not account for: model\.layers\.0\.self_attn\.q_proj\.bias",
+    ),
+    "scales of 8-bit weights": (
+        lambda f: configure(f, quantization_config={"quant_method": "fp8"}),
+        "quantization_config names the method 'fp8'",
+    ),
+    "a Git LFS pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/x"),
+        "Git LFS pointer",
+    ),
+    "a part that is not there": (
+        lambda f: (
+            (f / "model.safetensors").rename(f / "x.safetensors"),
+            (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "y.safetensors"}}'
+            ),
+        ),
+        "names y.safetensors, which is not there",
+    ),
+    "an index that is none": (
+        lambda f: (
+            (f / "model.safetensors").unlink(),
+            (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+        ),
+        "weight_map is not an object",
+    ),
+    "experts": (lambda f: configure(f, num_local_experts=8), "num_local_experts is 8"),
+    "absurd sizes": (lambda f: configure(f, num_hidden_layers=10**7), "at most 1024"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line(name: str, folder: Path) -> None:
+    change, message = REFUSED[name]
+    change(folder)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_checkpoint(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_field_is_named(folder: Path) -> None:
+    configure(folder, colour_of_the_model="blue")
+    assert "colour_of_the_model" in open_checkpoint(folder).notes[0]
+
+
+# GGUF.
+
+
+def rewrite(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy of a GGUF with other metadata; None leaves a key out."""
+    reader = GGUFFile(source)
+    writer = gguf.GGUFWriter(str(target), str(reader.metadata["general.architecture"]))
+    for key, value in (reader.metadata | changes).items():
+        if key in ("general.architecture", "GGUF.version") or value is None:
+            continue
+        kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        kind |= {str: writer.add_string, list: writer.add_array}
+        kind[type(value)](key, value)
+    for name in reader.tensors:
+        writer.add_tensor(name, floats(reader.read(name)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return support.write_gguf(tmp_path / "tiny.gguf", kind="F32")
+
+
+def test_a_rope_factor_without_a_type_is_linear(tiny: Path, tmp_path: Path) -> None:
+    path = rewrite(tiny, tmp_path / "m.gguf", **{"llama.rope.scaling.factor": 4.0})
+    assert open_checkpoint(path).config.rotaries[0].divisors == (4.0,) * 8
+
+
+def test_sizes_may_be_lists_with_an_entry_a_layer(tiny: Path, tmp_path: Path) -> None:
+    expected = logits(tiny)
+    lists = {"llama.attention.head_count_kv": [2, 2], "llama.feed_forward_length": [96, 96]}
+    assert torch.equal(logits(rewrite(tiny, tmp_path / "m.gguf", **lists)), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.expert_count": 8}, "expert_count is 8"),
+        ({"llama.attention.sliding_window": 64}, "sliding_window is 64"),
+        ({"llama.attention.head_count": 0}, "head_count is 0"),
+        ({"llama.embedding_length": "x"}, "embedding_length is 'x'"),
+        ({"llama.block_count": 2**31 - 1}, "at most 1024"),
+        ({"llama.rope.freq_base": 0.0}, "rope_theta"),
+    ],
+)
+def test_metadata_that_is_refused(
+    changes: dict[str, Any], message: str, tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_checkpoint(rewrite(tiny, tmp_path / "m.gguf", **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tensor_that_nothing_reads_is_refused(tiny: Path, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
+    writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(16, np.float32))
+    reader = GGUFFile(tiny)
+    for key, value in reader.metadata.items():
+        if key.startswith("llama."):
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    for name in reader.tensors:
+        writer.add_tensor(name, floats(reader.read(name)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"does not account for: blk\.0\.attn_q_norm\.weight"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_a_split_file_is_read_from_its_first_part(tiny: Path, tmp_path: Path) -> None:
+    expected, reader = logits(tiny), GGUFFile(tiny)
+    names = list(reader.tensors)
+    parts = [tmp_path / f"m-{number:05d}-of-00002.gguf" for number in (1, 2)]
+    for number, (path, mine) in enumerate(zip(parts, (names[:7], names[7:]), strict=True)):
+        rewrite_part(reader, path, mine, number)
+    assert torch.equal(logits(parts[0]), expected)
+    assert open_checkpoint(parts[0]).files() == parts
+    with pytest.raises(CheckpointError, match="is part 2 of 2; give m-00001-of-00002.gguf"):
+        open_checkpoint(parts[1])
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match="m-00002-of-00002.gguf is not beside it"):
+        open_checkpoint(parts[0])
+
+
+def rewrite_part(reader: GGUFFile, path: Path, names: list[str], number: int) -> None:
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_uint16("split.no", number)
+    writer.add_int32("split.tensors.count", len(reader.tensors))
+    for key, value in reader.metadata.items() if number == 0 else ():
+        if key == "general.architecture":
+            continue
+        kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        kind |= {str: writer.add_string, list: writer.add_array}
+        kind[type(value)](key, value)
+    for name in names:
+        writer.add_tensor(name, floats(reader.read(name)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
