@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -39,9 +39,6 @@ class BertMap(WeightMap):
     def write(self, config: ModelConfig, state: Mapping[str, Array]) -> dict[str, Array]:
         none = np.zeros((_TYPE_COUNT, config.hidden_size), np.float32)
         return super().write(config, state) | {_TYPES: none}
-
-    def unread(self, names: Iterable[str], parameters: Iterable[str]) -> list[str]:
-        return [name for name in super().unread(names, parameters) if name != _TYPES]
 
 
 @dataclass(frozen=True)
@@ -121,8 +118,12 @@ ARCHITECTURES = [
                 "mlp.down_proj": "output.dense",
                 "mlp_post_norm": "output.LayerNorm",
             },
-            # What training needs beside the hidden states.
-            ignored=(r"^bert\.pooler\.", r"^cls\.", r"\.position_ids$"),
+            # Token types are read with the positions; training alone needs the others.
+            ignored=(
+                r"embeddings\.(token_type_embeddings\.weight|position_ids)$",
+                r"^(bert\.)?pooler\.",
+                r"^cls\.",
+            ),
         ),
     )
 ]
