@@ -215,7 +215,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=schemes,
         help="keep (default) carries quantized source blocks exactly and rounds float weights to "
-        "int4, the default with --method",
+        "int4 (int8 in a model of embeddings); int4 is the default with --method",
     )
     parser.add_argument(
         "--head",
@@ -370,6 +370,7 @@ def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: 
     from pocketslm.models.catalog import resolve
     from pocketslm.runtime.tokenizer import load_tokenizer_files
 
+    checkpoint.config.need_head("--size-budget")
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     files = checkpoint.tokenizer_files()
@@ -505,7 +506,10 @@ def _eval_task(arguments: argparse.Namespace) -> None:
     if arguments.save and arguments.sample is not None:
         raise UsageError("--save keeps runs over a whole task; leave out --sample")
     earlier = read_margins(arguments.earlier, items) if arguments.earlier else []
-    session = open_session(open_bundle(arguments.bundle), arguments.backend, arguments.threads)
+    bundle = open_bundle(arguments.bundle)
+    if bundle.config is not None:
+        bundle.config.need_head("eval --task")
+    session = open_session(bundle, arguments.backend, arguments.threads)
     with Progress() as progress:
         result, margins = evaluate_task(
             session,

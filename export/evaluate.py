@@ -67,11 +67,13 @@ def evaluate_bundle(
 
     ``source``: the checkpoint, or one that it was pruned or healed from; None looks for their
     SHA-256s in the catalog. The text is tokenized from its start, as far as the windows reach.
-    Raises UsageError where source or text do not fit, and what opening them raises.
+    Raises UsageError where source or text do not fit or the model gives embeddings, and what
+    opening them raises.
     """
     bundle = open_bundle(folder)
-    if bundle.manifest is None:
+    if bundle.manifest is None or bundle.config is None:
         raise UsageError(f"{folder} was not made by pocketslm: there is no source to compare with")
+    bundle.config.need_head("eval")
     checkpoint = source or open_checkpoint(_source_in_catalog(bundle.manifest))
     if checkpoint_sha256(checkpoint) not in _origins(bundle.manifest):
         raise UsageError(f"{checkpoint.path} is not what {folder} was made from (SHA-256 differs)")

@@ -97,6 +97,8 @@ def heal(
     on a GPU where torch finds one. Raises UsageError where the two models' vocabularies differ, the
     text is shorter than a sequence, or ``work`` belongs to another run.
     """
+    for model in (student, teacher):
+        model.config.need_head("heal")
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UsageError(
             f"the student has a vocabulary of {student.config.vocab_size}, the teacher "

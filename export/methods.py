@@ -69,6 +69,7 @@ class Workbench:
     def __init__(
         self, checkpoint: Checkpoint, text: Path, calibration: Path, *, windows: int, tokens: int
     ) -> None:
+        checkpoint.config.need_head("methods")
         self.checkpoint = checkpoint
         self.window = 512
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

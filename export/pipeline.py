@@ -32,6 +32,7 @@ from pocketslm.models.checkpoint import (
     read_weight,
 )
 from pocketslm.models.config import ModelConfig
+from pocketslm.models.pooling import MODULES
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
@@ -60,6 +61,11 @@ def export_bundle(
     cannot be read.
     """
     recipe = (recipe or Recipe()).resolved(checkpoint.config)
+    if not checkpoint.config.head and checkpoint.config.pooling is None:
+        raise ExportError(
+            f"{checkpoint.path} has no {MODULES}, which says how embeddings are pooled; expected "
+            "a folder of sentence-transformers: save it with `SentenceTransformer.save`"
+        )
     asked = [target for target in recipe.targets or () if target.startswith("executorch")]
     if asked and find_spec("executorch") is None:
         raise ExportError(
@@ -76,7 +82,11 @@ def export_bundle(
         hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
         raise ExportError(f"{out} exists already; {hint}")
     with published(out, replace=overwrite, say=say) as folder:
-        files, notes = settled(checkpoint.tokenizer_files(), checkpoint.config.vocab_size)
+        files, notes = settled(
+            checkpoint.tokenizer_files(),
+            checkpoint.config.vocab_size,
+            generates=checkpoint.config.head,
+        )
         for name, content in files.items():
             (folder / name).write_bytes(content)
         generation_defaults(folder)  # which reads them as every run will
@@ -269,7 +279,7 @@ def _lower_native(
     chat, no_chat = chat_parts(load_tokenizer(folder))
     if packed is None:
         weights.notes.append(f"pocketslm-run takes token ids of this model, not text: {reason}")
-    elif no_chat:
+    elif no_chat and traced.config.head:
         weights.notes.append(f"pocketslm-run has no chat mode for this model: {no_chat}")
     report = native.lower(
         traced,

@@ -14,6 +14,7 @@ import torch
 from pocketslm import schema
 from pocketslm.errors import ExportError
 from pocketslm.export.lower import native
+from pocketslm.export.lower.walk import refuse
 from pocketslm.export.quantize import hqq, rtn, search
 from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
 from pocketslm.models.checkpoint import EMBEDDING, HEAD
@@ -40,7 +41,8 @@ class Recipe:
     """How weights are stored and what is lowered.
 
     ``weights`` and ``head`` (embedding and output head): ``keep`` carries quantized source blocks
-    exactly and rounds float matrices (``weights`` to int4, ``head`` to int8); ``int4`` and
+    exactly and rounds float matrices (``weights`` to int4, of a model of embeddings to int8,
+    ``head`` to int8); ``int4`` and
     ``int8`` round everything again; ``float`` dequantizes; ``overrides`` says otherwise for single
     matrices by name. ``grid`` is the offset that a group has: none, a zero point or a minimum.
 
@@ -120,12 +122,24 @@ class Recipe:
     def resolved(self, config: ModelConfig) -> Recipe:
         """The recipe with context and targets decided for a model.
 
-        Raises ExportError if the model has fewer positions than the context asked for.
+        Raises ExportError if the model has fewer positions than the context asked for, or gives
+        embeddings, which the native operators alone run, and is to do something else.
         """
         longest = config.max_position_embeddings
         context = self.context or min(longest, 4096)
         if context > longest:
             raise ExportError(f"context {context} is longer than the model's {longest} positions")
+        if not config.head:
+            if others := [target for target in self.targets or () if target != "native"]:
+                raise refuse(others[0], "the model gives embeddings, which native alone runs")
+            if self.needs_calibration:
+                raise ExportError(
+                    f"method {self.method!r} or fewer neurons need a model that generates text, "
+                    "this one gives embeddings; use rtn, search or hqq without a text"
+                )
+            # All of them are float, and 4 bits turn an embedding too far.
+            weights = "int8" if self.weights == "keep" else self.weights
+            return replace(self, weights=weights, context=context, targets=("native",))
         covered = [t for t in _BY_DEFAULT if t != "native" or native.uncovered(config) is None]
         return replace(self, context=context, targets=self.targets or tuple(covered))
 

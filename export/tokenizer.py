@@ -25,12 +25,15 @@ _GENERATION, _MODEL = "generation_config.json", "config.json"
 _NAMES_SHOWN = 5
 
 
-def settled(files: Mapping[str, bytes], rows: int) -> tuple[dict[str, bytes], list[str]]:
+def settled(
+    files: Mapping[str, bytes], rows: int, *, generates: bool = True
+) -> tuple[dict[str, bytes], list[str]]:
     """The files of a bundle for a model of `rows` tokens, and notes on what was changed.
 
     `tokenizer.json` has all added tokens and none that the model has no row for, and
     `generation_config.json` the ids that end an answer: the checkpoint's, and the token that closes
-    the assistant's turn in the chat template. What this makes superfluous is left out.
+    the assistant's turn in the chat template, where the model `generates` answers. What this makes
+    superfluous is left out.
     Raises `TokenizerError` for files that cannot be read or do not fit together.
     """
     tokenizer = load_tokenizer_files(files)
@@ -62,7 +65,7 @@ def settled(files: Mapping[str, bytes], rows: int) -> tuple[dict[str, bytes], li
     if beyond := [id_ for id_ in eos if id_ >= rows]:
         notes.append(f"ids that the model has no row for do not end an answer: {beyond}")
         eos = [id_ for id_ in eos if id_ < rows]
-    if not eos:
+    if not eos and generates:
         notes.append("no file says which token ends an answer; only a limit or a stop text does")
     ids: dict[str, Any] = {"eos_token_id": eos[0] if len(eos) == 1 else eos or None}
     for role in ("bos", "pad"):

@@ -115,6 +115,8 @@ class HFCheckpoint:
     format = "safetensors"
 
     def __init__(self, path: Path) -> None:
+        from pocketslm.models.pooling import read_pooling
+
         self.path, self.name = path, path.resolve().name
         data = read_json(path / "config.json")
         model_type = data.get("model_type")
@@ -123,10 +125,14 @@ class HFCheckpoint:
         self.architecture = architectures.of_hf(model_type)
         _refuse_quantized(path, data)
         fields = Fields(data, f"{path}/config.json")
-        self.config = self.architecture.read_hf(fields)
+        config = self.architecture.read_hf(fields)
+        pooling, pooling_notes = read_pooling(path, config.hidden_size)
+        if pooling is not None:  # its hidden states are wanted
+            config = replace(config, head=False, tie_word_embeddings=False, pooling=pooling)
+        self.config = config
         origin = _read_origin(path)
         self.licence = _model_card_licence(path / "README.md") or origin["licence"]
-        self.notes: list[str] = [*origin["notes"], *fields.settle()]
+        self.notes: list[str] = [*origin["notes"], *fields.settle(), *pooling_notes]
         self.made_from: list[str] = origin["made_from"]
         self.sparse: str | None = origin["sparse"]
         files, note = _weight_files(path)
@@ -190,7 +196,9 @@ class HFCheckpoint:
                     "it is used"
                 )
         parameters = [*_parameters(self.config)]
-        if self.config.tie_word_embeddings and self.config.head:
+        if not self.config.head:  # one that the family has is not wanted
+            parameters += [HEAD] * ("lm_head" in self.architecture.hf.top)
+        elif self.config.tie_word_embeddings:
             parameters.append(HEAD)
         unread = self.architecture.hf.unread(self._where, parameters, self._stored)
         _refuse_unread(self.path, unread)

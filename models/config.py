@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
-from pocketslm.errors import CheckpointError
+from pocketslm.errors import CheckpointError, UsageError
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 NormKind = Literal["rms", "layer"]
@@ -14,6 +14,7 @@ NormKind = Literal["rms", "layer"]
 # before and after each. parallel: attention and MLP read the layer's input at once, through one
 # norm; parallel2: through a norm each. last: after each residual sum (BERT).
 Placement = Literal["pre", "post", "both", "parallel", "parallel2", "last"]
+PoolingKind = Literal["mean", "cls", "last"]
 MAX_LAYERS = 1024
 _MAX_SIZE = 1 << 24  # of any width, far above every model that this project serves
 _MAX_POSITIONS = 1 << 24
@@ -173,6 +174,30 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """How the hidden states of a text's tokens become its embedding.
+
+    kind: their mean, or the state of the first (``cls``) or of the last token.
+    normalize: the embedding is divided by its length. lowercase: the text is made lower case first.
+    max_tokens: of a text, with the tokens that the tokenizer adds; None: the context.
+    """
+
+    kind: PoolingKind
+    normalize: bool = False
+    lowercase: bool = False
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(PoolingKind):
+            raise CheckpointError(
+                f"config: pooling {self.kind!r} is not supported, expected one of "
+                + ", ".join(get_args(PoolingKind))
+            )
+        if self.max_tokens is not None:
+            _size("the most tokens of a text", self.max_tokens)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides the shape and arithmetic of a checkpoint.
 
@@ -184,8 +209,9 @@ class ModelConfig:
     residual stream, and the logits. logit_softcap: logits become ``cap * tanh(logit / cap)``.
     learned_positions: rows of a table that is added to the embedding; 0: there is none.
     embedding_norm: the embedding is normalized. final_norm: the last layer's output is.
-    head: whether there is an output head; an encoder gives its hidden states.
+    head: whether there is an output head; a model without one gives its hidden states.
     causal: a token sees those before it alone.
+    pooling: how the hidden states of a model without a head become embeddings, where that is known.
     """
 
     architecture: str
@@ -208,6 +234,7 @@ class ModelConfig:
     head: bool = True
     causal: bool = True
     layer_sharing: bool = False
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size"):
@@ -225,6 +252,8 @@ class ModelConfig:
             raise CheckpointError(f"config: the norms' epsilon is {self.norm_eps!r}, expected < 1")
         for name in ("embedding_scale", "residual_scale", "logit_scale"):
             _positive(name, getattr(self, name))
+        if self.head and self.pooling is not None:
+            raise CheckpointError("config: a model with an output head has no pooling")
         for layer in self.stored_layers:
             a = layer.attention
             if a is None or a.rotary is None:
@@ -236,6 +265,14 @@ class ModelConfig:
                     f"config: {self.rotaries[a.rotary].dim} dimensions of a head of {a.head_dim} "
                     "are rotated"
                 )
+
+    def need_head(self, what: str) -> None:
+        """UsageError where ``what`` needs a model that generates text and this one does not."""
+        if not self.head:
+            raise UsageError(
+                f"{what} needs a model that generates text, this one gives embeddings; "
+                "see `pocketslm embed`"
+            )
 
     @property
     def repeats(self) -> int:
@@ -304,6 +341,8 @@ class ModelConfig:
             for layer in self.stored_layers
         ]
         data["rotaries"] = [_without_defaults(rotary) for rotary in self.rotaries]
+        if self.pooling is not None:
+            data["pooling"] = _without_defaults(self.pooling)
         return data
 
     @classmethod
@@ -318,6 +357,8 @@ class ModelConfig:
             values = dict(data)
             values["stored_layers"] = tuple(_layer(part) for part in data["stored_layers"])
             values["rotaries"] = tuple(_rotary(part) for part in data.get("rotaries", ()))
+            if "pooling" in data:
+                values["pooling"] = Pooling(**data["pooling"])
             return cls(**values)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise CheckpointError(

@@ -10,13 +10,15 @@ from pocketslm.errors import CheckpointError
 from pocketslm.models import architectures
 from pocketslm.models.checkpoint import Checkpoint, one_line, write_origin
 from pocketslm.models.config import ModelConfig
+from pocketslm.models.pooling import write_pooling
 from pocketslm.models.reference import load_reference
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
-    """Write config.json, model.safetensors (fp32, dequantized), origin.json and the tokenizer.
+    """Write config.json, model.safetensors (fp32, dequantized), origin.json and the tokenizer, and
+    what sentence-transformers reads of a model of embeddings.
 
     ``model``: the same architecture with other weights or sizes, by default the checkpoint's own.
     Raises CheckpointError where the checkpoint cannot be read, OSError where it cannot be written.
@@ -39,6 +41,8 @@ def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
         said = _object(files.get(name, b"{}"), name)
         config |= {key: said[key] for key in _IDS if said.get(key) is not None}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if (pooling := model.config.pooling) is not None:
+        write_pooling(pooling, model.config.hidden_size, folder)
 
 
 def _object(data: bytes, name: str) -> dict[str, Any]:

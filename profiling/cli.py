@@ -191,6 +191,7 @@ def _bench_doc(arguments: argparse.Namespace) -> None:
     from pocketslm.runtime.model import Model
 
     model = Model.load(arguments.bundle, arguments.backend, arguments.threads)
+    model.need_head("bench-doc")
     with Progress() as progress:
         report = measure(model, fetch("lee", say), fetch("wiki", say), progress)
     if arguments.json:

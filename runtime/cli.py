@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,34 @@ def add_commands(commands: Commands) -> None:
     add_system(parser)
     add_generation(parser)
 
+    parser = commands.add(
+        "embed",
+        _embed,
+        "print the embedding of each text, as a JSON array on a line of its own",
+        'pocketslm embed out/minilm "a cat sleeps" "a kitten naps" --compare',
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "texts", nargs="+", metavar="TEXT", help='"-" alone reads lines from standard input'
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="print the cosine of the first text's embedding and each other one's instead",
+    )
+    parser.add_argument(
+        "--truncate",
+        action="store_true",
+        help="let the first tokens of a text that is too long stand for it",
+    )
+    add_threads(parser)
+    add_no_verify(parser)
+    parser.set_defaults(backend="auto", adapter=None)
+
+
+def add_no_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-verify", action="store_true", help="do not check SHA-256 at load")
+
 
 def add_system(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="a system message")
@@ -63,7 +92,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     add_backend(parser)
     add_threads(parser)
     parser.add_argument("--adapter", metavar="NAME", help="one of the bundle's LoRA adapters")
-    parser.add_argument("--no-verify", action="store_true", help="do not check SHA-256 at load")
+    add_no_verify(parser)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -105,6 +134,24 @@ def _chat(arguments: argparse.Namespace) -> None:
             continue
         messages.append({"role": "assistant", "content": answer.text})
         finish(model, answer)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from pocketslm.errors import UsageError
+    from pocketslm.runtime.embedding import cosines
+
+    texts = arguments.texts
+    if texts == ["-"]:
+        texts = read_input("texts").splitlines()
+    if len(texts) < 2 and arguments.compare:
+        raise UsageError(f"--compare needs at least two texts, not {len(texts)}")
+    vectors = load(arguments).embed(texts, truncate=arguments.truncate)
+    if arguments.compare:
+        for text, cosine in zip(texts[1:], cosines(vectors), strict=True):
+            show(f"{cosine:.4f}  {text}")
+        return
+    for vector in vectors:  # the shortest digits that are the same float again
+        show(json.dumps([float(str(value)) for value in vector]))
 
 
 def _question() -> str | None:

@@ -1,4 +1,4 @@
-"""A loaded bundle: prompts in, streamed text out."""
+"""A loaded bundle: prompts in, streamed text out; or texts in, embeddings out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocketslm.errors import BackendError, BundleError
+import numpy as np
+
+from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.runtime.adapters import read_updates
 from pocketslm.runtime.backends import AdapterSession, open_session
 from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
+from pocketslm.runtime.embedding import Vector, embed, tokens_of
 from pocketslm.runtime.generation import Engine, Finish, Step
 from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from pocketslm.runtime.tokenizer.vocabulary import any_of
@@ -65,7 +68,7 @@ class TextModel(Protocol):
 
 
 class Model:
-    """A bundle ready to generate: session, cache and tokenizer.
+    """A bundle ready to generate or to embed: session, cache and tokenizer.
 
     Any thread may call it: generations and changes of the adapter come after each other, as
     :class:`pocketslm.runtime.generation.Engine` says.
@@ -132,6 +135,35 @@ class Model:
     def context(self) -> int:
         return self.engine.session.context
 
+    def embed(self, texts: Sequence[str], *, truncate: bool = False) -> Vector:
+        """The embeddings [texts, size] of a model of embeddings, as its pooling says.
+
+        Each text is read for itself, and no text of a special token in it is special. A prompt
+        that the model's card asks for is for the caller to put before a text. ``truncate``: of a
+        text longer than the model reads, the first tokens count, as in sentence-transformers.
+        Raises UsageError where the model generates text or a text has no tokens, and
+        ContextOverflowError, before anything runs, where a text is too long.
+        """
+        config = self.bundle.config
+        if config is None or config.pooling is None:
+            raise UsageError(
+                f"{self.name} generates text, it has no embeddings; use a model such as "
+                "all-minilm-l6-v2"
+            )
+        if isinstance(texts, str):
+            raise UsageError("embed takes a list of texts, not one text")
+        ids = [
+            tokens_of(text, number, self.tokenizer, config.pooling, self.context, truncate=truncate)
+            for number, text in enumerate(texts, 1)
+        ]
+        vectors = np.empty((len(ids), config.hidden_size), np.float32)
+        session = self.engine.session
+        with self.engine.exclusive():
+            for row, tokens in zip(vectors, ids, strict=True):
+                session.truncate(0)
+                row[:] = embed(session, tokens, config.pooling, config.hidden_size)
+        return vectors
+
     def generate(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None
     ) -> Iterator[Record]:
@@ -141,8 +173,10 @@ class Model:
         The records' texts joined are the generated text: no character is ever split, and a stop
         string is held back until it is certain that it does not come. Text of a special token
         inside ``prompt`` stays ordinary text; give ids to use special tokens. A stop string may
-        hold special tokens, though they are no text of the answer.
+        hold special tokens, though they are no text of the answer. Raises UsageError where the
+        model gives embeddings.
         """
+        self.need_head("generate")
         config = config or self.defaults
         ids = (
             self.tokenizer.encode(prompt, add_special_tokens=True)
@@ -157,7 +191,13 @@ class Model:
         self, messages: Sequence[Mapping[str, Any]], config: GenerationConfig | None = None
     ) -> Iterator[Record]:
         """Answer a conversation ({"role", "content"} messages) through the chat template."""
+        self.need_head("chat")
         return self.generate(self.tokenizer.apply_chat_template(list(messages)), config)
+
+    def need_head(self, what: str) -> None:
+        """UsageError where ``what`` needs a model that generates text and this one does not."""
+        if self.bundle.config is not None:
+            self.bundle.config.need_head(what)
 
 
 def _with_text(

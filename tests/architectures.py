@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 import support
+from pocketslm.models.config import Pooling
+from pocketslm.models.pooling import write_pooling
 
 _BASE = {
     "vocab_size": 264,
@@ -77,11 +79,15 @@ EVERYWHERE = ("native", "onnx", "executorch")
 
 @dataclass(frozen=True)
 class Row:
-    """model_type: of transformers; fields: of its configuration, beside the tiny sizes."""
+    """model_type: of transformers; fields: of its configuration, beside the tiny sizes.
+
+    pooling: of a model of embeddings, whose hidden states are compared, not its logits.
+    """
 
     model_type: str
     fields: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = EVERYWHERE
+    pooling: Pooling | None = None
 
 
 _HALF = _PARTIAL | {"partial_rotary_factor": 0.5}
@@ -122,16 +128,18 @@ ROWS = {
     "gpt_neox": Row("gpt_neox", {"rope_parameters": _HALF} | _NO_GROUPS),
     "gpt_neox in turn": Row("gpt_neox", {"use_parallel_residual": False} | _NO_GROUPS),
     "lfm2": Row("lfm2", _LFM2, targets=("native", "onnx")),
+    "bert": Row("bert", _NO_GROUPS, ("native",), Pooling("mean", normalize=True, max_tokens=128)),
+    "qwen3 embedding": Row("qwen3", {"head_dim": 32}, ("native",), Pooling("last")),
 }
 
 
 def tiny_transformer(row: Row, seed: int = 0) -> Any:
     """The row's model of transformers with random weights, large enough that logits differ."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.for_model(row.model_type, **_BASE | row.fields)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = _class(row).from_config(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
@@ -141,11 +149,32 @@ def tiny_transformer(row: Row, seed: int = 0) -> Any:
     return model
 
 
+def reread(row: Row, folder: Path) -> Any:
+    """The model in a folder, as transformers reads it."""
+    return _class(row).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def outputs(row: Row, model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [B, S, V] of a model of transformers; the last hidden states of one of embeddings."""
+    with torch.no_grad():
+        out = model(ids)
+    found: torch.Tensor = out.logits if row.pooling is None else out.last_hidden_state
+    return found
+
+
+def _class(row: Row) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModelForCausalLM if row.pooling is None else AutoModel
+
+
 def write_folder(folder: Path, row: Row, seed: int = 0) -> tuple[Path, Any]:
     """The row's model as a Hugging Face folder with the tests' tokenizer; folder and model."""
     model = tiny_transformer(row, seed)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if row.pooling is not None:
+        write_pooling(row.pooling, model.config.hidden_size, folder)
     for name, text in support.tokenizer_files().items():
         (folder / name).write_text(text)
     return folder, model

@@ -80,6 +80,7 @@ def prune_folder(
     ``pruning.json`` there says which layers went. Raises UsageError where ``out`` is in the way or
     the text is needed and too short, ExportError where there is less than is to be removed or kept.
     """
+    checkpoint.config.need_head("prune")
     if out.exists():
         raise UsageError(f"{out} exists already; choose another")
 

@@ -247,6 +247,7 @@ def _assistant(arguments: argparse.Namespace) -> Assistant:
     from pocketslm.runtime.assistant.assistant import Assistant
 
     model = load(arguments)
+    model.need_head("doc")
     return Assistant(model, generation_config(arguments, model, Assistant.DEFAULTS))
 
 

@@ -56,6 +56,7 @@ class Session(Protocol):
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """Append tokens [n] to the cache; logits [1, V] of the last, or [n, V] of all.
 
+        A model of embeddings gives hidden states [1, H] or [n, H]; an encoder keeps no tokens.
         The array may be reused by the next call. Raises ContextOverflowError, and BackendError
         where a logit is not finite; the cache is then what it was.
         """
@@ -210,6 +211,10 @@ def _open(
 ) -> Session:
     if backend not in BACKENDS:
         raise BackendError(f"{bundle.path} needs backend {backend!r}, unknown here")
+    if bundle.config is not None and not bundle.config.head and backend != "native":
+        raise BackendError(
+            f"backend {backend!r} does not run models of embeddings; use --backend native"
+        )
     if context is not None and not 1 <= context <= graph.context:
         raise UsageError(
             f"context {context} is not within the graph's 1 to {graph.context} tokens; "

@@ -145,9 +145,11 @@ class Tokenizer:
         Raises `TokenizerError` for text with lone surrogates, which has no UTF-8 form.
         """
         ids = self._encode(text, parse_special=parse_special, at_start=True)
-        if add_special_tokens:
-            return [*self._affixes.before, *ids, *self._affixes.after]
-        return ids
+        return self.with_affixes(ids) if add_special_tokens else ids
+
+    def with_affixes(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a text with the tokens that the post-processor adds before and after it."""
+        return [*self._affixes.before, *ids, *self._affixes.after]
 
     def _encode(self, text: str, *, parse_special: bool, at_start: bool) -> list[int]:
         if not isinstance(text, str):

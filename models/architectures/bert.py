@@ -1,0 +1,129 @@
+"""BERT and the encoders of its shape (MiniLM, BGE): every token sees all, norms after each sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pocketslm.errors import CheckpointError
+from pocketslm.models.architectures.base import Architecture, activation
+from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.architectures.weights import Read, WeightMap
+from pocketslm.models.config import Attention, Layer, Mlp, ModelConfig, Rotary
+from pocketslm.models.tensors import Array, Weight, floats
+
+_TYPES = "bert.embeddings.token_type_embeddings.weight"
+_POSITIONS = "model.embed_positions.weight"
+_TYPE_COUNT = 2
+
+
+@dataclass(frozen=True)
+class BertMap(WeightMap):
+    """A text alone is of token type 0; that row, added to every token, lies in the positions."""
+
+    def read(self, name: str, config: ModelConfig, read: Read) -> Weight:
+        weight = super().read(name, config, read)
+        if name != _POSITIONS:
+            return weight
+        types = floats(read(_TYPES))
+        if types.ndim != 2 or types.shape[1:] != tuple(weight.shape[1:]):
+            raise CheckpointError(
+                f"{_TYPES} has shape {types.shape}, expected rows of {weight.shape[-1]}"
+            )
+        folded: Array = floats(weight) + types[0]
+        return folded
+
+    def write(self, config: ModelConfig, state: Mapping[str, Array]) -> dict[str, Array]:
+        none = np.zeros((_TYPE_COUNT, config.hidden_size), np.float32)
+        return super().write(config, state) | {_TYPES: none}
+
+
+@dataclass(frozen=True)
+class Bert(Architecture):
+    biases: ClassVar[tuple[bool, bool, bool]] = (True, True, True)
+
+    def hf_layers(self, f: Fields, count: int) -> list[Layer]:
+        return [Layer(self.hf_attention(f), self.hf_mlp(f), "last")] * count
+
+    def hf_attention(self, f: Fields) -> Attention:
+        attention = replace(super().hf_attention(f), rotary=None)
+        if attention.query_width != f.integer("hidden_size") or (
+            attention.kv_heads != attention.heads
+        ):
+            raise CheckpointError(
+                f"{f.where}: {attention.heads} heads of {attention.head_dim} (KV: "
+                f"{attention.kv_heads}) do not fill the hidden size; BERT's heads do"
+            )
+        return attention
+
+    def hf_mlp(self, f: Fields) -> Mlp:
+        kind = activation(f, f.text("hidden_act", "gelu"))
+        return Mlp(f.integer("intermediate_size"), kind, gated=False, bias=True)
+
+    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
+        return ()
+
+    def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
+        if (kind := f.text("position_embedding_type", "absolute")) != "absolute":
+            raise CheckpointError(
+                f"{f.where}: position_embedding_type is {kind[:40]!r}, expected 'absolute'"
+            )
+        if f.flag("is_decoder"):
+            raise CheckpointError(f"{f.where}: is_decoder is true; only encoders are supported")
+        f.integer("type_vocab_size", _TYPE_COUNT)
+        return replace(
+            config,
+            norm="layer",
+            norm_eps=f.number("layer_norm_eps", 1e-12),
+            tie_word_embeddings=False,
+            learned_positions=config.max_position_embeddings,
+            embedding_norm=True,
+            final_norm=False,
+            head=False,
+            causal=False,
+        )
+
+    def more_fields(self, c: ModelConfig) -> dict[str, Any]:
+        return {
+            "layer_norm_eps": c.norm_eps,
+            "type_vocab_size": _TYPE_COUNT,
+            "rms_norm_eps": None,
+            "attention_bias": None,
+            "mlp_bias": None,
+        }
+
+
+ARCHITECTURES = [
+    Bert(
+        "bert",
+        "BertModel",
+        ("bert",),
+        hf=BertMap(
+            {
+                "model.embed_tokens": "bert.embeddings.word_embeddings",
+                "model.embed_positions": "bert.embeddings.position_embeddings",
+                "model.embed_norm": "bert.embeddings.LayerNorm",
+            },
+            "bert.encoder.layer.{}.",
+            {
+                "self_attn.q_proj": "attention.self.query",
+                "self_attn.k_proj": "attention.self.key",
+                "self_attn.v_proj": "attention.self.value",
+                "self_attn.o_proj": "attention.output.dense",
+                "attention_post_norm": "attention.output.LayerNorm",
+                "mlp.up_proj": "intermediate.dense",
+                "mlp.down_proj": "output.dense",
+                "mlp_post_norm": "output.LayerNorm",
+            },
+            # Token types are read with the positions; training alone needs the others.
+            ignored=(
+                r"embeddings\.(token_type_embeddings\.weight|position_ids)$",
+                r"^(bert\.)?pooler\.",
+                r"^cls\.",
+            ),
+        ),
+    )
+]
