@@ -339,8 +339,8 @@ def _gguf_scaling(f: Fields) -> dict[str, Any]:
     if kind in (None, "none") and (kind == "none" or factor in (None, 0, 1)):
         return {}
     scaling: dict[str, Any] = {"rope_type": kind or "linear", "factor": factor}
-    if kind == "longrope" or (kind is not None and factor is None):
-        return {}  # its tables are tensors; a family that has them reads them
+    if kind == "longrope":  # its tables are tensors, which take this one's place
+        return {"rope_scaling": {"rope_type": kind}}
     original = f("rope.scaling.original_context_length")
     if original is not None:
         scaling["original_max_position_embeddings"] = original

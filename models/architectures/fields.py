@@ -30,6 +30,7 @@ class Fields:
     def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "") -> None:
         self.data, self.where, self.prefix = data, where, prefix
         self.used: set[str] = set()
+        self.notes: list[str] = []
 
     def __call__(self, name: str, default: Any = None) -> Any:
         """The field's value; ``default`` where it is absent or null."""
@@ -116,9 +117,10 @@ class Fields:
                     "it changes what the model computes and is not supported"
                 )
             unknown.append(name)
-        return [f"{self.where}: unknown fields were not used: {', '.join(sorted(unknown))}"] * bool(
-            unknown
-        )
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            self.notes.append(f"{self.where}: unknown fields were not used: {names}")
+        return self.notes
 
     def settle_gguf(self) -> None:
         """The same for GGUF metadata: below the architecture's prefix, every key counts."""

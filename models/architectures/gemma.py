@@ -16,12 +16,13 @@ from pocketslm.models.architectures.base import (
     QK_NORMS,
     TOP,
     Architecture,
+    activation,
     gguf_map,
     named,
 )
 from pocketslm.models.architectures.fields import Fields, layer_types
 from pocketslm.models.architectures.weights import WeightMap
-from pocketslm.models.config import Attention, Layer, ModelConfig, Rotary
+from pocketslm.models.config import Attention, Layer, Mlp, ModelConfig, Rotary
 
 _NORMS = {
     "input_layernorm": "input_layernorm",
@@ -32,13 +33,27 @@ _NORMS = {
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
-def _map(*parts: str) -> WeightMap:
+# What transformers takes for a field of ``text_config`` that is not there.
+_OF_TEXT: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000.0,
+    "query_pre_attn_scalar": 256,
+}
+_VISION = (r"^(model\.)?(vision_tower|multi_modal_projector)\.",)
+
+
+def _map(*parts: str, ignored: tuple[str, ...] = ()) -> WeightMap:
     return WeightMap(
         TOP,
         "model.layers.{}.",
         _NORMS | named(*ATTENTION, *MLP, *parts),
         norm_offset=1.0,
-        ignored=BUFFERS,
+        ignored=BUFFERS + ignored,
     )
 
 
@@ -67,6 +82,11 @@ class Gemma2(Architecture):
 
     def sliding(self, full: Attention, window: int) -> Attention:
         return replace(full, window=window)
+
+    def hf_mlp(self, f: Fields) -> Mlp:
+        f("hidden_act")  # an earlier name, which transformers does not read either
+        kind = activation(f, f.text("hidden_activation", "gelu_pytorch_tanh"))
+        return Mlp(f.integer("intermediate_size"), kind)
 
     def hf_attention(self, f: Fields) -> Attention:
         scale = f.number("query_pre_attn_scalar", 256.0) ** -0.5
@@ -115,8 +135,19 @@ class Gemma2(Architecture):
 class Gemma3(Gemma2):
     """Q and K are normalized; windowed layers have rotary tables of their own."""
 
-    hf: WeightMap = field(default=_map(*QK_NORMS))
+    hf: WeightMap = field(default=_map(*QK_NORMS, ignored=_VISION))
     pattern: ClassVar[int] = 6
+
+    def read_hf(self, f: Fields) -> ModelConfig:
+        """Of a model that also sees (``gemma3``), the text alone."""
+        if f("model_type") != "gemma3":
+            return super().read_hf(f)
+        f("vision_config")
+        f.notes.append("the vision tower is left out: the bundle reads and writes text")
+        text = Fields(_OF_TEXT | f.table("text_config"), f.where)
+        config = super().read_hf(text)
+        f.notes += text.settle()
+        return config
 
     def hf_attention(self, f: Fields) -> Attention:
         return replace(super().hf_attention(f), qk_norm="head")
@@ -145,5 +176,5 @@ class Gemma3(Gemma2):
 
 ARCHITECTURES = [
     Gemma2("gemma2", "Gemma2ForCausalLM", ("gemma2",), ("gemma2",)),
-    Gemma3("gemma3_text", "Gemma3ForCausalLM", ("gemma3_text",), ("gemma3",)),
+    Gemma3("gemma3_text", "Gemma3ForCausalLM", ("gemma3_text", "gemma3"), ("gemma3",)),
 ]

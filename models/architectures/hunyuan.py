@@ -21,7 +21,10 @@ from pocketslm.models.config import Attention
 @dataclass(frozen=True)
 class Hunyuan(Architecture):
     def hf_attention(self, f: Fields) -> Attention:
-        return replace(super().hf_attention(f), qk_norm="head", norm_after_rope=True)
+        normed = f.flag("use_qk_norm", True)
+        f("attention_head_dim")  # the same as head_dim
+        attention = super().hf_attention(f)
+        return replace(attention, qk_norm="head" if normed else None, norm_after_rope=normed)
 
 
 ARCHITECTURES = [

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from architectures import ROWS, write_folder
 from safetensors.torch import load_file, save_file
 
 import support
@@ -246,3 +247,20 @@ def rewrite_part(reader: GGUFFile, path: Path, names: list[str], number: int) ->
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_of_a_gemma_that_sees_the_text_is_read(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, ROWS["gemma3"])
+    expected = logits(folder)
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": config, "vision_config": {"hidden_size": 9}}
+    (folder / "config.json").write_text(json.dumps(whole))
+
+    def with_vision(state: State) -> None:
+        for name in list(state):
+            state[f"language_model.{name}"] = state.pop(name)
+        state["vision_tower.vision_model.embeddings.weight"] = torch.ones(3)
+
+    restate(folder, with_vision)
+    assert torch.equal(logits(folder), expected)
+    assert "vision tower is left out" in open_checkpoint(folder).notes[0]
