@@ -78,7 +78,8 @@ def test() -> None:
     names = [f"-ppocketslm.{name}" for name in PACKAGES]
     names += [f"-mpocketslm.{name}" for name in MODULES]
     run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=home)
-    run("pytest", "--durations=10")
+    # Two processes: the tests of one file stay together, since they share what is costly to make.
+    run("pytest", "-n", "2", "--dist", "loadfile", "--durations=10")
 
 
 def run(*command: str, cwd: Path = ROOT) -> None:

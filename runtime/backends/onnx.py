@@ -132,12 +132,19 @@ class OnnxSession:
         """See :class:`pocketslm.runtime.backends.Session`."""
         with self._process.lock:
             check_tokens(self, tokens)
-            pieces = [
-                self._run(tokens[at : at + self._chunk], self.length + at, all_logits)
-                for at in range(0, len(tokens), self._chunk)
-            ]
-            logits = np.concatenate(pieces) if all_logits else pieces[-1]
-            check_logits(self, logits)
+            try:
+                pieces = [
+                    self._run(tokens[at : at + self._chunk], self.length + at, all_logits)
+                    for at in range(0, len(tokens), self._chunk)
+                ]
+                logits = np.concatenate(pieces) if all_logits else pieces[-1]
+                check_logits(self, logits)
+            except BackendError:
+                if (
+                    self._columns
+                ):  # they have moved on, and there is no way back but to the beginning
+                    self._forget()
+                raise
             self.length += len(tokens)
         return logits
 
@@ -152,9 +159,13 @@ class OnnxSession:
                     "state has no way back; truncate to 0"
                 )
             if length == 0:
-                for *_, pair in self._columns:
-                    pair[self._turn].fill(0)
+                self._forget()
             self.length = length
+
+    def _forget(self) -> None:
+        for *_, pair in self._columns:
+            pair[self._turn].fill(0)
+        self.length = 0
 
     @property
     def rewind_limit(self) -> int:
@@ -194,6 +205,7 @@ class OnnxSession:
         except Exception as error:  # onnxruntime's own exception types are not public
             reason = " ".join(str(error).split())[:300]
             raise BackendError(f"onnxruntime cannot run the graph: {reason}") from None
+        self._turn = 1 - self._turn
         logits = self._logits if rows == 1 else self._io.get_outputs()[0].numpy()
         kept: Logits = (logits[0] if all_logits else logits[0, -1:]).astype(np.float32, copy=False)
         return kept

@@ -183,12 +183,12 @@ def test_a_bundle_is_imported_as_a_folder_and_as_a_zip(tiny_bundle: Path, tmp_pa
     *_, again = models.import_bundle(packed)
     assert name == again == open_bundle(tiny_bundle).name
     (card,) = models.list()
-    manifest = open_bundle(tiny_bundle).manifest
-    assert manifest is not None
-    assert card.size_bytes == manifest.size_bytes
-    dims = manifest.architecture
-    heads, size = dims["num_key_value_heads"], dims["head_dim"]
-    assert card.kv_bytes == 2 * 2 * dims["num_hidden_layers"] * heads * size * card.context
+    opened = open_bundle(tiny_bundle)
+    assert opened.manifest is not None
+    assert card.size_bytes == opened.manifest.size_bytes
+    assert opened.config is not None
+    width = sum(a.kv_width for a in opened.config.attentions)
+    assert card.kv_bytes == 2 * 2 * width * card.context
     assert card.fit(free=card.need_bytes - 1) == "too_large"
     assert card.fit(free=card.need_bytes) == "tight"
     assert card.fit(free=2 * card.need_bytes) == "fits"
