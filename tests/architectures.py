@@ -74,6 +74,7 @@ _LFM2 = {
     "layer_types": ["conv", "conv", "full_attention", "conv"],
     "block_auto_adjust_ff_dim": False,
 }
+_LINEAR = {"rope_type": "linear", "factor": 4.0}
 EVERYWHERE = ("native", "onnx", "executorch")
 
 
@@ -99,6 +100,7 @@ ROWS = {
     "llama untied": Row("llama"),
     "llama with biases": Row("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama 3": Row("llama", {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 500000.0}}),
+    "llama linear": Row("llama", {"rope_parameters": _LINEAR | {"rope_theta": 10000.0}}),
     "llama yarn": Row("llama", {"rope_parameters": YARN_ROPE | {"rope_theta": 10000.0}}),
     "mistral": Row("mistral", {"head_dim": 32, **_WINDOW}),
     "qwen2": Row("qwen2", {"tie_word_embeddings": True}),

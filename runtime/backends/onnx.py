@@ -140,9 +140,7 @@ class OnnxSession:
                 logits = np.concatenate(pieces) if all_logits else pieces[-1]
                 check_logits(self, logits)
             except BackendError:
-                if (
-                    self._columns
-                ):  # they have moved on, and there is no way back but to the beginning
+                if self._columns:  # they have moved on; the beginning is the only way back
                     self._forget()
                 raise
             self.length += len(tokens)

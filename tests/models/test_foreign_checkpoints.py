@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from architectures import ROWS, write_folder
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import support
 from pocketslm.errors import CheckpointError
+from pocketslm.models import architectures
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.gguf_reader import GGUFFile
 from pocketslm.models.reference import load_reference
@@ -148,14 +148,20 @@ def test_an_unknown_field_is_named(folder: Path) -> None:
 def rewrite(source: Path, target: Path, **changes: Any) -> Path:
     """A copy of a GGUF with other metadata; None leaves a key out."""
     reader = GGUFFile(source)
+    return write_gguf(target, reader, reader.metadata | changes, list(reader.tensors))
+
+
+def write_gguf(
+    target: Path, reader: GGUFFile, metadata: Mapping[str, Any], names: Sequence[str]
+) -> Path:
+    """These metadata and these tensors of a file as another."""
     writer = gguf.GGUFWriter(str(target), str(reader.metadata["general.architecture"]))
-    for key, value in (reader.metadata | changes).items():
-        if key in ("general.architecture", "GGUF.version") or value is None:
-            continue
-        kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-        kind |= {str: writer.add_string, list: writer.add_array}
-        kind[type(value)](key, value)
-    for name in reader.tensors:
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    kinds |= {str: writer.add_string, list: writer.add_array}
+    for key, value in metadata.items():
+        if key != "general.architecture" and value is not None:
+            kinds[type(value)](key, value)
+    for name in names:
         writer.add_tensor(name, floats(reader.read(name)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -200,19 +206,21 @@ def test_metadata_that_is_refused(
 
 
 def test_a_tensor_that_nothing_reads_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """Norms of Q and K make a Qwen3, whatever the file calls itself."""
+    folder, _ = write_folder(tmp_path / "qwen3", ROWS["qwen3"])
+    state = {n: v.numpy() for n, v in load_file(folder / "model.safetensors").items()}
+    names = architectures.by_name("qwen3").gguf
     writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
-    writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(16, np.float32))
-    reader = GGUFFile(tiny)
-    for key, value in reader.metadata.items():
+    for key, value in GGUFFile(tiny).metadata.items():
         if key.startswith("llama."):
             (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
-    for name in reader.tensors:
-        writer.add_tensor(name, floats(reader.read(name)))
+    for name, array in state.items():
+        writer.add_tensor(names.stored(name), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"does not account for: blk\.0\.attn_q_norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"account for: blk\.0\.attn_k_norm\.weight"):
         open_checkpoint(tmp_path / "m.gguf")
 
 
@@ -220,8 +228,8 @@ def test_a_split_file_is_read_from_its_first_part(tiny: Path, tmp_path: Path) ->
     expected, reader = logits(tiny), GGUFFile(tiny)
     names = list(reader.tensors)
     parts = [tmp_path / f"m-{number:05d}-of-00002.gguf" for number in (1, 2)]
-    for number, (path, mine) in enumerate(zip(parts, (names[:7], names[7:]), strict=True)):
-        rewrite_part(reader, path, mine, number)
+    write_gguf(parts[0], reader, reader.metadata | {"split.no": 0}, names[:7])
+    write_gguf(parts[1], reader, {"split.no": 1}, names[7:])
     assert torch.equal(logits(parts[0]), expected)
     assert open_checkpoint(parts[0]).files() == parts
     with pytest.raises(CheckpointError, match="is part 2 of 2; give m-00001-of-00002.gguf"):
@@ -229,24 +237,6 @@ def test_a_split_file_is_read_from_its_first_part(tiny: Path, tmp_path: Path) ->
     parts[1].unlink()
     with pytest.raises(CheckpointError, match="m-00002-of-00002.gguf is not beside it"):
         open_checkpoint(parts[0])
-
-
-def rewrite_part(reader: GGUFFile, path: Path, names: list[str], number: int) -> None:
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_uint16("split.no", number)
-    writer.add_int32("split.tensors.count", len(reader.tensors))
-    for key, value in reader.metadata.items() if number == 0 else ():
-        if key == "general.architecture":
-            continue
-        kind = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-        kind |= {str: writer.add_string, list: writer.add_array}
-        kind[type(value)](key, value)
-    for name in names:
-        writer.add_tensor(name, floats(reader.read(name)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_of_a_gemma_that_sees_the_text_is_read(tmp_path: Path) -> None:
