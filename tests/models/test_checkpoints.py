@@ -291,6 +291,37 @@ def test_stored_bytes_are_the_files(tiny_hf: Path, tiny_gguf: Path) -> None:
     assert stored.keys() == {"Q4_1", "F32"}
 
 
+def test_the_flat_form_of_earlier_bundles_is_read() -> None:
+    flat = {
+        "architecture": "qwen2",
+        "vocab_size": 264,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000.0,
+        "rope_divisors": [2.0] * 8,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "output_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "layer_sizes": [[4, 2, 96], [2, 1, 64]],
+        "layer_sharing": False,
+    }
+    config = ModelConfig.from_dict(flat)
+    assert [tuple(layer.size) for layer in config.layers] == [(4, 2, 96), (2, 1, 64)]
+    assert config.rotaries[0].frequencies(256)[1] == pytest.approx(5000.0 ** (-1 / 8) / 2)
+    assert config.attentions[0].bias
+    assert not config.attentions[0].output_bias
+    with pytest.raises(CheckpointError, match="not an architecture's description"):
+        ModelConfig.from_dict(flat | {"surprise": 1})
+
+
 def read_llama(data: dict[str, object]) -> None:
     fields = Fields(data, "config.json")
     architectures.of_hf("llama").read_hf(fields)
