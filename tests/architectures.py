@@ -111,7 +111,15 @@ ROWS = {
     ),
     "gemma3": Row("gemma3_text", _GEMMA | {"num_hidden_layers": 6, "query_pre_attn_scalar": 32}),
     "gemma3 layers": Row(
-        "gemma3_text", _GEMMA | {"layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING]}
+        "gemma3_text",
+        _GEMMA
+        | {
+            "layer_types": [_SLIDING, _SLIDING, _FULL, _SLIDING],
+            "rope_parameters": {
+                _FULL: _LINEAR | {"rope_theta": 50000.0},
+                _SLIDING: {"rope_type": "default", "rope_theta": 3000.0},
+            },
+        },
     ),
     "smollm3": Row("smollm3", {"tie_word_embeddings": True}),
     "granite": Row("granite", _GRANITE),

@@ -157,16 +157,25 @@ class Gemma3(Gemma2):
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
         head_dim = self.head_dim(f)
-        full = rope.from_hf(f, head_dim, group=_FULL, theta=f.number("rope_theta", 1e6))
-        local = f("rope_local_base_freq")
-        given = f.table("rope_parameters").get(_SLIDING)
-        if local is None and isinstance(given, dict):
-            local = given.get("rope_theta")
-        base = 1e4 if local is None else f.number("rope_local_base_freq", float(local))
-        return full, Rotary(head_dim, base)
+        given = f.table("rope_parameters")
+        theta = f.number("rope_theta", 1e6)
+        theta = None if given else theta
+        full = rope.from_hf(f, head_dim, group=_FULL, theta=theta)
+        local, sliding = f.number("rope_local_base_freq", 1e4), given.get(_SLIDING)
+        if isinstance(sliding, dict):
+            local = sliding.get("rope_theta", local)
+        return full, Rotary(head_dim, local)
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
-        return super().more_fields(c) | {"rope_local_base_freq": c.rotaries[1].theta}
+        full, local = c.rotaries
+        stretched = rope.declared(full, c.max_position_embeddings) or {"rope_type": "default"}
+        return super().more_fields(c) | {
+            "rope_local_base_freq": local.theta,
+            "rope_parameters": {
+                _FULL: stretched | {"rope_theta": full.theta},
+                _SLIDING: {"rope_type": "default", "rope_theta": local.theta},
+            },
+        }
 
     def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:
         data = super().gguf_fields(f, tensors)
