@@ -56,10 +56,42 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(facts)
     else:
-        print_columns([(name, _shown(value)) for name, value in facts.items()])
+        print_columns([(name, _shown(value)) for name, value in _by_kind(facts).items()])
+
+
+def _by_kind(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts with equal layers told once, with where they stand."""
+    told: dict[str, Any] = {}
+    for name, fact in facts.items():
+        if name != "architecture" or "stored_layers" not in fact:
+            told[name] = fact
+            continue
+        told[name] = {key: part for key, part in fact.items() if key != "stored_layers"}
+        kinds: list[tuple[Any, list[int]]] = []
+        for index, layer in enumerate(fact["stored_layers"]):
+            same = next((places for kind, places in kinds if kind == layer), None)
+            if same is None:
+                kinds.append((layer, [index]))
+            else:
+                same.append(index)
+        told |= {f"layers {_ranges(places)}": kind for kind, places in kinds}
+    return told
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-4, 6`` for 0, 1, 2, 3, 4, 6."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())
     if isinstance(value, list):

@@ -159,8 +159,7 @@ class Gemma3(Gemma2):
         head_dim = self.head_dim(f)
         given = f.table("rope_parameters")
         theta = f.number("rope_theta", 1e6)
-        theta = None if given else theta
-        full = rope.from_hf(f, head_dim, group=_FULL, theta=theta)
+        full = rope.from_hf(f, head_dim, group=_FULL, theta=None if given else theta)
         local, sliding = f.number("rope_local_base_freq", 1e4), given.get(_SLIDING)
         if isinstance(sliding, dict):
             local = sliding.get("rope_theta", local)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import ROWS, outputs, reread, write_folder
 
+from pocketslm.cli import main
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.hf_writer import save_hf
@@ -56,3 +58,16 @@ def test_configurations_as_json(name: str, tmp_path: Path) -> None:
     folder, _ = write_folder(tmp_path, ROWS[name])
     config = open_checkpoint(folder).config
     assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_inspect_tells_equal_layers_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = write_folder(tmp_path, ROWS["gemma3"])
+    assert main(["inspect", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "layers 0-4  " in printed
+    assert "layers 5  " in printed
+    assert printed.count("window 32") == 1
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["architecture"]["stored_layers"]) == 6
