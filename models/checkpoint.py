@@ -37,7 +37,7 @@ _TOKENIZER_FILES = (
 class Checkpoint(Protocol):
     """What export needs of a checkpoint; weights are read one by one, on demand.
 
-    ``notes`` says in words what reading changed (such as K-quants that were dequantized);
+    ``notes`` says in words what reading changed (such as blocks that were rounded);
     ``made_from`` are the SHA-256s of the checkpoints it was pruned or healed from, nearest first;
     ``sparse``: the pattern of zeros in its layers, such as ``2:4``; healing keeps them.
     """

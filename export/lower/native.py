@@ -75,9 +75,9 @@ def lower(
 ) -> NativeReport:
     """Write ``path``; ``weights(name, shape)`` gives each parameter.
 
-    ``tokenizer`` and ``chat`` are what :mod:`pocketslm.export.lower.native_tokenizer` makes; with
-    both, ``pocketslm-run`` needs no other file. Raises ExportError where the native operators
-    cannot run the model.
+    ``tokenizer`` is what :mod:`pocketslm.export.lower.native_tokenizer` makes, ``chat`` what
+    :mod:`pocketslm.export.lower.native_chat` does; with both, ``pocketslm-run`` needs nothing else.
+    Raises ExportError where the native operators cannot run the model.
     """
     if reason := uncovered(traced.config):
         raise refuse("native", reason)
