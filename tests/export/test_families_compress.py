@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapter_support import factors, write_adapter
 from architectures import ROWS, write_folder
 
 from pocketslm.export.delta import DeltaCheckpoint, make_delta
@@ -22,14 +23,17 @@ from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
 from pocketslm.models.sites import sites
+from pocketslm.models.updated import WithAdapter
 from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.bundle import open_bundle
+from pocketslm.runtime.model import Model
 
 FAMILIES = ("gemma3", "qwen3", "llama 3", "lfm2")
 MAX_FLOAT_ERROR = 1e-5  # of a checkpoint read again
 # Of logits, relative to their spread: int4 layers in a random model, against its float weights.
 MAX_ROUNDED = 0.5
 MAX_AWQ_ERROR = 1e-4
+MAX_MERGED_ERROR = 2e-3  # of logits over an fp16 cache
 IDS = np.random.default_rng(6).integers(97, 122, 60)
 
 
@@ -110,6 +114,26 @@ def test_a_delta_gives_the_tuned_model_again(folder: Path, tmp_path: Path) -> No
     restored = DeltaCheckpoint(base, tmp_path / "delta.safetensors")
     moved = np.abs(logits(tuned) - logits(base)).mean()
     assert np.abs(logits(restored) - logits(tuned)).mean() < moved
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
+def test_a_carried_adapter_is_the_merged_one(name: str, tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path / "hf", ROWS[name])
+    base = open_checkpoint(folder)
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    adapter = write_adapter(tmp_path / "polite", factors(base.config, targets))
+    recipe = Recipe(weights="float", head="float", targets=("native",))
+    export_bundle(base, tmp_path / "carried", recipe, adapters=[adapter])
+    export_bundle(WithAdapter(base, adapter), tmp_path / "merged", recipe)
+    model = Model.load(tmp_path / "carried", threads=1)
+    plain = model.engine.session.forward(IDS, all_logits=True)
+    model.use_adapter("polite")
+    got = model.engine.session.forward(IDS, all_logits=True)
+    merged = Model.load(tmp_path / "merged", threads=1).engine.session
+    expected = merged.forward(IDS, all_logits=True)
+    error = (got - expected).std() / expected.std()
+    assert error <= MAX_MERGED_ERROR
+    assert not (plain - expected).std() / expected.std() <= MAX_MERGED_ERROR
 
 
 @pytest.mark.parametrize("name", ROWS)
