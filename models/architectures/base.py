@@ -119,9 +119,9 @@ class Architecture:
     )
     gguf: WeightMap = field(default=gguf_map())
 
-    # Which biases the family has where no field says so: of Q, K and V; of the output; of the MLP.
-    biases: ClassVar[tuple[bool, bool, bool]] = (False, False, False)
     act_field: ClassVar[str] = "hidden_act"
+    tied_by_default: ClassVar[bool] = False
+    default_theta: ClassVar[float] = 10000.0  # RoPE's base where the config names none
 
     # Reading config.json.
 
@@ -142,8 +142,6 @@ class Architecture:
             layer_sharing=f.flag("layer_sharing"),
         )
         return _with_layer_sizes(self.finish(f, config), f)
-
-    tied_by_default: ClassVar[bool] = False
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         """Each layer's kind; by default one kind for all."""
@@ -171,15 +169,14 @@ class Architecture:
         attention = f.flag("attention_bias")
         # Our own field, where only some of the four have one (a GGUF may).
         output = f.flag("attention_out_bias", attention)
-        qkv, of_output, mlp = self.biases
-        return qkv or attention, of_output or output, mlp or f.flag("mlp_bias")
+        return attention, output, f.flag("mlp_bias")
 
     def hf_mlp(self, f: Fields) -> Mlp:
         kind = activation(f, f.text(self.act_field, "silu"))
         return Mlp(f.integer("intermediate_size"), kind, bias=self.hf_biases(f)[2])
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        return (rope.from_hf(f, self.head_dim(f)),)
+        return (rope.from_hf(f, self.head_dim(f), self.default_theta),)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         """Whatever a family has beside Llama's fields."""

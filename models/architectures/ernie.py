@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pocketslm.models.architectures.base import (
@@ -18,20 +18,16 @@ from pocketslm.models.architectures.base import (
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.architectures.llama import QK
 from pocketslm.models.architectures.weights import WeightMap
-from pocketslm.models.config import ModelConfig, Rotary
+from pocketslm.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Ernie(Architecture):
     tied_by_default: ClassVar[bool] = True
+    default_theta: ClassVar[float] = 5e5
 
     def hf_biases(self, f: Fields) -> tuple[bool, bool, bool]:
         return (f.flag("use_bias"),) * 3
-
-    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        (rotary,) = super().hf_rotaries(f)
-        given = "rope_theta" in f.data or f.table("rope_parameters")
-        return (rotary if given else replace(rotary, theta=500000.0),)
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         return {"use_bias": c.attentions[0].bias, "attention_bias": None, "mlp_bias": None}

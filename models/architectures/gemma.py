@@ -137,6 +137,7 @@ class Gemma3(Gemma2):
 
     hf: WeightMap = field(default=_map(*QK_NORMS, ignored=_VISION))
     pattern: ClassVar[int] = 6
+    default_theta: ClassVar[float] = 1e6
 
     def read_hf(self, f: Fields) -> ModelConfig:
         """Of a model that also sees (``gemma3``), the text alone."""
@@ -158,8 +159,8 @@ class Gemma3(Gemma2):
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
         head_dim = self.head_dim(f)
         given = f.table("rope_parameters")
-        theta = f.number("rope_theta", 1e6)
-        full = rope.from_hf(f, head_dim, group=_FULL, theta=None if given else theta)
+        f("rope_theta")  # stands beside rope_parameters for readers that know one base alone
+        full = rope.from_hf(f, head_dim, self.default_theta, group=_FULL)
         local, sliding = f.number("rope_local_base_freq", 1e4), given.get(_SLIDING)
         if isinstance(sliding, dict):
             local = sliding.get("rope_theta", local)

@@ -161,13 +161,8 @@ class GptNeoX(Architecture):
         return Mlp(f.integer("intermediate_size"), kind, gated=False, bias=True)
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        base = f("rotary_emb_base")
-        rotary = rope.from_hf(f, self.head_dim(f), theta=base)
-        given = f.table("rope_parameters").get("partial_rotary_factor")
-        share = f.number("rotary_pct", 0.25)
-        if given is None and f("partial_rotary_factor") is None:
-            rotary = replace(rotary, dim=int(rotary.dim * share))
-        return (rotary,)
+        base, share = f("rotary_emb_base"), f.number("rotary_pct", 0.25)
+        return (rope.from_hf(f, self.head_dim(f), self.default_theta, share, theta=base),)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         return replace(config, norm="layer", norm_eps=f.number("layer_norm_eps", 1e-5))

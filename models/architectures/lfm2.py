@@ -17,14 +17,21 @@ from pocketslm.models.architectures.base import (
 from pocketslm.models.architectures.fields import Fields, layer_types
 from pocketslm.models.architectures.phi import QKV
 from pocketslm.models.architectures.weights import WeightMap
-from pocketslm.models.config import Layer, Mlp, ModelConfig, Rotary, ShortConv
+from pocketslm.models.config import Layer, Mlp, ModelConfig, ShortConv
 
+# Read by nobody, transformers included: what was trained with, or what another field says.
+_UNREAD = (
+    *("block_norm_eps", "block_dim", "block_use_swiglu", "block_use_xavier_init"),
+    *("block_mlp_init_scale", "block_out_init_scale", "conv_dim", "conv_dim_out"),
+    *("conv_use_xavier_init", "use_pos_enc", "num_heads"),
+)
 _BCX = ("conv.b_proj", "conv.c_proj", "conv.x_proj")
 
 
 @dataclass(frozen=True)
 class Lfm2(Architecture):
     tied_by_default: ClassVar[bool] = True
+    default_theta: ClassVar[float] = 1e6
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         attending = f("full_attn_idxs")
@@ -49,23 +56,10 @@ class Lfm2(Architecture):
             width = -(-width // multiple) * multiple
         return Mlp(width)
 
-    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        (rotary,) = super().hf_rotaries(f)
-        given = "rope_theta" in f.data or f.table("rope_parameters")
-        return (rotary if given else replace(rotary, theta=1000000.0),)
-
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         tied = f("tie_embedding")
         eps = f.number("norm_eps", 1e-5)
-        f("block_norm_eps"), f("block_dim"), f("block_use_swiglu"), f("block_use_xavier_init")
-        (
-            f("conv_dim"),
-            f("conv_dim_out"),
-            f("conv_use_xavier_init"),
-            f("use_pos_enc"),
-            f("num_heads"),
-        )
-        f("block_mlp_init_scale"), f("block_out_init_scale")
+        f.used.update(_UNREAD)
         return replace(
             config,
             norm_eps=eps,

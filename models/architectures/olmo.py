@@ -79,11 +79,13 @@ class Windowed(Olmo2):
 class Olmo3(Windowed):
     """The rotary table is stretched where a layer sees everything."""
 
+    default_theta: ClassVar[float] = 5e5
+
     def sliding(self, full: Attention, window: int | None) -> Attention:
         return replace(full, window=window, rotary=1)
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        full = rope.from_hf(f, self.head_dim(f))
+        full = rope.from_hf(f, self.head_dim(f), self.default_theta)
         return full, Rotary(full.dim, full.theta)
 
 

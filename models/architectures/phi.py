@@ -61,9 +61,7 @@ class Phi(Architecture):
         return replace(super().hf_mlp(f), gated=False)
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        given = f("partial_rotary_factor") or f.table("rope_parameters")
-        rotary = rope.from_hf(f, self.head_dim(f))
-        return (rotary if given else replace(rotary, dim=rotary.dim // 2),)
+        return (rope.from_hf(f, self.head_dim(f), self.default_theta, 0.5),)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         eps = f.number("layer_norm_eps", 1e-5)

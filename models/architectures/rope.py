@@ -20,11 +20,19 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def from_hf(
-    f: Fields, head_dim: int, *, group: str | None = None, theta: float | None = None
+    f: Fields,
+    head_dim: int,
+    default_theta: float,
+    default_share: float = 1.0,
+    *,
+    group: str | None = None,
+    theta: float | None = None,
 ) -> Rotary:
     """The rotary table that a config.json describes.
 
     group: the kind of layers that is asked for, where ``rope_parameters`` has one entry for each.
+    default_theta, default_share: the base, and the share of a head that is rotated, where the
+    config names none.
     theta: the base, where the family keeps it under another name.
     """
     scaling, given = f.table("rope_scaling"), f.table("rope_parameters")
@@ -32,9 +40,9 @@ def from_hf(
         given = dict(given.get(group or "full_attention") or {})
     rope = scaling | given
     base = rope.get("rope_theta")
-    base = f.number("rope_theta", 10000.0) if base is None else base
+    base = f.number("rope_theta", default_theta) if base is None else base
     base = base if theta is None else theta
-    share = rope.get("partial_rotary_factor") or f("partial_rotary_factor") or 1.0
+    share = rope.get("partial_rotary_factor") or f("partial_rotary_factor") or default_share
     if not isinstance(share, int | float) or not 0 < share <= 1:
         raise CheckpointError(f"{f.where}: partial_rotary_factor is {share!r}, expected 0 to 1")
     dim = int(head_dim * share)

@@ -9,12 +9,13 @@ from pocketslm.errors import CheckpointError
 from pocketslm.models.architectures.base import Architecture, gguf_map
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.architectures.llama import QK
-from pocketslm.models.config import Layer, ModelConfig, Rotary
+from pocketslm.models.config import Layer, ModelConfig
 
 
 @dataclass(frozen=True)
 class SmolLM3(Architecture):
     tied_by_default: ClassVar[bool] = True
+    default_theta: ClassVar[float] = 2e6
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         """``no_rope_layers`` has a 1 for each layer with positions, a 0 for each without."""
@@ -29,11 +30,6 @@ class SmolLM3(Architecture):
         f("layer_types")  # follows from the two above
         free = replace(attention, rotary=None, window=window)
         return [Layer(attention if has else free, mlp) for has in rotated[:count]]
-
-    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        (rotary,) = super().hf_rotaries(f)
-        default = "rope_theta" in f.data or f.table("rope_parameters")
-        return (rotary if default else replace(rotary, theta=2000000.0),)
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         attentions = c.attentions[:: c.repeats]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ROWS, outputs, reread, write_folder
+from architectures import ROWS, YARN_ROPE, outputs, reread, write_folder
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pocketslm.cli import main
 from pocketslm.models.checkpoint import open_checkpoint
@@ -51,6 +53,25 @@ def test_a_family_computes_what_transformers_does(name: str, tmp_path: Path) -> 
     assert again.notes == checkpoint.notes == []
     theirs = reread(row, tmp_path / "again")
     assert max_error(outputs(row, theirs, ids), expected) <= MAX_LOGIT_ERROR
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "smollm3", "ernie 4.5", "lfm2", "gemma3", "olmo3", "phi2", "gpt_neox"],
+)
+def test_a_stretched_table_without_a_base_has_the_familys_own(name: str, tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, ROWS[name])
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    for given in ("rope_parameters", "rope_theta", "partial_rotary_factor"):
+        data.pop(given, None)
+    path.write_text(json.dumps(data | {"rope_scaling": YARN_ROPE}))
+    theirs = AutoConfig.from_pretrained(folder)
+    kind = {"layer_type": "full_attention"} if name in ("gemma3", "olmo3") else {}
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"), **kind)
+    table = open_checkpoint(folder).config.rotaries[0]
+    assert table.frequencies(0) == pytest.approx(expected.tolist(), rel=1e-5)
+    assert table.factor == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("name", ROWS)
