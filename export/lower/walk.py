@@ -46,10 +46,8 @@ class Walk:
         self.traced, self.config, self.weights = traced, traced.config, weights
         for node in traced.nodes:
             if not hasattr(self, _OPERATORS[node.target]):
-                raise ExportError(
-                    f"no {self.target} graph: the operator {_OPERATORS[node.target]!r} is not "
-                    f"supported there; choose another target"
-                )
+                name = _OPERATORS[node.target]
+                raise refuse(self.target, f"the operator {name!r} is not supported there")
 
     def walk(self, progress: Progress) -> None:
         nodes = self.traced.nodes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -43,8 +43,6 @@ class BertMap(WeightMap):
 
 @dataclass(frozen=True)
 class Bert(Architecture):
-    biases: ClassVar[tuple[bool, bool, bool]] = (True, True, True)
-
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         return [Layer(self.hf_attention(f), self.hf_mlp(f), "last")] * count
 
@@ -58,6 +56,10 @@ class Bert(Architecture):
                 f"{attention.kv_heads}) do not fill the hidden size; BERT's heads do"
             )
         return attention
+
+    def hf_biases(self, f: Fields) -> tuple[bool, bool, bool]:
+        super().hf_biases(f)  # written by us, read by nobody: the biases are always there
+        return True, True, True
 
     def hf_mlp(self, f: Fields) -> Mlp:
         kind = activation(f, f.text("hidden_act", "gelu"))

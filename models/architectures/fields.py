@@ -6,7 +6,7 @@ A field that changes the arithmetic is used or refused by name, never ignored.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -134,11 +134,11 @@ class Fields:
             )
 
 
-def layer_types(f: Fields, layers: int, pattern: Iterator[str] | list[str]) -> list[str]:
+def layer_types(f: Fields, layers: int, pattern: list[str]) -> list[str]:
     """``layer_types``, or what the family's ``pattern`` says where the field is absent."""
     value = f("layer_types")
     if value is None:
-        return [kind for kind, _ in zip(pattern, range(layers), strict=False)]
+        return pattern
     if not isinstance(value, list) or len(value) != layers:
         raise CheckpointError(f"{f.where}: layer_types is not a list of {layers} entries")
     return [str(kind) for kind in value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from pocketslm.models.architectures.base import Architecture
 from pocketslm.models.architectures.fields import Fields
@@ -12,11 +12,9 @@ from pocketslm.models.config import Layer, ModelConfig
 
 @dataclass(frozen=True)
 class Qwen2(Architecture):
-    biases: ClassVar[tuple[bool, bool, bool]] = (True, False, False)
-
     def hf_biases(self, f: Fields) -> tuple[bool, bool, bool]:
         f("attention_bias")  # written by some, read by nobody: the biases are always there
-        return self.biases
+        return True, False, False
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         """With ``use_sliding_window``, layers from ``max_window_layers`` on have a window."""

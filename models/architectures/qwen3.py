@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from pocketslm.models.architectures.base import (
     ATTENTION,
@@ -23,8 +22,6 @@ from pocketslm.models.config import Attention
 
 @dataclass(frozen=True)
 class Qwen3(Qwen2):
-    biases: ClassVar[tuple[bool, bool, bool]] = (False, False, False)
-
     def hf_biases(self, f: Fields) -> tuple[bool, bool, bool]:
         return Architecture.hf_biases(self, f)
 
