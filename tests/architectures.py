@@ -91,6 +91,7 @@ class Row:
     pooling: Pooling | None = None
 
 
+_WHOLE = _PARTIAL | {"partial_rotary_factor": 1.0}
 _HALF = _PARTIAL | {"partial_rotary_factor": 0.5}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _NO_GROUPS = {"num_key_value_heads": 4}
@@ -133,9 +134,11 @@ ROWS = {
     "phi3": Row("phi3", {"rope_parameters": _LONG, "original_max_position_embeddings": 64}),
     "phi4 mini": Row("phi3", {"rope_parameters": _PARTIAL, "tie_word_embeddings": True}),
     "phi2": Row("phi", _NO_GROUPS),
+    "phi2 whole heads": Row("phi", {"rope_parameters": _WHOLE} | _NO_GROUPS),
     "gpt2": Row("gpt2", _GPT2 | _NO_GROUPS),
     "gpt_neo": Row("gpt_neo", _GPT_NEO | _NO_GROUPS),
     "gpt_neox": Row("gpt_neox", {"rope_parameters": _HALF} | _NO_GROUPS),
+    "gpt_neox whole heads": Row("gpt_neox", {"rope_parameters": _WHOLE} | _NO_GROUPS),
     "gpt_neox in turn": Row("gpt_neox", {"use_parallel_residual": False} | _NO_GROUPS),
     "lfm2": Row("lfm2", _LFM2, targets=("native", "onnx")),
     "bert": Row("bert", _NO_GROUPS, ("native",), Pooling("mean", normalize=True, max_tokens=128)),

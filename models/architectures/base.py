@@ -121,7 +121,9 @@ class Architecture:
 
     act_field: ClassVar[str] = "hidden_act"
     tied_by_default: ClassVar[bool] = False
-    default_theta: ClassVar[float] = 10000.0  # RoPE's base where the config names none
+    # RoPE's base, and the share of a head that it rotates, where the config names none.
+    default_theta: ClassVar[float] = 10000.0
+    default_share: ClassVar[float] = 1.0
 
     # Reading config.json.
 
@@ -176,7 +178,7 @@ class Architecture:
         return Mlp(f.integer("intermediate_size"), kind, bias=self.hf_biases(f)[2])
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        return (rope.from_hf(f, self.head_dim(f), self.default_theta),)
+        return (rope.from_hf(f, self.head_dim(f), self.default_theta, self.default_share),)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         """Whatever a family has beside Llama's fields."""
@@ -211,8 +213,9 @@ class Architecture:
         if c.rotaries:
             table = c.rotaries[0]
             data["rope_theta"] = table.theta
-            if table.dim != a.head_dim:
-                data["partial_rotary_factor"] = table.dim / a.head_dim
+            share = table.dim / a.head_dim
+            if min(share, self.default_share) < 1:
+                data["partial_rotary_factor"] = share
             if (scaling := rope.declared(table, c.max_position_embeddings)) is not None:
                 data["rope_scaling"] = scaling
                 original = scaling.get("original_max_position_embeddings")
@@ -306,9 +309,9 @@ class Architecture:
                 "num_key_value_heads": max(kv_heads),
                 "intermediate_size": max(widths),
             }
-        rotated = f("rope.dimension_count")
-        if rotated is not None and rotated != head_dim:
-            data["partial_rotary_factor"] = rotated / head_dim
+        share = f.integer("rope.dimension_count", head_dim) / head_dim
+        if min(share, self.default_share) < 1:
+            data["partial_rotary_factor"] = share
         data |= _gguf_scaling(f)
         return data
 

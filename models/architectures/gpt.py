@@ -144,6 +144,8 @@ class GptNeo(Gpt2):
 
 @dataclass(frozen=True)
 class GptNeoX(Architecture):
+    default_share: ClassVar[float] = 0.25
+
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         parallel = f.flag("use_parallel_residual", True)
         norms: Any = "parallel2" if parallel else "pre"
@@ -161,7 +163,7 @@ class GptNeoX(Architecture):
         return Mlp(f.integer("intermediate_size"), kind, gated=False, bias=True)
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        base, share = f("rotary_emb_base"), f.number("rotary_pct", 0.25)
+        base, share = f("rotary_emb_base"), f.number("rotary_pct", self.default_share)
         return (rope.from_hf(f, self.head_dim(f), self.default_theta, share, theta=base),)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pocketslm.errors import CheckpointError
-from pocketslm.models.architectures import rope
 from pocketslm.models.architectures.base import (
     BUFFERS,
     NORMS,
@@ -17,7 +16,7 @@ from pocketslm.models.architectures.base import (
 )
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.architectures.weights import WeightMap
-from pocketslm.models.config import Layer, Mlp, ModelConfig, Rotary
+from pocketslm.models.config import Layer, Mlp, ModelConfig
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -48,6 +47,7 @@ class Phi(Architecture):
     """Phi 1, 1.5 and 2: attention and MLP read one LayerNorm; biases everywhere."""
 
     act_field: ClassVar[str] = "hidden_act"
+    default_share: ClassVar[float] = 0.5
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         if f.flag("qk_layernorm"):
@@ -59,9 +59,6 @@ class Phi(Architecture):
 
     def hf_mlp(self, f: Fields) -> Mlp:
         return replace(super().hf_mlp(f), gated=False)
-
-    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        return (rope.from_hf(f, self.head_dim(f), self.default_theta, 0.5),)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         eps = f.number("layer_norm_eps", 1e-5)

@@ -58,8 +58,10 @@ KEYS: dict[str, dict[str, Any]] = {
     },
     "phi4 mini": {},
     "phi2": {},
+    "phi2 whole heads": {},
     "gpt2": {},
     "gpt_neox": {"use_parallel_residual": True},
+    "gpt_neox whole heads": {"use_parallel_residual": True},
     "gpt_neox in turn": {"use_parallel_residual": False},
     "lfm2": {"shortconv.l_cache": 3},
 }
