@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketslm.export.lower.native import NativeReport, lower
+from pocketslm.export.lower.native_layout import WHOLE_KINDS
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import ModelConfig, uniform
-from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
+from pocketslm.models.tensors import TABLES, QuantTensor, Weight, WholeScales, pack_codes
 
 SEED = 7
+
+# Every way in which the native operators hold a matrix.
+FLOATS = ["f32", "f16"]
+PLAIN = [
+    *("q4 sym", "q4 min", "q4 zp", "q8 sym", "q8 min", "q8 zp", "q8 split", "q8 apart"),
+    *("q2 sym", "q3 sym", "q5 sym", "q6 sym", "q2 min", "q3 min", "q5 min", "q6 min"),
+    *("iq4", "fp4"),
+]
+WHOLE = [name.replace("_", " ") for name in WHOLE_KINDS]  # scales are whole numbers
+SCHEMES = [*FLOATS, *PLAIN, *WHOLE]
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -72,6 +84,85 @@ def mixed_kinds(name: str, values: np.ndarray) -> Weight:
         if part in name:
             return quantize(values, bits, kind)
     return values.astype(np.float16) if "down" in name else values
+
+
+def make_weight(scheme: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:
+    """Random codes and scales over all that the scheme holds."""
+    if scheme in ("f32", "f16"):
+        dtype = np.float32 if scheme == "f32" else np.float16
+        return rng.normal(size=(rows, cols)).astype(dtype)
+    bits, kind, table = _form(scheme)
+    codes = pack_codes(rng.integers(0, 2**bits, (rows, cols), dtype=np.uint8), bits)
+    if scheme in WHOLE:
+        return _whole_weight(scheme, codes, rng)
+    shape = (rows, cols // 32)
+    scales = rng.uniform(0.001, 0.1, shape).astype(np.float16)
+    scales[rng.random(shape) < 0.05] = 0  # an all-zero group
+    return QuantTensor(
+        codes=codes,
+        scales=scales,
+        bits=bits,
+        group_size=32,
+        table=table,
+        zero_points=rng.integers(0, 2**bits, shape, dtype=np.uint8) if kind == "zp" else None,
+        minimums=rng.normal(size=shape).astype(np.float16) if kind == "min" else None,
+    )
+
+
+def _form(scheme: str) -> tuple[int, str, str | None]:
+    """Bits, the offset's kind and the table of a quantized scheme."""
+    first, _, kind = scheme.partition(" ")
+    return (4, kind, first) if first in TABLES else (int(first[1]), kind, None)
+
+
+def _whole_weight(scheme: str, codes: np.ndarray, rng: np.random.Generator) -> QuantTensor:
+    """Scales over all that a byte or a nibble holds."""
+    bits, _, table = _form(scheme)
+    minimums, scale_bits = WHOLE_KINDS[scheme.replace(" ", "_")]
+    group = 16 if scheme.endswith("16") else 32
+    rows, cols = codes.shape[0], codes.shape[1] * (2 if bits == 4 else 1)
+
+    def factors(top: float) -> np.ndarray:
+        return rng.uniform(top / 9, top, (rows, cols // 256)).astype(np.float16)
+
+    def numbers(low: int, high: int, dtype: type) -> np.ndarray:
+        return rng.integers(low, high, (rows, cols // group), dtype=dtype)
+
+    if not minimums:
+        whole = WholeScales(factors(1e-3), numbers(-128, 128, np.int8))
+    else:
+        top = 2**scale_bits
+        parts = [factors(0.1 / top), numbers(0, top, np.uint8)]
+        parts += [factors(3 / top), numbers(0, top, np.uint8)]
+        whole = WholeScales(*parts, bits=scale_bits)
+    return QuantTensor.with_whole_scales(codes, bits, group, whole, table)
+
+
+def every_kind(name: str, values: np.ndarray) -> Weight:
+    """Every kind of quantized weight in one model of 4 layers and rows of a multiple of 256."""
+    kinds = [scheme for scheme in (*PLAIN, *WHOLE) if scheme not in ("q8 split", "q8 apart")]
+    layer, _, part = name.removeprefix("model.layers.").partition(".")
+    if not layer.isdigit():
+        return quantize(values, 8, "sym")
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    index = int(layer) * 7 + next(i for i, known in enumerate(parts) if known in part)
+    scheme = kinds[index % len(kinds)]
+    weight = make_weight(scheme, *values.shape, np.random.default_rng([SEED, index]))
+    assert isinstance(weight, QuantTensor)
+    spread = np.float16(values.std() / weight.dequantize().std())
+    if weight.whole is not None:
+        whole = weight.whole
+        lowest = None if whole.lowest is None else whole.lowest * spread
+        whole = replace(whole, factors=whole.factors * spread, lowest=lowest)
+        codes, bits, group = weight.codes, weight.bits, weight.group_size
+        return QuantTensor.with_whole_scales(codes, bits, group, whole, weight.table)
+    minimums = None if weight.minimums is None else weight.minimums * spread
+    return replace(weight, scales=weight.scales * spread, minimums=minimums)
+
+
+def every_kind_config(**changes: Any) -> ModelConfig:
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4}
+    return tiny_config(**{**sizes, "head_dim": 64, **changes})
 
 
 def tiny_weights(
