@@ -22,11 +22,12 @@ FACTOR_COLUMNS = 256  # columns that share the factor of whole-number scales
 
 @dataclass(frozen=True, eq=False)
 class WholeScales:
-    """Scales as whole numbers times a factor of each 256 columns, as GGUF's K-quants have them.
+    """Scales as whole numbers times a factor of each 256 columns, as GGUF's K-quants have them, or
+    of a row.
 
     ``scale = factor * scales``, and where there are minimums ``minimum = -lowest * minimums``.
 
-    factors, lowest: float16 [N, K/256]. scales: int8 [N, K/group], with minimums uint8.
+    factors, lowest: float16 [N, K/256] or [N, 1]. scales: int8 [N, K/group], with minimums uint8.
     minimums: uint8 [N, K/group]. bits: of a whole number where it is stored, 4 or 8.
     """
 

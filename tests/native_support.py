@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,8 @@ def _whole_weight(scheme: str, codes: np.ndarray, rng: np.random.Generator) -> Q
     rows, cols = codes.shape[0], codes.shape[1] * (2 if bits == 4 else 1)
 
     def factors(top: float) -> np.ndarray:
-        return rng.uniform(top / 9, top, (rows, cols // 256)).astype(np.float16)
+        count = 1 if scheme.endswith("r") else cols // 256
+        return rng.uniform(top / 9, top, (rows, count)).astype(np.float16)
 
     def numbers(low: int, high: int, dtype: type) -> np.ndarray:
         return rng.integers(low, high, (rows, cols // group), dtype=dtype)
@@ -138,31 +138,61 @@ def _whole_weight(scheme: str, codes: np.ndarray, rng: np.random.Generator) -> Q
     return QuantTensor.with_whole_scales(codes, bits, group, whole, table)
 
 
+def rounded_to(scheme: str, values: np.ndarray) -> QuantTensor:
+    """``values`` in any quantized scheme, by the extremes of their groups."""
+    bits, kind, table = _form(scheme)
+    if scheme in PLAIN and table is None:
+        return quantize(values, bits, kind)
+    minimums, scale_bits = WHOLE_KINDS.get(scheme.replace(" ", "_"), (False, 8))
+    group = 16 if scheme.endswith("16") else 32
+    groups = values.reshape(len(values), -1, group)
+    low = groups.min(2).clip(max=0) if minimums else np.zeros(groups.shape[:2])
+    levels = (
+        np.array(TABLES[table]) if table else np.arange(2**bits) - (not minimums) * 2 ** (bits - 1)
+    )
+    top = levels.max() if minimums else np.abs(levels).max()
+    scales = ((groups - low[..., None]).max(2) if minimums else np.abs(groups).max(2)) / top
+
+    def codes(scales: np.ndarray, low: np.ndarray) -> np.ndarray:
+        steps = (groups - low[..., None]) / np.where(scales == 0, 1, scales)[..., None]
+        order = np.argsort(levels, kind="stable")
+        middles = (levels[order][1:] + levels[order][:-1]) / 2
+        found = order[np.searchsorted(middles, steps)].astype(np.uint8)
+        return pack_codes(found.reshape(values.shape), bits)
+
+    if scheme in PLAIN:
+        scales = scales.astype(np.float16)
+        return QuantTensor(codes(scales.astype(np.float64), low), scales, bits, group, table=table)
+    per_factor = values.shape[1] // group if scheme.endswith("r") else 256 // group
+    most = 2**scale_bits - 1 if minimums else 127
+
+    def whole(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        parts = numbers.reshape(len(numbers), -1, per_factor)
+        factors = (parts.max(2) / most).astype(np.float16)
+        steps = np.rint(parts / np.where(factors == 0, 1, factors)[..., None]).clip(0, most)
+        return factors, steps.reshape(numbers.shape).astype(np.uint8 if minimums else np.int8)
+
+    lowest = whole(-low) if minimums else (None, None)
+    scaled = WholeScales(*whole(scales), *lowest, bits=scale_bits)
+    found, found_low = scaled.values()
+    packed = codes(found, low if found_low is None else found_low)
+    return QuantTensor.with_whole_scales(packed, bits, group, scaled, table)
+
+
 def every_kind(name: str, values: np.ndarray) -> Weight:
-    """Every kind of quantized weight in one model of 4 layers and rows of a multiple of 256."""
+    """Every kind of quantized weight in one model of 5 layers and rows of a multiple of 256."""
     kinds = [scheme for scheme in (*PLAIN, *WHOLE) if scheme not in ("q8 split", "q8 apart")]
     layer, _, part = name.removeprefix("model.layers.").partition(".")
     if not layer.isdigit():
         return quantize(values, 8, "sym")
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     index = int(layer) * 7 + next(i for i, known in enumerate(parts) if known in part)
-    scheme = kinds[index % len(kinds)]
-    weight = make_weight(scheme, *values.shape, np.random.default_rng([SEED, index]))
-    assert isinstance(weight, QuantTensor)
-    spread = np.float16(values.std() / weight.dequantize().std())
-    if weight.whole is not None:
-        whole = weight.whole
-        lowest = None if whole.lowest is None else whole.lowest * spread
-        whole = replace(whole, factors=whole.factors * spread, lowest=lowest)
-        codes, bits, group = weight.codes, weight.bits, weight.group_size
-        return QuantTensor.with_whole_scales(codes, bits, group, whole, weight.table)
-    minimums = None if weight.minimums is None else weight.minimums * spread
-    return replace(weight, scales=weight.scales * spread, minimums=minimums)
+    return rounded_to(kinds[index % len(kinds)], values)
 
 
 def every_kind_config(**changes: Any) -> ModelConfig:
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4}
-    return tiny_config(**{**sizes, "head_dim": 64, **changes})
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 5}
+    return tiny_config(**{**sizes, "head_dim": 128, **changes})
 
 
 def tiny_weights(

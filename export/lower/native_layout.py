@@ -12,7 +12,8 @@ from pocketslm.runtime.ops.ids import KIND
 ALIGNMENT = 64
 BLOCK_ROWS = 16
 GROUP = 32
-# How the names of kinds end, by the columns of a scale that is a whole number.
+# How the names of kinds end whose scales are whole numbers, by the columns of a scale; with one
+# factor a row they end in r.
 _WHOLE = {32: "k", 16: "k16"}
 # Those kinds: whether they have minimums, and the bits of a scale.
 WHOLE_KINDS = {
@@ -24,6 +25,7 @@ WHOLE_KINDS = {
     "q3_k16": (False, 8),
     "q6_k16": (False, 8),
     "q2_k16": (True, 4),
+    **dict.fromkeys(("q2_r", "q3_r", "q4_r", "q5_r", "q6_r"), (True, 8)),
 }
 
 Bytes = npt.NDArray[np.uint8]
@@ -39,10 +41,13 @@ def kind_of(weight: Weight, *, head: bool = False) -> str | None:
         return "f16" if weight.dtype == np.float16 else "f32"
     columns, group = weight.shape[1], weight.group_size
     name = weight.table or f"q{weight.bits}"
-    if weight.whole is not None and group in _WHOLE and columns % FACTOR_COLUMNS == 0:
-        whole = f"{name}_{_WHOLE[group]}"
-        if WHOLE_KINDS.get(whole) == (weight.minimums is not None, weight.whole.bits):
-            return whole
+    if weight.whole is not None:
+        factors = weight.whole.factors.shape[1]
+        fits = {"r": factors == 1, _WHOLE.get(group): columns == factors * FACTOR_COLUMNS}
+        for end in (end for end, fit in fits.items() if fit):
+            form = weight.minimums is not None, weight.whole.bits
+            if WHOLE_KINDS.get(f"{name}_{end}") == form and (group == GROUP or end != "r"):
+                return f"{name}_{end}"
     if columns % GROUP or group % GROUP:
         return None
     kind = "sym" if weight.minimums is None else "min"

@@ -152,7 +152,7 @@ using MatmulFunction = void (*)(const Blocks& blocks, size_t count, size_t cols,
                                 const ActivationTile& tile, float* out, size_t out_stride);
 
 // Kinds that have kernels, in the order of their numbers.
-constexpr size_t kKernelKinds = 27;
+constexpr size_t kKernelKinds = 33;
 constexpr size_t kernel_of(WeightKind kind) {
   constexpr size_t plain = 9, first = static_cast<size_t>(WeightKind::q2_sym);
   const size_t number = static_cast<size_t>(kind);
@@ -198,7 +198,10 @@ struct Kernels {
     matmul<WeightKind::q5_min>, matmul<WeightKind::q6_min>, matmul<WeightKind::iq4>,         \
     matmul<WeightKind::fp4>, matmul<WeightKind::q3_k>, matmul<WeightKind::q4_k>,             \
     matmul<WeightKind::q5_k>, matmul<WeightKind::q6_k>, matmul<WeightKind::iq4_k>,           \
-    matmul<WeightKind::q3_k16>, matmul<WeightKind::q6_k16>, matmul<WeightKind::q2_k16>},     \
+    matmul<WeightKind::q3_k16>, matmul<WeightKind::q6_k16>, matmul<WeightKind::q2_k16>,      \
+    nullptr, /* q8_apart runs as q8_split */                                                 \
+    matmul<WeightKind::q2_r>, matmul<WeightKind::q3_r>, matmul<WeightKind::q4_r>,            \
+    matmul<WeightKind::q5_r>, matmul<WeightKind::q6_r>},                                     \
    rms_norm,                                                                                 \
    quantize,                                                                                 \
    layer_norm,                                                                               \

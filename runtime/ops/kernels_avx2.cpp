@@ -170,7 +170,7 @@ inline void load_scales(const uint8_t* scales, const uint8_t* offsets, size_t g,
                                  from_bytes(load_bytes(offsets + g * 16 + half * 8)));
   } else {
     constexpr Factored parts = factored(form);
-    constexpr size_t groups = kFactorColumns / kGroup;
+    constexpr size_t groups = form.factor_columns / kGroup;
     const uint8_t* super = scales + g / groups * parts.bytes;
     const __m256 factor = load_half8(super + half * 16);
     for (int i = 0; i < kScales<K>; ++i) {

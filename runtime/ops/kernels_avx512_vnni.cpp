@@ -152,7 +152,7 @@ inline void load_scales(const uint8_t* scales, const uint8_t* offsets, size_t g,
     }
   } else {
     constexpr Factored parts = factored(form);
-    constexpr size_t groups = kFactorColumns / kGroup;
+    constexpr size_t groups = form.factor_columns / kGroup;
     const uint8_t* super = scales + g / groups * parts.bytes;
     const __m512 factor = load_f16(super);
     for (int i = 0; i < kScales<K>; ++i) {

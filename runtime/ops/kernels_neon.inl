@@ -180,7 +180,7 @@ inline void load_scales(const uint8_t* scales, const uint8_t* offsets, size_t g,
       minimum[0] = vmulq_f32(vnegq_f32(scale[0]), widened(four_bytes(offsets + g * 16 + row)));
   } else {
     constexpr Factored parts = factored(form);
-    constexpr size_t groups = kFactorColumns / kGroup;
+    constexpr size_t groups = form.factor_columns / kGroup;
     const uint8_t* super = scales + g / groups * parts.bytes;
     const float32x4_t factor = load_half4(super + row * 2);
     for (int i = 0; i < kScales<K>; ++i) {

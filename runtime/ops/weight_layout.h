@@ -20,8 +20,9 @@
 //
 //   half      fp16 [group][16], then the offsets: fp16 minimums [group][16], or uint8 zero points
 //             [group][16], or nothing, where zero is half the range of the codes
-//   byte      for each 256 columns: a factor, fp16 [16]; with minimums theirs, fp16 [16], too; then
-//             for each scale int8 [16] without minimums, else uint8 [16] and uint8 minimums [16]
+//   byte      for each 256 columns, or for whole rows: a factor, fp16 [16]; with minimums theirs,
+//             fp16 [16], too; then for each scale int8 [16] without minimums, else uint8 [16] and
+//             uint8 minimums [16]
 //   nibble    as bytes with minimums, but both in one byte: the scale in its low nibble
 //
 // A scale is its factor times the byte, a minimum minus its factor times the byte. With a table the
@@ -41,7 +42,6 @@ namespace pocketslm {
 
 constexpr size_t kBlockRows = 16;
 constexpr size_t kGroup = 32;
-constexpr size_t kFactorColumns = 256;  // columns that share a factor of byte and nibble scales
 
 enum class Offset { none, minimum, zero_point };
 enum class Scaling { half, byte, nibble };
@@ -60,10 +60,16 @@ struct Form {
   unsigned scale_columns = 32;  // columns that share a scale
   Table table = Table::none;
   bool split = false;
+  size_t factor_columns = 256;  // columns that share a factor of byte and nibble scales
 };
+constexpr size_t kWholeRow = SIZE_MAX / 2;  // all columns do
 
 // Functions here have internal linkage: files compiled for different instruction sets include them,
 // and the linker must not pick one file's copy for all.
+static constexpr Form rows_of(Form form) {
+  form.factor_columns = kWholeRow;
+  return form;
+}
 static constexpr Form form_of(WeightKind kind) {
   switch (kind) {
     case WeightKind::q4_sym: return {4};
@@ -88,6 +94,11 @@ static constexpr Form form_of(WeightKind kind) {
     case WeightKind::q4_k: return {4, Offset::minimum, Scaling::byte};
     case WeightKind::q5_k: return {5, Offset::minimum, Scaling::byte};
     case WeightKind::q6_k: return {6, Offset::minimum, Scaling::byte};
+    case WeightKind::q2_r: return rows_of({2, Offset::minimum, Scaling::byte});
+    case WeightKind::q3_r: return rows_of({3, Offset::minimum, Scaling::byte});
+    case WeightKind::q4_r: return rows_of({4, Offset::minimum, Scaling::byte});
+    case WeightKind::q5_r: return rows_of({5, Offset::minimum, Scaling::byte});
+    case WeightKind::q6_r: return rows_of({6, Offset::minimum, Scaling::byte});
     case WeightKind::iq4_k: return {4, Offset::none, Scaling::byte, 32, Table::iq4};
     case WeightKind::q3_k16: return {3, Offset::none, Scaling::byte, 16};
     case WeightKind::q6_k16: return {6, Offset::none, Scaling::byte, 16};
@@ -122,8 +133,8 @@ static constexpr size_t round_up(size_t value, size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Scales and minimums of 256 columns where they are bytes or nibbles: where the first group's lie,
-// bytes from a scale's 16 to the next one's, and bytes in all.
+// Scales and minimums of columns with one factor, where they are bytes or nibbles: where the first
+// scale's lie, bytes from a scale's 16 to the next one's, and bytes in all.
 struct Factored {
   size_t first, step, bytes;
 };
@@ -131,12 +142,14 @@ static constexpr Factored factored(const Form& form) {
   const bool minimums = form.offset == Offset::minimum;
   const size_t first = kBlockRows * (minimums ? 4 : 2);
   const size_t step = kBlockRows * (minimums && form.scaling == Scaling::byte ? 2 : 1);
-  return {first, step, first + kFactorColumns / form.scale_columns * step};
+  return {first, step, first + form.factor_columns / form.scale_columns * step};
 }
 
 // Columns of a matrix of this kind are a multiple of this.
 static constexpr size_t column_unit(WeightKind kind) {
-  return form_of(kind).scaling == Scaling::half ? kGroup : kFactorColumns;
+  const Form form = form_of(kind);
+  return form.scaling == Scaling::half || form.factor_columns == kWholeRow ? kGroup
+                                                                           : form.factor_columns;
 }
 
 // Byte offsets inside one block of 16 rows. Split codes have their low nibbles at `offsets`.
@@ -150,7 +163,11 @@ static constexpr BlockLayout block_layout(WeightKind kind, size_t cols) {
   const size_t groups = cols / kGroup;
   const size_t scales = groups * group_bytes(form);
   if (form.scaling != Scaling::half) {
-    const size_t bytes = round_up(cols / kFactorColumns * factored(form).bytes, 64);
+    const Factored parts = factored(form);
+    const size_t bytes = round_up(form.factor_columns == kWholeRow
+                                      ? parts.first + groups * parts.step
+                                      : cols / form.factor_columns * parts.bytes,
+                                  64);
     return {scales, scales + bytes, scales + bytes};
   }
   const size_t offsets = scales + round_up(groups * kBlockRows * 2, 64);

@@ -57,8 +57,8 @@ static inline ScaleAndMinimum scale_at(const Form& form, const BlockParts& block
     return {half(block.scales, group), minimums ? half(block.offsets, group) : 0.0f};
   }
   const Factored parts = factored(form);
-  const uint8_t* super = block.scales + column / kFactorColumns * parts.bytes;
-  const size_t entry = column % kFactorColumns / form.scale_columns;
+  const uint8_t* super = block.scales + column / form.factor_columns * parts.bytes;
+  const size_t entry = column % form.factor_columns / form.scale_columns;
   const uint8_t* bytes = super + parts.first + entry * parts.step + row;
   const float factor = half(super, 0);
   if (!minimums) return {factor * static_cast<float>(static_cast<int8_t>(*bytes)), 0.0f};

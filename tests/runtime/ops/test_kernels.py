@@ -32,7 +32,7 @@ ROWS = [1, 15, 16, 17, 40]
 
 
 def columns(scheme: str) -> list[int]:
-    return [256, 768] if scheme in WHOLE else [32, 96, 288]
+    return [256, 768] if scheme in WHOLE and scheme[-1] != "r" else [32, 96, 288]
 
 
 TOKENS = [1, 2, 3, 7, 16, 21]
