@@ -30,6 +30,7 @@ from pocketslm.terminal import (
 )
 
 if TYPE_CHECKING:
+    from pocketslm.export.quantize.grid import Kind
     from pocketslm.export.recipe import Recipe
     from pocketslm.models.checkpoint import Checkpoint
 
@@ -289,7 +290,9 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     sized = arguments.size_budget is not None
     method = arguments.method or ("search+gptq" if sized else "rtn")
     parts = set(method.split("+"))
-    grid = "min" if "hqq" in parts else "min8" if sized and arguments.group_size == 32 else "sym"
+    grid: Kind = "sym"
+    if "hqq" in parts or sized:
+        grid = "min8" if sized and arguments.group_size == 32 else "min"
     return Recipe(
         weights=arguments.weights or ("int4" if arguments.method else "keep"),
         head=arguments.head,
