@@ -300,6 +300,18 @@ class _Lowering(GraphBuilder, Walk):
             **partial,
         )
 
+    def temperature(self, node: Node) -> None:
+        x, _, factor, step = node.args
+        steps = self._constant(f"step_{step}", np.array([step], np.int64))
+        one, axes = self._number(1.0), self._constant("last_axis", np.array([-1], np.int64))
+        passed = self._op("Div", [self._positions(), steps])
+        passed = self._op("Cast", [passed], to=self.float_type)
+        grown = self._op(
+            "Mul", [self._op("Log", [self._op("Add", [passed, one])]), self._number(factor)]
+        )
+        factors = self._op("Unsqueeze", [self._op("Add", [grown, one]), axes])
+        self.values[node] = self._op("Mul", [self._late(x), factors])
+
     def attention(self, node: Node) -> None:
         q, k, v, past_k, past_v, heads, kv_heads, scale, window, softcap, causal = node.args
         if not causal:

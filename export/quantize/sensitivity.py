@@ -37,6 +37,7 @@ def mixed_precision(
 
     ``ids`` [B, S]: windows of tokens to measure on. Raises ExportError where not even int4 fits.
     """
+    checkpoint.config.need_own_layers("--size-budget")
     four = replace(recipe, weights="int4", overrides={})
     eight = replace(recipe, weights="int8", overrides={})
     sites = layer_matrices(checkpoint.config)

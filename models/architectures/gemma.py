@@ -15,6 +15,7 @@ from pocketslm.models.architectures.base import (
     MLP,
     QK_NORMS,
     TOP,
+    VISION,
     Architecture,
     activation,
     gguf_map,
@@ -44,7 +45,6 @@ _OF_TEXT: dict[str, Any] = {
     "rope_theta": 1000000.0,
     "query_pre_attn_scalar": 256,
 }
-_VISION = (r"^(model\.)?(vision_tower|multi_modal_projector)\.",)
 
 
 def _map(*parts: str, ignored: tuple[str, ...] = ()) -> WeightMap:
@@ -135,7 +135,7 @@ class Gemma2(Architecture):
 class Gemma3(Gemma2):
     """Q and K are normalized; windowed layers have rotary tables of their own."""
 
-    hf: WeightMap = field(default=_map(*QK_NORMS, ignored=_VISION))
+    hf: WeightMap = field(default=_map(*QK_NORMS, ignored=VISION))
     pattern: ClassVar[int] = 6
     default_theta: ClassVar[float] = 1e6
 
@@ -143,12 +143,7 @@ class Gemma3(Gemma2):
         """Of a model that also sees (``gemma3``), the text alone."""
         if f("model_type") != "gemma3":
             return super().read_hf(f)
-        f("vision_config")
-        f.notes.append("the vision tower is left out: the bundle reads and writes text")
-        text = Fields(_OF_TEXT | f.table("text_config"), f.where)
-        config = super().read_hf(text)
-        f.notes += text.settle()
-        return config
+        return self.read_text_of(f, _OF_TEXT)
 
     def hf_attention(self, f: Fields) -> Attention:
         return replace(super().hf_attention(f), qk_norm="head")

@@ -334,6 +334,14 @@ class _Lowering(Walk):
         turned = turned if rest is None else s.concatenate_last(turned, rest)
         self.inside[node] = s.reshape(turned, [1, 0, width])
 
+    def temperature(self, node: Node) -> None:
+        x, _, factor, step = node.args
+        table = 1 + factor * np.log1p(np.arange(self.context) // step)[:, None]
+        rows = self._rows(f"temperature.{factor!r}.{step}", table, [self.context, 1])
+        s = self.segment
+        grown = s.reshape(s.input(rows, [ANY, 1]), [1, 0, 1])
+        self.inside[node] = s.multiply(self._in(x), grown)
+
     def getitem(self, node: Node) -> None:
         source, index = node.args
         if index:  # the longer cache, which stays where it is
