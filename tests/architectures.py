@@ -175,8 +175,10 @@ ROWS = {
     "gpt_neox whole heads": Row("gpt_neox", {"rope_parameters": _WHOLE} | _NO_GROUPS),
     "gpt_neox in turn": Row("gpt_neox", {"use_parallel_residual": False} | _NO_GROUPS),
     "lfm2": Row("lfm2", _LFM2, targets=("native", "onnx")),
-    "bert": Row("bert", _NO_GROUPS, ("native",), Pooling("mean", normalize=True, max_tokens=128)),
-    "qwen3 embedding": Row("qwen3", {"head_dim": 32}, ("native",), Pooling("last")),
+    "bert": Row(
+        "bert", _NO_GROUPS, ("native", "onnx"), Pooling("mean", normalize=True, max_tokens=128)
+    ),
+    "qwen3 embedding": Row("qwen3", {"head_dim": 32}, ("native", "onnx"), Pooling("last")),
 }
 
 

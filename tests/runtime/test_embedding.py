@@ -29,7 +29,7 @@ from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.config import Pooling
 from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends import open_session
-from pocketslm.runtime.bundle import MANIFEST, open_bundle
+from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, open_bundle
 from pocketslm.runtime.model import Model
 from tokenizer_support import word_piece
 
@@ -57,6 +57,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(tmp_path_factory.mktemp("bert"), "bert", pooling)
 
 
+@pytest.mark.parametrize("backend", ["native", "onnx"])
 @pytest.mark.parametrize(
     ("name", "pooling"),
     [
@@ -68,10 +69,10 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_an_embedding_is_the_pooled_hidden_states(
-    name: str, pooling: Pooling, tmp_path: Path
+    name: str, pooling: Pooling, backend: str, tmp_path: Path
 ) -> None:
     bundle = exported(tmp_path, name, pooling, words=name == "bert")
-    model = Model.load(bundle, threads=1)
+    model = Model.load(bundle, backend, threads=1)
     assert model.bundle.config is not None
     assert model.bundle.config.pooling == pooling
     got = model.embed(TEXTS)
@@ -86,6 +87,7 @@ def test_an_embedding_is_the_pooled_hidden_states(
         assert np.abs(vector - one.numpy()).max() <= 2e-3 * float(one.abs().max())
     # In another order, each text is still read for itself.
     np.testing.assert_array_equal(model.embed(TEXTS[::-1])[::-1], got)
+    assert not (bundle / GENAI_CONFIG).exists()  # which runs what generates text alone
     assert model.embed([]).shape == (0, 64)
 
 
@@ -147,7 +149,8 @@ def test_each_kind_of_model_says_what_it_is_for(
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (Recipe(targets=("native", "onnx")), "no onnx graph: the model gives embeddings"),
+        (Recipe(targets=("native", "executorch")), "no executorch graph: the model gives"),
+        (Recipe(targets=("onnx",), dtype="fp16"), "an encoder's attention computes in fp32"),
         (Recipe(method="gptq", calibration="lee"), "need a model that generates text"),
     ],
 )
@@ -165,10 +168,12 @@ def test_an_encoder_without_a_pooling_is_not_exported(tmp_path: Path) -> None:
 
 
 def test_embeddings_are_rounded_to_int8_by_default(tmp_path: Path) -> None:
-    bundle = open_bundle(exported(tmp_path, "bert", Pooling("mean"), Recipe()))
+    bundle = open_bundle(exported(tmp_path, "bert", Pooling("mean", normalize=True), Recipe()))
     assert bundle.manifest is not None
     assert bundle.manifest.weights.keys() == {"int8 g32 sym", "fp32"}
-    assert [graph.backend for graph in bundle.graphs] == ["native"]
+    assert [graph.backend for graph in bundle.graphs] == ["native", "onnx"]
+    native, onnx = (Model.load(bundle.path, name, threads=1) for name in ("native", "onnx"))
+    assert (native.embed(TEXTS) * onnx.embed(TEXTS)).sum(1).min() >= 0.99
     assert bundle.manifest.notes == ["float weights were rounded to int8 g32 sym"]
 
 
@@ -211,10 +216,11 @@ def test_minilm_gives_the_embeddings_of_transformers(tmp_path: Path) -> None:
     least = {}
     for name, recipe in (("float", FLOATS), ("int8", Recipe())):
         export_bundle(open_checkpoint(folder), tmp_path / name, recipe)
-        model = Model.load(tmp_path / name, threads=2)
-        with pytest.raises(ContextOverflowError, match="the model reads 254 of a text"):
-            model.embed(texts)
-        found = model.embed(texts, truncate=True)
-        least[name] = float((found * np.stack(expected)).sum(1).min())
-    assert least["float"] >= 0.9999
-    assert least["int8"] >= 0.995
+        for backend in ("native", "onnx"):
+            model = Model.load(tmp_path / name, backend, threads=2)
+            with pytest.raises(ContextOverflowError, match="the model reads 254 of a text"):
+                model.embed(texts)
+            found = model.embed(texts, truncate=True)
+            least[name, backend] = float((found * np.stack(expected)).sum(1).min())
+    assert min(least["float", "native"], least["float", "onnx"]) >= 0.9999
+    assert min(least["int8", "native"], least["int8", "onnx"]) >= 0.995
