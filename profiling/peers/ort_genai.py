@@ -13,6 +13,7 @@ import numpy as np
 
 from pocketslm.errors import BackendError
 from pocketslm.profiling.engine import Engine, Job, library_version, missing_library
+from pocketslm.profiling.peers import genai_builder
 
 _DISTRIBUTION = "onnxruntime-genai"
 
@@ -62,7 +63,7 @@ def _write_hf(source: Path, folder: Path) -> None:
 
 
 def _build(checkpoint: Path, out: Path, downloads: Path) -> None:
-    command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder"]
+    command = [sys.executable, "-P", "-m", genai_builder.__name__]
     command += ["-m", str(checkpoint), "-o", str(out), "-p", "int4", "-e", "cpu"]
     done = subprocess.run(
         [*command, "-c", str(downloads)],

@@ -24,6 +24,7 @@ from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
 from pocketslm.models.config import ModelConfig, Pooling, ShortConv
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import floats
+from pocketslm.profiling.shape import add_metadata, metadata
 from pocketslm.runtime.model import Model
 from tokenizer_support import word_piece
 
@@ -101,13 +102,15 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_chat_template(support.CHATML)
 
 
+WORDS = 1500
+
+
 def words_of_a_gguf() -> str:
     """A tokenizer.json of BERT's kind whose words do not hold the mark of GGUF."""
     document = json.loads(word_piece())
     vocabulary = document["model"]["vocab"]
-    document["model"]["vocab"] = {
-        f"[unused{id_}]" if "▁" in word else word: id_ for word, id_ in vocabulary.items()
-    }
+    words = {id_: word for word, id_ in vocabulary.items() if "▁" not in word}
+    document["model"]["vocab"] = {words.get(i, f"[unused{i}]"): i for i in range(WORDS)}
     return json.dumps(document)
 
 
@@ -145,18 +148,7 @@ def write(
     architecture = architectures.by_name(config.architecture)
     writer = gguf.GGUFWriter(str(path), architecture.gguf_types[0])
     writer.add_name("tiny")
-    for key, value in (metadata(config) | KEYS[name]).items():
-        key = f"{architecture.gguf_types[0]}.{key}"
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+    add_metadata(writer, architecture.gguf_types[0], keys_of(config) | KEYS[name])
     tokenizer(writer)
     shapes = {n: tuple(p.shape) for n, p in load_reference(checkpoint, 8).named_parameters()}
     state = {parameter: floats(checkpoint.weight(parameter)) for parameter in shapes}
@@ -177,28 +169,12 @@ def write(
     return path
 
 
-def metadata(c: ModelConfig) -> dict[str, Any]:
-    a = c.attentions[0]
-    kv_heads = [layer.size.num_key_value_heads for layer in c.stored_layers]
-    keys: dict[str, Any] = {
-        "context_length": c.max_position_embeddings,
-        "embedding_length": c.hidden_size,
-        "block_count": c.num_hidden_layers,
-        "feed_forward_length": c.intermediate_size,
-        "attention.head_count": a.heads,
-        "attention.head_count_kv": kv_heads if 0 in kv_heads else a.kv_heads,
-        "attention.key_length": a.head_dim,
-        "attention.value_length": a.head_dim,
-        f"attention.layer_norm_{'rms_' if c.norm == 'rms' else ''}epsilon": c.norm_eps,
-        "vocab_size": c.vocab_size,
-    }
-    if c.rotaries:
-        rotary = c.rotaries[0]
-        theta = rotary.theta
-        if rotary.divisors is not None and "alpha" in (rotary.declared or ""):
-            # llama.cpp's converter stretches the base.
-            theta *= rotary.divisors[-1] ** (rotary.dim / (rotary.dim - 2))
-        keys |= {"rope.freq_base": theta, "rope.dimension_count": rotary.dim}
+def keys_of(c: ModelConfig) -> dict[str, Any]:
+    keys = metadata(c)
+    rotary = c.rotaries[0] if c.rotaries else None
+    if rotary is not None and rotary.divisors is not None and "alpha" in (rotary.declared or ""):
+        # llama.cpp's converter stretches the base.
+        keys["rope.freq_base"] *= rotary.divisors[-1] ** (rotary.dim / (rotary.dim - 2))
     return keys
 
 
@@ -247,7 +223,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("bert")
     row = ROWS["bert"]
     pooling = Pooling("mean", normalize=True)
-    row = replace(row, fields=row.fields | {"vocab_size": 1500}, pooling=pooling)
+    row = replace(row, fields=row.fields | {"vocab_size": WORDS}, pooling=pooling)
     folder, _ = write_folder(root / "hf", row)
     (folder / "tokenizer.json").write_text(words_of_a_gguf())
     (folder / "tokenizer_config.json").write_text("{}")

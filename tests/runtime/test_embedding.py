@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from architectures import ROWS, write_folder
+from native_runner import running
 
 from pocketslm.cli import main
 from pocketslm.errors import (
@@ -29,6 +32,7 @@ from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.config import Pooling
 from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends import open_session
+from pocketslm.runtime.backends.runner import program
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, open_bundle
 from pocketslm.runtime.model import Model
 from tokenizer_support import word_piece
@@ -118,6 +122,46 @@ def test_a_graph_of_another_size_than_its_manifest_says_is_refused(
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="gives 64 values a token, the manifest says 96"):
         Model.load(folder, threads=1).embed(["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        ("bert", Pooling("mean", normalize=True, max_tokens=32)),
+        ("bert", Pooling("cls")),
+        ("qwen3 embedding", Pooling("last", normalize=True)),
+        ("qwen3 embedding", Pooling("mean")),
+    ],
+)
+def test_the_runner_embeds_as_the_package_does(name: str, pooling: Pooling, tmp_path: Path) -> None:
+    bundle = exported(tmp_path, name, pooling, words=name == "bert")
+    expected = Model.load(bundle, "native", threads=1).embed([*TEXTS, "cat " * 40], truncate=True)
+    says: dict[str, Any] = {"pooling": pooling.kind, "normalize": pooling.normalize}
+    limit = {"max_tokens": pooling.max_tokens} if pooling.max_tokens else {}
+    with running([str(program())]) as runner:
+        assert runner.ask(op="load", path=str(bundle / "model.slm"), threads=1)["event"] == "loaded"
+        for text, vector in zip([*TEXTS, "cat " * 40], expected, strict=True):
+            answer = runner.ask(op="embed", prompt=text, truncate=True, **says, **limit)
+            assert answer["event"] == "embedding", answer
+            np.testing.assert_allclose(answer["embedding"], vector, rtol=1e-5, atol=1e-6)
+        packed = runner.ask(op="embed", prompt=TEXTS[0], base64=True, **says)
+        values = np.frombuffer(base64.b64decode(packed["base64"]), "<f4")
+        np.testing.assert_allclose(values, expected[0], rtol=1e-5, atol=1e-6)
+        for request, message in (
+            ({"prompt": "a", "pooling": "max"}, "'pooling' must be mean, cls or last"),
+            ({"prompt": "a"}, "'pooling' must be mean, cls or last"),
+            ({"prompt": "cat " * 40, "max_tokens": 8, **says}, "at most 8; split the text"),
+            ({"tokens": [], **says}, "must not be empty"),
+            ({"prompt": "a", "pool": "mean", **says}, "'pool' is unknown here"),
+        ):
+            assert message in runner.ask(op="embed", **request)["message"]
+
+
+def test_the_runner_has_no_embeddings_of_a_model_that_generates(tiny_bundle: Path) -> None:
+    with running([str(program())]) as runner:
+        runner.ask(op="load", path=str(tiny_bundle / "model.slm"), threads=1)
+        answer = runner.ask(op="embed", tokens=[1, 2], pooling="mean")
+        assert "the model generates text" in answer["message"]
 
 
 def test_each_kind_of_model_says_what_it_is_for(
