@@ -174,7 +174,7 @@ ROWS = {
     "gpt_neox": Row("gpt_neox", {"rope_parameters": _HALF} | _NO_GROUPS),
     "gpt_neox whole heads": Row("gpt_neox", {"rope_parameters": _WHOLE} | _NO_GROUPS),
     "gpt_neox in turn": Row("gpt_neox", {"use_parallel_residual": False} | _NO_GROUPS),
-    "lfm2": Row("lfm2", _LFM2, targets=("native", "onnx")),
+    "lfm2": Row("lfm2", _LFM2),
     "bert": Row(
         "bert", _NO_GROUPS, ("native", "onnx"), Pooling("mean", normalize=True, max_tokens=128)
     ),

@@ -19,7 +19,8 @@ from pocketslm.export.lower.executorch.filters import holds_bfloat16, product_fo
 from pocketslm.export.lower.executorch.program import ProgramBuilder, llm_metadata
 from pocketslm.export.lower.executorch.xnnpack import ANY, BACKEND, Filter, Segment
 from pocketslm.export.lower.trace import Node, Traced
-from pocketslm.export.lower.walk import Progress, Walk, WeightReader, refuse
+from pocketslm.export.lower.walk import Progress, Walk, WeightReader, is_op, refuse
+from pocketslm.models import ops
 from pocketslm.models.tensors import Array, QuantTensor, Weight, floats
 
 GRAPH_FILE = "model.pte"
@@ -72,11 +73,9 @@ class _Lowering(Walk):
         self.sums: dict[tuple[Node, int], int] = {}
         self.tables: dict[str, int] = {}
         self.changes: Counter[str] = Counter()
-        for layer in self.config.layers:
-            a = layer.attention
-            if a is None or a.softcap is not None:
-                what = "a short convolution" if a is None else "a cap on attention scores"
-                raise refuse(self.target, f"ExecuTorch's kernels have no {what}")
+        self.places: dict[tuple[int, int], int] = {}
+        if any(a.softcap is not None for a in self.config.attentions):
+            raise refuse(self.target, "ExecuTorch's kernels have no cap on attention scores")
 
     def run(self, path: Path, bos: int, eos: list[int], progress: Progress) -> None:
         inputs = self._inputs()
@@ -274,6 +273,53 @@ class _Lowering(Walk):
         p.call(f"llama::{kind}.out", q[0], k[0], v[0], self.start, *options, *grids, out, out)
         self.outside[node] = out
 
+    def short_conv(self, node: Node) -> None:
+        """Sums of shifted columns, all of which are kept: a shorter context needs no other state.
+
+        The cache begins with as many zeros as a token looks back at, written each time: nobody
+        promises that it is empty at first.
+        """
+        b, c, x, taps_node, bias_node, _ = node.args
+        name, taps = self.parameter(taps_node)
+        taps = floats(taps)
+        p, (size, count) = self.program, taps.shape
+        columns = self.segment.multiply(self._in(b), self._in(x))
+        columns = self.segment.reshape(columns, [1, 0, 1, size])
+        new = p.tensor([1, self.context, 1, size])
+        self._close({columns: new})
+        cache = p.state([1, self.context + count - 1, 1, size], "float32")
+        unused = p.tensor([1], dynamic=False)
+        zeros = p.constant(
+            f"zeros.{count - 1}.{size}", np.zeros((1, count - 1, 1, size), np.float32)
+        )
+        for value, place in ((zeros, p.literal(0)), (new, self._later(self.start, count - 1))):
+            p.call("llama::update_cache.out", value, cache, place, unused, unused)
+        s = self.segment
+        total: int | None = None
+        for tap in range(count):
+            rows = p.tensor([1, self.context, 1, size])
+            span = (self._later(place, tap) for place in (self.start, self.end))
+            arguments = [cache, p.literal(1), *span, p.literal(1)]
+            p.call("aten::slice_copy.Tensor_out", *arguments, rows, rows)
+            weight = p.constant(f"{name}.{tap}", np.ascontiguousarray(taps[:, tap], np.float32))
+            part = s.multiply(s.input(rows, [1, ANY, 1, size]), s.input(weight, [size]))
+            total = part if total is None else s.add(total, part)
+        assert total is not None
+        total = s.reshape(total, [1, 0, size])
+        if bias_node is not None:
+            total = s.add(total, self._constant(bias_node))
+        self.inside[node] = s.multiply(total, self._in(c))
+
+    def _later(self, place: int, positions: int) -> int:
+        """A number of the program and so many more."""
+        if not positions:
+            return place
+        if (place, positions) not in self.places:
+            self.places[place, positions] = self.program.number()
+            arguments = [place, self.program.literal(positions), self.places[place, positions]]
+            self.program.call("executorch_prim::add.Scalar", *arguments)
+        return self.places[place, positions]
+
     def _mask(self, window: int) -> int:
         """What the new positions see of the whole cache: 0, or minus infinity."""
         n = self.context
@@ -345,6 +391,9 @@ class _Lowering(Walk):
     def getitem(self, node: Node) -> None:
         source, index = node.args
         if index:  # the longer cache, which stays where it is
+            return
+        if is_op(source, ops.short_conv):
+            self.inside[node] = self._in(source)
             return
         heads, width = source.args[5], self.traced.widths[source]
         out = self.segment.input(self.outside[source], [1, ANY, heads, width // heads])
