@@ -165,6 +165,7 @@ def _with_neurons(checkpoint: Checkpoint, ids: Any, neurons: int) -> Checkpoint:
     from pocketslm.export.prune import width
     from pocketslm.models.reference import load_reference
 
+    checkpoint.config.need_own_layers("--neurons")
     importance = width.activation_importance(load_reference(checkpoint, ids.shape[1]), ids)
     return width.Narrowed(checkpoint, width.keep_top(importance, neurons=neurons))
 

@@ -17,6 +17,7 @@ from pocketslm.errors import UsageError
 from pocketslm.models import architectures, catalog
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import parameter_shapes
+from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet
 
 BLOCK = 32  # values of a block of Q4_0: a scale in fp16, then two codes a byte
 _DEVIATION = 4.61  # of codes that are uniform on 0 to 15
@@ -70,7 +71,8 @@ def write_random(config: ModelConfig, path: Path, seed: int = 0) -> None:
     architecture = architectures.by_name(config.architecture)
     plain = {a.window is None and a.softcap is None for a in config.attentions} == {True}
     table = next(iter(config.rotaries), None)
-    if not architecture.gguf_types or not plain or (table is not None and table.divisors):
+    plain = plain and (table is None or not table.divisors) and config.vocab_size > 257
+    if not architecture.gguf_types or not plain:
         raise UsageError(f"no GGUF of random weights for {config.architecture} with this config")
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), architecture.gguf_types[0])
@@ -78,11 +80,11 @@ def write_random(config: ModelConfig, path: Path, seed: int = 0) -> None:
     add_metadata(writer, architecture.gguf_types[0], metadata(config))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    letters = [chr(code) if 33 <= code < 127 else chr(256 + code) for code in range(256)]
-    tokens = [*letters, *(f"word{number}" for number in range(256, config.vocab_size))]
-    writer.add_token_list(tokens[: config.vocab_size])
+    letters = [chr(code) for code in byte_alphabet().values()]
+    words = (f"word{number}" for number in range(257, config.vocab_size))
+    writer.add_token_list([*letters, "th", *words])
     writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges([])
+    writer.add_token_merges(["t h"])
     writer.add_eos_token_id(config.vocab_size - 1)
     for name, shape in parameter_shapes(config).items():
         stored = architecture.gguf.stored(name)

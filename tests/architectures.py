@@ -141,9 +141,7 @@ ROWS = {
     "qwen2": Row("qwen2", {"tie_word_embeddings": True}),
     "qwen2 windows": Row("qwen2", {"use_sliding_window": True, "max_window_layers": 2, **_WINDOW}),
     "qwen3": Row("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
-    "gemma2": Row(
-        "gemma2", _GEMMA | _CAPS | {"query_pre_attn_scalar": 32}, targets=("native", "onnx")
-    ),
+    "gemma2": Row("gemma2", _GEMMA | _CAPS | {"query_pre_attn_scalar": 32}),
     "gemma3": Row("gemma3_text", _GEMMA | {"num_hidden_layers": 6, "query_pre_attn_scalar": 32}),
     "gemma3 layers": Row(
         "gemma3_text",

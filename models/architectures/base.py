@@ -31,6 +31,7 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+FULL, SLIDING = "full_attention", "sliding_attention"  # what layer_types says
 BUFFERS = (r"rotary_emb\.inv_freq$",)  # of no use to anybody who can compute them
 VISION = (r"^(model\.)?(vision_tower|multi_modal_projector)\.",)
 
@@ -88,6 +89,15 @@ def gguf_map(**changes: Any) -> WeightMap:
         "ignored": GGUF_BUFFERS,
     }
     return WeightMap(**fields | changes)
+
+
+def written_windows(c: ModelConfig) -> dict[str, Any]:
+    """The fields of layers with a window beside layers that see everything."""
+    windows = [layer.attention.window for layer in c.stored_layers if layer.attention is not None]
+    return {
+        "sliding_window": next((w for w in windows if w is not None), None),
+        "layer_types": [FULL if w is None else SLIDING for w in windows],
+    }
 
 
 def activation(f: Fields, name: str) -> Activation:

@@ -83,15 +83,23 @@ def _build(checkpoint: Path, out: Path, downloads: Path) -> None:
         )
 
 
+def _window(folder: Path) -> int:
+    """Of the model's layers; 0 where none has one."""
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    found: int = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 0)
+    return found
+
+
 class _Engine:
     def __init__(self, job: Job) -> None:
         import onnxruntime_genai as og
 
         self.backend = "onnxruntime cpu"
         options = {"intra_op_num_threads": job.threads}
-        # One more than the cache holds: the token chosen last counts, though it is never run.
-        length = job.context + 1
         try:
+            # One more than the cache holds: the token chosen last counts, though it is never run.
+            # Its operator refuses a cache that is shorter than a layer's window.
+            length = max(job.context + 1, _window(Path(job.artefact)))
             config = og.Config(job.artefact)
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = og.Model(config)

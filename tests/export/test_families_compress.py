@@ -189,3 +189,6 @@ def test_what_changes_layers_one_by_one_refuses_a_shared_mlp(tmp_path: Path) -> 
     recipe = Recipe(weights="int4", method="gptq", calibration=str(text), calibration_tokens=512)
     with pytest.raises(UsageError, match="layers share one MLP"):
         export_bundle(checkpoint, tmp_path / "out", recipe)
+    recipe = Recipe(neurons=64, calibration=str(text), calibration_tokens=512)
+    with pytest.raises(UsageError, match="layers share one MLP"):
+        export_bundle(checkpoint, tmp_path / "out", recipe)

@@ -19,8 +19,7 @@ from pocketslm.export.lower.executorch.filters import holds_bfloat16, product_fo
 from pocketslm.export.lower.executorch.program import ProgramBuilder, llm_metadata
 from pocketslm.export.lower.executorch.xnnpack import ANY, BACKEND, Filter, Segment
 from pocketslm.export.lower.trace import Node, Traced
-from pocketslm.export.lower.walk import Progress, Walk, WeightReader, is_op, refuse
-from pocketslm.models import ops
+from pocketslm.export.lower.walk import Progress, Walk, WeightReader, refuse
 from pocketslm.models.tensors import Array, QuantTensor, Weight, floats
 
 GRAPH_FILE = "model.pte"
@@ -74,8 +73,8 @@ class _Lowering(Walk):
         self.tables: dict[str, int] = {}
         self.changes: Counter[str] = Counter()
         self.places: dict[tuple[int, int], int] = {}
-        if any(a.softcap is not None for a in self.config.attentions):
-            raise refuse(self.target, "ExecuTorch's kernels have no cap on attention scores")
+        if int8_cache and any(a.softcap is not None for a in self.config.attentions):
+            raise refuse(self.target, "attention with capped scores reads an fp32 cache")
 
     def run(self, path: Path, bos: int, eos: list[int], progress: Progress) -> None:
         inputs = self._inputs()
@@ -248,7 +247,7 @@ class _Lowering(Walk):
         return s.unary(xnn.XNNSquare, x) if kind == "relu2" else x
 
     def attention(self, node: Node) -> None:
-        q, k, v, _, _, heads, kv_heads, scale, window, _, causal = node.args
+        q, k, v, _, _, heads, kv_heads, scale, window, cap, causal = node.args
         if not causal:
             raise refuse(self.target, "attention in both directions is not supported")
         p, size = self.program, self.traced.widths[q] // heads
@@ -260,6 +259,13 @@ class _Lowering(Walk):
         cached = [1, self.context, kv_heads, size]
         made = {query: p.tensor(shape), key: p.tensor(cached), value: p.tensor(cached)}
         self._close(made)
+        if cap is not None:
+            caches = [self._append(made[x], cached, "float32") for x in (key, value)]
+            mask = self._mask(min(window or self.context, self.context))
+            self.inside[node] = self._capped(
+                made[query], *caches, mask, shape, kv_heads, scale, cap
+            )
+            return
         q = [part for part, _, _ in self._held(made[query], shape)]
         k, v = ([self._append(*part) for part in self._held(made[x], cached)] for x in (key, value))
         mask, is_causal = p.literal(None), p.literal(True)
@@ -272,6 +278,37 @@ class _Lowering(Walk):
         out = p.tensor(shape)
         p.call(f"llama::{kind}.out", q[0], k[0], v[0], self.start, *options, *grids, out, out)
         self.outside[node] = out
+
+    def _capped(
+        self,
+        query: int,
+        keys: int,
+        values: int,
+        mask: int,
+        shape: list[int],
+        kv_heads: int,
+        scale: float,
+        cap: float,
+    ) -> int:
+        """Attention written out, as no kernel caps its scores: [1, n, heads * size], over all of
+        the cache. shape: of the query, [1, n, heads, size]. mask: [n, context]."""
+        s, context, (heads, size) = self.segment, self.context, shape[2:]
+        shared = heads // kv_heads
+        q = s.reshape(s.input(query, [1, ANY, heads, size]), [0, kv_heads, shared, size])
+        q = s.reshape(s.transpose(q, (1, 0, 2, 3)), [kv_heads, 0, size])
+        k, v = (
+            s.reshape(s.input(part, [1, context, kv_heads, size]), [context, kv_heads, size])
+            for part in (keys, values)
+        )
+        scores = s.matrix_product(q, s.transpose(k, (1, 2, 0)))
+        scores = s.unary(xnn.XNNTanh, s.multiply(scores, self._number(scale / cap)))
+        scores = s.reshape(s.multiply(scores, self._number(cap)), [kv_heads, 0, shared, context])
+        seen = s.reshape(s.input(mask, [ANY, context]), [1, 0, 1, context])
+        weights = s.unary(xnn.XNNSoftmax, s.add(scores, seen))
+        weights = s.reshape(weights, [kv_heads, 0, context])
+        out = s.matrix_product(weights, s.transpose(v, (1, 0, 2)))
+        out = s.transpose(s.reshape(out, [kv_heads, 0, shared, size]), (1, 0, 2, 3))
+        return s.reshape(out, [1, 0, heads * size])
 
     def short_conv(self, node: Node) -> None:
         """Sums of shifted columns, all of which are kept: a shorter context needs no other state.
@@ -392,7 +429,7 @@ class _Lowering(Walk):
         source, index = node.args
         if index:  # the longer cache, which stays where it is
             return
-        if is_op(source, ops.short_conv):
+        if source in self.inside:  # what was not left to a kernel
             self.inside[node] = self._in(source)
             return
         heads, width = source.args[5], self.traced.widths[source]
