@@ -71,6 +71,7 @@ class Workbench:
         self, checkpoint: Checkpoint, text: Path, calibration: Path, *, windows: int, tokens: int
     ) -> None:
         checkpoint.config.need_head("methods")
+        checkpoint.config.need_own_layers("methods")
         self.checkpoint = checkpoint
         self.window = 512
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -194,7 +194,10 @@ class HFCheckpoint:
     def _stored(self, name: str) -> str:
         """A name of the family's as this folder has it."""
         old, new = self._prefix
-        return new + name.removeprefix(old) if name.startswith(old) else name
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+        beside = new.removesuffix(old) + name  # a head of its own, beside the text model
+        return beside if beside in self._where else name
 
     def _check_tensors(self) -> None:
         """Every tensor is read, or refused by name; a head of its own is used."""

@@ -42,6 +42,7 @@ def mixed_precision(
     ``ids`` [B, S]: windows of tokens to measure on. Raises ExportError where not even the fewest
     bits fit.
     """
+    checkpoint.config.need_own_layers("--size")
     sizes = Sizes(checkpoint, recipe)
     sizes.check(megabytes)
     model = load_reference(checkpoint, ids.shape[1])
