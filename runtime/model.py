@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,9 +17,14 @@ from pocketslm.runtime.backends import AdapterSession, open_session
 from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.embedding import Vector, embed, tokens_of
-from pocketslm.runtime.generation import Engine, Finish, Step
+from pocketslm.runtime.generation import Engine, Finish, Limiting, Step
 from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from pocketslm.runtime.tokenizer.vocabulary import any_of
+
+if TYPE_CHECKING:  # it loads the native library
+    from pocketslm.runtime.constraint import Grammar, TokenTexts
+
+KEPT_GRAMMARS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,8 @@ class Model:
         self.engine = engine
         self.tokenizer = tokenizer
         self.defaults = generation_defaults(bundle.path)
+        self._token_texts: TokenTexts | None = None
+        self._grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
 
     @classmethod
     def load(
@@ -174,7 +182,8 @@ class Model:
         string is held back until it is certain that it does not come. Text of a special token
         inside ``prompt`` stays ordinary text; give ids to use special tokens. A stop string may
         hold special tokens, though they are no text of the answer. Raises UsageError where the
-        model gives embeddings.
+        model gives embeddings, and where ``config`` holds the answer to a schema, an expression or
+        a grammar that is wrong or not supported.
         """
         self.need_head("generate")
         config = config or self.defaults
@@ -183,7 +192,8 @@ class Model:
             if isinstance(prompt, str)
             else list(prompt)
         )
-        steps = self.engine.generate(ids, config, self.tokenizer.eos_token_ids)
+        eos = self.tokenizer.eos_token_ids
+        steps = self.engine.generate(ids, config, eos, self._limiting(config))
         stops, marks = _marked_stops(config.stop_strings, self.tokenizer)
         return _with_text(steps, StreamDecoder(self.tokenizer), stops, marks)
 
@@ -193,6 +203,23 @@ class Model:
         """Answer a conversation ({"role", "content"} messages) through the chat template."""
         self.need_head("chat")
         return self.generate(self.tokenizer.apply_chat_template(list(messages)), config)
+
+    def _limiting(self, config: GenerationConfig) -> Callable[[], Limiting] | None:
+        """What makes the constraint that the configuration asks for; its grammar is read now."""
+        if config.constraint is None or self.engine.follows_by_itself(config):
+            return None
+        from pocketslm.runtime.constraint import Constraint, Grammar, TokenTexts
+
+        asked = config.constraint
+        grammar = self._grammars.get(asked) or Grammar(*asked)
+        self._grammars[asked] = grammar
+        self._grammars.move_to_end(asked)
+        if len(self._grammars) > KEPT_GRAMMARS:
+            self._grammars.popitem(last=False)
+        if self._token_texts is None:
+            self._token_texts = TokenTexts.of(self.tokenizer, self.engine.session.vocab_size)
+        texts = self._token_texts
+        return lambda: Constraint(grammar, texts)
 
     def need_head(self, what: str) -> None:
         """UsageError where ``what`` needs a model that generates text and this one does not."""
