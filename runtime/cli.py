@@ -101,7 +101,9 @@ def add_constraint(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what the answer must be (docs/structure.md)")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--json-schema", metavar="FILE", type=Path, help="JSON of this schema")
-    one.add_argument("--regex", metavar="TEXT", help="a text that this expression matches as a whole")
+    one.add_argument(
+        "--regex", metavar="TEXT", help="a text that this expression matches as a whole"
+    )
     one.add_argument("--grammar", metavar="FILE", type=Path, help="a text of this grammar in GBNF")
 
 

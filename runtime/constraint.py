@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +55,9 @@ class TokenTexts:
         """Those of a tokenizer, for a model of ``size`` logits."""
         special = tokenizer.special_ids | tokenizer.eos_token_ids
         texts = [b"" if id_ in special else tokenizer.token_bytes(id_) for id_ in range(size)]
-        spaced = next((id_ for id_, text in enumerate(texts) if len(text) > 1 and text[:1] == b" "), -1)
+        spaced = next(
+            (id_ for id_, text in enumerate(texts) if len(text) > 1 and text[:1] == b" "), -1
+        )
         strip = tokenizer.leading_strip == (" ", 1) or (
             spaced >= 0 and tokenizer.token_bytes(spaced, first=True) != texts[spaced]
         )
@@ -135,7 +136,7 @@ class Constraint:
         return bits[: self.texts.count].astype(np.bool_)
 
     def advance(self, token: int) -> None:
-        """Go on behind a token. Raises UsageError, and nothing changes, where it may not be next."""
+        """Go on behind a token. Raises UsageError, and changes nothing, where it may not be."""
         with self._lock:
             status = self._library.pslm_constraint_advance(
                 self._handle, token, self._error.argument

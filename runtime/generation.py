@@ -124,6 +124,7 @@ class Turns:
         """Nobody is at work here yet."""
         self._changed = threading.Condition()
         self._holder: object = None
+        self._cancelled: object = None  # a holder that is to end
         self._thread = 0  # where the holder was last at work
 
     @contextmanager
@@ -143,8 +144,13 @@ class Turns:
                     self._holder = None
                     self._changed.notify()
 
-    def go_on(self, turn: object) -> None:
-        """Raises UsageError where the turn was taken away."""
+    def cancel(self) -> None:
+        """Let the turn that somebody has now end."""
+        with self._changed:
+            self._cancelled = self._holder
+
+    def go_on(self, turn: object) -> bool:
+        """False where the turn is to end. Raises UsageError where it was taken away."""
         with self._changed:
             if self._holder is not turn:
                 raise UsageError(
@@ -152,6 +158,21 @@ class Turns:
                     "ended; end or close a generation first, or load the model twice"
                 )
             self._thread = threading.get_ident()
+            return self._cancelled is not turn
+
+
+@runtime_checkable
+class Cancelling(Protocol):
+    """A session that ends what it does now, from any thread."""
+
+    def cancel(self) -> None: ...
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A session that gives its memory and threads back before it is collected."""
+
+    def close(self) -> None: ...
 
 
 class Engine:
@@ -172,6 +193,7 @@ class Engine:
         # Of a session that forgets: how many tokens the last prompt had, and the state after them.
         self._snapshot: tuple[int, bytes] | None = None
         self._turns = Turns()
+        self._closed = False
 
     def follows_by_itself(self, config: GenerationConfig) -> bool:
         """Whether the session generates so without this loop, and without a ``limiting``."""
@@ -186,10 +208,12 @@ class Engine:
     ) -> Generator[Step, None, None]:
         """Yield a step for each new token after the prompt ``tokens``, until a finish.
 
-        limiting: makes what holds the answer to the configuration's constraint. The last step has ``finish`` set. Raises UsageError for an empty or odd prompt and
-        ContextOverflowError, before anything runs, where prompt and max_new_tokens do not fit;
-        BackendError where the model computes NaN or infinity.
+        limiting: makes what holds the answer to the configuration's constraint. The last step has
+        ``finish`` set. Raises UsageError for an empty or odd prompt and ContextOverflowError,
+        before anything runs, where prompt and max_new_tokens do not fit; BackendError where the
+        model computes NaN or infinity.
         """
+        self._open()
         ids = _whole(tokens)
         limit = self._limit(len(ids), config)
         return self._in_turn(self._steps(ids, config, eos_token_ids, limit, limiting))
@@ -202,9 +226,36 @@ class Engine:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Change the session so that what its cache holds counts no more."""
+        self._open()
         with self._turns.turn():
             self.cached.clear()
             yield
+
+    def cancel(self) -> None:
+        """End the generation that runs now, after the token that is being made; from any thread.
+
+        It has no last step with a finish.
+        """
+        self._turns.cancel()
+        if isinstance(self.session, Cancelling):
+            self.session.cancel()
+
+    def close(self) -> None:
+        """End the generation that runs now and give the session's memory and threads back.
+
+        Later calls raise UsageError; a second close does nothing.
+        """
+        if self._closed:
+            return
+        self.cancel()
+        with self.exclusive():
+            self._closed = True
+            if isinstance(self.session, Closing):
+                self.session.close()
+
+    def _open(self) -> None:
+        if self._closed:
+            raise UsageError("this model was closed; load it again")
 
     def _in_turn(self, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
         """The same steps, the last of them when the turn is over."""
@@ -215,7 +266,8 @@ class Engine:
                     last = step
                     break
                 yield step
-                self._turns.go_on(turn)
+                if not self._turns.go_on(turn):
+                    break
         if last:
             yield last
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # it loads the native library
     from pocketslm.runtime.constraint import Grammar, TokenTexts
 
 KEPT_GRAMMARS = 16
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that ask for drawing
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,22 @@ class Record:
     time_ns: int
     finish: Finish | None = None
 
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer. finish: None where it was cancelled. prompt_tokens: how many it answers."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish | None
+    prompt_tokens: int
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, which is one message of a user where the model has a chat template, or messages."""
 
 _MARK = re.compile("[\udc00-\udfff]")
 
@@ -131,6 +148,20 @@ class Model:
         with self.engine.exclusive():
             session.use_adapter(updates)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give memory and threads back; later calls raise UsageError."""
+        self.engine.close()
+
+    def cancel(self) -> None:
+        """End the answer that is made now, after the token that is being made; from any thread."""
+        self.engine.cancel()
+
     @property
     def name(self) -> str:
         return self.bundle.name
@@ -171,6 +202,67 @@ class Model:
                 session.truncate(0)
                 row[:] = embed(session, tokens, config.pooling, config.hidden_size)
         return vectors
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text; names of special tokens in it stay ordinary text."""
+        return self.tokenizer.encode(text)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of ids, to which special tokens add nothing."""
+        return self.tokenizer.decode(tokens)
+
+    def options(
+        self,
+        config: GenerationConfig | None = None,
+        *,
+        stop: str | Sequence[str] | None = None,
+        **changes: Any,
+    ) -> GenerationConfig:
+        """The model's own settings, or ``config``, with changes.
+
+        stop: text that ends an answer, or several. Of the others, names and meanings are those of
+        :class:`pocketslm.runtime.config.GenerationConfig`; a temperature other than 0, or another
+        option of sampling, draws tokens unless ``do_sample`` says otherwise. Raises UsageError.
+        """
+        if stop is not None:
+            changes["stop_strings"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        if changes.get("temperature") == 0:
+            changes.setdefault("do_sample", False)
+        elif any(changes.get(name) is not None for name in SAMPLING):
+            changes.setdefault("do_sample", True)
+        return (config or self.defaults).but(**changes)
+
+    def reply(
+        self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any
+    ) -> Reply:
+        """The whole answer to a text or messages.
+
+        options: as in :meth:`options`. Raises UsageError, ContextOverflowError, TokenizerError.
+        """
+        ids = self.prompt_ids(prompt)
+        records = list(self.generate(ids, self.options(config, **options)))
+        return Reply(
+            "".join(record.text for record in records),
+            tuple(record.token for record in records),
+            records[-1].finish if records else None,
+            len(ids),
+        )
+
+    def stream(
+        self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any
+    ) -> Iterator[str]:
+        """The same answer as pieces of text, as they become certain; closing it ends it."""
+        records = self.generate(self.prompt_ids(prompt), self.options(config, **options))
+        return (record.text for record in records if record.text)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of what :meth:`reply` answers."""
+        self.need_head("reply")
+        if not isinstance(prompt, str):
+            return self.tokenizer.apply_chat_template(list(prompt))
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer.encode(prompt, add_special_tokens=True)
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
 
     def generate(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from pocketslm.errors import UsageError
 from pocketslm.runtime.constraint import Constraint, TokenTexts
 
-END = 256  # the token that ends a text, in `byte_texts`
+END = 256  # the token that ends a text
 FORMATS = ("date", "time", "date-time", "email", "uuid", "ipv4")
 PATTERNS = (
     "^[a-z]+$",
@@ -29,27 +30,52 @@ PATTERNS = (
 NAMES = ("name", "age", "a", "ab", "tags", "x-1", "größe", 'q"t', "note", "value")
 
 
-def byte_texts(more: Sequence[bytes] = ()) -> TokenTexts:
-    """A vocabulary of all bytes, an end, and ``more``."""
-    return TokenTexts([*(bytes([byte]) for byte in range(256)), b"", *more], [END])
+def byte_texts() -> TokenTexts:
+    """A vocabulary of all bytes and an end."""
+    return TokenTexts([*(bytes([byte]) for byte in range(256)), b""], [END])
 
 
-def usual_texts() -> TokenTexts:
-    """Bytes, and tokens as vocabularies have them: across the borders of JSON, within characters."""
+def usual_pieces() -> list[bytes]:
+    """The bytes of each token: single ones, the end, and some across the borders of JSON."""
     rng = random.Random(5)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(300)]
     usual = ['": "', '": ', '", "', '"}', '"},', "],", "]]", "}}", '{"', '["', "[[", "\\n", '\\"']
-    usual += ["true", "false", "null", " null", ", ", ": ", "\n  ", "\n    ", "00", "12", "-", "0.", ".5"]
+    usual += [
+        "true",
+        "false",
+        "null",
+        " null",
+        ", ",
+        ": ",
+        "\n  ",
+        "\n    ",
+        "00",
+        "12",
+        "-",
+        "0.",
+        ".5",
+    ]
     usual += [f" {word}" for word in words[:100]] + [f'{word}"' for word in words[:50]] + words
-    usual += ["2024-", "-02-", "@example", ".com", "T12", ":30", "Z", "é", "größe", "日本", "日本語"]
+    usual += [
+        "2024-",
+        "-02-",
+        "@example",
+        ".com",
+        "T12",
+        ":30",
+        "Z",
+        "é",
+        "größe",
+        "日本",
+        "日本語",
+    ]
     texts = [text.encode() for text in dict.fromkeys(usual)]
-    return byte_texts([*texts, "語".encode()[:2], "日本".encode()[1:], "é".encode()[1:] + b"a"])
+    texts += ["語".encode()[:2], "日本".encode()[1:], "é".encode()[1:] + b"a"]
+    return [*(bytes([byte]) for byte in range(256)), b"", *texts]
 
 
-def accepts(constraint: Constraint, text: str | bytes, texts: TokenTexts | None = None) -> bool:
+def accepts(constraint: Constraint, text: str | bytes) -> bool:
     """Whether the text is whole, read byte by byte."""
-    from pocketslm.errors import UsageError
-
     constraint.restart()
     try:
         for byte in text.encode() if isinstance(text, str) else text:
@@ -172,7 +198,22 @@ class SchemaMaker:
     def value(self) -> Any:
         rng = self.rng
         return rng.choice(
-            [None, True, False, 0, -7, 1.5, 12345, "", "red", "größe", 'a"b\\', "\n", [1, "x"], {"k": []}]
+            [
+                None,
+                True,
+                False,
+                0,
+                -7,
+                1.5,
+                12345,
+                "",
+                "red",
+                "größe",
+                'a"b\\',
+                "\n",
+                [1, "x"],
+                {"k": []},
+            ]
         )
 
     def enum(self, depth: int) -> dict[str, Any]:

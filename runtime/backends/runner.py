@@ -153,7 +153,10 @@ class RunnerSession:
         }
         if config.constraint is not None:
             kind, text = config.constraint
-            request[kind] = schema.loads(text) if kind == "json_schema" else text
+            try:
+                request[kind] = schema.loads(text) if kind == "json_schema" else text
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"json_schema: the schema is not JSON: {error}") from None
         if config.samples:
             request |= {"temperature": config.temperature, "top_k": config.top_k}
             seed = time.time_ns() % 10**15 if config.seed is None else config.seed

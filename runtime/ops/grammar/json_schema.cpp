@@ -97,6 +97,9 @@ class Compiler {
     for (const Json& alternative : list.items) {
       Items chosen = items;
       std::find(chosen.begin(), chosen.end(), branched)->branched = true;
+      for (const Item& reached : schemas_.expanded({{&alternative}}))
+        if (std::find(chosen.begin(), chosen.end(), Item{reached.schema, true}) != chosen.end())
+          throw GrammarError("a $ref leads to itself");
       chosen.push_back({&alternative});
       options.push_back(value(std::move(chosen)));
     }

@@ -141,6 +141,7 @@ class Parser {
       out = static_cast<uint32_t>(value);
       return at > from;
     };
+    if (text_.substr(at_, 2) == "{,") throw fault("'{,', which is written '{0,',");
     if (!number(min)) return false;
     max = min;
     if (at < text_.size() && text_[at] == ',') {
