@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.model import TextModel
+from pocketslm.runtime.tool_formats import Call
+
+if TYPE_CHECKING:
+    from pocketslm.runtime.model import TextModel
 
 CALL_TOKENS = 120  # that the longest usual call takes
-
-
-@dataclass(frozen=True)
-class Call:
-    """The name of a function, and its arguments by name."""
-
-    name: str
-    arguments: dict[str, Any]
 
 
 def call_schema(functions: Mapping[str, Mapping[str, Any]], arguments: str = "arguments") -> Any:

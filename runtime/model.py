@@ -20,6 +20,7 @@ from pocketslm.runtime.embedding import Vector, embed, tokens_of
 from pocketslm.runtime.generation import Engine, Finish, Limiting, Step
 from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from pocketslm.runtime.tokenizer.vocabulary import any_of
+from pocketslm.runtime.tool_formats import Call
 
 if TYPE_CHECKING:  # it loads the native library
     from pocketslm.runtime.constraint import Grammar, TokenTexts
@@ -41,12 +42,17 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer. finish: None where it was cancelled. prompt_tokens: how many it answers."""
+    """A whole answer.
+
+    finish: None where it was cancelled. prompt_tokens: how many it answers. calls: of tools, where
+    there were any; the text is then what stands beside them.
+    """
 
     text: str
     tokens: tuple[int, ...]
     finish: Finish | None
     prompt_tokens: int
+    calls: tuple[Call, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -233,12 +239,28 @@ class Model:
         return (config or self.defaults).but(**changes)
 
     def reply(
-        self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        **options: Any,
     ) -> Reply:
         """The whole answer to a text or messages.
 
-        options: as in :meth:`options`. Raises UsageError, ContextOverflowError, TokenizerError.
+        tools: functions that the answer may call, as in transformers and OpenAI's interface; the
+        model's template shows them. tool_choice: "auto", "none", "required", or the name of the
+        tool to call. options: as in :meth:`options`. Raises UsageError, ContextOverflowError,
+        TokenizerError.
         """
+        if tools and tool_choice != "none":
+            from pocketslm.runtime.tools import reply_with_tools
+
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return reply_with_tools(
+                self, messages, tools, tool_choice, self.options(config, **options)
+            )
         ids = self.prompt_ids(prompt)
         records = list(self.generate(ids, self.options(config, **options)))
         return Reply(

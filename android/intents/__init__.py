@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocketslm.runtime import calls
-from pocketslm.runtime.calls import Call
 from pocketslm.runtime.model import TextModel
+from pocketslm.runtime.tool_formats import Call
 
 # Each action is a JSON schema: what a call must look like. Kinds of slots: text, number, choice.
 SCHEMAS: dict[str, dict[str, Any]] = {
