@@ -6,6 +6,7 @@ The schemas are made by chance from seeds that no other test or harness has used
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,28 @@ def test_options_that_contradict_each_other() -> None:
         GenerationConfig(json_schema={"const": float("nan")})
     assert GenerationConfig(json_schema=True).constraint == ("json_schema", "true")
     assert GenerationConfig().constraint is None
+
+
+@pytest.mark.skipif("JSON_SCHEMA_TEST_SUITE" not in os.environ, reason="needs a copy of the suite")
+def test_the_official_suite() -> None:
+    """Of json-schema-org/JSON-Schema-Test-Suite: what is accepted is valid; most that is valid is.
+
+    $JSON_SCHEMA_TEST_SUITE is its folder. Schemas that are refused by name are left out.
+    """
+    folder = Path(os.environ["JSON_SCHEMA_TEST_SUITE"]) / "tests" / "draft2020-12"
+    texts = byte_texts()
+    right, narrower = 0, []
+    for file in sorted(folder.glob("*.json")):
+        for group in json.loads(file.read_text(encoding="utf-8")):
+            try:
+                grammar = Grammar("json_schema", json.dumps(group["schema"]))
+            except UsageError:
+                continue
+            constraint = Constraint(grammar, texts)
+            for case in group["tests"]:
+                ours = accepts(constraint, json.dumps(case["data"], ensure_ascii=False))
+                assert case["valid"] or not ours, (file.name, group["description"], case)
+                right += ours == case["valid"]
+                narrower += [case["description"]] if ours != case["valid"] else []
+    assert right > 300
+    assert len(narrower) < 0.1 * right, narrower
