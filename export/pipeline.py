@@ -304,7 +304,7 @@ def _lower_onnx(
     from pocketslm.export.lower.genai import genai_config
 
     config = traced.config
-    onnx.lower(
+    weights.notes += onnx.lower(
         traced,
         weights,
         folder,

@@ -104,7 +104,7 @@ def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
     def step(tokens: Sequence[int]) -> int:
         if len(tokens) == 1:
             return fused.step_greedy(tokens[0])
-        return int(fused.forward_top(np.asarray(tokens, np.int64), 1)[0][0])
+        return fused.forward_greedy(np.asarray(tokens, np.int64))
 
     return step
 

@@ -218,6 +218,7 @@ _PLAIN = _Norm("none", None, None, 0.0)
 
 class _Lowering(Walk):
     target = "native"
+    plain = False
 
     def __init__(self, traced: Traced, weights: WeightReader, sections: _Sections) -> None:
         super().__init__(traced, weights)

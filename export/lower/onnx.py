@@ -43,8 +43,8 @@ def lower(
     *,
     dtype: DType = "fp32",
     progress: Progress = lambda done, total: None,
-) -> None:
-    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``.
+) -> list[str]:
+    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``; what took another form.
 
     ``weights(name, shape)`` returns each parameter; quantized ones stay quantized. ``dtype`` is
     that of activations, scales and KV cache. ``progress`` is called with nodes done and in total.
@@ -53,6 +53,7 @@ def lower(
         lowering = _Lowering(traced, weights, dtype, DataFile(data))
         model = lowering.run(progress)
     ir.save(model, folder / GRAPH_FILE)
+    return lowering.notes()
 
 
 @dataclass

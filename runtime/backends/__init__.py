@@ -109,6 +109,10 @@ class TopSession(Session, Protocol):
         """Append one token; the most probable next one, as soon as that is certain."""
         ...
 
+    def forward_greedy(self, tokens: npt.NDArray[np.int64]) -> int:
+        """The same for tokens [n]."""
+        ...
+
 
 @runtime_checkable
 class AdapterSession(Session, Protocol):

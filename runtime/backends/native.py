@@ -173,6 +173,10 @@ def load_library() -> ctypes.CDLL:
             (pointer, pointer, _size, _size, pointer, pointer, p(ctypes.c_double), NativeError),
         ),
         "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), NativeError)),
+        "forward_greedy": (
+            ctypes.c_int,
+            (pointer, pointer, _size, p(ctypes.c_int32), NativeError),
+        ),
         "set_updates": (ctypes.c_int, (pointer, p(_Update), _size, NativeError)),
         "set_profiling": (ctypes.c_int, (pointer, _u32)),
         "read_times": (ctypes.c_int, (pointer, p(_Times))),
@@ -425,6 +429,22 @@ class NativeSession:
         with self._lock:
             status = self._library.pslm_step_greedy(
                 self._open(), token, ctypes.byref(self._next), self._error.argument
+            )
+            self._error.check(status)
+            return self._next.value
+
+    def forward_greedy(self, tokens: npt.NDArray[np.integer[Any]]) -> int:
+        """See :class:`pocketslm.runtime.backends.TopSession`."""
+        ids = np.asarray(tokens)
+        check_tokens(self, ids)
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        with self._lock:
+            status = self._library.pslm_forward_greedy(
+                self._open(),
+                ids.ctypes.data,
+                ids.size,
+                ctypes.byref(self._next),
+                self._error.argument,
             )
             self._error.check(status)
             return self._next.value

@@ -214,6 +214,9 @@ PSLM_API pslm_status pslm_forward_top(pslm_session* session, const int32_t* toke
  * split 8-bit head only the rows that may win are read in full. */
 PSLM_API pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                                       pslm_error error);
+/* The same for any number of tokens. */
+PSLM_API pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, size_t count,
+                                         int32_t* next, pslm_error error);
 
 /* Where time goes, in nanoseconds of the calling thread with its waiting for others, summed over
  * the calls since profiling was turned on. Norms and quantization count to the product they feed. */
