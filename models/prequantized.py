@@ -128,4 +128,5 @@ def _unpacked(words: Array, bits: int) -> Array:
 
 def _awq(words: Array) -> Array:
     codes = _unpacked(words, 4).reshape(len(words), -1, 8)
-    return codes[..., _AWQ_ORDER].reshape(len(words), -1)
+    columns: Array = codes[..., _AWQ_ORDER].reshape(len(words), -1)
+    return columns

@@ -219,7 +219,7 @@ class DocumentScreen(Screen):
             return
 
         def work(_: Event) -> Iterator[Action]:
-            from pocketslm.android.intents.grammar import propose
+            from pocketslm.android.intents import propose
 
             yield propose(app.model(), request)
 

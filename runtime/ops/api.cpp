@@ -4,15 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <map>
 #include <memory>
-#include <new>
 #include <string>
-#include <system_error>
 #include <type_traits>
 #include <vector>
 
+#include "border.h"
 #include "cpu.h"
 #include "finite.h"
 #include "model_file.h"
@@ -42,25 +40,6 @@ struct pslm_tokenizer {
 namespace {
 
 constexpr uint32_t kMaxThreads = 64;
-
-pslm_status report(pslm_error error, pslm_status status, const std::string& text) {
-  if (error.text && error.capacity) std::snprintf(error.text, error.capacity, "%s", text.c_str());
-  return status;
-}
-
-// Runs f, which returns a status, and turns what it may throw into one.
-template <typename F>
-pslm_status guarded(pslm_error error, F&& f) {
-  try {
-    return f();
-  } catch (const std::bad_alloc&) {
-    return report(error, PSLM_ERROR_MEMORY, "out of memory");
-  } catch (const std::system_error& failure) {
-    return report(error, PSLM_ERROR_MEMORY, std::string("cannot start threads: ") + failure.what());
-  } catch (const std::exception& failure) {
-    return report(error, PSLM_ERROR_MEMORY, failure.what());
-  }
-}
 
 // Runs f inside a session, unless another thread is there. What fails leaves the length as it was, or
 // at 0 where the state has no way back.

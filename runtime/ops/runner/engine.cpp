@@ -11,8 +11,10 @@
 #include <cstring>
 #include <initializer_list>
 #include <list>
+#include <optional>
 #include <tuple>
 
+#include "grammar/constraint.h"
 #include "model_file.h"
 
 namespace pocketslm {
@@ -109,6 +111,7 @@ void Engine::unload() {
   session_ = nullptr;
   model_ = nullptr;
   tokenizer_ = Tokenizer();
+  trie_.reset();
   chat_ = Chat();
   cached_.clear();
 }
@@ -191,6 +194,16 @@ std::string Engine::encode_chat(const std::vector<Message>& messages,
   return "";
 }
 
+std::shared_ptr<const grammar::TokenTrie> Engine::token_trie() {
+  if (!trie_) {
+    std::vector<std::string_view> texts;
+    for (uint32_t token = 0; token < model_info_.vocab_size; ++token)
+      texts.push_back(tokenizer_.bytes(static_cast<int32_t>(token)));
+    trie_ = std::make_shared<grammar::TokenTrie>(texts);
+  }
+  return trie_;
+}
+
 // Keep what the session already holds of these tokens, at most `limit` of them; none where it has
 // forgotten what it knew then.
 size_t Engine::keep_common(const std::vector<int32_t>& tokens, size_t limit) {
@@ -210,6 +223,17 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   if (prompt.size() > context)
     return std::to_string(prompt.size()) + " tokens do not fit the context of " +
            std::to_string(context);
+  const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos() : generation.eos;
+  std::optional<grammar::Constraint> constraint;
+  if (generation.grammar) {
+    if (!tokenizer_.loaded()) return "the model file has no tokenizer, whose tokens a grammar needs";
+    if (generation.ignore_eos) return "'ignore_eos' with a grammar, which says where an answer ends";
+    std::vector<uint32_t> ends;
+    for (const int32_t token : eos)
+      if (static_cast<uint32_t>(token) < model_info_.vocab_size)
+        ends.push_back(static_cast<uint32_t>(token));
+    constraint.emplace(generation.grammar, token_trie(), ends, tokenizer_.strips_space());
+  }
   const auto started = Clock::now();
   const size_t common = keep_common(prompt, prompt.size() - 1);  // the last one gives the logits
   outcome = {};
@@ -237,8 +261,11 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   std::vector<float> raw;
   const auto pick = [&](float& logprob) {
     if (generation.logprobs) raw = logits;
+    if (constraint && !constraint->apply(logits.data()))
+      throw grammar::GrammarError("no token of the vocabulary may follow this text");
     const int32_t token = sampler.pick(logits, cached_, prompt.size());
     logprob = generation.logprobs ? log_probability(raw, token) : 0;
+    if (constraint) constraint->advance(static_cast<uint32_t>(token));
     return token;
   };
   float logprob = 0;
@@ -246,7 +273,6 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   outcome.prefill_ms = milliseconds_since(started);
 
   const auto decode_started = Clock::now();
-  const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos() : generation.eos;
   std::string pending;  // the beginning of a character whose end is in the next token
   bool at_start = true;
   outcome.reason = "length";
@@ -264,21 +290,23 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
       at_start = false;
     }
     pending += bytes;
-    const bool last = outcome.new_tokens == generation.max_tokens;
+    const bool whole = constraint && constraint->must_end();
+    const bool last = whole || outcome.new_tokens == generation.max_tokens;
     const size_t held = last ? 0 : incomplete_utf8(pending);
-    on_token({token, std::string_view(pending).substr(0, pending.size() - held), logprob});
+    on_token({token, std::string_view(pending).substr(0, pending.size() - held), logprob, whole});
     pending.erase(0, pending.size() - held);
     if (!go_on()) {
       outcome.reason = "cancelled";
       break;
     }
+    if (whole) outcome.reason = "stop";
     if (last) break;
     if (cached_.size() == context) {
       outcome.reason = "context";
       break;
     }
     const int32_t previous = token;
-    const bool fast = !sampler.needs_logits() && !generation.logprobs;
+    const bool fast = !sampler.needs_logits() && !generation.logprobs && !constraint;
     const pslm_status status =
         fast ? pslm_step_greedy(session_, previous, &token, error.argument())
              : pslm_forward(session_, &previous, 1, PSLM_LOGITS_LAST, logits.data(), logits.size(),

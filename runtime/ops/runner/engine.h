@@ -4,11 +4,14 @@
 #include <chrono>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "chat.h"
+#include "grammar/grammar.h"
+#include "grammar/token_trie.h"
 #include "pocketslm.h"
 #include "sampler.h"
 #include "tokenizer.h"
@@ -29,6 +32,7 @@ struct Generation {
   bool ignore_eos = false, logprobs = false;
   std::vector<int32_t> eos;  // empty: the model file's own
   Sampling sampling;
+  std::shared_ptr<const grammar::Automaton> grammar;  // that holds the answer, where there is one
 };
 
 // Whether the text of special tokens means those tokens, and how many tokens of a text are kept.
@@ -44,10 +48,11 @@ struct NewToken {
   int32_t token;
   std::string_view text;  // what became certain with it
   float logprob;          // of its probability before any penalty, where asked for
+  bool whole;             // nothing may follow by the grammar
 };
 
 struct Outcome {
-  std::string reason;  // eos, length, context, cancelled
+  std::string reason;  // eos, stop (nothing may follow), length, context, cancelled
   size_t prompt_tokens = 0, reused_tokens = 0, new_tokens = 0;
   double prefill_ms = 0, decode_ms = 0;
   int32_t last = -1;  // the token that ended it, where that was eos
@@ -105,12 +110,14 @@ class Engine {
  private:
   void unload();
   std::string load_parts(const LoadOptions& options);
+  std::shared_ptr<const grammar::TokenTrie> token_trie();
   size_t keep_common(const std::vector<int32_t>& tokens, size_t limit);
 
   pslm_model* model_ = nullptr;
   pslm_session* session_ = nullptr;
   pslm_model_info model_info_{};
   Tokenizer tokenizer_;
+  std::shared_ptr<const grammar::TokenTrie> trie_;  // once a grammar asked for it
   bool profiled_ = false;
   Chat chat_;
   std::vector<int32_t> cached_;  // the tokens that the session holds

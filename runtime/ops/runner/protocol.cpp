@@ -15,11 +15,13 @@
 #include <thread>
 
 #include "engine.h"
+#include "grammar/sources.h"
 
 namespace pocketslm {
 namespace {
 
 constexpr size_t kMaxLine = 16 << 20;
+constexpr int kMaxRequestDepth = grammar::kMaxSchemaDepth + 1;
 
 // Lines arrive on a thread of their own, so that a cancel is seen while tokens are made.
 class LineReader {
@@ -140,6 +142,7 @@ class Request {
     if (value && !value->is(Json::Kind::array)) return fail(name, "a list"), nullptr;
     return value;
   }
+  const Json* value(const char* name) { return find(name); }
   void fail(const std::string& name, const std::string& expected) {
     if (fault_.empty()) fault_ = "'" + name + "' must be " + expected;
   }
@@ -202,7 +205,7 @@ class Server {
     while (auto line = reader_.next()) {
       id_.clear();
       try {
-        const auto json = line->size() > kMaxLine ? std::nullopt : parse_json(*line);
+        const auto json = line->size() > kMaxLine ? std::nullopt : parse_json(*line, kMaxRequestDepth);
         const Json* op = json && json->is(Json::Kind::object) ? json->find("op") : nullptr;
         if (op && op->is(Json::Kind::string)) {
           if (op->string == "quit") break;
@@ -325,6 +328,26 @@ class Server {
     return engine_.encode(request.text("prompt", ""), tokens, limits);
   }
 
+  // What the answer is held to: 'json_schema', 'regex' or 'grammar', one of them at most.
+  static std::string constraint(Request& request,
+                                std::shared_ptr<const grammar::Automaton>& automaton) {
+    const char* kind = "";
+    try {
+      if (const Json* schema = request.value(kind = "json_schema"))
+        automaton = std::make_shared<grammar::Automaton>(grammar::read_json_schema(*schema));
+      for (const auto& [name, number] :
+           {std::pair("regex", PSLM_GRAMMAR_REGEX), std::pair("grammar", PSLM_GRAMMAR_GBNF)}) {
+        const std::string text = request.text(kind = name, "");
+        if (!request.value(name)) continue;
+        if (automaton) return "an answer is held to one of 'json_schema', 'regex' and 'grammar'";
+        automaton = grammar::read_grammar(number, text);
+      }
+    } catch (const grammar::GrammarError& error) {
+      return std::string(kind) + ": " + error.what();
+    }
+    return "";
+  }
+
   std::string generate(Request& request) {
     Generation generation;
     generation.max_tokens = request.count("max_tokens", 128, 1, 1 << 24);
@@ -344,6 +367,8 @@ class Server {
           return "'eos' must be ids of tokens";
         generation.eos.push_back(static_cast<int32_t>(item.number));
       }
+    if (std::string failure = constraint(request, generation.grammar); !failure.empty())
+      return failure;
     std::vector<int32_t> tokens;
     if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
     if (!request.fault().empty()) return request.fault();
@@ -351,8 +376,9 @@ class Server {
     const std::string failure = engine_.generate(
         tokens, generation,
         [&](const NewToken& made) {
-          emit("token", ",\"token\":%d,\"text\":%s%s", made.token, quote(made.text).c_str(),
-               generation.logprobs ? logprob(made.logprob).c_str() : "");
+          emit("token", ",\"token\":%d,\"text\":%s%s%s", made.token, quote(made.text).c_str(),
+               generation.logprobs ? logprob(made.logprob).c_str() : "",
+               made.whole ? ",\"whole\":true" : "");
         },
         [&] { return written_ && !reader_.cancelled(id_); }, outcome);
     if (!failure.empty()) return failure;
