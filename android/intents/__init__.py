@@ -16,7 +16,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         },
     },
     "share_text": {
-        "properties": {"text": {"type": "string", "minLength": 1, "maxLength": 400}},
+        # A model proposes short texts; a person may send more.
+        "properties": {
+            "text": {"type": "string", "minLength": 1, "maxLength": 400, "longest": 100_000}
+        },
     },
 }
 
@@ -33,7 +36,12 @@ class Action:
         schema = SCHEMAS.get(self.name)
         if schema is None or set(self.arguments) != set(schema["properties"]):
             return False
-        return all(_fits(self.arguments[name], rule) for name, rule in schema["properties"].items())
+        return not self.faults()
+
+    def faults(self) -> list[str]:
+        """The arguments that the schema does not allow."""
+        rules = SCHEMAS[self.name]["properties"]
+        return [name for name, rule in rules.items() if not _fits(self.arguments.get(name), rule)]
 
 
 def _fits(value: Any, rule: dict[str, Any]) -> bool:
@@ -43,4 +51,4 @@ def _fits(value: Any, rule: dict[str, Any]) -> bool:
         return False
     if "enum" in rule:
         return value in rule["enum"]
-    return rule["minLength"] <= len(value) <= rule["maxLength"]
+    return rule["minLength"] <= len(value) <= rule.get("longest", rule["maxLength"])

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Task = Literal["summarize", "ask", "suggest", "rewrite"]
-# As a generation's, or "cancelled", or "none" where the model was not asked.
-Finish = Literal["eos", "stop", "length", "context", "cancelled", "none"]
+# As a generation's, or "cancelled", or "interrupted" by the end of the program, or "none" where the
+# model was not asked.
+Finish = Literal["eos", "stop", "length", "context", "cancelled", "interrupted", "none"]
 
 
 @dataclass(frozen=True, slots=True)
