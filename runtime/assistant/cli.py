@@ -307,7 +307,9 @@ def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> 
     if apart:
         refuse(arguments, "with a document that is not in it", "library")
     answers = []
-    with Library(":memory:") if apart else _library(arguments) as library:
+    # Without a document a library that is not there is not made either.
+    bare = which is None and not _place(arguments).exists()
+    with Library(":memory:") if apart or bare else _library(arguments) as library:
         if apart:
             shelf = [library.add(_read(which))]
         elif which is not None:
@@ -413,8 +415,13 @@ def _assistant(arguments: argparse.Namespace) -> Assistant:
 def _library(arguments: argparse.Namespace) -> Library:
     from pocketslm.runtime.assistant.library import Library
 
-    path = arguments.library or Path(os.environ.get(LIBRARY_VARIABLE) or LIBRARY_DEFAULT)
-    return Library(path.expanduser())
+    return Library(_place(arguments))
+
+
+def _place(arguments: argparse.Namespace) -> Path:
+    """Where the library is."""
+    path: Path = arguments.library or Path(os.environ.get(LIBRARY_VARIABLE) or LIBRARY_DEFAULT)
+    return path.expanduser()
 
 
 def _read(file: str) -> Source:

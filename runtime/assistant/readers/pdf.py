@@ -19,7 +19,7 @@ MAX_PAGES = 5000
 # Thousandths of an em. Typesetters that justify draw no spaces but move the pen by 180 to 400.
 WIDEST_JOINT = 140
 HEADING = 1.15  # times the size of the page's text
-TITLE = 1.5
+TITLE = 1.35
 FULL = 0.7  # of the longest line of a paragraph: shorter ones end where their author ended them
 GAP = 1.35  # times the usual way from line to line begins a paragraph
 HEADING_CHARACTERS = 120
