@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Lock
@@ -24,7 +25,7 @@ from pocketslm.android.phone import Phone, accessibility, this_system
 from pocketslm.android.settings import Settings
 from pocketslm.android.theme import Theme
 from pocketslm.android.widgets.sheet import Notice
-from pocketslm.errors import BackendError
+from pocketslm.errors import BackendError, PocketSlmError
 from pocketslm.runtime.assistant.answer import Answer
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.assistant.meaning import Meanings
@@ -32,6 +33,7 @@ from pocketslm.runtime.model import Model
 
 __all__ = ["PocketApp", "screens", "widgets"]
 
+log = logging.getLogger("pocketslm.android")
 WIDE = 720  # dp from which there are two columns
 PLACES = ("library", "models", "settings")
 
@@ -239,7 +241,11 @@ class PocketApp(App):
             return None
         with self._lock:
             if self._meanings is None or self._meanings.name != name:
-                model = Model.load(self.models.path(name), threads=1, verify=False)
+                try:
+                    model = Model.load(self.models.path(name), threads=1, verify=False)
+                except PocketSlmError as error:  # words do; the answer says by what it was found
+                    log.warning("found by words only: %s", error)
+                    return None
                 self._meanings = Meanings(self.library, model, name)
             return self._meanings
 

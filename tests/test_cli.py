@@ -134,7 +134,7 @@ WITHOUT_EFFECT = [
     "run BUNDLE hi --raw | --system x",
     "run BUNDLE hi --temperature 0 | --seed 1",
     "doc add a b | --title x",
-    "doc ask BUNDLE What? --document TEXT | --library FILE",
+    "doc ask BUNDLE What? --document - | --library FILE",
     "bench BUNDLE | --pin big",
     "bench BUNDLE | --sustained 1",
     "bench BUNDLE | --pause 1",

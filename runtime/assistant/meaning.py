@@ -57,7 +57,7 @@ class Meanings:
         """``name`` tells the model from others (default: its own)."""
         self.library, self.embedder = library, embedder
         self.name = name or embedder.name
-        self._kept: dict[int, _Vectors] = {}
+        self._kept: dict[int, tuple[str, _Vectors]] = {}
         self._lock = threading.Lock()
         if library.setting(_SETTING) != self.name:
             library.forget_meanings()
@@ -91,13 +91,15 @@ class Meanings:
         vector: Vector = self.embedder.embed([text], truncate=True)[0]
         return vector
 
-    def likeness(self, document: int, question: Vector) -> dict[int, Vector]:
+    def likeness(self, document: Document, question: Vector) -> dict[int, Vector]:
         """chunk -> the cosines of its vectors (itself, its sentences) to a question's vector."""
         with self._lock:
-            vectors = self._kept.get(document)
-            if vectors is None:
-                rows = self.library.meanings(document)
-                vectors = self._kept[document] = _Vectors(rows, question.size)
+            # A number may be given again after its document was removed.
+            added, vectors = self._kept.get(document.id, ("", None))
+            if vectors is None or added != document.added:
+                rows = self.library.meanings(document.id)
+                vectors = _Vectors(rows, question.size)
+                self._kept[document.id] = (document.added, vectors)
         return vectors.likeness(question)
 
 

@@ -67,7 +67,7 @@ def search(
     if meanings is not None and question.strip():
         asked = meanings.question(question)
         for document in shelf:
-            for chunk, cosines in meanings.likeness(document.id, asked).items():
+            for chunk, cosines in meanings.likeness(document, asked).items():
                 likeness[document.id, chunk] = cosines
         score = _fused(score, likeness)
     opened = {document.id: document for document in shelf}

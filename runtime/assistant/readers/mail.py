@@ -14,12 +14,18 @@ from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers import html, text
 from pocketslm.runtime.assistant.readers.limits import MAX_ENCODED_BYTES
 
-MAX_PARTS = 200  # of one mail, and how deep they may nest
+MAX_PARTS = 30  # of one mail that hold parts, and how deep they may nest
+MAX_LINES = 1 << 20  # each is held against the end of every part around it
 MAX_HEADER_BYTES = 16 << 10  # the standard library's time is not linear in one
 SHOWN = ("From", "To", "Cc", "Date")
 _SHOWN_CHARACTERS = 500
 _FROM_LINE = re.compile(rb"^From .*\n", re.MULTILINE)
-_FIELD = re.compile(rb"[!-9;-~]{1,100}:")
+_BOUNDARY = re.compile(rb"boundary=", re.IGNORECASE)
+# A header of those that are taken apart, with the lines that continue it.
+_FIELD = re.compile(
+    rb"^(?:content-[a-z-]{1,40}|subject|from|to|cc|date):[^\n]*+(?:\n[ \t][^\n]*+)*+",
+    re.MULTILINE | re.IGNORECASE,
+)
 
 
 def read(data: bytes) -> Iterator[Block]:
@@ -64,24 +70,13 @@ def _mail(data: bytes) -> Iterator[Block]:
 
 
 def _check(data: bytes) -> None:
-    """DocumentError for parts or headers so many or long that reading them is no longer linear."""
-    if data.count(b"boundary=") > MAX_PARTS or data.lower().count(b"boundary=") > MAX_PARTS:
+    """DocumentError for so many lines or parts, or such long headers, that reading takes too long."""
+    if data.count(b"\n") > MAX_LINES:
+        raise DocumentError(f"is a mail of more than {MAX_LINES} lines")
+    if len(_BOUNDARY.findall(data)) > MAX_PARTS:
         raise DocumentError(f"is a mail of more than {MAX_PARTS} parts within each other")
-    at = length = 0
-    in_header = True
-    while at < len(data):
-        end = data.find(b"\n", at)
-        end = len(data) if end < 0 else end + 1
-        line = data[at : min(end, at + 128)]
-        if in_header and line[:1] in (b" ", b"\t"):
-            length += end - at
-        elif field := _FIELD.match(line):
-            in_header, length = bool(field), end - at
-        else:
-            in_header, length = False, 0
-        if in_header and length > MAX_HEADER_BYTES:
-            raise DocumentError(f"is a mail with a header of more than {MAX_HEADER_BYTES} bytes")
-        at = end
+    if any(match.end() - match.start() > MAX_HEADER_BYTES for match in _FIELD.finditer(data)):
+        raise DocumentError(f"is a mail with a header of more than {MAX_HEADER_BYTES} bytes")
 
 
 def _body(content: bytes, charset: str, *, marked: bool) -> Iterator[Block]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block
-from pocketslm.runtime.assistant.readers.limits import MAX_ENCODED_BYTES
+from pocketslm.runtime.assistant.readers.limits import MAX_ENCODED_BYTES, ElementCount
 
 MAX_DEPTH = 1000
 # A control word with its number, a byte, a symbol, a brace, or text.
@@ -52,6 +52,7 @@ def _blocks(data: bytes) -> Iterator[Block]:
     groups: list[tuple[bool, int]] = []
     left = 0  # characters that stand for the last \u in old programs
     starts = False  # whether a group has just begun
+    count = ElementCount()
 
     def flush() -> None:
         if raw:
@@ -68,6 +69,7 @@ def _blocks(data: bytes) -> Iterator[Block]:
     for match in _TOKEN.finditer(data):
         word, number, byte, symbol, brace, text = match.groups()
         begins, starts = starts, False
+        count.add()
         if brace == b"{":
             if len(groups) >= MAX_DEPTH:
                 raise DocumentError(f"nests RTF deeper than {MAX_DEPTH}")

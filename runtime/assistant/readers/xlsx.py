@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
+from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml, relations
 from pocketslm.runtime.assistant.readers.limits import check_characters
@@ -17,6 +18,7 @@ _DATE_FORMATS = {*range(14, 18), 22, *range(27, 37), *range(50, 59)}  # that nee
 _LITERAL = re.compile(r'"[^"]*+"?|\\.|\[[^\]]*+\]?')
 _COLUMN = re.compile(r"[A-Z]{1,3}")
 _LAST_DAY = 2_958_465  # the end of the year 9999
+GAP_COST = 8  # characters that an empty cell counts as: it takes as much memory
 _EPOCH = datetime(1899, 12, 30)  # so that days after February 1900 are right
 
 
@@ -137,10 +139,13 @@ class _Sheet:
                     self._row = []
             case "c":
                 value = self._value("".join(self._parts).strip())
-                if value and len(self._row) <= self._column < MOST_COLUMNS:
-                    self._characters += self._column - len(self._row) + len(value)
+                gap = self._column - len(self._row)
+                if value and gap >= 0:
+                    if self._column >= MOST_COLUMNS:
+                        raise DocumentError(f"has more than {MOST_COLUMNS} columns; split it")
+                    self._characters += GAP_COST * gap + len(value)
                     check_characters(self._characters)
-                    self._row += [""] * (self._column - len(self._row)) + [value]
+                    self._row += [""] * gap + [value]
             case "v" | "t":
                 self._reading = False
 
