@@ -378,7 +378,7 @@ class _Answer:
             else:
                 choice["text"] = delta.get("content", "")
             choices.append(choice)
-        body = {
+        body: dict[str, Any] = {
             "id": self.id,
             "object": "chat.completion.chunk" if self.chat else "text_completion",
             "created": self.created,
