@@ -99,7 +99,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("model", help=MODEL)
     parser.add_argument(
         "--table",
-        choices=("quantize", "depth", "width", "adaptive", "sparse", "all"),
+        choices=("quantize", "bits", "depth", "width", "adaptive", "sparse", "all"),
         default="all",
         help="which methods (default: all)",
     )

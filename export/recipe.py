@@ -129,15 +129,15 @@ class Recipe:
         """The recipe with context and targets decided for a model.
 
         Raises ExportError if the model has fewer positions than the context asked for, or gives
-        embeddings, which the native operators alone run, and is to do something else.
+        embeddings and is to do something that such models do not.
         """
         longest = config.max_position_embeddings
         context = self.context or min(longest, 4096)
         if context > longest:
             raise ExportError(f"context {context} is longer than the model's {longest} positions")
         if not config.head:
-            if others := [target for target in self.targets or () if target != "native"]:
-                raise refuse(others[0], "the model gives embeddings, which native alone runs")
+            if others := [t for t in self.targets or () if t not in _BY_DEFAULT]:
+                raise refuse(others[0], "the model gives embeddings, which it has no graph for")
             if self.needs_calibration:
                 raise ExportError(
                     f"method {self.method!r} or fewer neurons need a model that generates text, "
@@ -145,7 +145,7 @@ class Recipe:
                 )
             # All of them are float, and 4 bits turn an embedding too far.
             weights = "int8" if self.weights == "keep" else self.weights
-            return replace(self, weights=weights, context=context, targets=("native",))
+            self = replace(self, weights=weights)
         covered = [t for t in _BY_DEFAULT if t != "native" or native.uncovered(config) is None]
         return replace(self, context=context, targets=self.targets or tuple(covered))
 

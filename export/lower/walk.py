@@ -21,6 +21,7 @@ _OPERATORS = {
     ops.rms_norm: "rms_norm",
     ops.layer_norm: "layer_norm",
     ops.rotary: "rotary",
+    ops.temperature: "temperature",
     ops.attention: "attention",
     ops.short_conv: "short_conv",
     ops.activate: "activate",

@@ -39,35 +39,51 @@ def mixed_precision(
 ) -> Recipe:
     """``recipe`` with the bits of each matrix such that weights take at most ``megabytes``.
 
-    ``ids`` [B, S]: windows of tokens to measure on. Raises ExportError where not even 2 bits fit.
+    ``ids`` [B, S]: windows of tokens to measure on. Raises ExportError where not even the fewest
+    bits fit.
     """
-    base = replace(recipe, weights="int4", head="int4", overrides={})
-    shapes = parameter_shapes(checkpoint.config)
-    sites = [*layer_matrices(checkpoint.config), *((n,) for n in (EMBEDDING, HEAD) if n in shapes)]
-    named = {name for site in sites for name in site}
-    room = int(megabytes * 1e6)
-    room -= sum(
-        _stored_bytes(checkpoint, base, name, shapes[name]) for name in shapes.keys() - named
-    )
-    widths = [bits for bits in WIDTHS if recipe.grid != "zp" or bits in (4, 8)]
-    costs = {
-        site: {
-            bits: sum(_bytes(base, name, shapes[name], bits) for name in site) for bits in widths
+    checkpoint.config.need_own_layers("--size")
+    sizes = Sizes(checkpoint, recipe)
+    sizes.check(megabytes)
+    model = load_reference(checkpoint, ids.shape[1])
+    losses = sensitivities(model, ids, sizes.base, list(sizes.costs), sizes.widths, progress)
+    return sizes.within(megabytes, losses)
+
+
+class Sizes:
+    """What the matrices of a checkpoint take at each width, rounded as a recipe says.
+
+    costs: bytes of each site by bits. fixed: bytes of all that is not rounded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self.base = replace(recipe, weights="int4", head="int4", overrides={})
+        self.widths = [bits for bits in WIDTHS if recipe.grid != "zp" or bits in (4, 8)]
+        shapes = parameter_shapes(checkpoint.config)
+        tops = [(name,) for name in (EMBEDDING, HEAD) if name in shapes]
+        sites = [*layer_matrices(checkpoint.config), *tops]
+        rest = shapes.keys() - {name for site in sites for name in site}
+        self.fixed = sum(_stored_bytes(checkpoint, self.base, name) for name in rest)
+        self.costs: dict[Site, dict[int, int]] = {
+            site: {b: sum(_bytes(self.base, n, shapes[n], b) for n in site) for b in self.widths}
+            for site in sites
         }
-        for site in sites
-    }
-    least = sum(cost[widths[0]] for cost in costs.values())
-    if room < least:
-        raise ExportError(
-            f"the size is {megabytes:g} MB, weights of {widths[0]} bits take "
-            f"{(least + int(megabytes * 1e6) - room) / 1e6:.1f} MB; allow more, or prune first"
-        )
-    losses = sensitivities(
-        load_reference(checkpoint, ids.shape[1]), ids, base, sites, widths, progress
-    )
-    chosen = allocate(losses, costs, room)
-    overrides = {name: _scheme(chosen[site]) for site in sites for name in site}
-    return replace(base, overrides=overrides)
+
+    def check(self, megabytes: float) -> None:
+        """ExportError where not even the fewest bits fit."""
+        least = self.fixed + sum(cost[self.widths[0]] for cost in self.costs.values())
+        if megabytes * 1e6 < least:
+            raise ExportError(
+                f"the size is {megabytes:g} MB, weights of {self.widths[0]} bits take "
+                f"{least / 1e6:.1f} MB; allow more, or prune first"
+            )
+
+    def within(self, megabytes: float, losses: Mapping[Site, Mapping[int, float]]) -> Recipe:
+        """The recipe whose weights take at most so much, by the losses of :func:`sensitivities`."""
+        self.check(megabytes)
+        chosen = allocate(losses, self.costs, int(megabytes * 1e6) - self.fixed)
+        overrides = {name: _scheme(chosen[site]) for site in self.costs for name in site}
+        return replace(self.base, overrides=overrides)
 
 
 def allocate(
@@ -207,7 +223,7 @@ def _bytes(recipe: Recipe, name: str, shape: tuple[int, ...], bits: int) -> int:
     return rows * columns * spec.bits // 8 + rows * scales[spec.kind]
 
 
-def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
+def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe, name: str) -> int:
     weight = recipe.apply(name, checkpoint.weight(name))
     if isinstance(weight, QuantTensor):
         return weight.nbytes

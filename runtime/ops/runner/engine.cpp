@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
@@ -173,10 +174,10 @@ void Engine::reset() {
   cached_.clear();
 }
 
-std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens) const {
+std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens,
+                           const TextLimits& limits) const {
   if (!tokenizer_.loaded()) return "the model file has no tokenizer; pass tokens instead";
-  tokens.clear();
-  tokenizer_.encode_whole({text, true}, tokens);
+  tokenizer_.encode_whole({text, limits.special}, tokens, limits.most);
   return "";
 }
 
@@ -334,6 +335,28 @@ std::string Engine::logits(const std::vector<int32_t>& tokens, size_t first,
     out.erase(out.begin(), out.begin() + static_cast<std::ptrdiff_t>((first - common) *
                                                                      model_info_.output_size));
   cached_ = tokens;
+  return "";
+}
+
+std::string Engine::embed(const std::vector<int32_t>& tokens, Pooling pooling, bool normalize,
+                          std::vector<float>& out) {
+  if (model_info_.head_macs) return "the model generates text: it has no embeddings";
+  reset();  // a text is read for itself
+  const size_t first = pooling == Pooling::last ? tokens.size() - 1 : 0, size = model_info_.output_size;
+  if (std::string failure = logits(tokens, first, out); !failure.empty()) return failure;
+  if (pooling == Pooling::mean) {
+    for (size_t i = 0; i < size; ++i) {
+      double sum = 0;
+      for (size_t row = 0; row < tokens.size(); ++row) sum += static_cast<double>(out[row * size + i]);
+      out[i] = static_cast<float>(sum / static_cast<double>(tokens.size()));
+    }
+  }
+  out.resize(size);
+  if (!normalize) return "";
+  double squares = 0;
+  for (float value : out) squares += static_cast<double>(value) * static_cast<double>(value);
+  if (!(squares > 0)) return "the embedding has no direction: the weights are damaged";
+  for (float& value : out) value = static_cast<float>(static_cast<double>(value) / std::sqrt(squares));
   return "";
 }
 

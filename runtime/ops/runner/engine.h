@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -33,6 +34,15 @@ struct Generation {
   Sampling sampling;
   std::shared_ptr<const grammar::Automaton> grammar;  // that holds the answer, where there is one
 };
+
+// Whether the text of special tokens means those tokens, and how many tokens of a text are kept.
+struct TextLimits {
+  bool special = true;
+  size_t most = std::numeric_limits<size_t>::max();
+};
+
+// The mean of the hidden states of a text's tokens, or the first's or the last's.
+enum class Pooling { mean, cls, last };
 
 struct NewToken {
   int32_t token;
@@ -67,7 +77,8 @@ class Engine {
 
   // These return an empty string, or one line that says what was wrong.
   std::string load(const LoadOptions& options);
-  std::string encode(std::string_view text, std::vector<int32_t>& tokens) const;
+  std::string encode(std::string_view text, std::vector<int32_t>& tokens,
+                     const TextLimits& limits = {}) const;
   std::string encode_chat(const std::vector<Message>& messages, std::vector<int32_t>& tokens) const;
   // Calls on_token for each new token; go_on is asked before each part of the prompt and after
   // each token, and ends the generation when it is false.
@@ -76,6 +87,9 @@ class Engine {
                        const std::function<bool()>& go_on, Outcome& outcome);
   // Of the last token, or of each from position `first` on.
   std::string logits(const std::vector<int32_t>& tokens, size_t first, std::vector<float>& out);
+  // The hidden states of a text, pooled; of a model without an output head.
+  std::string embed(const std::vector<int32_t>& tokens, Pooling pooling, bool normalize,
+                    std::vector<float>& out);
   // Runs `repeats` times, each from an empty cache: the prompt, which may be empty, in one call,
   // then `fresh` greedy tokens. Ends early, with an error, once go_on is false.
   std::string bench(const std::vector<int32_t>& prompt, size_t fresh, size_t repeats,

@@ -254,6 +254,7 @@ class Server {
     if (!engine_.loaded()) return "no model is loaded; send {\"op\":\"load\",\"path\":...} first";
     if (op == "generate") return generate(request);
     if (op == "logits") return logits(request);
+    if (op == "embed") return embed(request);
     if (op == "encode") return encode(request);
     if (op == "bench") return bench(request);
     if (op == "reset") {
@@ -264,7 +265,8 @@ class Server {
       return "";
     }
     return "unknown op '" + op +
-           "'; known: load, generate, cancel, encode, logits, bench, stats, probe, reset, quit";
+           "'; known: load, generate, cancel, encode, logits, embed, bench, stats, probe, reset, "
+           "quit";
   }
 
   std::string load(Request& request) {
@@ -300,8 +302,8 @@ class Server {
     return "";
   }
 
-  // The prompt as 'tokens', 'messages' or 'prompt'.
-  std::string prompt(Request& request, std::vector<int32_t>& tokens) {
+  // The prompt as 'tokens', 'messages' or 'prompt', a text within these limits.
+  std::string prompt(Request& request, std::vector<int32_t>& tokens, const TextLimits& limits = {}) {
     if (const Json* list = request.list("tokens")) {
       const uint32_t vocabulary = engine_.model_info().vocab_size;
       for (const Json& item : list->items) {
@@ -323,7 +325,7 @@ class Server {
       }
       return engine_.encode_chat(messages, tokens);
     }
-    return engine_.encode(request.text("prompt", ""), tokens);
+    return engine_.encode(request.text("prompt", ""), tokens, limits);
   }
 
   // What the answer is held to: 'json_schema', 'regex' or 'grammar', one of them at most.
@@ -413,17 +415,48 @@ class Server {
     if (!request.fault().empty()) return request.fault();
     if (std::string failure = engine_.logits(tokens, first, values); !failure.empty())
       return failure;
-    if (packed) {
-      emit("logits", ",\"base64\":\"%s\"", base64(values).c_str());
-      return "";
-    }
+    emit("logits", ",%s", floats("logits", values, packed).c_str());
+    return "";
+  }
+
+  // As a list under this name, or as their bytes.
+  static std::string floats(const char* name, const std::vector<float>& values, bool packed) {
+    if (packed) return "\"base64\":\"" + base64(values) + "\"";
     std::string list;
     for (float value : values) {
       char text[32];
       std::snprintf(text, sizeof text, "%s%.9g", list.empty() ? "" : ",", static_cast<double>(value));
       list += text;
     }
-    emit("logits", ",\"logits\":[%s]", list.c_str());
+    return "\"" + std::string(name) + "\":[" + list + "]";
+  }
+
+  // 'pooling' and 'normalize' are what the bundle's manifest says of the model.
+  std::string embed(Request& request) {
+    const std::string kind = request.text("pooling", "");
+    if (kind != "mean" && kind != "cls" && kind != "last")
+      request.fail("pooling", "mean, cls or last");
+    const bool normalize = request.flag("normalize"), packed = request.flag("base64");
+    const bool cut = request.flag("truncate");
+    const uint32_t context = engine_.session_info().context;
+    const uint32_t most = request.count("max_tokens", context, 1, context);
+    std::vector<int32_t> tokens;
+    TextLimits limits{false};
+    if (cut) limits.most = most;
+    if (std::string failure = prompt(request, tokens, limits); !failure.empty()) return failure;
+    if (!request.fault().empty()) return request.fault();
+    if (tokens.empty()) return "the text has no tokens";
+    if (tokens.size() > most)
+      return std::to_string(tokens.size()) + " tokens, at most " + std::to_string(most) +
+             "; split the text, or let its first tokens stand for it with 'truncate'";
+    const Pooling pooling = kind == "mean" ? Pooling::mean
+                            : kind == "cls" ? Pooling::cls
+                                            : Pooling::last;
+    std::vector<float> values;
+    if (std::string failure = engine_.embed(tokens, pooling, normalize, values); !failure.empty())
+      return failure;
+    emit("embedding", ",\"prompt_tokens\":%zu,%s", tokens.size(),
+         floats("embedding", values, packed).c_str());
     return "";
   }
 
