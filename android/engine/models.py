@@ -79,6 +79,11 @@ class Models:
     def path(self, name: str) -> Path:
         return self.folder / name
 
+    def embeds(self, name: str) -> bool:
+        """Whether a model gives embeddings, and so finds by meaning instead of speaking."""
+        config = open_bundle(self.path(name), verify=False).config
+        return config is not None and config.pooling is not None
+
     def remove(self, name: str) -> None:
         shutil.rmtree(self.folder / _plain(name), ignore_errors=True)
 

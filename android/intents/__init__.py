@@ -20,7 +20,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         },
     },
     "share_text": {
-        "properties": {"text": {"type": "string", "minLength": 1, "maxLength": 400}},
+        # A model proposes short texts; a person may send more.
+        "properties": {
+            "text": {"type": "string", "minLength": 1, "maxLength": 400, "longest": 100_000}
+        },
     },
 }
 
@@ -53,7 +56,12 @@ class Action:
         schema = SCHEMAS.get(self.name)
         if schema is None or set(self.arguments) != set(schema["properties"]):
             return False
-        return all(_fits(self.arguments[name], rule) for name, rule in schema["properties"].items())
+        return not self.faults()
+
+    def faults(self) -> list[str]:
+        """The arguments that the schema does not allow."""
+        rules = SCHEMAS[self.name]["properties"]
+        return [name for name, rule in rules.items() if not _fits(self.arguments.get(name), rule)]
 
 
 def _fits(value: Any, rule: dict[str, Any]) -> bool:
@@ -63,7 +71,7 @@ def _fits(value: Any, rule: dict[str, Any]) -> bool:
         return False
     if "enum" in rule:
         return value in rule["enum"]
-    return rule["minLength"] <= len(value) <= rule["maxLength"]
+    return rule["minLength"] <= len(value) <= rule.get("longest", rule["maxLength"])
 
 
 def propose(model: TextModel, request: str) -> Action:
@@ -74,7 +82,10 @@ def propose(model: TextModel, request: str) -> Action:
     functions = {
         name: {
             "type": "object",
-            "properties": schema["properties"],
+            "properties": {
+                key: {word: value for word, value in rule.items() if word != "longest"}
+                for key, rule in schema["properties"].items()
+            },
             "required": list(schema["properties"]),
             "additionalProperties": False,
         }

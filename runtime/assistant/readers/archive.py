@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import posixpath
 import struct
 import zipfile
 import zlib
@@ -102,3 +103,17 @@ def parse_xml(
         raise DocumentError(f"holds damaged XML: {error}") from None
     except (LookupError, ValueError):  # of the encoding that it declares
         raise DocumentError("is XML in an unknown encoding; save it as UTF-8") from None
+
+
+def relations(archive: Archive, part: str) -> dict[str, str]:
+    """The parts of an office file that one of them names: id -> path."""
+    folder, name = posixpath.split(part)
+    found: dict[str, str] = {}
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        if tag.endswith("Relationship") and attributes.get("TargetMode") != "External":
+            target = attributes.get("Target", "")
+            found[attributes.get("Id", "")] = posixpath.join("/", folder, target).lstrip("/")
+
+    parse_xml(archive.read(f"{folder}/_rels/{name}.rels"), start)
+    return found
