@@ -260,11 +260,10 @@ class _Lowering(Walk):
         made = {query: p.tensor(shape), key: p.tensor(cached), value: p.tensor(cached)}
         self._close(made)
         if cap is not None:
-            caches = [self._append(made[x], cached, "float32") for x in (key, value)]
+            keys, values = (self._append(made[x], cached, "float32") for x in (key, value))
             mask = self._mask(min(window or self.context, self.context))
-            self.inside[node] = self._capped(
-                made[query], *caches, mask, shape, kv_heads, scale, cap
-            )
+            seen = (keys, values, mask)
+            self.inside[node] = self._capped(made[query], seen, shape, kv_heads, scale, cap)
             return
         q = [part for part, _, _ in self._held(made[query], shape)]
         k, v = ([self._append(*part) for part in self._held(made[x], cached)] for x in (key, value))
@@ -282,29 +281,28 @@ class _Lowering(Walk):
     def _capped(
         self,
         query: int,
-        keys: int,
-        values: int,
-        mask: int,
+        seen: tuple[int, int, int],
         shape: list[int],
         kv_heads: int,
         scale: float,
         cap: float,
     ) -> int:
         """Attention written out, as no kernel caps its scores: [1, n, heads * size], over all of
-        the cache. shape: of the query, [1, n, heads, size]. mask: [n, context]."""
+        the cache. seen: keys, values, and their mask [n, context]. shape: of the query,
+        [1, n, heads, size]."""
         s, context, (heads, size) = self.segment, self.context, shape[2:]
         shared = heads // kv_heads
         q = s.reshape(s.input(query, [1, ANY, heads, size]), [0, kv_heads, shared, size])
         q = s.reshape(s.transpose(q, (1, 0, 2, 3)), [kv_heads, 0, size])
         k, v = (
             s.reshape(s.input(part, [1, context, kv_heads, size]), [context, kv_heads, size])
-            for part in (keys, values)
+            for part in seen[:2]
         )
         scores = s.matrix_product(q, s.transpose(k, (1, 2, 0)))
         scores = s.unary(xnn.XNNTanh, s.multiply(scores, self._number(scale / cap)))
         scores = s.reshape(s.multiply(scores, self._number(cap)), [kv_heads, 0, shared, context])
-        seen = s.reshape(s.input(mask, [ANY, context]), [1, 0, 1, context])
-        weights = s.unary(xnn.XNNSoftmax, s.add(scores, seen))
+        mask = s.reshape(s.input(seen[2], [ANY, context]), [1, 0, 1, context])
+        weights = s.unary(xnn.XNNSoftmax, s.add(scores, mask))
         weights = s.reshape(weights, [kv_heads, 0, context])
         out = s.matrix_product(weights, s.transpose(v, (1, 0, 2)))
         out = s.transpose(s.reshape(out, [kv_heads, 0, shared, size]), (1, 0, 2, 3))
