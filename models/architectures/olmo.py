@@ -51,10 +51,11 @@ class Windowed(Olmo2):
     """Layers with a window beside layers that see everything."""
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
-        window, every = f("sliding_window"), f("sliding_window_pattern") or 4
-        every = len(every) if isinstance(every, str) else int(every)
+        window, every = f("sliding_window"), f("sliding_window_pattern", 4) or 4
+        every = len(every) if isinstance(every, str) else f.integer("sliding_window_pattern", 4)
         pattern = [FULL if (i + 1) % every == 0 else SLIDING for i in range(count)]
-        kinds = layer_types(f, count, [FULL] * count if window is None else pattern)
+        pattern = [FULL] * count if window is None else pattern
+        kinds = layer_types(f, count, pattern, (SLIDING, FULL))
         full, mlp = self.hf_attention(f), self.hf_mlp(f)
         if window is None:
             kinds = [FULL] * count
