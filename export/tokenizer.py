@@ -101,7 +101,9 @@ def _settled(
         if isinstance(listed := changed.get(key), list):
             texts = [one.get("content") if isinstance(one, dict) else one for one in listed]
             changed[key] = [
-                token for token, text in zip(listed, texts, strict=True) if text not in left_out
+                token
+                for token, text in zip(listed, texts, strict=True)
+                if not (isinstance(text, str) and text in left_out)
             ]
     return changed
 
