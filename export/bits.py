@@ -12,7 +12,7 @@ import ctypes
 import functools
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,23 @@ def points(bench: Any) -> Iterator[tuple[str, str, Any]]:
         for kind in TYPES:
             for method in ("llama.cpp", "llama.cpp, imatrix"):
                 yield method, kind, theirs
+
+
+def chart(rows: Sequence[Any]) -> str:
+    """An SVG of the table's rows: KL against megabytes, a line a method."""
+    from pocketslm.profiling import charts
+
+    methods = list(dict.fromkeys(row.method for row in rows if row.table == "bits"))
+    series = []
+    for colour, method in enumerate(methods):
+        chosen = sorted((r for r in rows if r.method == method), key=lambda row: row.size_mb)
+        labels = [row.detail.removesuffix(" bits a weight") for row in chosen]
+        points = [(row.size_mb, row.kl) for row in chosen]
+        series.append(charts.Series(method, points, colour, labels=labels))
+    size = charts.Axis("weights, MB", zero=False)
+    return charts.standalone(
+        charts.plot(series, size, charts.Axis("KL to the source, nats", log=True), "Bits and loss")
+    )
 
 
 def _recipe(method: str, overrides: Any = None) -> Recipe:

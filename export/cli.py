@@ -112,6 +112,9 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--only", default="", help="rows with this in their name, such as 'gptq min g128'"
     )
+    parser.add_argument(
+        "--chart", type=Path, metavar="FILE.svg", help="draw the table bits: KL against bytes"
+    )
     parser.add_argument("--text", default="lee", help="to measure with: its start (default: lee)")
     parser.add_argument("--calibration", default="lee", help="its end shows what matters")
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens (default: 16)")
@@ -437,10 +440,12 @@ def _span(counts: Sequence[int]) -> str:
 def _methods(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from pocketslm.export import methods
+    from pocketslm.export import bits, methods
     from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
 
+    if arguments.table not in ("bits", "all"):
+        refuse(arguments, "without --table bits", "chart")
     bench = methods.Workbench(
         open_source(arguments.model, say),
         resolve(arguments.text, say),
@@ -450,6 +455,8 @@ def _methods(arguments: argparse.Namespace) -> None:
     )
     tables = methods.TABLES if arguments.table == "all" else (arguments.table,)
     found = methods.rows(bench, arguments.results, tables, say, arguments.only)
+    if arguments.chart is not None:
+        arguments.chart.write_text(bits.chart(found), encoding="utf-8")
     if arguments.json:
         print_json([asdict(row) for row in found])
     else:

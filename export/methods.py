@@ -32,7 +32,7 @@ from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
-TABLES = ("quantize", "bits", "depth", "width", "adaptive", "sparse")
+TABLES = ("quantize", "depth", "width", "adaptive", "sparse", "bits")
 METHODS = (
     "rtn",
     "search",
@@ -136,11 +136,11 @@ def rows(
         results.write_text(json.dumps(bench.identity) + "\n")
     makers = {
         "quantize": _quantized,
-        "bits": bits.points,
         "depth": _shallow,
         "width": _narrow,
         "adaptive": _adaptive,
         "sparse": _sparse,
+        "bits": bits.points,
     }
     found = []
     for table in tables:

@@ -174,7 +174,12 @@ class GGUFFile:
         raw = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
         if (unpack := _BLOCKS.get(info.kind)) is not None and len(info.shape) == 2:
             _, block_bytes = GGML_QUANT_SIZES[info.kind]
-            return unpack(raw.reshape(info.shape[0], -1, block_bytes))
+            try:
+                return unpack(raw.reshape(info.shape[0], -1, block_bytes))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} of {info.kind.name}: {error}; file corrupt?"
+                ) from None
         try:
             values: Array = dequantize(raw, info.kind)
             values = values.astype(np.float32, copy=False).reshape(info.shape)
@@ -376,9 +381,7 @@ def _ternary(kind: GGMLQuantizationType) -> Callable[[Array], QuantTensor]:
         values = dequantize(blocks, kind).reshape(len(blocks), -1)
         scales = np.repeat(_half(blocks[..., -2:]), 256 // 32, axis=1)
         if (np.abs(values) > np.repeat(np.abs(scales), 32, axis=1)).any():
-            raise CheckpointError(
-                f"a block of {kind.name} holds a code that is none of -1, 0 and 1"
-            )
+            raise ValueError("a code is none of -1, 0 and 1")
         return QuantTensor((np.sign(values) + 2).astype(np.uint8), scales, 2, 32)
 
     return unpack

@@ -181,9 +181,18 @@ class QuantTensor:
         codes = self.unpacked()
         if self.table is not None:
             codes = (np.array(TABLES[self.table], np.int16) + 128).astype(np.uint8)[codes]
-        elif self.minimums is None and self.zero_points is None:
-            codes = codes + np.uint8(2 ** (width - 1) - 2 ** (self.bits - 1))
-        return replace(self, codes=pack_codes(codes, width), bits=width, whole=None, table=None)
+            return replace(self, codes=codes, bits=width, whole=None, table=None)
+        # The middle of the codes stays the middle, which products of small integers are made from.
+        shift = 2 ** (width - 1) - 2 ** (self.bits - 1)
+        points, lows = self.zero_points, self.minimums
+        return replace(
+            self,
+            codes=pack_codes(codes + np.uint8(shift), width),
+            bits=width,
+            zero_points=None if points is None else points + np.uint8(shift),
+            minimums=None if lows is None else lows - self.scales.astype(np.float32) * shift,
+            whole=None,
+        )
 
 
 def pack_codes(codes: Array, bits: int) -> Array:

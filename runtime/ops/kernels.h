@@ -105,7 +105,7 @@ struct AttentionJob {
   float* weight;   // [rows], sum of exp(score - maximum)
 };
 
-// How many columns' codes a scale of a kind belongs to at a time, and their parts of a group.
+// Scales of a group of a kind: one, or one for each 16 columns.
 template <WeightKind K>
 constexpr int kScales = kGroup / form_of(K).scale_columns;
 

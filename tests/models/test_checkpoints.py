@@ -136,6 +136,22 @@ def test_blocks_of_more_kinds_are_kept_or_rounded_to_eight_bits(name: str, tmp_p
         assert (np.abs(ours - theirs) <= MAX_ROUNDING * peaks + 1e-5).all()
 
 
+def test_a_ternary_tensor_with_a_fourth_code_is_refused(tmp_path: Path) -> None:
+    import gguf
+
+    raw = np.full((4, 2 * 66), 0xFF, np.uint8)
+    raw.reshape(4, 2, 66)[..., 64:] = np.array([1], np.float16).view(np.uint8)
+    writer = gguf.GGUFWriter(str(tmp_path / "t.gguf"), "llama")
+    kind = gguf.GGMLQuantizationType.TQ2_0
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"ffn_up.weight' of TQ2_0: a code is none of"):
+        GGUFFile(tmp_path / "t.gguf").read("blk.0.ffn_up.weight")
+
+
 def test_sharded_safetensors(tiny_hf: Path, tmp_path: Path) -> None:
     state = load_file(tiny_hf / "model.safetensors")
     names = sorted(state)

@@ -45,7 +45,7 @@ def lower(
     """
     lowering = _Lowering(traced, weights, int8_cache)
     lowering.run(path, bos, eos, progress)
-    return [
+    return lowering.notes() + [
         f"executorch: {count} matrices: {what}" for what, count in lowering.changes.items() if count
     ]
 

@@ -41,8 +41,8 @@ class Compiler {
         builder_.characters(CodeSet::of(" \t"), Writing::plain, 0, 20);
     space_ = builder_.alt({builder_.empty(), builder_.text(" "),
                            builder_.seq({builder_.text("\n"), indent})});
-    comma_ = builder_.seq({space_, builder_.text(","), space_});
-    colon_ = builder_.seq({space_, builder_.text(":"), space_});
+    comma_ = builder_.seq({builder_.text(","), space_});
+    colon_ = builder_.seq({builder_.text(":"), space_});
   }
 
   Automaton whole() {
