@@ -71,8 +71,8 @@ class Gemma2(Architecture):
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         window = f.integer("sliding_window", 4096)
-        every = f.integer("_sliding_window_pattern", self.pattern)
-        every = f.integer("sliding_window_pattern", every)
+        every = f.integer("_sliding_window_pattern", self.pattern, least=0) or self.pattern
+        every = f.integer("sliding_window_pattern", every, least=0) or every
         default = [FULL if (i + 1) % every == 0 else SLIDING for i in range(count)]
         kinds = layer_types(f, count, default, (SLIDING, FULL))
         full = self.hf_attention(f)
