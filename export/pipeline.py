@@ -20,10 +20,10 @@ from pocketslm.errors import ExportError
 from pocketslm.export.lower.trace import Traced, trace
 from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
-from pocketslm.export.publish import published
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
 from pocketslm.export.tokenizer import settled
+from pocketslm.folders import published
 from pocketslm.models.checkpoint import (
     EMBEDDING,
     HEAD,

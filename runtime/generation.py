@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from operator import index
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,7 @@ from pocketslm.runtime.sampling import (
 Finish = Literal["eos", "stop", "length", "context"]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One generated token.
 
     logprob: natural log of its probability under the model, before any processor; None where
@@ -151,13 +150,17 @@ class Turns:
 
     def go_on(self, turn: object) -> bool:
         """False where the turn is to end. Raises UsageError where it was taken away."""
+        me = threading.get_ident()
+        # Without the lock: only this thread can take the turn from itself, and each token passes.
+        if self._holder is turn and self._thread == me:
+            return self._cancelled is not turn
         with self._changed:
             if self._holder is not turn:
                 raise UsageError(
                     "this generation is stale: the model was used for something else before it "
                     "ended; end or close a generation first, or load the model twice"
                 )
-            self._thread = threading.get_ident()
+            self._thread = me
             return self._cancelled is not turn
 
 

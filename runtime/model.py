@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -29,8 +29,7 @@ KEPT_GRAMMARS = 16
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that ask for drawing
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One generated token and the text that became certain with it (see Step for the rest)."""
 
     token: int
@@ -353,7 +352,9 @@ def _with_text(
             held += marks.get(step.token) or decoder.push(step.token)
         held += decoder.flush() if step.finish else ""
         finish = step.finish
-        if (end := _stop_at(held, stop_strings)) is not None:
+        if not stop_strings:
+            text, held = held, ""
+        elif (end := _stop_at(held, stop_strings)) is not None:
             text, finish = held[:end], "stop"
         elif finish:
             text = held
@@ -362,7 +363,8 @@ def _with_text(
             text, held = held[:certain], held[certain:]
         if finish:
             steps.close()  # whoever waits for the session need not wait for the caller
-        text = _MARK.sub("", text)
+        if marks:
+            text = _MARK.sub("", text)
         yield Record(step.token, text, step.logprob, step.time_ns, finish)
         if finish:
             return

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from pocketslm.errors import CheckpointError
 from pocketslm.models.architectures import rope
 from pocketslm.models.architectures.base import (
     ATTENTION,
@@ -72,11 +71,10 @@ class Gemma2(Architecture):
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         window = f.integer("sliding_window", 4096)
-        every = f("sliding_window_pattern") or f("_sliding_window_pattern") or self.pattern
-        default = [FULL if (i + 1) % int(every) == 0 else SLIDING for i in range(count)]
-        kinds = layer_types(f, count, default)
-        if not set(kinds) <= {SLIDING, FULL}:
-            raise CheckpointError(f"{f.where}: layer_types names {sorted(set(kinds))}")
+        every = f.integer("_sliding_window_pattern", self.pattern, least=0) or self.pattern
+        every = f.integer("sliding_window_pattern", every, least=0) or every
+        default = [FULL if (i + 1) % every == 0 else SLIDING for i in range(count)]
+        kinds = layer_types(f, count, default, (SLIDING, FULL))
         full = self.hf_attention(f)
         mixers = {FULL: full, SLIDING: self.sliding(full, window)}
         mlp = self.hf_mlp(f)

@@ -51,10 +51,15 @@ class Windowed(Olmo2):
     """Layers with a window beside layers that see everything."""
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
-        window, every = f("sliding_window"), f("sliding_window_pattern") or 4
-        every = len(every) if isinstance(every, str) else int(every)
+        window, every = f("sliding_window"), f("sliding_window_pattern")
+        if isinstance(every, str):
+            every = len(every)
+        else:  # 0 where there is no window
+            every = f.integer("sliding_window_pattern", 4, least=0)
+        every = every or 4
         pattern = [FULL if (i + 1) % every == 0 else SLIDING for i in range(count)]
-        kinds = layer_types(f, count, [FULL] * count if window is None else pattern)
+        pattern = [FULL] * count if window is None else pattern
+        kinds = layer_types(f, count, pattern, (SLIDING, FULL))
         full, mlp = self.hf_attention(f), self.hf_mlp(f)
         if window is None:
             kinds = [FULL] * count

@@ -29,6 +29,9 @@ from pocketslm.runtime.assistant.readers import read_file
 from pocketslm.runtime.assistant.words import words
 
 SCHEMA_VERSION = 2
+# What sqlite3 raises of a damaged file, or of one that is full or locked: also where the name of a
+# table is no UTF-8, which it puts into its message.
+_DAMAGE = (sqlite3.Error, UnicodeError)
 _APPLICATION_ID = 0x70736C6D  # "pslm"
 _SCHEMA = """
 CREATE TABLE documents (
@@ -126,7 +129,7 @@ class Library:
             except BaseException:
                 self._database.close()
                 raise
-        except (sqlite3.DatabaseError, OSError) as error:
+        except (*_DAMAGE, OSError) as error:
             raise DocumentError(f"{self.path} cannot be used as a library: {error}") from None
 
     def _prepare(self) -> None:
@@ -271,7 +274,10 @@ class Library:
         rows = self._rows(
             "SELECT id, asked, answer FROM history WHERE document IS ? ORDER BY id", document
         )
-        return [Asked(id_, time, _answer(json.loads(data))) for id_, time, data in rows]
+        try:
+            return [Asked(id_, time, _answer(json.loads(data))) for id_, time, data in rows]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DocumentError(f"{self.path} holds a damaged answer: {error}") from None
 
     def forget(self, document: int | None, asked: int | None = None) -> None:
         """Delete one entry of a document's history, or all of it."""
@@ -355,7 +361,7 @@ class Library:
                 self._database.execute("BEGIN IMMEDIATE")
                 yield self._database.execute
                 self._database.execute("COMMIT")
-            except sqlite3.Error as error:
+            except _DAMAGE as error:
                 self._undo()
                 raise DocumentError(f"{self.path} cannot be written: {error}") from None
             except BaseException:
@@ -371,7 +377,7 @@ class Library:
         with self._lock:
             try:
                 return self._database.execute(statement, values).fetchall()
-            except sqlite3.Error as error:
+            except _DAMAGE as error:
                 raise DocumentError(f"{self.path} cannot be read: {error}") from None
 
 

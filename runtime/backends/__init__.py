@@ -192,9 +192,18 @@ def open_session(
 
     "auto" takes the first of the bundle's graphs whose backend works here: the native operators
     need a C++ compiler once, where the package was installed without one. ``context`` limits the
-    KV cache below the graph's own limit. Raises BundleError where the bundle has no such graph,
-    BackendError where the backend is unknown or not installed.
+    KV cache below the graph's own limit. Raises BundleError where the bundle has no such graph or
+    its files changed since they were verified, BackendError where the backend is unknown or not
+    installed.
     """
+    session = _first_that_opens(bundle, backend, threads, context)
+    bundle.require_unchanged()
+    return session
+
+
+def _first_that_opens(
+    bundle: Bundle, backend: str, threads: int | None, context: int | None
+) -> Session:
     if backend != "auto":
         if backend not in BACKENDS:
             known = ", ".join(BACKENDS)

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Collection, Generator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -178,9 +177,9 @@ class RunnerSession:
                     break
                 step = Step(event["token"], event.get("logprob"), now)
                 if event.get("whole"):
-                    last = replace(step, finish="stop")
+                    last = step._replace(finish="stop")
                 elif count == limit:
-                    last = replace(step, finish="length" if config.max_new_tokens else "context")
+                    last = step._replace(finish="length" if config.max_new_tokens else "context")
                 else:
                     yield step
         finally:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,8 +142,12 @@ def compile_and_link(
     link_flags: Sequence[str],
     *,
     kernels: bool = True,
+    keep: Path | None = None,
 ) -> Path:
-    """Compile ``names`` and the kernels side by side, link them, and move the result into place."""
+    """Compile ``names`` and the kernels side by side, link them, and move the result into place.
+
+    ``keep``: a folder in which what was compiled stays, beside which gcov writes.
+    """
     warnings: tuple[str, ...] = (
         "-Wno-maybe-uninitialized",
     )  # GCC 12 warns inside its own intrinsics headers
@@ -151,8 +156,8 @@ def compile_and_link(
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
     if kernels:
         units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+    with _scratch(output.parent) if keep is None else nullcontext(keep) as scratch:
+        Path(scratch).mkdir(parents=True, exist_ok=True)
 
         def compile_unit(unit: tuple[str, tuple[str, ...]]) -> str:
             name, extra = unit
@@ -169,6 +174,16 @@ def compile_and_link(
         seal(linked)
         linked.replace(output)
     return output
+
+
+def _scratch(folder: Path) -> AbstractContextManager[str | Path]:
+    """A folder for what is compiled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        from pocketslm.folders import aside
+    except ImportError:  # the package itself is being built
+        return tempfile.TemporaryDirectory(dir=folder)
+    return aside(folder)
 
 
 # A program or library ends with this and the SHA-256 of all before it, which loaders do not read:

@@ -12,7 +12,7 @@ from email.message import Message
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers import html, text
-from pocketslm.runtime.assistant.readers.limits import MAX_ENCODED_BYTES
+from pocketslm.runtime.assistant.readers.limits import MAX_ENCODED_BYTES, ElementCount
 
 MAX_PARTS = 30  # of one mail that hold parts, and how deep they may nest
 MAX_LINES = 1 << 20  # each is held against the end of every part around it
@@ -81,7 +81,7 @@ def _check(data: bytes) -> None:
 
 def _body(content: bytes, charset: str, *, marked: bool) -> Iterator[Block]:
     if marked:
-        yield from html.parse(text.decode(content, charset))
+        yield from html.parse(text.decode(content, charset), ElementCount(len(content)))
         return
     for paragraph in text.split(text.BLANK_LINE, text.decode(content, charset)):
         yield Block(text.unwrap(paragraph))

@@ -16,7 +16,9 @@ _MOST_SPACES = 100  # that one mark stands for
 
 def read(data: bytes) -> Iterator[Block]:
     body = _Body()
-    parse_xml(Archive(data).read("content.xml"), body.start, body.end, body.text)
+    archive = Archive(data)
+    xml = archive.read("content.xml")
+    parse_xml(xml, body.start, body.end, body.text, count=archive.elements)
     return (block if body.pages > 1 else block._replace(page=None) for block in body.blocks)
 
 

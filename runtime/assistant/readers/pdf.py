@@ -16,6 +16,10 @@ from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers.text import LIST_ITEM
 
 MAX_PAGES = 5000
+MAX_UNPACKED = 32 << 20  # of one stream
+# What the contents of pages hold in bytes, and one stream in tokens: as much as a small file may
+# have; a larger one may have more, by its size.
+MAX_CONTENTS_OF_SMALL, MAX_TOKENS_OF_SMALL = 4 << 20, 400_000
 # Thousandths of an em. Typesetters that justify draw no spaces but move the pen by 180 to 400.
 WIDEST_JOINT = 140
 HEADING = 1.15  # times the size of the page's text
@@ -32,22 +36,36 @@ _LIGATURES = {
 
 def read(data: bytes) -> Iterator[Block]:
     try:
-        from pypdf import PdfReader, errors
+        from pypdf import PdfReader, apply_configuration, errors, get_configuration
     except ImportError:
         raise DocumentError(
             "is a PDF, which needs pypdf; `pip install pocketslm[assistant]`"
         ) from None
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # its warnings are not for our users
+    left = max(MAX_CONTENTS_OF_SMALL, 4 * len(data))
+    limits = get_configuration().with_overwrites(
+        stream_parsing_work_maximum_count=min(2_000_000, max(MAX_TOKENS_OF_SMALL, len(data) // 2)),
+        zlib_maximum_output_length=MAX_UNPACKED,
+        lzw_maximum_output_length=MAX_UNPACKED,
+        run_length_maximum_output_length=MAX_UNPACKED,
+    )
     _see_narrow_gaps()
     try:
-        reader = PdfReader(io.BytesIO(data), strict=False)
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError("needs a password; save it without one")
-        if (count := len(reader.pages)) > MAX_PAGES:
-            raise DocumentError(f"has {count} pages, at most {MAX_PAGES} are read")
+        with apply_configuration(limits):
+            reader = PdfReader(io.BytesIO(data), strict=False)
+            if reader.is_encrypted and not reader.decrypt(""):
+                raise DocumentError("needs a password; save it without one")
+            if (count := len(reader.pages)) > MAX_PAGES:
+                raise DocumentError(f"has {count} pages, at most {MAX_PAGES} are read")
         for number in range(1, count + 1):
             page = _Page()
-            reader.pages[number - 1].extract_text(visitor_text=page.take)
+            with apply_configuration(limits):
+                source = reader.pages[number - 1]
+                contents = source.get_contents()
+                left -= 0 if contents is None else len(contents.get_data())
+                if left < 0:
+                    raise DocumentError("draws too much on its pages for its size; print it anew")
+                source.extract_text(visitor_text=page.take)
             yield from page.blocks(number)
             reader.resolved_objects.clear()  # or memory grows with every page read
     except DocumentError:

@@ -21,24 +21,25 @@ def read(data: bytes) -> Iterator[Block]:
         if tag.rpartition(" ")[2] == "sldId":
             order.append(next((v for key, v in attributes.items() if key.endswith(" id")), ""))
 
-    parse_xml(archive.read(_SHOW), start)
+    parse_xml(archive.read(_SHOW), start, count=archive.elements)
     targets, names = relations(archive, _SHOW), set(archive.names())
     count = BlockCount()
     files = [posixpath.normpath(targets[part]) for part in dict.fromkeys(order) if part in targets]
     for page, file in enumerate((file for file in files if file in names), 1):
-        yield from _Slide(archive.read(file), page, count).blocks
+        yield from _Slide(archive, file, page, count).blocks
 
 
 class _Slide:
     """A slide's paragraphs and rows; its title comes first, wherever it stands."""
 
-    def __init__(self, data: bytes, page: int, count: BlockCount) -> None:
+    def __init__(self, archive: Archive, file: str, page: int, count: BlockCount) -> None:
         self.blocks: list[Block] = []
         self._page, self._count = page, count
         self._parts: list[str] = []
         self._title = self._reading = False
         self._rows = 0
-        parse_xml(data, self._start, self._end, self._text)
+        xml = archive.read(file)
+        parse_xml(xml, self._start, self._end, self._text, count=archive.elements)
         self.blocks.sort(key=lambda block: not block.level)
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:

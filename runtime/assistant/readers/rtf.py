@@ -52,7 +52,7 @@ def _blocks(data: bytes) -> Iterator[Block]:
     groups: list[tuple[bool, int]] = []
     left = 0  # characters that stand for the last \u in old programs
     starts = False  # whether a group has just begun
-    count = ElementCount()
+    count = ElementCount(len(data))
 
     def flush() -> None:
         if raw:

@@ -37,22 +37,22 @@ def read(data: bytes) -> Iterator[Block]:
         elif name == "workbookPr" and attributes.get("date1904") in ("1", "true"):
             later = 1462
 
-    parse_xml(archive.read(_BOOK), start)
+    parse_xml(archive.read(_BOOK), start, count=archive.elements)
     targets = relations(archive, _BOOK)
-    strings = _strings(archive.read("xl/sharedStrings.xml")) if _has(names, "sharedStrings") else []
-    dates = _date_styles(archive.read("xl/styles.xml")) if _has(names, "styles") else set()
+    strings = _strings(archive) if _has(names, "sharedStrings") else []
+    dates = _date_styles(archive) if _has(names, "styles") else set()
     for title, part in sheets:
         file = posixpath.normpath(targets.get(part, ""))
         if file in names:
             yield Block(title, 1)
-            yield from named_rows(_Sheet(archive.read(file), strings, dates, later).rows)
+            yield from named_rows(_Sheet(archive, file, strings, dates, later).rows)
 
 
 def _has(names: set[str], part: str) -> bool:
     return f"xl/{part}.xml" in names
 
 
-def _strings(data: bytes) -> list[str]:
+def _strings(archive: Archive) -> list[str]:
     """The texts that cells share, without the readings of Japanese ones."""
     found: list[str] = []
     parts: list[str] = []
@@ -74,11 +74,11 @@ def _strings(data: bytes) -> list[str]:
         if inside["t"] and not inside["rPh"]:
             parts.append(text)
 
-    parse_xml(data, start, end, text)
+    parse_xml(archive.read("xl/sharedStrings.xml"), start, end, text, count=archive.elements)
     return found
 
 
-def _date_styles(data: bytes) -> set[int]:
+def _date_styles(archive: Archive) -> set[int]:
     """Which of the cells' formats show a number as a date."""
     codes: dict[str, bool] = {}
     formats: list[bool] = []
@@ -101,14 +101,16 @@ def _date_styles(data: bytes) -> set[int]:
         nonlocal cells
         cells = cells and not tag.endswith(" cellXfs")
 
-    parse_xml(data, start, end)
+    parse_xml(archive.read("xl/styles.xml"), start, end, count=archive.elements)
     return {at for at, date in enumerate(formats) if date}
 
 
 class _Sheet:
     """A sheet's rows of shown values; what cells share is counted each time that it is used."""
 
-    def __init__(self, data: bytes, strings: list[str], dates: set[int], later: int) -> None:
+    def __init__(
+        self, archive: Archive, file: str, strings: list[str], dates: set[int], later: int
+    ) -> None:
         self.rows: list[list[str]] = []
         self._strings, self._dates, self._later = strings, dates, later
         self._parts: list[str] = []
@@ -116,7 +118,8 @@ class _Sheet:
         self._kind, self._style, self._column = "n", "", 0
         self._reading = False
         self._characters = 0
-        parse_xml(data, self._start, self._end, self._text)
+        xml = archive.read(file)
+        parse_xml(xml, self._start, self._end, self._text, count=archive.elements)
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
         match tag.rpartition(" ")[2]:

@@ -1,7 +1,7 @@
-"""Folders that appear whole: written beside their place, then renamed into it.
+"""Folders that appear whole: made beside their place, then renamed into it.
 
 A folder under way is locked by its process. What a killed process left is known by its lock being
-free, and goes when the next one writes to the same place.
+free, and goes when the next one works in the same place.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -20,7 +21,28 @@ from pocketslm.errors import ExportError
 
 Say = Callable[[str], None]
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_PART = ".part-"
 _OLD = ".old"  # the folder that was there, for a moment, where two cannot change places at once
+
+
+@contextmanager
+def aside(parent: Path, prefix: str = _PART) -> Iterator[Path]:
+    """A new folder in ``parent`` to work in, which goes with all that is still in it at the end.
+
+    What killed processes left of folders with this prefix goes first. Raises OSError where nothing
+    can be written there.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    with _locked(parent):
+        _sweep(parent, prefix)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = _try_lock(folder)
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -29,53 +51,40 @@ def published(
 ) -> Iterator[Path]:
     """A new folder beside ``out`` that takes its place when the block ends well.
 
-    ``replace``: in place of the folder that is there. Linux lets the two change places at once;
-    elsewhere there is a moment in which ``out`` does not exist, and ``say`` tells so. Raises
-    ExportError where ``out`` is in the way, also of another process that was faster, or cannot be
-    written.
+    ``replace``: in place of the folder that is there, see :func:`put`. Raises ExportError where
+    ``out`` is in the way, also of another process that was faster, or cannot be written.
     """
     out = out.resolve() if replace else out
-    folder = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out.parent):
-            _sweep(out)
-            folder = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-            lock = _try_lock(folder)
-        try:
+        with aside(out.parent, f".{out.name}{_PART}") as folder:
             yield folder
-            folder.chmod(0o755)
-            _sync(folder)
-            with _locked(out.parent):
-                _put(folder, out, replace, say)
-        finally:
-            if lock is not None:
-                os.close(lock)
+            put(folder, out, replace, say)
     except OSError as error:
         ours = error.filename is None or str(error.filename).startswith(str(out.parent))
         what = f"write {out}" if ours else f"use {error.filename}"
         raise ExportError(f"cannot {what}: {error.strerror or error}") from error
-    finally:
-        if folder is not None and folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _prefix(out: Path) -> str:
-    return f".{out.name}.part-"
+def put(folder: Path, out: Path, replace: bool, say: Say = lambda message: None) -> None:
+    """Give ``folder`` the name ``out``, all of it on the disk first.
 
-
-def _put(folder: Path, out: Path, replace: bool, say: Say) -> None:
-    if not out.exists():
-        folder.rename(out)
-    elif not replace:
-        raise ExportError(f"{out} was made by another export meanwhile; use --overwrite")
-    elif not _exchange(folder, out):
-        say(f"this system cannot exchange folders at once: for a moment there was no {out}")
-        old = folder.with_name(folder.name + _OLD)
-        out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    _sync_one(out.parent)
+    ``replace``: Linux lets it change places with the folder that is there at once; elsewhere there
+    is a moment in which ``out`` does not exist, and ``say`` tells so.
+    """
+    folder.chmod(0o755)
+    _sync(folder)
+    with _locked(out.parent):
+        if not out.exists():
+            folder.rename(out)
+        elif not replace:
+            raise ExportError(f"{out} was made by another export meanwhile; use --overwrite")
+        elif not _exchange(folder, out):
+            say(f"this system cannot exchange folders at once: for a moment there was no {out}")
+            old = out.with_name(f".{out.name}{_PART}{os.getpid()}{_OLD}")
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        _sync_one(out.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -92,20 +101,17 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number))
 
 
-def _sweep(out: Path) -> None:
-    """Remove what killed processes left of ``out``, and bring back what one had moved away."""
-    for left in sorted(out.parent.glob(f"{_glob_escape(_prefix(out))}*")):
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove what killed processes left, and bring back what one had moved away."""
+    for left in sorted(parent.glob(f"{glob.escape(prefix)}*")):
         if left.is_symlink() or not left.is_dir() or (lock := _try_lock(left)) is None:
             continue
         os.close(lock)
-        if left.name.endswith(_OLD) and not out.exists():
-            left.rename(out)
+        home = parent / left.name[1:].rpartition(_PART)[0]
+        if left.name.endswith(_OLD) and not home.exists():
+            left.rename(home)
         else:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _glob_escape(text: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
 
 
 @contextmanager

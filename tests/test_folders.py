@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pocketslm import folders
 from pocketslm.errors import ExportError
-from pocketslm.export import publish
-from pocketslm.export.publish import published
+from pocketslm.folders import published
 
 
 def write(out: Path, text: str, **options: object) -> None:
@@ -26,7 +26,7 @@ def names(folder: Path) -> list[str]:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pocketslm.export.publish import published
+from pocketslm.folders import published
 
 with published(Path(sys.argv[1])) as folder:
     (folder / "file").write_text("half")
@@ -90,7 +90,7 @@ def test_folders_change_places_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_where_they_cannot_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     write(out, "first")
-    monkeypatch.setattr(publish, "_exchange", lambda *_: False)
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
     said: list[str] = []
     write(out, "second", replace=True, say=said.append)
     assert (out / "file").read_text() == "second"
