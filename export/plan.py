@@ -167,6 +167,7 @@ def search(
     if trials < 1:
         raise UsageError(f"{trials} trials, expected at least 1")
     checkpoint.config.need_head("plan")
+    checkpoint.config.need_own_layers("plan")
     work.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kept = None if vocabulary is None else format_ranges(tokens_of(checkpoint, vocabulary))

@@ -104,6 +104,11 @@ class Bundle:
         }
 
     @property
+    def generates(self) -> bool:
+        """Whether it generates text; else it gives embeddings."""
+        return self.config is None or self.config.head
+
+    @property
     def layer_runs(self) -> int:
         """How often in succession each stored layer runs."""
         return self.config.repeats if self.config is not None else 1

@@ -307,7 +307,7 @@ class DocumentScreen(Screen):
         number = self.document.id
 
         def work(_: Event) -> Iterator[Action]:
-            from pocketslm.android.intents.grammar import propose
+            from pocketslm.android.intents import propose
 
             yield propose(app.model(), request)
 

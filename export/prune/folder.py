@@ -81,6 +81,7 @@ def prune_folder(
     the text is needed and too short, ExportError where there is less than is to be removed or kept.
     """
     checkpoint.config.need_head("prune")
+    checkpoint.config.need_own_layers("prune")
     if out.exists():
         raise UsageError(f"{out} exists already; choose another")
 

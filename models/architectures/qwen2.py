@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pocketslm.models.architectures.base import Architecture
+from pocketslm.models.architectures.base import SLIDING, Architecture, written_windows
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.config import Layer, ModelConfig
 
@@ -25,22 +25,16 @@ class Qwen2(Architecture):
             return layers
         return [
             replace(layer, mixer=replace(self.hf_attention(f), window=window))
-            if (kinds[index] == "sliding_attention" if kinds else index >= first)
+            if (kinds[index] == SLIDING if kinds else index >= first)
             else layer
             for index, layer in enumerate(layers)
         ]
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
-        windows = [layer.attention.window if layer.attention else None for layer in c.stored_layers]
-        window = next((w for w in windows if w is not None), None)
-        data: dict[str, Any] = {"use_sliding_window": window is not None, "sliding_window": window}
-        data["attention_out_bias"] = None
-        if window is not None:
-            data["layer_types"] = [
-                "full_attention" if w is None else "sliding_attention" for w in windows
-            ]
-            data["max_window_layers"] = 0
-        return data
+        data = written_windows(c) | {"attention_out_bias": None}
+        if data["sliding_window"] is None:
+            return data | {"use_sliding_window": False, "layer_types": None}
+        return data | {"use_sliding_window": True, "max_window_layers": 0}
 
 
 ARCHITECTURES = [Qwen2("qwen2", "Qwen2ForCausalLM", ("qwen2",), ("qwen2",))]

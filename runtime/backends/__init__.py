@@ -109,6 +109,10 @@ class TopSession(Session, Protocol):
         """Append one token; the most probable next one, as soon as that is certain."""
         ...
 
+    def forward_greedy(self, tokens: npt.NDArray[np.int64]) -> int:
+        """The same for tokens [n]."""
+        ...
+
 
 @runtime_checkable
 class AdapterSession(Session, Protocol):
@@ -211,9 +215,9 @@ def _open(
 ) -> Session:
     if backend not in BACKENDS:
         raise BackendError(f"{bundle.path} needs backend {backend!r}, unknown here")
-    if bundle.config is not None and not bundle.config.head and backend != "native":
+    if not bundle.generates and backend not in ("native", "onnx"):
         raise BackendError(
-            f"backend {backend!r} does not run models of embeddings; use --backend native"
+            f"backend {backend!r} does not run models of embeddings; use --backend native or onnx"
         )
     if context is not None and not 1 <= context <= graph.context:
         raise UsageError(

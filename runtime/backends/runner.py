@@ -30,7 +30,7 @@ from pocketslm.errors import BackendError, ContextOverflowError, PocketSlmError,
 from pocketslm.runtime import forks
 from pocketslm.runtime.backends import Logits, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
-from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.config import CONSTRAINTS, GenerationConfig
 from pocketslm.runtime.generation import Step
 
 PROGRAM = "POCKETSLM_RUN"
@@ -151,6 +151,12 @@ class RunnerSession:
             "spare_prompt": not config.penalize_prompt,
             "logprobs": config.logprobs,
         }
+        if config.constraint is not None:
+            kind, text = config.constraint
+            try:
+                request[kind] = schema.loads(text) if kind == "json_schema" else text
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"json_schema: the schema is not JSON: {error}") from None
         if config.samples:
             request |= {"temperature": config.temperature, "top_k": config.top_k}
             seed = time.time_ns() % 10**15 if config.seed is None else config.seed
@@ -171,7 +177,9 @@ class RunnerSession:
                         last = Step(event["token"], event.get("logprob"), now, "eos")
                     break
                 step = Step(event["token"], event.get("logprob"), now)
-                if count == limit:
+                if event.get("whole"):
+                    last = replace(step, finish="stop")
+                elif count == limit:
                     last = replace(step, finish="length" if config.max_new_tokens else "context")
                 else:
                     yield step
@@ -307,6 +315,8 @@ class RunnerSession:
             )
         if event["event"] == "error":
             message = event["message"]
+            if message.startswith(CONSTRAINTS):
+                raise UsageError(message)
             overflow = "do not fit the context" in message
             raise (ContextOverflowError if overflow else BackendError)(f"pocketslm-run: {message}")
         return event

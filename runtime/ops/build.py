@@ -29,6 +29,9 @@ SOURCES = Path(__file__).resolve().parent
 COMMON = (
     *("api", "attention", "cpu", "head", "model_file", "probes", "program", "program_llama"),
     *("read_plan", "session", "state", "thread_pool"),
+    *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
+    *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
+    *(f"grammar/{name}" for name in ("machine", "numbers", "regex", "token_trie")),
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")

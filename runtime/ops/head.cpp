@@ -23,11 +23,15 @@ constexpr float kDeviations = 7.0f;
 
 }  // namespace
 
-int32_t Session::step_greedy(int32_t token) {
+int32_t Session::forward_greedy(const int32_t* tokens, size_t count) {
   trust_logits();
   top_count_ = 1;
   for (Member& member : members_) member.top.reserve(1);
-  run(&token, 1, Head::greedy, nullptr);
+  for (size_t done = 0; done < count;) {
+    const size_t part = std::min(batch_, count - done);
+    run(tokens + done, part, done + part == count ? Head::greedy : Head::none, nullptr);
+    done += part;
+  }
   Candidate best{-std::numeric_limits<float>::infinity(), 0};
   for (const Member& member : members_)
     for (const Candidate& found : member.top) best = std::min(best, found);
@@ -116,7 +120,7 @@ void Session::run_head(unsigned m, Head head, float* logits) {
   if (screened) {
     const ActivationTile tile = input.tile(0);
     member.screen.prepare(tile);
-    share_weights(m, w.blocks(), block_layout(WeightKind::q4_sym, w.cols).bytes,
+    share_weights(m, w.blocks(), w.read_bytes(),
                   [&](size_t begin, size_t end) { screen_blocks(m, tile, begin, end); });
     if (m == 0) settle(tile);
   } else {
@@ -187,12 +191,12 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
   tile.corrections = screen.corrections.data();
   tile.ahead = &members_[m].plan.ahead;
   const BlockLayout layout = block_layout(w.kind, w.cols);
-  const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(WeightKind::q4_sym)];
+  const MatmulFunction matmul = kernels_.matmul[kernel_of(WeightKind::q4_sym)];
   alignas(64) float high[kBlockRows], variance[kBlockRows];
   for (size_t b = begin; b < end; ++b) {
-    const uint8_t* block = w.data + b * w.block_bytes;
+    const Blocks block = w.from(b);
     matmul(block, 1, w.cols, tile, high, kBlockRows);
-    kernels_.weigh_scales(reinterpret_cast<const uint16_t*>(block + layout.scales),
+    kernels_.weigh_scales(reinterpret_cast<const uint16_t*>(block.data + layout.scales),
                           screen.energies.data(), w.cols / kGroup, variance);
     float highest = -std::numeric_limits<float>::infinity(), zero = 0;
     for (size_t r = 0; r < kBlockRows; ++r) {
@@ -208,11 +212,12 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
 // or is not finite.
 void Session::settle(const ActivationTile& input) {
   const Matrix& w = *program_.head().w[0];
-  const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(w.kind)];
+  const MatmulFunction matmul = kernels_.matmul[kernel_of(w.kind)];
   Member& member = members_[0];
   const auto compute = [&](size_t b) {
     float logits[kBlockRows];
-    matmul(w.data + b * w.block_bytes, 1, w.cols, input, logits, kBlockRows);
+    const Blocks block = model_.read(w, b, nibbles_.data());
+    matmul(block, 1, w.cols, input, logits, kBlockRows);
     const size_t first = b * kBlockRows;
     offer(member, logits, std::min<size_t>(kBlockRows, w.rows - first), first, false);
   };

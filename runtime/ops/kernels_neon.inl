@@ -92,82 +92,154 @@ constexpr size_t kMaxRegisterRows = 6;
 
 #include "kernels_vector.inl"
 
-// The codes of one group; split ones have their low nibbles elsewhere.
+// The codes of one group, from some row on; split ones have their low nibbles elsewhere.
 struct GroupCodes {
   const uint8_t *codes, *low;
 };
 
+// Bits to the left, or to the right where By is negative; what crosses into the next byte is lost.
+template <int By>
+inline uint8x16_t moved(uint8x16_t v) {
+  if constexpr (By > 0) return vshlq_n_u8(v, By);
+  if constexpr (By < 0) return vshrq_n_u8(v, -By);
+  return v;
+}
+
+// Quad `j` of four rows in codes of up to 6 bits.
+template <WeightKind K, int j>
+inline uint8x16_t load_quad(const uint8_t* p) {
+  constexpr Form form = form_of(K);
+  constexpr int first = static_cast<int>(low_bits(form)), rest = static_cast<int>(form.bits) - first;
+  constexpr int per_line = 8 / first, i = j % per_line;
+  uint8x16_t code = moved<-first * i>(vld1q_u8(p + 64 * (j / per_line)));
+  if constexpr (i + 1 < per_line) code = vandq_u8(code, vdupq_n_u8((1 << first) - 1));
+  if constexpr (rest > 0) {
+    constexpr int rest_per_line = 8 / rest, at = j % rest_per_line;
+    const uint8x16_t line = vld1q_u8(p + 64 * first + 64 * (j / rest_per_line));
+    const uint8x16_t mask = vdupq_n_u8(((1 << rest) - 1) << first);
+    code = vorrq_u8(code, vandq_u8(moved<first - rest * at>(line), mask));
+  }
+  return code;
+}
+
 // A line's part for four rows and two quads of columns, as signed bytes. 8-bit codes lose 128 here,
 // which start_dot makes up for.
-template <WeightKind K>
-inline void load_quads(const GroupCodes& at, int pair, int rows, int8x16_t& even, int8x16_t& odd) {
-  const uint8_t* group = at.codes;
-  if constexpr (K == WeightKind::q8_split) {
+template <WeightKind K, int pair>
+inline void load_quads(const GroupCodes& at, int rows, int8x16_t& even, int8x16_t& odd) {
+  constexpr Form form = form_of(K);
+  const uint8_t* group = at.codes + rows * 16;
+  if constexpr (form.split) {
     const uint8x16_t flip = vdupq_n_u8(128);
-    const uint8x16_t high = vld1q_u8(group + pair * 64 + rows * 16);
+    const uint8x16_t high = vld1q_u8(group + pair * 64);
     const uint8x16_t low = vld1q_u8(at.low + pair * 64 + rows * 16);
     even = vreinterpretq_s8_u8(veorq_u8(vsliq_n_u8(low, high, 4), flip));
     odd = vreinterpretq_s8_u8(veorq_u8(vsriq_n_u8(high, low, 4), flip));
-  } else if constexpr (code_bits(K) == 8) {
+  } else if constexpr (form.bits == 8) {
     const uint8x16_t flip = vdupq_n_u8(128);
-    const uint8_t* p = group + pair * 128 + rows * 16;
-    even = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), flip));
-    odd = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 64), flip));
+    even = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(group + pair * 128), flip));
+    odd = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(group + pair * 128 + 64), flip));
   } else {
-    const uint8x16_t packed = vld1q_u8(group + pair * 64 + rows * 16);
-    even = vreinterpretq_s8_u8(vandq_u8(packed, vdupq_n_u8(15)));
-    odd = vreinterpretq_s8_u8(vshrq_n_u8(packed, 4));
+    const uint8x16_t first = load_quad<K, 2 * pair>(group), second = load_quad<K, 2 * pair + 1>(group);
+    if constexpr (form.table == Table::none) {
+      even = vreinterpretq_s8_u8(first), odd = vreinterpretq_s8_u8(second);
+    } else {
+      const int8x16_t table = vld1q_s8(form.table == Table::iq4 ? kIq4Values : kFp4Values);
+      even = vqtbl1q_s8(table, first), odd = vqtbl1q_s8(table, second);
+    }
   }
 }
 
-// What a group's dot product starts from, so that it ends as the sum of (code - zero) * x for
-// symmetric kinds and of code * x for others; the correction is -8 * sum(x).
+// What a dot product starts from, so that it ends as the sum of (code - zero) * x for kinds without
+// offsets and of code * x for others.
 template <WeightKind K>
-inline int32_t start_dot(int32_t correction) {
-  constexpr bool symmetric = offset_of(K) == Offset::none;
-  if constexpr (code_bits(K) == 8) return symmetric ? 0 : -16 * correction;
-  return symmetric ? correction : 0;
+inline int32_t start_dot(const ActivationTile& tile, size_t at, int part) {
+  constexpr Form form = form_of(K);
+  if constexpr (form.bits == 8) return form.offset == Offset::none ? 0 : -16 * tile.corrections[at];
+  if constexpr (form.offset != Offset::none || form.table != Table::none) return 0;
+  return zero_correction<K>(tile, at, part);
 }
 
-// dot[t][i] += rows 4i..4i+3 of the group's codes times token t, for eight rows.
-template <WeightKind K, int M>
+// The scales and minimums of group g for four rows: one of each, or two where they are of 16 columns.
+template <WeightKind K>
+inline void load_scales(const uint8_t* scales, const uint8_t* offsets, size_t g, size_t row,
+                        float32x4_t (&scale)[kScales<K>], float32x4_t (&minimum)[kScales<K>]) {
+  constexpr Form form = form_of(K);
+  const auto four_bytes = [](const uint8_t* p) {
+    uint32_t word;
+    __builtin_memcpy(&word, p, 4);
+    return vreinterpret_u8_u32(vdup_n_u32(word));
+  };
+  const auto widened = [](uint8x8_t bytes) {
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
+  };
+  if constexpr (form.scaling == Scaling::half) {
+    scale[0] = load_half4(scales + g * 32 + row * 2);
+    if constexpr (form.offset == Offset::minimum)
+      minimum[0] = load_half4(offsets + g * 32 + row * 2);
+    if constexpr (form.offset == Offset::zero_point)
+      minimum[0] = vmulq_f32(vnegq_f32(scale[0]), widened(four_bytes(offsets + g * 16 + row)));
+  } else {
+    constexpr Factored parts = factored(form);
+    constexpr size_t groups = form.factor_columns / kGroup;
+    const uint8_t* super = scales + g / groups * parts.bytes;
+    const float32x4_t factor = load_half4(super + row * 2);
+    for (int i = 0; i < kScales<K>; ++i) {
+      const size_t entry = g % groups * kScales<K> + static_cast<size_t>(i);
+      const uint8_t* p = super + parts.first + entry * parts.step + row;
+      const uint8x8_t bytes = four_bytes(p);
+      if constexpr (form.offset == Offset::none) {
+        const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(bytes));
+        scale[i] = vmulq_f32(factor, vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))));
+      } else {
+        constexpr bool nibbles = form.scaling == Scaling::nibble;
+        const uint8x8_t low = nibbles ? vand_u8(bytes, vdup_n_u8(15)) : bytes;
+        const uint8x8_t lowest = nibbles ? vshr_n_u8(bytes, 4) : four_bytes(p + kBlockRows);
+        scale[i] = vmulq_f32(factor, widened(low));
+        minimum[i] = vmulq_f32(vnegq_f32(load_half4(super + 32 + row * 2)), widened(lowest));
+      }
+    }
+  }
+}
+
+// dot[t][i] += rows 4i..4i+3 of the group's quads [begin, end) times token t, for eight rows.
+template <WeightKind K, int M, int begin, int end>
 inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]);
 
 // Tokens [first, first + M) of the tile for one block, eight rows at a time.
 template <WeightKind K, int M>
-void matmul_part(const uint8_t* block, size_t cols, const ActivationTile& tile, size_t first,
+void matmul_part(const Blocks& block, size_t cols, const ActivationTile& tile, size_t first,
                  float* out, size_t out_stride) {
-  constexpr Offset offset = offset_of(K);
+  constexpr Form form = form_of(K);
+  constexpr int S = kScales<K>;
   const BlockLayout layout = block_layout(K, cols);
   for (size_t half = 0; half < 2; ++half) {
-    const uint8_t* codes = block + half * 32;
-    const uint8_t* scales = block + layout.scales + half * 16;
-    const uint8_t* offsets = block + layout.offsets + half * (offset == Offset::minimum ? 16 : 8);
-    const uint8_t* low = block + layout.offsets + half * 32;
     float32x4_t acc[M][2];
     for (auto& pair : acc) pair[0] = pair[1] = vdupq_n_f32(0.0f);
     for (size_t g = 0; g < cols / kGroup; ++g) {
       const size_t at = g * tile.tokens + first;
-      int32x4_t dot[M][2];
-      for (int t = 0; t < M; ++t)
-        dot[t][0] = dot[t][1] = vdupq_n_s32(start_dot<K>(tile.corrections[at + t]));
-      group_dots<K, M>({codes + g * group_bytes(K), low + g * group_bytes(K)},
-                       tile.codes + at * kGroup, dot);
+      const GroupCodes group{block.data + half * 32 + g * group_bytes(form),
+                             low_of<K>(block, g, half * 32)};
+      int32x4_t dot[S][M][2];
+      unrolled<S>([&](auto index) {
+        constexpr int part = index;
+        for (int t = 0; t < M; ++t)
+          dot[part][t][0] = dot[part][t][1] =
+              vdupq_n_s32(start_dot<K>(tile, at + static_cast<size_t>(t), part));
+        group_dots<K, M, 8 / S * part, 8 / S * (part + 1)>(group, tile.codes + at * kGroup,
+                                                           dot[part]);
+      });
       for (int i = 0; i < 2; ++i) {
-        const float32x4_t scale = load_half4(scales + g * 32 + i * 8);
-        float32x4_t minimum{};
-        if constexpr (offset == Offset::minimum) minimum = load_half4(offsets + g * 32 + i * 8);
-        if constexpr (offset == Offset::zero_point) {
-          const uint16x8_t zeros = vmovl_u8(vld1_u8(offsets + g * 16));
-          const uint16x4_t four = i ? vget_high_u16(zeros) : vget_low_u16(zeros);
-          minimum = vmulq_f32(vnegq_f32(scale), vcvtq_f32_u32(vmovl_u16(four)));
-        }
-        for (int t = 0; t < M; ++t) {
-          const float32x4_t factor = vmulq_n_f32(scale, tile.scales[at + t]);
-          acc[t][i] = vfmaq_f32(acc[t][i], vcvtq_f32_s32(dot[t][i]), factor);
-          if constexpr (offset != Offset::none)
-            acc[t][i] = vfmaq_n_f32(acc[t][i], minimum, tile.sums[at + t]);
-        }
+        float32x4_t scale[S], minimum[S];
+        load_scales<K>(block.data + layout.scales, block.data + layout.offsets, g,
+                       half * 8 + static_cast<size_t>(i) * 4, scale, minimum);
+        for (int t = 0; t < M; ++t)
+          for (int part = 0; part < S; ++part) {
+            const size_t token = at + static_cast<size_t>(t);
+            const float32x4_t factor = vmulq_n_f32(scale[part], tile.scales[token]);
+            acc[t][i] = vfmaq_f32(acc[t][i], vcvtq_f32_s32(dot[part][t][i]), factor);
+            if constexpr (form.offset != Offset::none)
+              acc[t][i] = vfmaq_n_f32(acc[t][i], minimum[part], part_sum<K>(tile, token, part));
+          }
       }
     }
     for (size_t t = 0; t < M; ++t)
@@ -177,36 +249,38 @@ void matmul_part(const uint8_t* block, size_t cols, const ActivationTile& tile, 
 }
 
 template <WeightKind K>
-void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+void matmul(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
             float* out, size_t out_stride) {
-  const size_t block_bytes = block_layout(K, cols).bytes;
-  for (size_t b = 0; b < count; ++b, blocks += block_bytes, out += kBlockRows) {
-    if (tile.ahead) use_lines(*tile.ahead, block_bytes / 64);
-    if (tile.tokens == 1) matmul_part<K, 1>(blocks, cols, tile, 0, out, out_stride);
-    if (tile.tokens == 2) matmul_part<K, 2>(blocks, cols, tile, 0, out, out_stride);
+  const size_t lines = lines_read<K>(blocks, block_layout(K, cols));
+  for (size_t b = 0; b < count; ++b, out += kBlockRows) {
+    const Blocks block = blocks.from(b);
+    if (tile.ahead) use_lines(*tile.ahead, lines);
+    if (tile.tokens == 1) matmul_part<K, 1>(block, cols, tile, 0, out, out_stride);
+    if (tile.tokens == 2) matmul_part<K, 2>(block, cols, tile, 0, out, out_stride);
     for (size_t t = 0; t + 4 <= tile.tokens; t += 4)
-      matmul_part<K, 4>(blocks, cols, tile, t, out, out_stride);
+      matmul_part<K, 4>(block, cols, tile, t, out, out_stride);
   }
 }
 
 // Four rows times sixteen columns of one token: the lanes of x are its four quads.
-template <WeightKind K, int M>
+template <WeightKind K, int M, int begin, int end>
 inline void dot_by_lanes(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
-  for (int half = 0; half < 2; ++half) {
+  unrolled<(end - begin) / 4>([&](auto index) {
+    constexpr int half = begin / 4 + index;
     int8x16_t columns[M];
     for (int t = 0; t < M; ++t) columns[t] = vld1q_s8(x + t * 32 + half * 16);
     for (int i = 0; i < 2; ++i) {
       int8x16_t even, odd;
-      load_quads<K>(group, half * 2, i, even, odd);
+      load_quads<K, half * 2>(group, i, even, odd);
       for (int t = 0; t < M; ++t) {
         dot[t][i] = vdotq_laneq_s32(dot[t][i], even, columns[t], 0);
         dot[t][i] = vdotq_laneq_s32(dot[t][i], odd, columns[t], 1);
       }
-      load_quads<K>(group, half * 2 + 1, i, even, odd);
+      load_quads<K, half * 2 + 1>(group, i, even, odd);
       for (int t = 0; t < M; ++t) {
         dot[t][i] = vdotq_laneq_s32(dot[t][i], even, columns[t], 2);
         dot[t][i] = vdotq_laneq_s32(dot[t][i], odd, columns[t], 3);
       }
     }
-  }
+  });
 }

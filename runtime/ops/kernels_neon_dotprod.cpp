@@ -8,9 +8,9 @@ namespace {
 
 #include "kernels_neon.inl"
 
-template <WeightKind K, int M>
+template <WeightKind K, int M, int begin, int end>
 inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
-  dot_by_lanes<K, M>(group, x, dot);
+  dot_by_lanes<K, M, begin, end>(group, x, dot);
 }
 
 uint64_t int8_probe(size_t iterations) {

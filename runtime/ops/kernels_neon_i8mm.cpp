@@ -9,15 +9,16 @@ namespace {
 #include "kernels_neon.inl"
 
 // smmla multiplies two rows of eight columns by two tokens: {r0t0, r0t1, r1t0, r1t1}.
-template <WeightKind K, int M>
+template <WeightKind K, int M, int begin, int end>
 inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
   if constexpr (M == 1) {
-    dot_by_lanes<K, M>(group, x, dot);
+    dot_by_lanes<K, M, begin, end>(group, x, dot);
   } else {
     int32x4_t tiles[M / 2][4];
     for (auto& line : tiles)
       for (auto& tile : line) tile = vdupq_n_s32(0);
-    for (int pair = 0; pair < 4; ++pair) {
+    unrolled<(end - begin) / 2>([&](auto index) {
+      constexpr int pair = begin / 2 + index;
       int8x16_t tokens[M / 2];
       for (int t = 0; t < M / 2; ++t) {
         const int8_t* p = x + 2 * t * 32 + pair * 8;
@@ -25,7 +26,7 @@ inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot
       }
       for (int i = 0; i < 2; ++i) {
         int8x16_t even, odd;
-        load_quads<K>(group, pair, i, even, odd);
+        load_quads<K, pair>(group, i, even, odd);
         const int32x4_t e = vreinterpretq_s32_s8(even), o = vreinterpretq_s32_s8(odd);
         const int8x16_t upper = vreinterpretq_s8_s32(vzip1q_s32(e, o));  // rows 0 and 1
         const int8x16_t lower = vreinterpretq_s8_s32(vzip2q_s32(e, o));  // rows 2 and 3
@@ -34,7 +35,7 @@ inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot
           tiles[t][2 * i + 1] = vmmlaq_s32(tiles[t][2 * i + 1], lower, tokens[t]);
         }
       }
-    }
+    });
     for (int t = 0; t < M / 2; ++t)
       for (int i = 0; i < 2; ++i) {
         const int32x4_t a = tiles[t][2 * i], b = tiles[t][2 * i + 1];

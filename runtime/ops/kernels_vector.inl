@@ -122,14 +122,16 @@ void quantize(const float* x, size_t groups, const QuantizedRow& row) {
       for (size_t k = 0; k < kGroup; k += 16) store_i8(codes + k, zero());
       row.scales[g * stride] = scale;
       row.sums[g * stride] = scale * 0.0f;
-      row.corrections[g * stride] = 0;
+      row.corrections[g * stride] = row.upper[g * stride] = 0;
       continue;
     }
     const V16 inverse = set1(127.0f / peak);
-    const int32_t sum = store_i8(codes, mul(lo, inverse)) + store_i8(codes + 16, mul(hi, inverse));
+    const int32_t upper = store_i8(codes + 16, mul(hi, inverse));
+    const int32_t sum = store_i8(codes, mul(lo, inverse)) + upper;
     row.scales[g * stride] = scale;
     row.sums[g * stride] = scale * static_cast<float>(sum);
     row.corrections[g * stride] = -8 * sum;
+    row.upper[g * stride] = -8 * upper;
   }
 }
 
@@ -343,10 +345,10 @@ void matmul_float_rows(const T* block, size_t cols, const ActivationTile& tile, 
 }
 
 template <typename T>
-void matmul_float(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+void matmul_float(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
                   float* out, size_t out_stride) {
   for (size_t b = 0; b < count; ++b) {
-    const T* block = reinterpret_cast<const T*>(blocks) + b * cols * kBlockRows;
+    const T* block = reinterpret_cast<const T*>(blocks.from(b).data);
     if (tile.ahead) use_lines(*tile.ahead, cols * kBlockRows * sizeof(T) / 64);
     POCKETSLM_FOR_ROW_GROUPS(
         tile.tokens, (matmul_float_rows<T, R>(block, cols, tile, row, out + b * 16, out_stride)))

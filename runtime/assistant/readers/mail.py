@@ -70,7 +70,7 @@ def _mail(data: bytes) -> Iterator[Block]:
 
 
 def _check(data: bytes) -> None:
-    """DocumentError for so many lines or parts or such long headers that reading takes long."""
+    """DocumentError for so many lines or parts, or such long headers, that it takes too long."""
     if data.count(b"\n") > MAX_LINES:
         raise DocumentError(f"is a mail of more than {MAX_LINES} lines")
     if len(_BOUNDARY.findall(data)) > MAX_PARTS:

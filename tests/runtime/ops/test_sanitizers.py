@@ -65,6 +65,9 @@ def test_no_findings(sanitized: Path, chat_model: Path) -> None:
                 assert len(runner.generate(tokens=TOKENS[:31], max_tokens=9)[0]) <= 9
         runner.generate(prompt="the \u00e9 <|im_end|>", max_tokens=9, temperature=1.0, top_k=5)
         runner.generate(messages=[{"role": "user", "content": "hi"}], max_tokens=3)
+        schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}}}
+        runner.generate(prompt="a", max_tokens=40, temperature=1.0, json_schema=schema)
+        assert runner.ask(op="generate", prompt="a", regex="(?=a)")["event"] == "error"
         assert_no_findings(runner)
 
 
