@@ -47,12 +47,14 @@ def ask_before(action: Action) -> None:
             field = sheet.add(Factory.Field(text=str(value), label=name, multiline=key == "text"))
             fields[key] = partial(getattr, field, "text")
 
+    fault = sheet.add(Factory.Caption(content="", color=app.theme.danger))
+
     def confirmed() -> bool:
         """What the sheet says happens, or it stays open and says what cannot be."""
         rules = SCHEMAS[action.name]["properties"]
         changed = Action(action.name, {key: _read(fields[key](), rules[key]) for key in fields})
         if faults := changed.faults():
-            app.notice(app.t("wrong_field", field=app.t(f"field_{faults[0]}")))
+            fault.content = app.t("wrong_field", field=app.t(f"field_{faults[0]}"))
             return False
         app.phone.do(changed)
         app.notice(app.t("done" if app.phone.is_phone else "would_do", action=describe(changed)))

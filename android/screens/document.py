@@ -229,7 +229,7 @@ class DocumentScreen(Screen):
         for one in asked[-self._shown :]:
             self._card(one.answer.task, one.answer.request).show(one.answer)
         running = self._running.get(self.document.id)
-        if running is not None:
+        if running is not None and running.task != "act":
             running.card = self._card(running.task, running.request)
             running.card.live, running.card.body = True, running.body
         self.busy = running is not None

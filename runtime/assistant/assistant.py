@@ -133,7 +133,8 @@ class Assistant:
         of = {document.id: document for document in shelf}
         first = of[quotes.citations[0].document] if quotes.citations else next(iter(shelf), None)
         language = first.language if first else ""
-        run.answers(by_meaning=self.meanings is not None, found=quotes.found)
+        by_meaning = any(hit.likeness is not None for hit in hits)
+        run.answers(by_meaning=by_meaning, found=quotes.found)
         if not quotes.citations:
             yield run.add(self._prompt("not-found", language))
             yield run.answer()

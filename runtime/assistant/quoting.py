@@ -23,7 +23,7 @@ from pocketslm.runtime.assistant.words import sentences, terms
 
 FEATURES = (
     "bias",
-    "words",  # the part of the question's weight that the sentence holds
+    "words",  # the part of the question's weight that the sentence or the document's title holds
     "heading",  # that the headings above it hold besides
     "beside",  # that the sentences before and after it hold besides
     "alike",  # its cosine to the question
@@ -112,6 +112,9 @@ def candidates(hits: Sequence[Hit], question: str, weights: Weights) -> Iterator
         spans = sentences(document.text, chunk.start, chunk.end)
         held = [set(terms(document.text[a:b], document.language)) for a, b in spans]
         heading = set(terms(chunk.heading, document.language))
+        title = set(
+            terms(f"{document.title} {chunk.heading.partition(' › ')[0]}", document.language)
+        )
         names = {name.strip() for name in chunk.heading.split(" › ")}
         for at, (start, end) in enumerate(spans):
             here = held[at]
@@ -119,8 +122,8 @@ def candidates(hits: Sequence[Hit], question: str, weights: Weights) -> Iterator
             text = document.text[start:end]
             features = (
                 1.0,
-                _sum(share, here),
-                _sum(share, heading - here),
+                _sum(share, here | title),
+                _sum(share, heading - here - title),
                 _sum(share, around),
                 _alike(hit, at),
                 holds(text, kind),

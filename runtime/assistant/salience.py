@@ -85,8 +85,9 @@ def is_prose(document: Document) -> bool:
     if document.language in UNSPACED or document.language == "ar":
         return True
     spans = sentences(document.text[:SAMPLE])
-    long = sum(LEAST_WORDS <= len(document.text[a:b].split()) <= MOST_WORDS for a, b in spans)
-    return bool(document.language) and long >= min(3, len(spans))
+    return bool(document.language) and any(
+        LEAST_WORDS <= len(document.text[a:b].split()) <= MOST_WORDS for a, b in spans
+    )
 
 
 def questions_in(document: Document) -> Iterator[tuple[str, int, int]]:

@@ -24,7 +24,7 @@ _DECLARED = re.compile(
 )
 _PAGE_END, _LINE_END = re.compile("\f"), re.compile("\n")
 BLANK_LINE = re.compile(r"\n\s*\n")
-LIST_ITEM = re.compile(r"\s*+(?:[-*•+]|\d++[.)])\s")
+LIST_ITEM = re.compile(r"\s*+(?:[-*•+]|\d{1,3}[.)])\s")
 # Shorter lines are verse, code or a table, and keep their ends.
 _WRAPPED = 50
 HEADING_LEVEL, HEADING_CHARACTERS = 2, 70

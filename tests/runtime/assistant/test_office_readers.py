@@ -151,7 +151,7 @@ def test_words_of_a_font_without_a_space_stand_apart() -> None:
 
 
 def test_a_pdf_has_headings_by_size_and_paragraphs_by_space() -> None:
-    prose = "This is a sentence of some words that fills the line until its very end and more. " * 3
+    prose = "This is a sentence of some words that fills the line until its very end in 1965. " * 3
     text = f"# Title\n\n## 1. First\n\n{prose}\n\n{prose}\n\n## 2. Second\n\nEnd."
     for columns in (1, 2):
         source = readers.read_bytes(pdf(text, columns), "a.pdf")
