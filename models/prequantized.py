@@ -123,7 +123,8 @@ def _unpacked(words: Array, bits: int) -> Array:
     """int32 words [A, B] as uint8 codes [A, 32 / bits * B], the lowest bits first."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     codes = np.ascontiguousarray(words).view(np.uint32)[..., None] >> shifts & (2**bits - 1)
-    return codes.astype(np.uint8).reshape(len(words), -1)
+    unpacked: Array = codes.astype(np.uint8).reshape(len(words), -1)
+    return unpacked
 
 
 def _awq(words: Array) -> Array:
