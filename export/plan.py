@@ -24,6 +24,7 @@ from pocketslm.export.prune.depth import block_influence, least_influence
 from pocketslm.export.prune.vocabulary import format_ranges, parse_ranges, tokens_of
 from pocketslm.export.quantize.calibration import last_tokens
 from pocketslm.export.recipe import Recipe
+from pocketslm.export.text import read_text
 from pocketslm.models.catalog import resolve
 from pocketslm.models.checkpoint import HEAD, Checkpoint, checkpoint_sha256
 from pocketslm.models.reference import load_reference
@@ -330,7 +331,7 @@ class _Bench:
             shutil.rmtree(self.bundle, ignore_errors=True)
 
     def _ids(self, count: int) -> Sequence[int]:
-        content = self.text.read_text(encoding="utf-8")[: 8 * count]
+        content = read_text(self.text)[: 8 * count]
         return load_tokenizer(self.bundle).encode(content)[:count]
 
     def _quality(self, recipe: Recipe, ids: Sequence[int]) -> Metrics:

@@ -19,12 +19,12 @@ from pathlib import Path
 from statistics import fmean, median
 
 from pocketslm.profiling.brought import EVERYWHERE, Brought, brought_questions, fill
-from pocketslm.profiling.wikipedia import article
 from pocketslm.runtime.assistant.answer import Answer, Event
 from pocketslm.runtime.assistant.assistant import Assistant, sample_document
 from pocketslm.runtime.assistant.document import Block, Document, make_source
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.assistant.meaning import Embedder, Meanings
+from pocketslm.runtime.assistant.readers.wikipedia import article
 from pocketslm.runtime.assistant.retrieval import search
 from pocketslm.runtime.assistant.support import ground_of, invented_names, numbers
 from pocketslm.runtime.assistant.words import sentences

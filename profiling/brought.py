@@ -16,10 +16,10 @@ from importlib import resources
 from pathlib import Path
 
 from pocketslm.profiling.render import pdf, render
-from pocketslm.profiling.wikipedia import article
 from pocketslm.runtime.assistant.document import Block, Document, make_source
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.assistant.readers import read_bytes
+from pocketslm.runtime.assistant.readers.wikipedia import article
 
 BOOK = ("Aardwolf", "Aikido", "Alchemy", "Agriculture", "Amateur astronomy", "Asphalt")
 BOOK_NAME = "book.en.pdf"

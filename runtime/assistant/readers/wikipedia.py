@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import html
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,39 @@ _HEADING = re.compile(r"(={2,6})\s*(.+?)\s*\1$")
 _LAST = ("See also", "References", "Notes", "External links", "Further reading")
 
 
+_PAGE = re.compile(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", re.DOTALL)
+_SENTENCES = 200  # characters that a paragraph of prose has at least
+
+
 def article(wiki: Path, title: str) -> Iterator[Block]:
     """Paragraphs and headings of an article in the XML dump, without its markup."""
-    import html
-
     dump = bz2.decompress(wiki.read_bytes()).decode("utf-8")
-    page = dump[dump.index(f"<title>{title}</title>") :]
-    text = html.unescape(page[page.index("<text") : page.index("</text>")].partition(">")[2])
+    page = _PAGE.match(dump, dump.index(f"<title>{title}</title>"))
+    assert page is not None
+    return _blocks(page[2])
+
+
+def prose(wiki: Path) -> str:
+    """The paragraphs of all articles, a line each, an empty line between articles.
+
+    Raises ValueError where the file is no such dump.
+    """
+    try:
+        dump = bz2.decompress(wiki.read_bytes()).decode("utf-8")
+    except (OSError, EOFError) as error:
+        raise ValueError(f"not a bz2 file: {error}") from None
+    articles = []
+    for page in _PAGE.finditer(dump):
+        blocks = (block.text for block in _blocks(page[2]) if not block.level)
+        if text := "\n".join(text for text in blocks if len(text) >= _SENTENCES):
+            articles.append(text)
+    if not articles:
+        raise ValueError("no dump of articles")
+    return "\n\n".join(articles)
+
+
+def _blocks(markup: str) -> Iterator[Block]:
+    text = html.unescape(markup)
     count = 1
     while count:
         text, count = _NESTED.subn("", text)
