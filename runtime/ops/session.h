@@ -185,7 +185,10 @@ class Session {
   Buffer<float> piece_out_, piece_maximum_, piece_weight_;
 
   size_t top_count_ = 1;  // tokens wanted of the head
-  Buffer<float> highest_;  // what the logits of each block of a split head may reach
+  // Of a split head by its high nibbles: logits in parts of 16, and the highest of each block. fp16
+  // [16 blocks][group][of them]: the largest scale.
+  Buffer<float> screened_, highest_;
+  Buffer<uint16_t> spreads_;
 
   std::vector<StepUpdates> updates_;
   bool updates_hidden_ = false;  // products of hidden have updates, which read floats
