@@ -140,7 +140,7 @@ _TAYLOR = [np.float32(1) / np.float32(n) for n in (720, 120, 24, 6, 2, 1, 1)]
 
 
 def exp_weights(logits: Array) -> Array:
-    """The softmax without its division: exp of each logit less the highest, exact to 2^-22.
+    """The softmax without its division: exp of each logit less the highest, exact to about 10^-6.
 
     In fp32, each operation rounded by itself, so that every machine gets the same bits; those of
     the runner's ``exp_of``. Logits of minus infinity weigh 0.

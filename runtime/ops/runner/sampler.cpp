@@ -9,7 +9,7 @@
 namespace pocketslm {
 namespace {
 
-// exp(x) for x <= 0, to about 2^-22. Every operation is rounded by itself, so that all machines get
+// exp(x) for x <= 0, to about 10^-6. Every operation is rounded by itself, so that all machines get
 // the same bits, and Python too (runtime/sampling.py).
 inline float exp_of(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
