@@ -150,7 +150,7 @@ def exp_weights(logits: Array) -> Array:
     n = shifted - np.float32(12582912)
     r = x - n * np.float32(0.693359375)
     r += n * np.float32(2.12194440e-4)
-    p = np.full_like(x, _TAYLOR[0])
+    p: Array = np.full_like(x, _TAYLOR[0])
     for term in _TAYLOR[1:]:
         p *= r
         p += term
