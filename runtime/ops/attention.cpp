@@ -64,8 +64,7 @@ Session::Seen Session::seen_by(const Step& step, size_t token) const {
 Session::Spans Session::spans_of(const Step& step) const {
   const Seen seen = seen_by(step, 0);
   const size_t begin = seen.begin / kPositionBlock * kPositionBlock, positions = seen.end - begin;
-  const size_t wanted = pool_.size() == 1 ? 1 : 8 * pool_.size();
-  size_t length = std::max<size_t>(positions / wanted, 64);
+  size_t length = std::max<size_t>(positions / (8 * pool_.size()), 64);
   length = std::max(length, (positions - 1 + kMaxSpans) / kMaxSpans);
   length = round_up(length, kPositionBlock);
   return {begin, seen.end, length, (positions - 1 + length) / length};
