@@ -20,6 +20,7 @@ import pocketslm.profiling.cli
 import pocketslm.profiling.devices.cli
 import pocketslm.runtime.assistant.cli
 import pocketslm.runtime.cli
+import pocketslm.runtime.server.cli
 from pocketslm import __version__
 from pocketslm.errors import PocketSlmError
 from pocketslm.terminal import Commands, Run, say
@@ -31,6 +32,7 @@ FOLDERS = (
     pocketslm.export.cli,
     pocketslm.runtime.cli,
     pocketslm.runtime.assistant.cli,
+    pocketslm.runtime.server.cli,
     pocketslm.profiling.cli,
     pocketslm.profiling.devices.cli,
     pocketslm.android.cli,

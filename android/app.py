@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 from kivy.app import App
@@ -24,12 +25,15 @@ from pocketslm.android.phone import Phone, accessibility, this_system
 from pocketslm.android.settings import Settings
 from pocketslm.android.theme import Theme
 from pocketslm.android.widgets.sheet import Notice
-from pocketslm.errors import BackendError
+from pocketslm.errors import BackendError, PocketSlmError
 from pocketslm.runtime.assistant.answer import Answer
 from pocketslm.runtime.assistant.library import Library
+from pocketslm.runtime.assistant.meaning import Meanings
+from pocketslm.runtime.model import Model
 
 __all__ = ["PocketApp", "screens", "widgets"]
 
+log = logging.getLogger("pocketslm.android")
 WIDE = 720  # dp from which there are two columns
 PLACES = ("library", "models", "settings")
 
@@ -56,6 +60,8 @@ class PocketApp(App):
         self.theme = Theme()
         self._workers = {"engine": Worker("engine"), "files": Worker("files")}
         self._model: Metered | None = None
+        self._meanings: Meanings | None = None
+        self._lock = Lock()
 
     # Life of the app
 
@@ -111,7 +117,7 @@ class PocketApp(App):
         if pending.get("document") in [entry.id for entry in self.library.entries()]:
             text = str(pending.get("text", ""))
             task = pending.get("task", "ask")
-            answer = Answer(task, str(pending.get("request", "")), text, "cancelled")
+            answer = Answer(task, str(pending.get("request", "")), text, "interrupted")
             self.library.remember(pending["document"], answer)
 
     # Places
@@ -196,16 +202,52 @@ class PocketApp(App):
             worker.poll()
 
     def add_document(self, path: Path) -> None:
-        """Read a file into the library, then open it."""
+        """Read a file into the library; it is opened, unless the person went on to another one."""
         self.notice(self.t("adding", name=path.name))
+        begun = self.root.ids.manager.current
 
         def work(_: Event) -> Iterator[int]:
             yield self.library.add(path).id
 
+        def added(number: int) -> None:
+            now = self.root.ids.manager.current
+            if now == begun and now != "document":
+                self.open_document(number)
+            else:
+                self.notice(self.t("added", name=path.name))
+                self.screen("library").refresh()
+            self.read_meanings()
+
         def failed(text: str) -> None:
             self.notice(self.t("open_failed", reason=text))
 
-        self.start("files", work, self.open_document, on_error=failed)
+        self.start("files", work, added, on_error=failed)
+
+    def read_meanings(self) -> None:
+        """Compute the vectors that are missing, in the background."""
+
+        def work(cancel: Event) -> Iterator[None]:
+            meanings = self.meanings()
+            for _ in meanings.index(cancel=cancel) if meanings is not None else ():
+                yield None
+
+        if self.settings["embedder"]:
+            self.start("files", work, lambda _: None)
+
+    def meanings(self) -> Meanings | None:
+        """The library's vectors by the model of embeddings that was imported; None without one."""
+        name = self.settings["embedder"]
+        if not name or not self.models.path(name).is_dir():
+            return None
+        with self._lock:
+            if self._meanings is None or self._meanings.name != name:
+                try:
+                    model = Model.load(self.models.path(name), threads=1, verify=False)
+                except PocketSlmError as error:  # words do; the answer says by what it was found
+                    log.warning("found by words only: %s", error)
+                    return None
+                self._meanings = Meanings(self.library, model, name)
+            return self._meanings
 
     def import_model(self, path: Path) -> None:
         """Copy a bundle among the models; the first one is used at once."""
@@ -219,7 +261,10 @@ class PocketApp(App):
         def ended() -> None:
             if last and self.models.path(last).is_dir():
                 self.notice(self.t("imported", name=last))
-                if not self.settings["model"]:
+                if self.models.embeds(last):
+                    self.settings["embedder"] = last
+                    self.read_meanings()
+                elif not self.settings["model"]:
                     self.settings["model"] = last
                 elif self.settings["model"] == last:
                     self.unload()
@@ -258,6 +303,11 @@ class PocketApp(App):
 
         if self._model is not None:
             self.start("engine", work, lambda _: None)
+
+    def cancel_job(self, job: Job) -> None:
+        """End a prompt that is being read, if it is this job's."""
+        if self._workers["engine"].current is job:
+            self.cancel_engine()
 
     def cancel_engine(self) -> None:
         """End a prompt that is being read, too."""

@@ -14,6 +14,7 @@ DEFAULTS: dict[str, Any] = {
     "engine": "auto",
     "threads": 0,  # 0: the engine decides
     "model": "",
+    "embedder": "",  # the model that finds by meaning
     "measured": {},  # model name -> {"prefill", "decode"} in tokens/s
     "screen": "library",
     "document": 0,

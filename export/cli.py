@@ -30,6 +30,7 @@ from pocketslm.terminal import (
 )
 
 if TYPE_CHECKING:
+    from pocketslm.export.quantize.grid import Kind
     from pocketslm.export.recipe import Recipe
     from pocketslm.models.checkpoint import Checkpoint
 
@@ -98,7 +99,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("model", help=MODEL)
     parser.add_argument(
         "--table",
-        choices=("quantize", "depth", "width", "adaptive", "sparse", "all"),
+        choices=("quantize", "bits", "depth", "width", "adaptive", "sparse", "all"),
         default="all",
         help="which methods (default: all)",
     )
@@ -110,6 +111,9 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument(
         "--only", default="", help="rows with this in their name, such as 'gptq min g128'"
+    )
+    parser.add_argument(
+        "--chart", type=Path, metavar="FILE.svg", help="draw the table bits: KL against bytes"
     )
     parser.add_argument("--text", default="lee", help="to measure with: its start (default: lee)")
     parser.add_argument("--calibration", default="lee", help="its end shows what matters")
@@ -210,7 +214,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     """What export takes beside the model; optimum's command takes the same."""
     record_given(parser)
     parser.add_argument("out", type=Path, help="the bundle folder to write")
-    schemes = ("keep", "int4", "int8", "float")
+    schemes = ("keep", "int2", "int3", "int4", "int5", "int6", "int8", "float")
     parser.add_argument(
         "--weights",
         choices=schemes,
@@ -226,8 +230,9 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=32)
     parser.add_argument(
         "--grid",
-        choices=("sym", "zp", "min"),
-        help="offset of a group: none, a zero point, a float minimum (default: sym; min for hqq)",
+        choices=("sym", "zp", "min", "min8"),
+        help="offset of a group: none, a zero point, a float minimum, or one stored in 8 bits, "
+        "as the scale then is (default: sym; min for hqq; min8 with --size)",
     )
     parser.add_argument(
         "--method",
@@ -249,10 +254,13 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "--calibration-tokens", type=int, default=16384, help="of it (default: 16384)"
     )
     parser.add_argument(
+        "--size",
         "--size-budget",
+        dest="size_budget",
         type=float,
         metavar="MB",
-        help="int8 for the int4 matrices that suffer most, measured, as far as weights fit",
+        help="of all weights: each matrix gets the bits, from 2 to 8, that buy the most of it, "
+        "measured (with it, --method is search+gptq unless said otherwise)",
     )
     parser.add_argument(
         "--adapter",
@@ -282,13 +290,17 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The options as a recipe; some defaults follow the method."""
     from pocketslm.export.recipe import CALIBRATED, Recipe
 
-    method = arguments.method or "rtn"
+    sized = arguments.size_budget is not None
+    method = arguments.method or ("search+gptq" if sized else "rtn")
     parts = set(method.split("+"))
+    grid: Kind = "sym"
+    if "hqq" in parts or sized:
+        grid = "min8" if sized and arguments.group_size == 32 else "min"
     return Recipe(
         weights=arguments.weights or ("int4" if arguments.method else "keep"),
         head=arguments.head,
         group_size=arguments.group_size,
-        grid=arguments.grid or ("min" if "hqq" in parts else "sym"),
+        grid=arguments.grid or grid,
         method=method,
         calibration=arguments.calibration or ("lee" if parts & {*CALIBRATED} else None),
         calibration_tokens=arguments.calibration_tokens,
@@ -309,7 +321,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
         refuse(arguments, "without --vocabulary", "vocabulary_size")
     if arguments.weights == arguments.head == "float":
         refuse(arguments, "with float weights and head", "grid", "group_size", "method")
-    parts = set((arguments.method or "rtn").split("+"))
+    if arguments.size_budget is not None:
+        refuse(arguments, "with --size, which chooses the bits", "weights", "head")
+    unsaid = "rtn" if arguments.size_budget is None else "search+gptq"
+    parts = set((arguments.method or unsaid).split("+"))
     if parts == {"rtn"} or parts == {"hqq"}:
         where = f"with the method {arguments.method or 'rtn'}, which reads no text"
         if arguments.size_budget is None:
@@ -363,14 +378,14 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: Progress) -> Recipe:
-    """The recipe with int8 where it helps most, by KL on 1024 tokens of the calibration text."""
+    """The recipe with the bits of each matrix, by KL on 1024 tokens of the calibration text."""
     from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
     from pocketslm.export.quantize.calibration import last_tokens
     from pocketslm.export.quantize.sensitivity import mixed_precision
     from pocketslm.models.catalog import resolve
     from pocketslm.runtime.tokenizer import load_tokenizer_files
 
-    checkpoint.config.need_head("--size-budget")
+    checkpoint.config.need_head("--size")
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     files = checkpoint.tokenizer_files()
@@ -425,10 +440,12 @@ def _span(counts: Sequence[int]) -> str:
 def _methods(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from pocketslm.export import methods
+    from pocketslm.export import bits, methods
     from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
 
+    if arguments.table not in ("bits", "all"):
+        refuse(arguments, "without --table bits", "chart")
     bench = methods.Workbench(
         open_source(arguments.model, say),
         resolve(arguments.text, say),
@@ -438,6 +455,8 @@ def _methods(arguments: argparse.Namespace) -> None:
     )
     tables = methods.TABLES if arguments.table == "all" else (arguments.table,)
     found = methods.rows(bench, arguments.results, tables, say, arguments.only)
+    if arguments.chart is not None:
+        arguments.chart.write_text(bits.chart(found), encoding="utf-8")
     if arguments.json:
         print_json([asdict(row) for row in found])
     else:

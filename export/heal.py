@@ -99,6 +99,7 @@ def heal(
     """
     for model in (student, teacher):
         model.config.need_head("heal")
+        model.config.need_own_layers("heal")
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UsageError(
             f"the student has a vocabulary of {student.config.vocab_size}, the teacher "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pocketslm.errors import UsageError
+from pocketslm.export import bits
 from pocketslm.export.evaluate import Ids, compare, windows_of
 from pocketslm.export.prune import adaptive, depth, sparse, width
 from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
@@ -31,7 +32,7 @@ from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
-TABLES = ("quantize", "depth", "width", "adaptive", "sparse")
+TABLES = ("quantize", "depth", "width", "adaptive", "sparse", "bits")
 METHODS = (
     "rtn",
     "search",
@@ -70,6 +71,7 @@ class Workbench:
         self, checkpoint: Checkpoint, text: Path, calibration: Path, *, windows: int, tokens: int
     ) -> None:
         checkpoint.config.need_head("methods")
+        checkpoint.config.need_own_layers("methods")
         self.checkpoint = checkpoint
         self.window = 512
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,6 +140,7 @@ def rows(
         "width": _narrow,
         "adaptive": _adaptive,
         "sparse": _sparse,
+        "bits": bits.points,
     }
     found = []
     for table in tables:

@@ -20,10 +20,10 @@ from pocketslm.errors import ExportError
 from pocketslm.export.lower.trace import Traced, trace
 from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
-from pocketslm.export.publish import published
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
 from pocketslm.export.tokenizer import settled
+from pocketslm.folders import published
 from pocketslm.models.checkpoint import (
     EMBEDDING,
     HEAD,
@@ -165,6 +165,7 @@ def _with_neurons(checkpoint: Checkpoint, ids: Any, neurons: int) -> Checkpoint:
     from pocketslm.export.prune import width
     from pocketslm.models.reference import load_reference
 
+    checkpoint.config.need_own_layers("--neurons")
     importance = width.activation_importance(load_reference(checkpoint, ids.shape[1]), ids)
     return width.Narrowed(checkpoint, width.keep_top(importance, neurons=neurons))
 
@@ -299,12 +300,12 @@ def _lower_native(
 def _lower_onnx(
     traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
-    """``model.onnx``, its data, and ``genai_config.json``."""
+    """``model.onnx``, its data, and ``genai_config.json`` of a model that generates text."""
     from pocketslm.export.lower import onnx
     from pocketslm.export.lower.genai import genai_config
 
     config = traced.config
-    onnx.lower(
+    weights.notes += onnx.lower(
         traced,
         weights,
         folder,
@@ -313,8 +314,9 @@ def _lower_onnx(
     )
     if len({(a.kv_heads, a.head_dim) for a in config.attentions}) != 1:
         weights.notes.append("onnxruntime-genai cannot run layers with different KV heads")
-    description = genai_config(config, traced.context, folder)
-    (folder / GENAI_CONFIG).write_text(json.dumps(description, indent=4) + "\n")
+    if config.head:  # it runs nothing else
+        description = genai_config(config, traced.context, folder)
+        (folder / GENAI_CONFIG).write_text(json.dumps(description, indent=4) + "\n")
     return Graph("onnx", onnx.GRAPH_FILE, traced.context, recipe.dtype)
 
 

@@ -47,6 +47,7 @@ OBJECTIVES = ("kl", "ram", "decode")
 REPORT, PICTURE = "plan.md", "pareto.svg"
 # What `prune` may try: shares of the layers to remove, and of each MLP's neurons to keep.
 REMOVED_LAYERS, KEPT_NEURONS = (0, 0.1, 0.2), (0.875, 0.75)
+_FEW_BITS = ["int6", "int5", "int3"]
 INFLUENCE_TOKENS = 2048  # of the calibration text
 QUICK_WINDOWS = 2  # enough to see that a recipe is hopeless
 HOPELESS = 2.0  # times the KL allowed, after those
@@ -167,6 +168,7 @@ def search(
     if trials < 1:
         raise UsageError(f"{trials} trials, expected at least 1")
     checkpoint.config.need_head("plan")
+    checkpoint.config.need_own_layers("plan")
     work.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kept = None if vocabulary is None else format_ranges(tokens_of(checkpoint, vocabulary))
@@ -242,10 +244,10 @@ class _Space:
         self.widths = [config.intermediate_size, *sorted(widths - {0}, reverse=True)]
         quantized = isinstance(checkpoint.weight(layer_matrices(config)[0][0]), QuantTensor)
         head = isinstance(checkpoint.weight(HEAD), QuantTensor)
-        self.weights = ["keep"] * quantized + ["int4", "int8"]
-        self.head = ["keep"] * head + ["int8", "int4"]
+        self.weights = ["keep"] * quantized + ["int4", *_FEW_BITS, "int8"]
+        self.head = ["keep"] * head + ["int8", "int4", *_FEW_BITS]
         # What a person would try first.
-        int4 = {"weights": "int4", "group_size": 32, "grid": "min", "method": "search+gptq"}
+        int4 = {"weights": "int4", "grid": "min8", "method": "search+gptq"}
         as_is: dict[str, Any] = {"weights": self.weights[0], "head": self.head[0]}
         as_is |= int4 if self.weights[0] == "int4" else {}
         trim = vocabulary is not None
@@ -264,9 +266,10 @@ class _Space:
         weights = trial.suggest_categorical("weights", self.weights)
         fields: dict[str, Any] = {"weights": weights}
         fields["head"] = trial.suggest_categorical("head", self.head)
-        if weights == "int4":
-            fields["group_size"] = trial.suggest_categorical("group_size", [32, 64, 128])
-            fields["grid"] = trial.suggest_categorical("grid", ["min", "sym"])
+        if weights not in ("keep", "int8"):
+            grid = fields["grid"] = trial.suggest_categorical("grid", ["min8", "min", "sym"])
+            if grid != "min8":
+                fields["group_size"] = trial.suggest_categorical("group_size", [32, 64, 128])
             fields["method"] = trial.suggest_categorical("method", ["rtn", "search", "search+gptq"])
         if self.vocabulary is not None and trial.suggest_categorical("vocabulary", [False, True]):
             fields["vocabulary"] = self.vocabulary
@@ -274,7 +277,7 @@ class _Space:
             fields |= self._pruning(trial)
         if fields.get("neurons") and weights == "keep":
             # The down projections lose columns, and so their blocks: they are rounded again.
-            fields |= {"grid": "min", "method": "search+gptq"}
+            fields |= {"grid": "min8", "method": "search+gptq"}
         if fields.get("neurons") or fields.get("method", "rtn") != "rtn":
             fields["calibration"] = self.calibration
         return replace(self.base, **fields)
@@ -365,7 +368,7 @@ def _finished(study: Any, budget: Budget) -> list[Trial]:
 def describe(recipe: Recipe) -> str:
     """The fields that a search varies, in a few words."""
     words = [f"weights {recipe.weights}", f"head {recipe.head}"]
-    if recipe.weights == "int4":
+    if recipe.weights not in ("keep", "int8", "float"):
         words[0] += f" g{recipe.group_size} {recipe.grid} {recipe.method}"
     if recipe.vocabulary is not None:
         words.append("vocabulary trimmed")

@@ -22,7 +22,7 @@ from pocketslm.models.config import ModelConfig
 from pocketslm.models.sites import is_rounded
 from pocketslm.models.tensors import QuantTensor, Weight, floats
 
-Scheme = Literal["keep", "float", "int4", "int8"]
+Scheme = Literal["keep", "float", "int2", "int3", "int4", "int5", "int6", "int8"]
 DType = Literal["fp32", "fp16"]
 KvCache = Literal["fp16", "int8"]
 RECIPE_FILE = "recipe.toml"
@@ -42,9 +42,10 @@ class Recipe:
 
     ``weights`` and ``head`` (embedding and output head): ``keep`` carries quantized source blocks
     exactly and rounds float matrices (``weights`` to int4, of a model of embeddings to int8,
-    ``head`` to int8); ``int4`` and
-    ``int8`` round everything again; ``float`` dequantizes; ``overrides`` says otherwise for single
-    matrices by name. ``grid`` is the offset that a group has: none, a zero point or a minimum.
+    ``head`` to int8); ``int2`` to ``int8`` round everything again; ``float`` dequantizes;
+    ``overrides`` says otherwise for single matrices by name. ``grid`` is the offset that a group of
+    fewer than 8 bits has: none, a zero point, a minimum, or a minimum that is stored, as the scales
+    then are, as a whole number of 8 bits; 8 bits have no minimums of the last kind, but none.
 
     ``method`` joins with ``+`` how the grid is chosen (rtn, search, hqq; default rtn) and what is
     done to the layers beside it (gptq, awq, tune). ``calibration`` is the text that shows the
@@ -105,6 +106,11 @@ class Recipe:
             raise ExportError(f"overrides name a scheme that is none of {get_args(Scheme)}")
         if self.group_size not in GROUP_SIZES:
             raise ExportError(f"group size {self.group_size}, expected one of {GROUP_SIZES}")
+        if self.grid == "min8" and self.group_size != 32:
+            raise ExportError(f"grid min8 has groups of 32, not of {self.group_size}")
+        widths = {self.weights, self.head, *self.overrides.values()}
+        if self.grid == "zp" and not widths.isdisjoint(("int2", "int3", "int5", "int6")):
+            raise ExportError("grid zp is for 4 and 8 bits; choose sym, min or min8")
         if self.dtype not in get_args(DType):
             raise ExportError(f"dtype {self.dtype!r}, expected one of {get_args(DType)}")
         if self.targets is not None and not set() < set(self.targets) <= set(TARGETS):
@@ -123,15 +129,15 @@ class Recipe:
         """The recipe with context and targets decided for a model.
 
         Raises ExportError if the model has fewer positions than the context asked for, or gives
-        embeddings, which the native operators alone run, and is to do something else.
+        embeddings and is to do something that such models do not.
         """
         longest = config.max_position_embeddings
         context = self.context or min(longest, 4096)
         if context > longest:
             raise ExportError(f"context {context} is longer than the model's {longest} positions")
         if not config.head:
-            if others := [target for target in self.targets or () if target != "native"]:
-                raise refuse(others[0], "the model gives embeddings, which native alone runs")
+            if others := [t for t in self.targets or () if t not in _BY_DEFAULT]:
+                raise refuse(others[0], "the model gives embeddings, which it has no graph for")
             if self.needs_calibration:
                 raise ExportError(
                     f"method {self.method!r} or fewer neurons need a model that generates text, "
@@ -139,7 +145,7 @@ class Recipe:
                 )
             # All of them are float, and 4 bits turn an embedding too far.
             weights = "int8" if self.weights == "keep" else self.weights
-            return replace(self, weights=weights, context=context, targets=("native",))
+            self = replace(self, weights=weights)
         covered = [t for t in _BY_DEFAULT if t != "native" or native.uncovered(config) is None]
         return replace(self, context=context, targets=self.targets or tuple(covered))
 
@@ -181,8 +187,11 @@ class Recipe:
         scheme = self.scheme(name, quantized=quantized)
         if not scheme.startswith("int"):
             return None
+        bits, grid = int(scheme[3:]), self.grid
+        if grid == "min8" and bits == 8:
+            grid = "sym"
         plain = "executorch" in (self.targets or ())
-        return Spec(int(scheme[3:]), self.group_size, self.grid, plain_scales=plain)
+        return Spec(bits, self.group_size, grid, plain_scales=plain)
 
     def apply(self, name: str, weight: Weight) -> Weight:
         """The weight as this recipe stores it without calibration; vectors stay as they are."""

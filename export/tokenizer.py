@@ -95,13 +95,15 @@ def _settled(
     }
     for key, text in names.items():
         known = changed.get(key)
-        if (known["content"] if isinstance(known, dict) else known) != text:
+        if (known.get("content") if isinstance(known, dict) else known) != text:
             changed[key] = text
     for key in TOKEN_LISTS:
         if isinstance(listed := changed.get(key), list):
-            texts = [token["content"] if isinstance(token, dict) else token for token in listed]
+            texts = [one.get("content") if isinstance(one, dict) else one for one in listed]
             changed[key] = [
-                token for token, text in zip(listed, texts, strict=True) if text not in left_out
+                token
+                for token, text in zip(listed, texts, strict=True)
+                if not (isinstance(text, str) and text in left_out)
             ]
     return changed
 

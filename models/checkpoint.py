@@ -18,6 +18,7 @@ from pocketslm.errors import CheckpointError
 from pocketslm.models import architectures
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.config import ModelConfig
+from pocketslm.models.prequantized import packing
 from pocketslm.models.tensors import Array, QuantTensor, Weight, floats
 from pocketslm.models.tokenizer_files import tokenizer_notes
 
@@ -123,7 +124,7 @@ class HFCheckpoint:
         if not isinstance(model_type, str):
             raise CheckpointError(f"{path}/config.json has no model_type")
         self.architecture = architectures.of_hf(model_type)
-        _refuse_quantized(path, data)
+        self._packing = packing(path, data)
         fields = Fields(data, f"{path}/config.json")
         config = self.architecture.read_hf(fields)
         pooling, pooling_notes = read_pooling(path, config.hidden_size)
@@ -138,6 +139,8 @@ class HFCheckpoint:
         files, note = _weight_files(path)
         self.notes += note
         self._where = _index(files)
+        names = self._packing.names(self._where) if self._packing else {}
+        self._packed = {whole for name, whole in names.items() if whole != name}
         self._prefix = _prefix(self._where, self.architecture.hf.stored(EMBEDDING))
         self._check_tensors()
 
@@ -163,11 +166,20 @@ class HFCheckpoint:
         return self.architecture.hf.read(name, self.config, self._read)
 
     def _read(self, name: str) -> Weight:
+        stored = self._stored(name)
+        if self._packing is not None and stored in self._packed:
+            return self._packing.read(stored, lambda part: self._tensor(part, packed=True))
+        found = self._tensor(stored)
+        if found is None:
+            raise CheckpointError(f"{self.path} has no tensor {stored!r}")
+        return found
+
+    def _tensor(self, stored: str, *, packed: bool = False) -> Array | None:
+        """A stored tensor in float32, or of a ``packed`` matrix as it lies; None: there is none."""
         from safetensors import SafetensorError, safe_open
 
-        stored = self._stored(name)
         if stored not in self._where:
-            raise CheckpointError(f"{self.path} has no tensor {stored!r}")
+            return None
         try:
             with safe_open(self._where[stored], framework="pt") as tensors:
                 tensor = tensors.get_tensor(stored)
@@ -175,13 +187,17 @@ class HFCheckpoint:
             raise CheckpointError(
                 f"cannot read {stored!r} of {self._where[stored]}: {one_line(error)}"
             ) from None
-        array: np.ndarray[Any, Any] = tensor.float().numpy()
+        as_it_lies = packed and str(tensor.dtype) != "torch.bfloat16"  # which numpy lacks
+        array: Array = tensor.numpy() if as_it_lies else tensor.float().numpy()
         return array
 
     def _stored(self, name: str) -> str:
         """A name of the family's as this folder has it."""
         old, new = self._prefix
-        return new + name.removeprefix(old) if name.startswith(old) else name
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+        beside = new.removesuffix(old) + name  # a head of its own, beside the text model
+        return beside if beside in self._where else name
 
     def _check_tensors(self) -> None:
         """Every tensor is read, or refused by name; a head of its own is used."""
@@ -200,7 +216,8 @@ class HFCheckpoint:
             parameters += [HEAD] * ("lm_head" in self.architecture.hf.top)
         elif self.config.tie_word_embeddings:
             parameters.append(HEAD)
-        unread = self.architecture.hf.unread(self._where, parameters, self._stored)
+        stored = self._packing.names(self._where).values() if self._packing else self._where
+        unread = self.architecture.hf.unread(set(stored), parameters, self._stored)
         _refuse_unread(self.path, unread)
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -295,19 +312,6 @@ def _refuse_unread(path: Path, names: list[str]) -> None:
             f"{path} has tensors that the config does not account for: "
             f"{', '.join(names[:3])}{more}; the model would compute something else without them"
         )
-
-
-def _refuse_quantized(path: Path, data: Mapping[str, Any]) -> None:
-    """Weights that need more than a cast to become floats."""
-    found = data.get("quantization_config") or data.get("compression_config")
-    if not found:
-        return
-    method = found.get("quant_method") if isinstance(found, Mapping) else None
-    raise CheckpointError(
-        f"{path}/config.json: quantization_config names the method "
-        f"{str(method or 'unknown')[:40]!r}, which is not supported; use the checkpoint it was "
-        "made from, or a GGUF"
-    )
 
 
 def _weight_files(path: Path) -> tuple[list[Path], list[str]]:

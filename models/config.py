@@ -82,6 +82,8 @@ class Attention:
     softcap: scores become ``cap * tanh(score / cap)``. bias: of Q, K and V.
     qk_norm: RMSNorm of Q and K: of each head, or of all heads together (``full``).
     norm_after_rope: Q and K are normalized after their rotation, not before.
+    temperature: far queries are made larger: times ``1 + temperature * log(1 + position // step)``,
+    with ``temperature_step`` as the step (Ministral 3); 0: they are not.
     """
 
     heads: int
@@ -95,6 +97,8 @@ class Attention:
     output_bias: bool = False
     qk_norm: Literal["head", "full"] | None = None
     norm_after_rope: bool = False
+    temperature: float = 0.0
+    temperature_step: int = 0
 
     def __post_init__(self) -> None:
         _size("num_attention_heads", self.heads)
@@ -107,6 +111,9 @@ class Attention:
             )
         if self.window is not None:
             _size("sliding_window", self.window)
+        if self.temperature:
+            _positive("the temperature of queries", self.temperature)
+            _size("the step of the queries' temperature", self.temperature_step)
 
     @property
     def query_width(self) -> int:
@@ -204,6 +211,7 @@ class ModelConfig:
     stored_layers: each layer that has weights.
     layer_sharing: each of them runs twice in succession, with a cache for each time
     (MobileLLM-LS, https://arxiv.org/abs/2402.14905).
+    mlp_sharing: all layers have one MLP, stored once (MobiLlama, https://arxiv.org/abs/2402.16840).
     rotaries: the rotary tables that layers refer to.
     embedding_scale, residual_scale, logit_scale: multiply the embedding, what a layer adds to the
     residual stream, and the logits. logit_softcap: logits become ``cap * tanh(logit / cap)``.
@@ -234,6 +242,7 @@ class ModelConfig:
     head: bool = True
     causal: bool = True
     layer_sharing: bool = False
+    mlp_sharing: bool = False
     pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
@@ -252,6 +261,8 @@ class ModelConfig:
             raise CheckpointError(f"config: the norms' epsilon is {self.norm_eps!r}, expected < 1")
         for name in ("embedding_scale", "residual_scale", "logit_scale"):
             _positive(name, getattr(self, name))
+        if self.mlp_sharing and len({layer.mlp for layer in self.stored_layers}) > 1:
+            raise CheckpointError("config: one MLP for all layers has one width")
         if self.head and self.pooling is not None:
             raise CheckpointError("config: a model with an output head has no pooling")
         for layer in self.stored_layers:
@@ -272,6 +283,14 @@ class ModelConfig:
             raise UsageError(
                 f"{what} needs a model that generates text, this one gives embeddings; "
                 "see `pocketslm embed`"
+            )
+
+    def need_own_layers(self, what: str) -> None:
+        """UsageError where ``what`` changes layers one by one and these share an MLP."""
+        if self.mlp_sharing:
+            raise UsageError(
+                f"{what} changes one layer after the other, and this model's layers share one MLP; "
+                "methods without a calibration text (rtn, search, hqq) round it once"
             )
 
     @property

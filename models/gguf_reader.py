@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,10 +18,10 @@ from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import IQ4_NL, Q4_K, dequantize
+from gguf.quants import Q4_K, dequantize
 
 from pocketslm.errors import CheckpointError
-from pocketslm.models.tensors import Array, QuantTensor, Weight, pack_codes
+from pocketslm.models.tensors import Array, QuantTensor, Weight, WholeScales, pack_codes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -173,7 +174,12 @@ class GGUFFile:
         raw = np.frombuffer(self._map, np.uint8, info.nbytes, info.offset)
         if (unpack := _BLOCKS.get(info.kind)) is not None and len(info.shape) == 2:
             _, block_bytes = GGML_QUANT_SIZES[info.kind]
-            return unpack(raw.reshape(info.shape[0], -1, block_bytes))
+            try:
+                return unpack(raw.reshape(info.shape[0], -1, block_bytes))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} of {info.kind.name}: {error}; file corrupt?"
+                ) from None
         try:
             values: Array = dequantize(raw, info.kind)
             values = values.astype(np.float32, copy=False).reshape(info.shape)
@@ -262,13 +268,13 @@ def _q4_1(blocks: Array) -> QuantTensor:
 
 def _q5_0(blocks: Array) -> QuantTensor:
     codes = _nibbles(blocks[..., 6:]) | _fifth_bits(blocks[..., 2:6])
-    return QuantTensor(codes + np.uint8(128 - 16), _half(blocks[..., :2]), 8, 32)
+    return QuantTensor(codes, _half(blocks[..., :2]), 5, 32)
 
 
 def _q5_1(blocks: Array) -> QuantTensor:
     scales, minimums = _half(blocks[..., :2]), _half(blocks[..., 2:4])
     codes = _nibbles(blocks[..., 8:]) | _fifth_bits(blocks[..., 4:8])
-    return QuantTensor(codes, scales, 8, 32, minimums=minimums)
+    return QuantTensor(codes, scales, 5, 32, minimums=minimums)
 
 
 def _q8_0(blocks: Array) -> QuantTensor:
@@ -277,14 +283,16 @@ def _q8_0(blocks: Array) -> QuantTensor:
     return QuantTensor(codes, _half(blocks[..., :2]), 8, 32)
 
 
-def _k_scales(blocks: Array) -> tuple[Array, Array]:
-    """Scales and minimums [N, K / 32] of Q4_K and Q5_K: 6-bit integers times a half a block."""
+def _k_scales(blocks: Array) -> WholeScales:
+    """Of Q4_K and Q5_K: 6-bit scales and minimums of 32 columns."""
     rows = len(blocks)
     scales, minimums = Q4_K.get_scale_min(blocks[..., 4:16].reshape(-1, 12))
-    whole, low = (_half(blocks[..., at : at + 2]).astype(np.float32) for at in (0, 2))
-    scales = whole[..., None] * scales.reshape(rows, -1, 8)
-    minimums = -low[..., None] * minimums.reshape(rows, -1, 8)
-    return scales.reshape(rows, -1), minimums.reshape(rows, -1)
+    return WholeScales(
+        _half(blocks[..., :2]),
+        np.ascontiguousarray(scales.reshape(rows, -1), np.uint8),
+        _half(blocks[..., 2:4]),
+        np.ascontiguousarray(minimums.reshape(rows, -1), np.uint8),
+    )
 
 
 def _k_nibbles(packed: Array) -> Array:
@@ -293,34 +301,109 @@ def _k_nibbles(packed: Array) -> Array:
     return np.concatenate([lines & 15, lines >> 4], axis=2).reshape(len(packed), -1)
 
 
+def _k_pairs(packed: Array) -> Array:
+    """2-bit codes [N, K] of blocks [N, G, 64]: 32 bytes hold 128, each two bits 32 of them."""
+    lines = packed.reshape(len(packed), -1, 1, 32)
+    pairs = lines >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    return pairs.reshape(len(packed), -1)
+
+
+def _k_bits(packed: Array) -> Array:
+    """Single bits [N, K] of blocks [N, G, 32]: bit i of the bytes belongs to columns 32 i on."""
+    bits = packed[..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    return bits.reshape(len(packed), -1)
+
+
+def _q2_k(blocks: Array) -> QuantTensor:
+    rows = len(blocks)
+    both = blocks[..., :16].reshape(rows, -1)
+    factors, lowest = _half(blocks[..., 80:82]), _half(blocks[..., 82:84])
+    whole = WholeScales(factors, both & 15, lowest, both >> 4, bits=4)
+    return QuantTensor.with_whole_scales(_k_pairs(blocks[..., 16:80]), 2, 16, whole)
+
+
+def _q3_k(blocks: Array) -> QuantTensor:
+    rows = len(blocks)
+    codes = _k_pairs(blocks[..., 32:96]) | _k_bits(blocks[..., :32]) << 2
+    low, high = blocks[..., 96:104], blocks[..., 104:108]
+    first = np.concatenate([low & 15, low >> 4], axis=2)
+    rest = (high[..., None, :] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3) << 4
+    scales = (first | rest.reshape(*first.shape)).astype(np.int8) - np.int8(32)
+    whole = WholeScales(_half(blocks[..., 108:110]), scales.reshape(rows, -1))
+    return QuantTensor.with_whole_scales(codes, 3, 16, whole)
+
+
 def _q4_k(blocks: Array) -> QuantTensor:
-    scales, minimums = _k_scales(blocks)
     codes = pack_codes(_k_nibbles(blocks[..., 16:]), 4)
-    return QuantTensor(codes, scales, 4, 32, minimums=minimums)
+    return QuantTensor.with_whole_scales(codes, 4, 32, _k_scales(blocks))
 
 
 def _q5_k(blocks: Array) -> QuantTensor:
-    scales, minimums = _k_scales(blocks)
-    bits = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    codes = _k_nibbles(blocks[..., 48:]) | (bits << 4).reshape(len(blocks), -1)
-    return QuantTensor(codes, scales, 8, 32, minimums=minimums)
+    codes = _k_nibbles(blocks[..., 48:]) | _k_bits(blocks[..., 16:48]) << 4
+    return QuantTensor.with_whole_scales(codes, 5, 32, _k_scales(blocks))
+
+
+def _q6_k(blocks: Array) -> QuantTensor:
+    rows = len(blocks)
+    halves = blocks[..., :128].reshape(rows, -1, 1, 64)
+    low = np.concatenate([halves & 15, halves >> 4], axis=2).reshape(rows, -1)
+    codes = low | _k_pairs(blocks[..., 128:192]) << 4
+    scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8).reshape(rows, -1)
+    whole = WholeScales(_half(blocks[..., 208:210]), scales)
+    return QuantTensor.with_whole_scales(codes, 6, 16, whole)
 
 
 def _iq4_nl(blocks: Array) -> QuantTensor:
-    values = np.array(IQ4_NL.kvalues, np.int16)[_nibbles(blocks[..., 2:])]
-    return QuantTensor((values + 128).astype(np.uint8), _half(blocks[..., :2]), 8, 32)
+    codes = pack_codes(_nibbles(blocks[..., 2:]), 4)
+    return QuantTensor(codes, _half(blocks[..., :2]), 4, 32, table="iq4")
 
 
-# Blocks that are kept as they are, code for code: those of more than 4 bits in 8.
+def _iq4_xs(blocks: Array) -> QuantTensor:
+    rows = len(blocks)
+    codes = _nibbles(blocks[..., 8:].reshape(rows, -1, 16))
+    low = blocks[..., 4:8, None] >> np.array([0, 4], np.uint8) & 15
+    high = np.ascontiguousarray(blocks[..., 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype="<u2")
+    scales = low.reshape(rows, -1) | (high & 3).astype(np.uint8).reshape(rows, -1) << 4
+    whole = WholeScales(_half(blocks[..., :2]), scales.astype(np.int8) - np.int8(32))
+    return QuantTensor.with_whole_scales(pack_codes(codes, 4), 4, 32, whole, "iq4")
+
+
+def _mxfp4(blocks: Array) -> QuantTensor:
+    codes = pack_codes(_nibbles(blocks[..., 1:]), 4)
+    scales = np.ldexp(
+        np.float32(1), blocks[..., 0].astype(np.int32) - 128
+    )  # 127, and values are twice
+    return QuantTensor(codes, scales, 4, 32, table="fp4")
+
+
+def _ternary(kind: GGMLQuantizationType) -> Callable[[Array], QuantTensor]:
+    def unpack(blocks: Array) -> QuantTensor:
+        values = dequantize(blocks, kind).reshape(len(blocks), -1)
+        scales = np.repeat(_half(blocks[..., -2:]), 256 // 32, axis=1)
+        if (np.abs(values) > np.repeat(np.abs(scales), 32, axis=1)).any():
+            raise ValueError("a code is none of -1, 0 and 1")
+        return QuantTensor((np.sign(values) + 2).astype(np.uint8), scales, 2, 32)
+
+    return unpack
+
+
+# Blocks that are kept as they are, code for code.
 _BLOCKS = {
     GGMLQuantizationType.Q4_0: _q4_0,
     GGMLQuantizationType.Q4_1: _q4_1,
     GGMLQuantizationType.Q5_0: _q5_0,
     GGMLQuantizationType.Q5_1: _q5_1,
     GGMLQuantizationType.Q8_0: _q8_0,
+    GGMLQuantizationType.Q2_K: _q2_k,
+    GGMLQuantizationType.Q3_K: _q3_k,
     GGMLQuantizationType.Q4_K: _q4_k,
     GGMLQuantizationType.Q5_K: _q5_k,
+    GGMLQuantizationType.Q6_K: _q6_k,
     GGMLQuantizationType.IQ4_NL: _iq4_nl,
+    GGMLQuantizationType.IQ4_XS: _iq4_xs,
+    GGMLQuantizationType.MXFP4: _mxfp4,
+    GGMLQuantizationType.TQ1_0: _ternary(GGMLQuantizationType.TQ1_0),
+    GGMLQuantizationType.TQ2_0: _ternary(GGMLQuantizationType.TQ2_0),
 }
 
 

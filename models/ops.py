@@ -119,6 +119,17 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, past: Tensor, heads: int) -> Ten
     return turned.flatten(-2)
 
 
+@_define("temperature(Tensor q, Tensor past, float factor, int step) -> Tensor")
+def temperature(q: Tensor, past: Tensor, factor: float, step: int) -> Tensor:
+    """``q * (1 + factor * log(1 + position // step))`` for queries q [B, S, N] (Ministral 3).
+
+    past: a key cache [B, kv_heads, P, D]; the first position is P.
+    """
+    start = past.shape[2]
+    positions = torch.arange(start, start + q.shape[1], device=q.device)
+    return q * (1 + factor * torch.log1p((positions // step).to(q.dtype)))[:, None]
+
+
 @_define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, int num_heads,"
     " int num_kv_heads, float scale, int? window, float? softcap, bool causal)"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocketslm.errors import TokenizerError
+from pocketslm.models import tokenizer_word_piece
 from pocketslm.models.pretokenizer_guess import guess_pretokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -81,7 +82,7 @@ _PRE = {
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _Pre((GPT4O_WORDS,))),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
 }
-_MODELS = ("gpt2", "llama", "gemma4")
+_MODELS = ("gpt2", "llama", "gemma4", "bert")
 _ROLES = (  # tokenizer.ggml.<role>_token_id, and its name in a token's role here
     ("bos", "bos"),
     ("eos", "eos"),
@@ -100,8 +101,10 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     Raises `TokenizerError` for a vocabulary or a pre-tokenizer of an unknown kind, and for
     metadata that is missing or does not fit together.
     """
-    vocabulary = _Vocabulary(metadata)
     kind = metadata.get("tokenizer.ggml.model")
+    if kind == "bert":
+        metadata = tokenizer_word_piece.with_own_marks(metadata)
+    vocabulary = _Vocabulary(metadata)
     gemma4 = kind == "gemma4" or (kind == "gpt2" and metadata.get("tokenizer.ggml.pre") == "gemma4")
     if gemma4:
         document, add_bos = _marked(vocabulary, _merges(metadata), prefix=False), True
@@ -109,6 +112,9 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
         document, add_bos = _byte_level(metadata, vocabulary)
     elif kind == "llama":
         document, add_bos = _sentence_piece(metadata, vocabulary), True
+    elif kind == "bert":
+        parts = tokenizer_word_piece.components(metadata, vocabulary.ids)
+        document, add_bos = _document(vocabulary, **parts), False
     else:
         raise TokenizerError(
             f"GGUF: tokenizer.ggml.model {kind!r} is not supported; supported: "
@@ -117,8 +123,9 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     # Gemma 4's first files say that it needs no BOS, wrongly.
     add_bos = gemma4 or _flag(metadata, "add_bos_token", add_bos)
     add_eos = _flag(metadata, "add_eos_token", False)
-    document["post_processor"] = _template(
-        vocabulary, "bos" if add_bos else None, "eos" if add_eos else None
+    document.setdefault(
+        "post_processor",
+        _template(vocabulary, "bos" if add_bos else None, "eos" if add_eos else None),
     )
     config: Json = {
         "add_bos_token": add_bos,

@@ -77,6 +77,8 @@ class SelfAttention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if a.qk_norm is not None and not a.norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
+        if a.temperature:  # a factor of a whole query: a rotation does not mind it
+            q = ops.temperature(q, past[0], a.temperature, a.temperature_step)
         if a.rotary is not None:
             cos, sin = tables[a.rotary]
             q = ops.rotary(q, cos, sin, past[0], a.heads)
@@ -190,6 +192,9 @@ class Decoder(nn.Module):
         if c.embedding_norm:
             self.embed_norm = _norm(c)
         self.layers = nn.ModuleList(Block(c, layer) for layer in c.stored_layers)
+        if c.mlp_sharing:
+            for block in self.layers:
+                block.mlp = self.layers[0].mlp
         if c.final_norm:
             self.norm = _norm(c)
 

@@ -81,6 +81,15 @@ def bench(
     for path, bundle in zip(bundles, opened, strict=True):
         if bundle.path != Path(path):
             raise UsageError(f"{path} is a single file; measure it as --peer executorch={path}")
+    if encoders := [bundle.name for bundle in opened if not bundle.generates]:
+        if n_both or tests is not None or peers:
+            raise UsageError(
+                f"{encoders[0]} gives embeddings: only prompts (-p) are measured of it, without "
+                "peers"
+            )
+        if n_gen:
+            say(f"{encoders[0]} gives embeddings: only prompts are measured")
+        n_gen, n_depth = (), ()
     if tests is None:
         tests = plan(
             min(map(_vocab_size, opened)),

@@ -85,10 +85,26 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "bench-doc",
         _bench_doc,
-        "measure what the document assistant finds, cites, summarises and suggests",
-        "pocketslm bench-doc out/smollm2 --json",
+        "measure what the document assistant quotes, cites, says, refuses, summarises and suggests",
+        "pocketslm bench-doc out/smollm2 --embeddings out/minilm --json",
     )
     parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--embeddings", type=Path, help="a bundle of embeddings (default: find by words only)"
+    )
+    parser.add_argument(
+        "--every",
+        action="store_true",
+        help="let the model speak to every question, not to a sample",
+    )
+    parser.add_argument(
+        "--tuned",
+        action="store_true",
+        help="use the half of the questions that constants were chosen on, not the other",
+    )
+    parser.add_argument(
+        "--examples", action="store_true", help="print each question with what is shown"
+    )
     add_backend(parser)
     add_threads(parser)
     add_json(parser)
@@ -192,13 +208,36 @@ def _bench_doc(arguments: argparse.Namespace) -> None:
 
     model = Model.load(arguments.bundle, arguments.backend, arguments.threads)
     model.need_head("bench-doc")
+    embedder = Model.load(arguments.embeddings) if arguments.embeddings is not None else None
+
+    def example(text: str) -> None:
+        for line in text.splitlines() if arguments.examples else ():
+            say(line)
+
     with Progress() as progress:
-        report = measure(model, fetch("lee", say), fetch("wiki", say), progress)
+        figures = measure(
+            model,
+            fetch("lee", say),
+            fetch("wiki", say),
+            progress,
+            embedder=embedder,
+            every=arguments.every,
+            tuned=arguments.tuned,
+            examples=example,
+        )
     if arguments.json:
-        print_json(asdict(report) | {"model": model.name, "backend": model.backend})
+        print_json(
+            {
+                "model": model.name,
+                "backend": model.backend,
+                "embeddings": arguments.embeddings.name if embedder else None,
+                "questions": "tuned" if arguments.tuned else "apart",
+                "figures": [asdict(figure) for figure in figures],
+            }
+        )
     else:
         show(f"{model.name}, {model.backend}")
-        show(format_report(report), end="")
+        show(format_report(figures), end="")
 
 
 def _compare(arguments: argparse.Namespace) -> None:

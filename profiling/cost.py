@@ -63,9 +63,11 @@ class Cost:
         )
 
     def prompt_macs(self, tokens: int) -> int:
-        """Of a whole prompt on an empty cache, its attention being causal."""
+        """Of a whole prompt on an empty cache."""
         attention = 0
-        for a in self.config.attentions:
+        if not self.config.causal:  # every token sees all of them
+            attention = sum(2 * a.query_width * tokens**2 for a in self.config.attentions)
+        for a in self.config.attentions if self.config.causal else ():
             full = tokens if a.window is None else min(tokens, a.window)
             seen = full * (full + 1) // 2 + (tokens - full) * full
             attention += 2 * a.query_width * seen

@@ -6,12 +6,15 @@ a worker process (``import_library``, ``open``), where one loop times them alike
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from pocketslm import __version__
 from pocketslm.profiling.machine import installed_version
@@ -116,17 +119,23 @@ class PocketSlm:
 
     def open(self, job: Job) -> Engine:
         bundle = open_bundle(job.artefact, verify=False)
-        return SessionEngine(open_session(bundle, job.backend, job.threads, job.context))
+        session = open_session(bundle, job.backend, job.threads, job.context)
+        return SessionEngine(session, generates=bundle.generates)
 
 
 class SessionEngine:
-    """One of our backends, driven as ``Model.generate`` drives it."""
+    """One of our backends, driven as ``Model.generate`` or ``Model.embed`` drives it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, generates: bool = True) -> None:
         self._session = session
         self.backend = session.backend
-        self._step = greedy_step(session)
+        self._step = greedy_step(session) if generates else self._encode
         self._next = 0
+
+    def _encode(self, ids: Sequence[int]) -> int:
+        """The hidden states of all tokens, as a mean over them needs; no token follows."""
+        self._session.forward(np.asarray(ids, np.int64), all_logits=True)
+        return 0
 
     def reset(self) -> None:
         self._session.truncate(0)

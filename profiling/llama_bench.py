@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pocketslm.errors import UsageError
 from pocketslm.profiling.machine import Machine
-from pocketslm.profiling.records import Measurement, parse_records, read_text
+from pocketslm.profiling.records import SCHEMA, Measurement, parse_records, read_text
 
 
 def read_rows(path: str | Path) -> list[Measurement]:
@@ -36,23 +37,26 @@ def _objects(text: str) -> list[dict[str, Any]]:
 def _row(data: dict[str, Any], run: str, path: str | Path) -> Measurement:
     """llama-bench names neither memory nor load time, nor single steps."""
     try:
-        return Measurement(
-            run=run,
-            started=data["test_time"],
-            pocketslm="",
-            machine=Machine(cpu=data["cpu_info"], cores=0, arch="", ram_bytes=0, os=""),
-            software={},
-            model=data["model_type"],
-            artefact=Path(data["model_filename"]).name,
-            size_bytes=data["model_size"],
-            runtime="llama.cpp",
-            runtime_version=f"{data['build_number']} ({data['build_commit']})",
-            backend=data.get("backends", "ggml"),
-            threads=data["n_threads"],
-            n_prompt=data["n_prompt"],
-            n_gen=data["n_gen"],
-            n_depth=data.get("n_depth", 0),
-            samples_ns=tuple(data["samples_ns"]),
+        return Measurement.from_dict(
+            {
+                "schema": SCHEMA,
+                "run": run,
+                "started": data["test_time"],
+                "pocketslm": "",
+                "machine": asdict(Machine(data["cpu_info"], 0, "", 0, "")),
+                "software": {},
+                "model": data["model_type"],
+                "artefact": Path(data["model_filename"]).name,
+                "size_bytes": data["model_size"],
+                "runtime": "llama.cpp",
+                "runtime_version": f"{data['build_number']} ({data['build_commit']})",
+                "backend": data.get("backends", "ggml"),
+                "threads": data["n_threads"],
+                "n_prompt": data["n_prompt"],
+                "n_gen": data["n_gen"],
+                "n_depth": data.get("n_depth", 0),
+                "samples_ns": data["samples_ns"],
+            }
         )
     except (KeyError, TypeError, UsageError) as error:
         raise UsageError(

@@ -55,7 +55,7 @@ def _native(bundle: Bundle, job: Job) -> Profiled:
         times = asdict(session.times())
         return {name.removesuffix("_ns"): ns for name, ns in times.items() if name.endswith("_ns")}
 
-    return Profiled(SessionEngine(session), session.profile, read)
+    return Profiled(SessionEngine(session, generates=bundle.generates), session.profile, read)
 
 
 def _onnx(bundle: Bundle, graph: Graph, job: Job, folder: str) -> Profiled:
@@ -75,7 +75,7 @@ def _onnx(bundle: Bundle, graph: Graph, job: Job, folder: str) -> Profiled:
         events = json.loads(Path(session.end_profile()).read_text("utf-8"))
         return sum_events(events, started[-1])
 
-    return Profiled(SessionEngine(session), start, read)
+    return Profiled(SessionEngine(session, generates=bundle.generates), start, read)
 
 
 def _executorch(bundle: Bundle, graph: Graph, job: Job) -> Profiled:
@@ -98,7 +98,7 @@ def _executorch(bundle: Bundle, graph: Graph, job: Job) -> Profiled:
         times = {name: ns - before.get(name, (0, 0))[1] for name, (_, ns) in after.items()}
         return times | {"delegate": taken - sum(times.values())}
 
-    return Profiled(SessionEngine(session), start, read)
+    return Profiled(SessionEngine(session, generates=bundle.generates), start, read)
 
 
 def sum_events(events: list[dict[str, Any]], after_ns: int) -> dict[str, int]:

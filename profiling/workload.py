@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pocketslm.errors import UsageError
 from pocketslm.profiling.assistant import finished
 from pocketslm.profiling.plan import Test, at_least
 from pocketslm.runtime.assistant.answer import Task
 from pocketslm.runtime.assistant.assistant import Assistant, sample_document
 from pocketslm.runtime.assistant.library import Library
+from pocketslm.runtime.assistant.salience import key_sentences
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model, Record, TextModel
 from pocketslm.runtime.tokenizer import Tokenizer
@@ -38,8 +40,16 @@ def document_tests(
             asked.task = "suggest"
             questions = finished(assistant.suggest(document)).items
             asked.task = "ask"
-            # Those that it finds no answer to do not reach the model.
-            next((q for q in questions if finished(assistant.ask(document, q)).found), None)
+            # Where it suggests nothing, its own sentences are what it can be asked. Those that it
+            # finds no answer to do not reach the model.
+            said = (document.text[a:b] for a, b in key_sentences(document, 3))
+            next(
+                (q for q in (*questions, *said) if finished(assistant.ask(document, q)).found), None
+            )
+    if not asked.calls:
+        raise UsageError(
+            "the model is asked nothing about tables, code and languages unknown to it"
+        )
     needed = max(len(ids) + new for _, ids, new in asked.calls)
     if context is not None:
         at_least("context", needed, [context])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -75,7 +77,8 @@ class Manifest:
 class Bundle:
     """An opened bundle; of a foreign folder or file, manifest and config are None.
 
-    head_dim: what a foreign folder's genai_config.json says; 0 elsewhere.
+    head_dim: what a foreign folder's genai_config.json says; 0 elsewhere. seen: which file each
+    name was when its SHA-256 was taken.
     """
 
     path: Path
@@ -83,6 +86,19 @@ class Bundle:
     manifest: Manifest | None = None
     config: ModelConfig | None = None
     head_dim: int = 0
+    seen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def require_unchanged(self) -> None:
+        """BundleError where a file is not the one any more whose SHA-256 was taken.
+
+        What was opened by its name in between is then not what was checked.
+        """
+        for name, was in self.seen.items():
+            path = self.path / name
+            if not path.exists() or _identity(path.stat()) != was:
+                raise BundleError(
+                    f"{path} was replaced or changed while it was opened; open the bundle again"
+                )
 
     @property
     def name(self) -> str:
@@ -102,6 +118,11 @@ class Bundle:
             for name in files
             if name.startswith(PREFIX) and name.endswith(SUFFIX)
         }
+
+    @property
+    def generates(self) -> bool:
+        """Whether it generates text; else it gives embeddings."""
+        return self.config is None or self.config.head
 
     @property
     def layer_runs(self) -> int:
@@ -143,12 +164,12 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         raise BundleError(f"{path} is not a bundle folder ({hint})")
     if (path / MANIFEST).exists():
         manifest = read_manifest(path)
-        _check_files(path, manifest, verify)
+        seen = _check_files(path, manifest, verify)
         try:
             config = ModelConfig.from_dict(manifest.architecture)
         except CheckpointError as error:
             raise BundleError(f"{path / MANIFEST}: {error}") from None
-        return Bundle(path, tuple(manifest.graphs), manifest, config)
+        return Bundle(path, tuple(manifest.graphs), manifest, config, seen=seen)
     if (path / GENAI_CONFIG).exists():
         graph, head_dim = _genai_graph(path)
         return Bundle(path, (graph,), head_dim=head_dim)
@@ -200,8 +221,13 @@ def _check_name(where: Path, name: Any) -> None:
         raise BundleError(f"{where}: {name!r} points outside the bundle or is not a file name")
 
 
-def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
-    root = folder.resolve()
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _check_files(folder: Path, manifest: Manifest, verify: bool) -> dict[str, tuple[int, ...]]:
+    """Which file each name was that was verified."""
+    root, seen = folder.resolve(), {}
     graphs = tuple(graph.file for graph in manifest.graphs)
     for path in sorted(folder.iterdir()):  # a graph's data is named as it is
         if path.name not in manifest.files and path.name.startswith((*USED, *graphs)):
@@ -217,8 +243,11 @@ def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
                 f"{path} has {path.stat().st_size} bytes, the manifest says {entry.bytes}; "
                 "it was cut short or altered: export or copy it again"
             )
-        if verify and file_entry(path).sha256 != entry.sha256:
-            raise BundleError(f"{path} does not match its SHA-256; export or copy it again")
+        if verify:
+            seen[name] = _identity(path.stat())
+            if file_entry(path).sha256 != entry.sha256:
+                raise BundleError(f"{path} does not match its SHA-256; export or copy it again")
+    return seen
 
 
 def _genai_graph(folder: Path) -> tuple[Graph, int]:

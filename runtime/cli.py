@@ -39,12 +39,14 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
     add_system(parser)
     add_generation(parser)
+    add_constraint(parser)
     add_json(parser)
 
     parser = commands.add("chat", _chat, "talk with a model", "pocketslm chat out/smollm2")
     parser.add_argument("bundle", type=Path)
     add_system(parser)
     add_generation(parser)
+    add_constraint(parser)
 
     parser = commands.add(
         "embed",
@@ -95,12 +97,43 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     add_no_verify(parser)
 
 
+def add_constraint(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the answer must be (docs/structure.md)")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument("--json-schema", metavar="FILE", type=Path, help="JSON of this schema")
+    one.add_argument(
+        "--regex", metavar="TEXT", help="a text that this expression matches as a whole"
+    )
+    one.add_argument("--grammar", metavar="FILE", type=Path, help="a text of this grammar in GBNF")
+
+
+def _constraint(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """The options of :func:`add_constraint` as those of a GenerationConfig."""
+    return {
+        "json_schema": _text_of(arguments.json_schema),
+        "regex": arguments.regex,
+        "grammar": _text_of(arguments.grammar),
+    }
+
+
+def _text_of(path: Path | None) -> str | None:
+    from pocketslm.errors import UsageError
+
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+
+
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.raw:
         refuse(arguments, "with --raw, which has no messages", "system")
     model = load(arguments)
     prompt = read_input("a prompt") if arguments.prompt == "-" else arguments.prompt
-    config = generation_config(arguments, model).but(logprobs=arguments.json)
+    config = generation_config(arguments, model)
+    config = config.but(logprobs=arguments.json, **_constraint(arguments))
     records = (
         model.generate(prompt, config)
         if arguments.raw
@@ -113,7 +146,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     from pocketslm.errors import ContextOverflowError, TokenizerError, UsageError
 
     model = load(arguments)
-    config = generation_config(arguments, model)
+    config = generation_config(arguments, model).but(**_constraint(arguments))
     messages = _system(arguments)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the chat

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pocketslm.errors import UsageError
+
+# What an answer may be held to, by the option that says so.
+ConstraintKind = Literal["json_schema", "regex", "grammar"]
+CONSTRAINTS: tuple[ConstraintKind, ...] = ("json_schema", "regex", "grammar")
 
 # Below it logits divided by it may not be finite any more.
 LEAST_TEMPERATURE = 1e-6
@@ -35,6 +40,10 @@ class GenerationConfig:
     in transformers. stop_strings: text that ends generation and is not returned. seed: None draws
     differently each time. ignore_eos: go on after an end-of-sequence token, as benchmarks do.
     logprobs: say how probable each token was, which takes the logits of the whole vocabulary.
+    json_schema, regex, grammar: what the answer must be (docs/structure.md), one of them at most: a
+    JSON schema, as its text or as the value that it stands for; an expression that the whole answer
+    matches; a grammar in GBNF. The answer ends where nothing may follow; one that max_new_tokens or
+    the context cuts short is not whole.
     Raises UsageError for a value that makes no sense.
     """
 
@@ -50,9 +59,13 @@ class GenerationConfig:
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    json_schema: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         count, seed = self.max_new_tokens, self.seed
+        held = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         rules = {
             "max_new_tokens": (count is None or (_whole(count) and count >= 1), "1 or more"),
             "temperature": (
@@ -73,6 +86,27 @@ class GenerationConfig:
         for name, (holds, expected) in rules.items():
             if not holds:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        if len(held) > 1:
+            raise UsageError(f"{' and '.join(held)} together; an answer is held to one of them")
+        if held and self.ignore_eos:
+            raise UsageError(f"ignore_eos with {held[0]}, which says where an answer ends")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                raise UsageError(f"{name} must be a text")
+        if not isinstance(self.json_schema, str | None):
+            try:
+                text = json.dumps(self.json_schema, ensure_ascii=False, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise UsageError(f"json_schema is no JSON: {error}") from None
+            object.__setattr__(self, "json_schema", text)
+
+    @property
+    def constraint(self) -> tuple[ConstraintKind, str] | None:
+        """What the answer is held to: the kind and its text."""
+        for kind in CONSTRAINTS:
+            if isinstance(text := getattr(self, kind), str):
+                return kind, text
+        return None
 
     @property
     def samples(self) -> bool:

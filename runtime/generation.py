@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from operator import index
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,12 @@ from pocketslm.runtime.sampling import (
     sampler_for,
 )
 
-# Why a generation ended: the model said so, a stop string came, max_new_tokens or the context.
+# Why a generation ended: the model said so; a stop string came, or nothing may follow by what the
+# answer is held to; max_new_tokens; or the context.
 Finish = Literal["eos", "stop", "length", "context"]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One generated token.
 
     logprob: natural log of its probability under the model, before any processor; None where
@@ -69,6 +69,23 @@ class Scores:
     log_total: float | None
 
 
+class Limiting(Protocol):
+    """What an answer is held to; see :class:`pocketslm.runtime.constraint.Constraint`."""
+
+    def apply(self, logits: Logits) -> None:
+        """Set the logits [V] of tokens that may not be next to minus infinity, in place."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """Go on behind a token."""
+        ...
+
+    @property
+    def must_end(self) -> bool:
+        """Whether nothing may follow."""
+        ...
+
+
 Pick = Callable[[Sequence[int]], tuple[int, float | None]]
 """Appends tokens; the one that comes next, and its log-probability where wanted."""
 
@@ -86,7 +103,7 @@ def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
     def step(tokens: Sequence[int]) -> int:
         if len(tokens) == 1:
             return fused.step_greedy(tokens[0])
-        return int(fused.forward_top(np.asarray(tokens, np.int64), 1)[0][0])
+        return fused.forward_greedy(np.asarray(tokens, np.int64))
 
     return step
 
@@ -106,6 +123,7 @@ class Turns:
         """Nobody is at work here yet."""
         self._changed = threading.Condition()
         self._holder: object = None
+        self._cancelled: object = None  # a holder that is to end
         self._thread = 0  # where the holder was last at work
 
     @contextmanager
@@ -125,15 +143,39 @@ class Turns:
                     self._holder = None
                     self._changed.notify()
 
-    def go_on(self, turn: object) -> None:
-        """Raises UsageError where the turn was taken away."""
+    def cancel(self) -> None:
+        """Let the turn that somebody has now end."""
+        with self._changed:
+            self._cancelled = self._holder
+
+    def go_on(self, turn: object) -> bool:
+        """False where the turn is to end. Raises UsageError where it was taken away."""
+        me = threading.get_ident()
+        # Without the lock: only this thread can take the turn from itself, and each token passes.
+        if self._holder is turn and self._thread == me:
+            return self._cancelled is not turn
         with self._changed:
             if self._holder is not turn:
                 raise UsageError(
                     "this generation is stale: the model was used for something else before it "
                     "ended; end or close a generation first, or load the model twice"
                 )
-            self._thread = threading.get_ident()
+            self._thread = me
+            return self._cancelled is not turn
+
+
+@runtime_checkable
+class Cancelling(Protocol):
+    """A session that ends what it does now, from any thread."""
+
+    def cancel(self) -> None: ...
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A session that gives its memory and threads back before it is collected."""
+
+    def close(self) -> None: ...
 
 
 class Engine:
@@ -154,18 +196,30 @@ class Engine:
         # Of a session that forgets: how many tokens the last prompt had, and the state after them.
         self._snapshot: tuple[int, bytes] | None = None
         self._turns = Turns()
+        self._closed = False
+
+    def follows_by_itself(self, config: GenerationConfig) -> bool:
+        """Whether the session generates so without this loop, and without a ``limiting``."""
+        return isinstance(self.session, SelfDriven) and self.session.can_generate(config)
 
     def generate(
-        self, tokens: Sequence[int], config: GenerationConfig, eos_token_ids: Collection[int]
+        self,
+        tokens: Sequence[int],
+        config: GenerationConfig,
+        eos_token_ids: Collection[int],
+        limiting: Callable[[], Limiting] | None = None,
     ) -> Generator[Step, None, None]:
         """Yield a step for each new token after the prompt ``tokens``, until a finish.
 
-        The last step has ``finish`` set. Raises UsageError for an empty or odd prompt and
-        ContextOverflowError, before anything runs, where prompt and max_new_tokens do not fit;
-        BackendError where the model computes NaN or infinity.
+        limiting: makes what holds the answer to the configuration's constraint. The last step has
+        ``finish`` set. Raises UsageError for an empty or odd prompt and ContextOverflowError,
+        before anything runs, where prompt and max_new_tokens do not fit; BackendError where the
+        model computes NaN or infinity.
         """
+        self._open()
         ids = _whole(tokens)
-        return self._in_turn(self._steps(ids, config, eos_token_ids, self._limit(len(ids), config)))
+        limit = self._limit(len(ids), config)
+        return self._in_turn(self._steps(ids, config, eos_token_ids, limit, limiting))
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
@@ -175,9 +229,36 @@ class Engine:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Change the session so that what its cache holds counts no more."""
+        self._open()
         with self._turns.turn():
             self.cached.clear()
             yield
+
+    def cancel(self) -> None:
+        """End the generation that runs now, after the token that is being made; from any thread.
+
+        It has no last step with a finish.
+        """
+        self._turns.cancel()
+        if isinstance(self.session, Cancelling):
+            self.session.cancel()
+
+    def close(self) -> None:
+        """End the generation that runs now and give the session's memory and threads back.
+
+        Later calls raise UsageError; a second close does nothing.
+        """
+        if self._closed:
+            return
+        self.cancel()
+        with self.exclusive():
+            self._closed = True
+            if isinstance(self.session, Closing):
+                self.session.close()
+
+    def _open(self) -> None:
+        if self._closed:
+            raise UsageError("this model was closed; load it again")
 
     def _in_turn(self, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
         """The same steps, the last of them when the turn is over."""
@@ -188,24 +269,33 @@ class Engine:
                     last = step
                     break
                 yield step
-                self._turns.go_on(turn)
+                if not self._turns.go_on(turn):
+                    break
         if last:
             yield last
 
     def _steps(
-        self, ids: list[int], config: GenerationConfig, eos: Collection[int], limit: int
+        self,
+        ids: list[int],
+        config: GenerationConfig,
+        eos: Collection[int],
+        limit: int,
+        limiting: Callable[[], Limiting] | None,
     ) -> Generator[Step, None, None]:
         if isinstance(self.session, SelfDriven) and self.session.can_generate(config):
             self.cached.clear()
             yield from self.session.generate(ids, config, eos, limit)
             return
         start = time.perf_counter_ns()
-        pick = self._picker(config, ids)
+        limits = limiting() if limiting and config.constraint else None
+        pick = self._picker(config, ids, limits)
         token, logprob = pick(self._rewind(ids))
         for count in range(1, limit + 1):
             finish: Finish | None = None
             if token in eos and not config.ignore_eos:
                 finish = "eos"
+            elif limits is not None and limits.must_end:
+                finish = "stop"
             elif count == limit:
                 finish = "length" if config.max_new_tokens else "context"
             yield Step(token, logprob, time.perf_counter_ns() - start, finish)
@@ -216,9 +306,14 @@ class Engine:
             ids.append(token)
             token, logprob = pick([token])
 
-    def _picker(self, config: GenerationConfig, ids: Sequence[int]) -> Pick:
+    def _picker(
+        self, config: GenerationConfig, ids: Sequence[int], limits: Limiting | None
+    ) -> Pick:
         """What picks tokens after ``ids``, which grow with them."""
-        if highest_needed(config) == 1 and not config.logprobs:
+        if config.constraint and limits is None:
+            raise UsageError("an answer that is held to something needs Model.generate")
+        highest = highest_needed(config) if limits is None else None
+        if highest == 1 and not config.logprobs:
             step = greedy_step(self.session)
 
             def most_probable(new: Sequence[int]) -> tuple[int, None]:
@@ -228,15 +323,19 @@ class Engine:
 
             return most_probable
         processors, sample = processors_for(config, len(ids)), sampler_for(config)
-        score = self._scorer(highest_needed(config), log_total=config.logprobs)
+        score = self._scorer(highest, log_total=config.logprobs)
 
         def sampled(new: Sequence[int]) -> tuple[int, float | None]:
             scores = score(new)
-            processed = scores.logits.copy() if processors else scores.logits
+            processed = scores.logits.copy() if processors or limits else scores.logits
+            if limits:
+                limits.apply(processed)
             for process in processors:
                 processed = process(ids, processed)
             choice = sample(processed)
             token = choice if scores.tokens is None else int(scores.tokens[choice])
+            if limits:
+                limits.advance(token)
             if scores.log_total is None:
                 return token, None
             return token, float(scores.logits[choice]) - scores.log_total

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -16,13 +17,19 @@ from pocketslm.runtime.backends import AdapterSession, open_session
 from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.embedding import Vector, embed, tokens_of
-from pocketslm.runtime.generation import Engine, Finish, Step
+from pocketslm.runtime.generation import Engine, Finish, Limiting, Step
 from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from pocketslm.runtime.tokenizer.vocabulary import any_of
+from pocketslm.runtime.tool_formats import Call
+
+if TYPE_CHECKING:  # it loads the native library
+    from pocketslm.runtime.constraint import Grammar, TokenTexts
+
+KEPT_GRAMMARS = 16
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that ask for drawing
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One generated token and the text that became certain with it (see Step for the rest)."""
 
     token: int
@@ -31,6 +38,27 @@ class Record:
     time_ns: int
     finish: Finish | None = None
 
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer.
+
+    finish: None where it was cancelled. prompt_tokens: how many it answers. calls: of tools, where
+    there were any; the text is then what stands beside them.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish | None
+    prompt_tokens: int
+    calls: tuple[Call, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, which is one message of a user where the model has a chat template, or messages."""
 
 _MARK = re.compile("[\udc00-\udfff]")
 
@@ -81,6 +109,8 @@ class Model:
         self.engine = engine
         self.tokenizer = tokenizer
         self.defaults = generation_defaults(bundle.path)
+        self._token_texts: TokenTexts | None = None
+        self._grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
 
     @classmethod
     def load(
@@ -123,6 +153,20 @@ class Model:
         with self.engine.exclusive():
             session.use_adapter(updates)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give memory and threads back; later calls raise UsageError."""
+        self.engine.close()
+
+    def cancel(self) -> None:
+        """End the answer that is made now, after the token that is being made; from any thread."""
+        self.engine.cancel()
+
     @property
     def name(self) -> str:
         return self.bundle.name
@@ -164,6 +208,83 @@ class Model:
                 row[:] = embed(session, tokens, config.pooling, config.hidden_size)
         return vectors
 
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text; names of special tokens in it stay ordinary text."""
+        return self.tokenizer.encode(text)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of ids, to which special tokens add nothing."""
+        return self.tokenizer.decode(tokens)
+
+    def options(
+        self,
+        config: GenerationConfig | None = None,
+        *,
+        stop: str | Sequence[str] | None = None,
+        **changes: Any,
+    ) -> GenerationConfig:
+        """The model's own settings, or ``config``, with changes.
+
+        stop: text that ends an answer, or several. Of the others, names and meanings are those of
+        :class:`pocketslm.runtime.config.GenerationConfig`; a temperature other than 0, or another
+        option of sampling, draws tokens unless ``do_sample`` says otherwise. Raises UsageError.
+        """
+        if stop is not None:
+            changes["stop_strings"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        if changes.get("temperature") == 0:
+            changes.setdefault("do_sample", False)
+        elif any(changes.get(name) is not None for name in SAMPLING):
+            changes.setdefault("do_sample", True)
+        return (config or self.defaults).but(**changes)
+
+    def reply(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str = "auto",
+        **options: Any,
+    ) -> Reply:
+        """The whole answer to a text or messages.
+
+        tools: functions that the answer may call, as in transformers and OpenAI's interface; the
+        model's template shows them. tool_choice: "auto", "none", "required", or the name of the
+        tool to call. options: as in :meth:`options`. Raises UsageError, ContextOverflowError,
+        TokenizerError.
+        """
+        if tools and tool_choice != "none":
+            from pocketslm.runtime.tools import reply_with_tools
+
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return reply_with_tools(
+                self, messages, tools, tool_choice, self.options(config, **options)
+            )
+        ids = self.prompt_ids(prompt)
+        records = list(self.generate(ids, self.options(config, **options)))
+        return Reply(
+            "".join(record.text for record in records),
+            tuple(record.token for record in records),
+            records[-1].finish if records else None,
+            len(ids),
+        )
+
+    def stream(
+        self, prompt: Prompt, config: GenerationConfig | None = None, **options: Any
+    ) -> Iterator[str]:
+        """The same answer as pieces of text, as they become certain; closing it ends it."""
+        records = self.generate(self.prompt_ids(prompt), self.options(config, **options))
+        return (record.text for record in records if record.text)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of what :meth:`reply` answers."""
+        self.need_head("reply")
+        if not isinstance(prompt, str):
+            return self.tokenizer.apply_chat_template(list(prompt))
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer.encode(prompt, add_special_tokens=True)
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+
     def generate(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None
     ) -> Iterator[Record]:
@@ -174,7 +295,8 @@ class Model:
         string is held back until it is certain that it does not come. Text of a special token
         inside ``prompt`` stays ordinary text; give ids to use special tokens. A stop string may
         hold special tokens, though they are no text of the answer. Raises UsageError where the
-        model gives embeddings.
+        model gives embeddings, and where ``config`` holds the answer to a schema, an expression or
+        a grammar that is wrong or not supported.
         """
         self.need_head("generate")
         config = config or self.defaults
@@ -183,7 +305,8 @@ class Model:
             if isinstance(prompt, str)
             else list(prompt)
         )
-        steps = self.engine.generate(ids, config, self.tokenizer.eos_token_ids)
+        eos = self.tokenizer.eos_token_ids
+        steps = self.engine.generate(ids, config, eos, self._limiting(config))
         stops, marks = _marked_stops(config.stop_strings, self.tokenizer)
         return _with_text(steps, StreamDecoder(self.tokenizer), stops, marks)
 
@@ -193,6 +316,23 @@ class Model:
         """Answer a conversation ({"role", "content"} messages) through the chat template."""
         self.need_head("chat")
         return self.generate(self.tokenizer.apply_chat_template(list(messages)), config)
+
+    def _limiting(self, config: GenerationConfig) -> Callable[[], Limiting] | None:
+        """What makes the constraint that the configuration asks for; its grammar is read now."""
+        if config.constraint is None or self.engine.follows_by_itself(config):
+            return None
+        from pocketslm.runtime.constraint import Constraint, Grammar, TokenTexts
+
+        asked = config.constraint
+        grammar = self._grammars.get(asked) or Grammar(*asked)
+        self._grammars[asked] = grammar
+        self._grammars.move_to_end(asked)
+        if len(self._grammars) > KEPT_GRAMMARS:
+            self._grammars.popitem(last=False)
+        if self._token_texts is None:
+            self._token_texts = TokenTexts.of(self.tokenizer, self.engine.session.vocab_size)
+        texts = self._token_texts
+        return lambda: Constraint(grammar, texts)
 
     def need_head(self, what: str) -> None:
         """UsageError where ``what`` needs a model that generates text and this one does not."""
@@ -212,7 +352,9 @@ def _with_text(
             held += marks.get(step.token) or decoder.push(step.token)
         held += decoder.flush() if step.finish else ""
         finish = step.finish
-        if (end := _stop_at(held, stop_strings)) is not None:
+        if not stop_strings:
+            text, held = held, ""
+        elif (end := _stop_at(held, stop_strings)) is not None:
             text, finish = held[:end], "stop"
         elif finish:
             text = held
@@ -221,7 +363,8 @@ def _with_text(
             text, held = held[:certain], held[certain:]
         if finish:
             steps.close()  # whoever waits for the session need not wait for the caller
-        text = _MARK.sub("", text)
+        if marks:
+            text = _MARK.sub("", text)
         yield Record(step.token, text, step.logprob, step.time_ns, finish)
         if finish:
             return

@@ -6,11 +6,13 @@ that is left out refuses it by name, which is tested too.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import support
 from pocketslm.models.config import Pooling
@@ -83,14 +85,36 @@ class Row:
     """model_type: of transformers; fields: of its configuration, beside the tiny sizes.
 
     pooling: of a model of embeddings, whose hidden states are compared, not its logits.
+    published: of a family that transformers lacks: the fields that its config.json has in place of
+    those of the transformers model that its definition comes to (None: has not). shared_mlp: all
+    layers of that model have the first one's MLP, stored once.
     """
 
     model_type: str
     fields: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = EVERYWHERE
     pooling: Pooling | None = None
+    published: dict[str, Any] = field(default_factory=dict)
+    shared_mlp: bool = False
 
 
+_MINISTRAL = {
+    "rope_parameters": YARN_ROPE
+    | {"rope_theta": 10000.0, "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0}
+}
+# MiniCPM by its definition: h = 6 e(x); h += 1.4 / sqrt(4) f(norm(h)); logits of h / (64 / 16).
+_AS_GRANITE = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 16**-0.5,
+    "residual_multiplier": 1.4 / 4**0.5,
+    "logits_scaling": 4.0,
+}
+_MINICPM = dict.fromkeys(_AS_GRANITE) | {
+    "model_type": "minicpm",
+    "scale_emb": 6.0,
+    "scale_depth": 1.4,
+    "dim_model_base": 16,
+}
 _WHOLE = _PARTIAL | {"partial_rotary_factor": 1.0}
 _HALF = _PARTIAL | {"partial_rotary_factor": 0.5}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -104,12 +128,20 @@ ROWS = {
     "llama linear": Row("llama", {"rope_parameters": _LINEAR | {"rope_theta": 10000.0}}),
     "llama yarn": Row("llama", {"rope_parameters": YARN_ROPE | {"rope_theta": 10000.0}}),
     "mistral": Row("mistral", {"head_dim": 32, **_WINDOW}),
+    "ministral 3": Row("ministral3", {"head_dim": 32, **_MINISTRAL}),
+    "minicpm": Row("granite", _AS_GRANITE, published=_MINICPM),
+    "minicpm 4": Row("granite", _AS_GRANITE | {"rope_parameters": _LONG}, published=_MINICPM),
+    "mobillama": Row(
+        "llama",
+        _NO_GROUPS,
+        published={"model_type": "mobillama", "num_key_value_heads": 2},
+        shared_mlp=True,
+    ),
+    "phonelm": Row("llama", {"hidden_act": "relu"}, published={"model_type": "phonelm"}),
     "qwen2": Row("qwen2", {"tie_word_embeddings": True}),
     "qwen2 windows": Row("qwen2", {"use_sliding_window": True, "max_window_layers": 2, **_WINDOW}),
     "qwen3": Row("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
-    "gemma2": Row(
-        "gemma2", _GEMMA | _CAPS | {"query_pre_attn_scalar": 32}, targets=("native", "onnx")
-    ),
+    "gemma2": Row("gemma2", _GEMMA | _CAPS | {"query_pre_attn_scalar": 32}),
     "gemma3": Row("gemma3_text", _GEMMA | {"num_hidden_layers": 6, "query_pre_attn_scalar": 32}),
     "gemma3 layers": Row(
         "gemma3_text",
@@ -140,9 +172,11 @@ ROWS = {
     "gpt_neox": Row("gpt_neox", {"rope_parameters": _HALF} | _NO_GROUPS),
     "gpt_neox whole heads": Row("gpt_neox", {"rope_parameters": _WHOLE} | _NO_GROUPS),
     "gpt_neox in turn": Row("gpt_neox", {"use_parallel_residual": False} | _NO_GROUPS),
-    "lfm2": Row("lfm2", _LFM2, targets=("native", "onnx")),
-    "bert": Row("bert", _NO_GROUPS, ("native",), Pooling("mean", normalize=True, max_tokens=128)),
-    "qwen3 embedding": Row("qwen3", {"head_dim": 32}, ("native",), Pooling("last")),
+    "lfm2": Row("lfm2", _LFM2),
+    "bert": Row(
+        "bert", _NO_GROUPS, ("native", "onnx"), Pooling("mean", normalize=True, max_tokens=128)
+    ),
+    "qwen3 embedding": Row("qwen3", {"head_dim": 32}, ("native", "onnx"), Pooling("last")),
 }
 
 
@@ -159,12 +193,24 @@ def tiny_transformer(row: Row, seed: int = 0) -> Any:
         else:
             centre = 0.0 if name.endswith("bias") else parameter.data.clone()
             parameter.data.normal_(0, 0.1).add_(centre)
+    return _tied(row, model)
+
+
+def _tied(row: Row, model: Any) -> Any:
+    for layer in model.model.layers if row.shared_mlp else ():
+        layer.mlp = model.model.layers[0].mlp
     return model
 
 
 def reread(row: Row, folder: Path) -> Any:
     """The model in a folder, as transformers reads it."""
-    return _class(row).from_pretrained(folder, dtype=torch.float32).eval()
+    if not row.published:
+        return _class(row).from_pretrained(folder, dtype=torch.float32).eval()
+    model = tiny_transformer(row, seed=1)
+    left = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert not left.unexpected_keys
+    assert all(row.shared_mlp and ".mlp." in name for name in left.missing_keys)
+    return model
 
 
 def outputs(row: Row, model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -184,7 +230,15 @@ def _class(row: Row) -> Any:
 def write_folder(folder: Path, row: Row, seed: int = 0) -> tuple[Path, Any]:
     """The row's model as a Hugging Face folder with the tests' tokenizer; folder and model."""
     model = tiny_transformer(row, seed)
-    model.save_pretrained(folder)
+    if not row.published:
+        model.save_pretrained(folder)
+    else:
+        model.config.save_pretrained(folder)
+        save_file(dict(model.named_parameters()), folder / "model.safetensors")
+        path = folder / "config.json"
+        data = json.loads(path.read_text()) | row.published
+        data = {name: value for name, value in data.items() if value is not None}
+        path.write_text(json.dumps(data))
     (folder / "generation_config.json").unlink(missing_ok=True)
     if row.pooling is not None:
         write_pooling(row.pooling, model.config.hidden_size, folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketslm.export.lower.native_layout import ALIGNMENT, pack_matrix
+from pocketslm.export.lower.native_layout import ALIGNMENT, BLOCK_ROWS, Bytes, pack_matrix
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import Weight
 from pocketslm.runtime.ops.ids import KIND, ROLE
@@ -27,6 +27,14 @@ _MATRICES = {
 }
 
 
+def split_head(shape: tuple[int, int], data: Bytes) -> tuple[int, Bytes]:
+    """A head whose low nibbles lie apart as it was: with each block's at its end."""
+    blocks, low = -(-shape[0] // BLOCK_ROWS), shape[1] * BLOCK_ROWS // 2
+    high, rest = data[: -blocks * low], data[-blocks * low :]
+    parts = [high.reshape(blocks, -1), rest.reshape(blocks, -1)]
+    return KIND["q8_split"], np.concatenate(parts, axis=1).reshape(-1)
+
+
 def write(
     path: Path, config: ModelConfig, weights: Callable[[str, tuple[int, ...]], Weight]
 ) -> None:
@@ -40,6 +48,8 @@ def write(
 
     def matrix(role: str, layer: int, name: str, shape: tuple[int, int], head: bool) -> None:
         kind, data, _ = pack_matrix(weights(name, shape), head=head)
+        if kind == KIND["q8_apart"]:
+            kind, data = split_head(shape, data)
         sections.append((ROLE[role], kind, layer, *shape, data.tobytes()))
 
     vector("rope_frequencies", 0, rotary.frequencies(c.max_position_embeddings))

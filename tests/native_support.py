@@ -9,11 +9,22 @@ from typing import Any
 import numpy as np
 
 from pocketslm.export.lower.native import NativeReport, lower
+from pocketslm.export.lower.native_layout import WHOLE_KINDS
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import ModelConfig, uniform
-from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
+from pocketslm.models.tensors import TABLES, QuantTensor, Weight, WholeScales, pack_codes
 
 SEED = 7
+
+# Every way in which the native operators hold a matrix.
+FLOATS = ["f32", "f16"]
+PLAIN = [
+    *("q4 sym", "q4 min", "q4 zp", "q8 sym", "q8 min", "q8 zp", "q8 split", "q8 apart"),
+    *("q2 sym", "q3 sym", "q5 sym", "q6 sym", "q2 min", "q3 min", "q5 min", "q6 min"),
+    *("iq4", "fp4"),
+]
+WHOLE = [name.replace("_", " ") for name in WHOLE_KINDS]  # scales are whole numbers
+SCHEMES = [*FLOATS, *PLAIN, *WHOLE]
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -72,6 +83,116 @@ def mixed_kinds(name: str, values: np.ndarray) -> Weight:
         if part in name:
             return quantize(values, bits, kind)
     return values.astype(np.float16) if "down" in name else values
+
+
+def make_weight(scheme: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:
+    """Random codes and scales over all that the scheme holds."""
+    if scheme in ("f32", "f16"):
+        dtype = np.float32 if scheme == "f32" else np.float16
+        return rng.normal(size=(rows, cols)).astype(dtype)
+    bits, kind, table = _form(scheme)
+    codes = pack_codes(rng.integers(0, 2**bits, (rows, cols), dtype=np.uint8), bits)
+    if scheme in WHOLE:
+        return _whole_weight(scheme, codes, rng)
+    shape = (rows, cols // 32)
+    scales = rng.uniform(0.001, 0.1, shape).astype(np.float16)
+    scales[rng.random(shape) < 0.05] = 0  # an all-zero group
+    return QuantTensor(
+        codes=codes,
+        scales=scales,
+        bits=bits,
+        group_size=32,
+        table=table,
+        zero_points=rng.integers(0, 2**bits, shape, dtype=np.uint8) if kind == "zp" else None,
+        minimums=rng.normal(size=shape).astype(np.float16) if kind == "min" else None,
+    )
+
+
+def _form(scheme: str) -> tuple[int, str, str | None]:
+    """Bits, the offset's kind and the table of a quantized scheme."""
+    first, _, kind = scheme.partition(" ")
+    return (4, kind, first) if first in TABLES else (int(first[1]), kind, None)
+
+
+def _whole_weight(scheme: str, codes: np.ndarray, rng: np.random.Generator) -> QuantTensor:
+    """Scales over all that a byte or a nibble holds."""
+    bits, _, table = _form(scheme)
+    minimums, scale_bits = WHOLE_KINDS[scheme.replace(" ", "_")]
+    group = 16 if scheme.endswith("16") else 32
+    rows, cols = codes.shape[0], codes.shape[1] * (2 if bits == 4 else 1)
+
+    def factors(top: float) -> np.ndarray:
+        count = 1 if scheme.endswith("r") else cols // 256
+        return rng.uniform(top / 9, top, (rows, count)).astype(np.float16)
+
+    def numbers(low: int, high: int, dtype: type) -> np.ndarray:
+        return rng.integers(low, high, (rows, cols // group), dtype=dtype)
+
+    if not minimums:
+        whole = WholeScales(factors(1e-3), numbers(-128, 128, np.int8))
+    else:
+        top = 2**scale_bits
+        parts = [factors(0.1 / top), numbers(0, top, np.uint8)]
+        parts += [factors(3 / top), numbers(0, top, np.uint8)]
+        whole = WholeScales(*parts, bits=scale_bits)
+    return QuantTensor.with_whole_scales(codes, bits, group, whole, table)
+
+
+def rounded_to(scheme: str, values: np.ndarray) -> QuantTensor:
+    """``values`` in any quantized scheme, by the extremes of their groups."""
+    bits, kind, table = _form(scheme)
+    if scheme in PLAIN and table is None:
+        return quantize(values, bits, kind)
+    minimums, scale_bits = WHOLE_KINDS.get(scheme.replace(" ", "_"), (False, 8))
+    group = 16 if scheme.endswith("16") else 32
+    groups = values.reshape(len(values), -1, group)
+    low = groups.min(2).clip(max=0) if minimums else np.zeros(groups.shape[:2])
+    levels = (
+        np.array(TABLES[table]) if table else np.arange(2**bits) - (not minimums) * 2 ** (bits - 1)
+    )
+    top = levels.max() if minimums else np.abs(levels).max()
+    scales = ((groups - low[..., None]).max(2) if minimums else np.abs(groups).max(2)) / top
+
+    def codes(scales: np.ndarray, low: np.ndarray) -> np.ndarray:
+        steps = (groups - low[..., None]) / np.where(scales == 0, 1, scales)[..., None]
+        order = np.argsort(levels, kind="stable")
+        middles = (levels[order][1:] + levels[order][:-1]) / 2
+        found = order[np.searchsorted(middles, steps)].astype(np.uint8)
+        return pack_codes(found.reshape(values.shape), bits)
+
+    if scheme in PLAIN:
+        scales = scales.astype(np.float16)
+        return QuantTensor(codes(scales.astype(np.float64), low), scales, bits, group, table=table)
+    per_factor = values.shape[1] // group if scheme.endswith("r") else 256 // group
+    most = 2**scale_bits - 1 if minimums else 127
+
+    def whole(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        parts = numbers.reshape(len(numbers), -1, per_factor)
+        factors = (parts.max(2) / most).astype(np.float16)
+        steps = np.rint(parts / np.where(factors == 0, 1, factors)[..., None]).clip(0, most)
+        return factors, steps.reshape(numbers.shape).astype(np.uint8 if minimums else np.int8)
+
+    lowest = whole(-low) if minimums else (None, None)
+    scaled = WholeScales(*whole(scales), *lowest, bits=scale_bits)
+    found, found_low = scaled.values()
+    packed = codes(found, low if found_low is None else found_low)
+    return QuantTensor.with_whole_scales(packed, bits, group, scaled, table)
+
+
+def every_kind(name: str, values: np.ndarray) -> Weight:
+    """Every kind of quantized weight in one model of 5 layers and rows of a multiple of 256."""
+    kinds = [scheme for scheme in (*PLAIN, *WHOLE) if scheme not in ("q8 split", "q8 apart")]
+    layer, _, part = name.removeprefix("model.layers.").partition(".")
+    if not layer.isdigit():
+        return quantize(values, 8, "sym")
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    index = int(layer) * 7 + next(i for i, known in enumerate(parts) if known in part)
+    return rounded_to(kinds[index % len(kinds)], values)
+
+
+def every_kind_config(**changes: Any) -> ModelConfig:
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 5}
+    return tiny_config(**{**sizes, "head_dim": 128, **changes})
 
 
 def tiny_weights(

@@ -134,7 +134,7 @@ WITHOUT_EFFECT = [
     "run BUNDLE hi --raw | --system x",
     "run BUNDLE hi --temperature 0 | --seed 1",
     "doc add a b | --title x",
-    "doc ask BUNDLE What? --document TEXT | --library FILE",
+    "doc ask BUNDLE What? --document - | --library FILE",
     "bench BUNDLE | --pin big",
     "bench BUNDLE | --sustained 1",
     "bench BUNDLE | --pause 1",
@@ -241,10 +241,13 @@ def test_from_checkpoint_to_measured_bundle(
     assert len(answer["logprobs"]) == len(answer["tokens"])
     assert answer["ttft_ms"] > 0
     document = tmp_path / "document.txt"
-    document.write_text("A short note.")
-    ask = ["doc", "ask", bundle, "What?", "Why?", "--document", str(document), "-n", "4"]
+    document.write_text("A short note about what is due.")
+    questions = ["What is the short note about?", "What is due?"]
+    ask = ["doc", "ask", bundle, *questions, "--document", str(document), "-n", "4"]
     assert main(ask) == 0
-    assert capsys.readouterr().err.count("TTFT") == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("“A short note about what is due.”") == 2
+    assert captured.err.count("TTFT") == 2
 
 
 def test_bench_prints_llama_bench_s_rows(tiny_bundle: Path, capsys: Captured) -> None:

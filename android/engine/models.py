@@ -11,6 +11,7 @@ from typing import Literal
 
 from pocketslm.android.engine.meter import free_bytes, read_bandwidth
 from pocketslm.errors import BundleError
+from pocketslm.folders import aside, put
 from pocketslm.models.config import PREFILL_BATCH, ModelConfig
 from pocketslm.runtime.bundle import MANIFEST, Bundle, Graph, open_bundle, read_manifest
 
@@ -57,8 +58,8 @@ class Models:
         self.folder = folder
         self._bandwidth = 0.0
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*"):  # of an import that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        with aside(folder, "."):  # what an import that was killed has left goes
+            pass
 
     @property
     def bandwidth(self) -> float:
@@ -70,6 +71,8 @@ class Models:
         """Every model that is whole, by name."""
         cards = []
         for path in sorted(self.folder.iterdir()):
+            if path.name.startswith("."):  # of an import under way
+                continue
             try:
                 cards.append(describe(open_bundle(path, verify=False)))
             except BundleError:
@@ -78,6 +81,11 @@ class Models:
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    def embeds(self, name: str) -> bool:
+        """Whether a model gives embeddings, and so finds by meaning instead of speaking."""
+        config = open_bundle(self.path(name), verify=False).config
+        return config is not None and config.pooling is not None
 
     def remove(self, name: str) -> None:
         shutil.rmtree(self.folder / _plain(name), ignore_errors=True)
@@ -88,29 +96,24 @@ class Models:
         It is written aside, checked against its SHA-256s, then renamed. Raises BundleError for
         what is no bundle, is altered, or would write outside its folder or more than it says.
         """
-        aside = self.folder / f".{source.stem}"
-        shutil.rmtree(aside, ignore_errors=True)
         try:
-            if source.is_dir():
-                manifest = open_bundle(source, verify=False).manifest
-                names = [MANIFEST, *manifest.files] if manifest else None
-                if names is None:
-                    raise BundleError(f"{source} has no {MANIFEST}; import a pocketslm bundle")
-                for name in names:
-                    (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(source / name, aside / name)
-                    yield name
-            else:
-                yield from _unpack(source, aside)
-            bundle = open_bundle(aside, verify=True)
-            name = _plain(bundle.name)
-            target = self.folder / name
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
+            with aside(self.folder, ".") as folder:
+                copy = folder / "bundle"
+                if source.is_dir():
+                    manifest = open_bundle(source, verify=False).manifest
+                    names = [MANIFEST, *manifest.files] if manifest else None
+                    if names is None:
+                        raise BundleError(f"{source} has no {MANIFEST}; import a pocketslm bundle")
+                    for name in names:
+                        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(source / name, copy / name)
+                        yield name
+                else:
+                    yield from _unpack(source, copy)
+                name = _plain(open_bundle(copy, verify=True).name)
+                put(copy, self.folder / name, replace=True)
         except OSError as error:
             raise BundleError(f"{source.name} cannot be imported: {error.strerror}") from None
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
         yield name
 
 
@@ -153,7 +156,7 @@ def _plain(name: str) -> str:
     return kept or "model"
 
 
-def _unpack(source: Path, aside: Path) -> Iterator[str]:
+def _unpack(source: Path, copy: Path) -> Iterator[str]:
     """The files that the zip's manifest lists, each exactly as large as it says."""
     try:
         with zipfile.ZipFile(source) as archive:
@@ -164,17 +167,17 @@ def _unpack(source: Path, aside: Path) -> Iterator[str]:
             root = found[0][: -len(MANIFEST)]
             if entries[found[0]].file_size > 1 << 20:
                 raise BundleError(f"{source.name}: its {MANIFEST} is too large")
-            aside.mkdir(parents=True)
-            (aside / MANIFEST).write_bytes(archive.read(found[0]))
-            manifest = read_manifest(aside)  # its names stay inside the folder
+            copy.mkdir(parents=True)
+            (copy / MANIFEST).write_bytes(archive.read(found[0]))
+            manifest = read_manifest(copy)  # its names stay inside the folder
             if not 0 < manifest.size_bytes <= MAX_BUNDLE_BYTES:
                 raise BundleError(f"{source.name} says it unpacks to {manifest.size_bytes} bytes")
             for name, expected in manifest.files.items():
                 entry = entries.get(root + name)
                 if entry is None or entry.file_size != expected.bytes:
                     raise BundleError(f"{source.name}: {name} is missing or of another size")
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(entry) as packed, (aside / name).open("wb") as file:
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(entry) as packed, (copy / name).open("wb") as file:
                     # A zip may lie about sizes: never more than was promised.
                     left = expected.bytes
                     while left and (block := packed.read(min(left, 1 << 20))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
@@ -23,14 +24,35 @@ from kivy.uix.screenmanager import Screen
 
 from pocketslm.android.engine.worker import Job
 from pocketslm.android.intents import Action
+from pocketslm.android.reading import button_of, pieces, shared
 from pocketslm.android.screens.action import ask_before
 from pocketslm.android.widgets.basics import Card
 from pocketslm.android.widgets.text import Passage
-from pocketslm.runtime.assistant.answer import Answer, Citation, Progress
+from pocketslm.errors import DocumentError
+from pocketslm.runtime.assistant.answer import Answer, Citation
 from pocketslm.runtime.assistant.document import Document
 
 LEAF_CHARACTERS = 5000
 """The reader shows a long document in leaves of about this size: its cost is that of one."""
+CARDS = 20
+"""Answers shown at once; earlier ones come when they are asked for."""
+
+
+@dataclass
+class Running:
+    """A task under way on a document: its job, what it said, its card while that is shown."""
+
+    task: str
+    request: str
+    body: str
+    job: Job | None = None
+    card: AnswerCard | None = None
+    gone: bool = False  # the document was removed
+
+    def say(self, body: str) -> None:
+        self.body = body
+        if self.card is not None:
+            self.card.body = body
 
 
 class AnswerCard(Card):
@@ -43,21 +65,28 @@ class AnswerCard(Card):
     live = BooleanProperty(False)
     citations = ListProperty()
     items = ListProperty()
+    answer = ObjectProperty(None, allownone=True)
+    named = BooleanProperty(False)  # its passages are of several documents
 
-    def show(self, answer: Answer, interrupted: bool = False) -> None:
+    def show(self, answer: Answer) -> None:
         """The finished answer."""
         t = App.get_running_app().t
         self.live = False
+        self.answer = answer
         self.body = "" if answer.items else answer.text
         self.items = list(answer.items)
         self.citations = list(answer.citations)
         notes = []
-        if interrupted:
+        if answer.finish == "interrupted":
             notes.append(t("interrupted"))
         elif answer.finish == "cancelled":
             notes.append(t("stopped"))
         if not answer.found:
             notes.append(t("not_found"))
+        if answer.task == "ask":
+            notes.append(t("by_meaning" if answer.by_meaning else "by_words"))
+        if not answer.citations:
+            notes.append(t("nothing_cited"))
         if answer.new_tokens:
             notes.append(t("tokens", count=answer.new_tokens))
             if answer.decode_tps:
@@ -84,9 +113,22 @@ class AnswerCard(Card):
             chip.bind(on_release=lambda _, item=item: screen.ask(item))
             flow.add_widget(chip)
         for number, citation in enumerate(self.citations, 1):
-            chip = Factory.Chip(text=app.t("passage", number=number), widest=dp(200))
+            document = screen.document_of(citation)
+            if document is None:  # it was removed
+                continue
+            text = button_of(document, citation, number, named=self.named)
+            chip = Factory.Chip(text=text, widest=max(dp(120), self.width - dp(32)))
+            chip.label = app.t("passage", number=number)
             chip.bind(on_release=lambda _, citation=citation: screen.show(citation))
             flow.add_widget(chip)
+
+    def share(self) -> None:
+        """Send the answer with where it stands, after it was seen and confirmed."""
+        screen = App.get_running_app().screen("document")
+        if self.answer is not None:
+            found = {c.document: screen.document_of(c) for c in self.answer.citations}
+            documents = {key: document for key, document in found.items() if document}
+            ask_before(Action("share_text", {"text": shared(self.answer, documents)}))
 
 
 class Reader(BoxLayout):
@@ -97,18 +139,17 @@ class Reader(BoxLayout):
     label = StringProperty("")
 
     def open(self, document: Document) -> None:
-        """Cut into paragraphs, and these into leaves."""
+        """Cut into pieces that fit a label, and these into leaves."""
         self._document = document
-        self._starts: list[int] = []  # of each paragraph
-        self._first = [0]  # paragraph of each leaf
-        at = size = 0
-        for paragraph in document.text.split("\n\n"):
+        self._pieces = list(pieces(document.text))
+        self._starts = [start for start, _ in self._pieces]
+        self._first = [0]  # piece of each leaf
+        size = 0
+        for number, (start, end) in enumerate(self._pieces):
             if size > LEAF_CHARACTERS:
-                self._first.append(len(self._starts))
+                self._first.append(number)
                 size = 0
-            self._starts.append(at)
-            at += len(paragraph) + 2
-            size += len(paragraph)
+            size += end - start
         self.leaves = len(self._first)
         self._mark: tuple[int, int] | None = None
         self.leaf = 0
@@ -121,8 +162,8 @@ class Reader(BoxLayout):
     def mark(self, citation: Citation) -> None:
         """Show and mark a passage."""
         self._mark = (citation.start, citation.end)
-        paragraph = bisect_right(self._starts, citation.start) - 1
-        self.leaf = bisect_right(self._first, paragraph) - 1
+        piece = max(0, bisect_right(self._starts, citation.start) - 1)
+        self.leaf = bisect_right(self._first, piece) - 1
         self._show()
         marked = next((p for p in self._passages() if p.marks), None)
         if marked:
@@ -135,11 +176,10 @@ class Reader(BoxLayout):
         body, text = self.ids.text, self._document.text
         body.clear_widgets()
         begin = self._first[self.leaf]
-        end = self._first[self.leaf + 1] if self.leaf + 1 < self.leaves else len(self._starts)
-        for number in range(begin, end):
-            start = self._starts[number]
-            stop = self._starts[number + 1] - 2 if number + 1 < len(self._starts) else len(text)
-            passage = Passage(content=text[start:stop])
+        end = self._first[self.leaf + 1] if self.leaf + 1 < self.leaves else len(self._pieces)
+        for start, stop in self._pieces[begin:end]:
+            # Tabs are boxes in the font; each is one character, or marks would move.
+            passage = Passage(content=text[start:stop].replace("\t", " "))
             if self._mark and self._mark[0] < stop and self._mark[1] > start:
                 passage.marks = [
                     (max(self._mark[0], start) - start, min(self._mark[1], stop) - start)
@@ -157,24 +197,70 @@ class DocumentScreen(Screen):
     status = StringProperty("")
     document = ObjectProperty(None, allownone=True)
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._running: dict[int, Running] = {}  # by document
+        self._shown = CARDS
+
     def open(self, document: Document) -> None:
-        """Show a document with its history."""
+        """Show a document with its history, and with the answer that is being made of it."""
         app = App.get_running_app()
         self.document = document
         self.title = document.title
         self.ids.reader.open(document)
-        self.ids.history.clear_widgets()
-        for asked in app.library.history(document.id):
-            self._card(asked.answer.task, asked.answer.request).show(asked.answer)
+        self._shown = CARDS
+        self._history()
         self.ids.question.text = app.settings["drafts"].get(str(document.id), "")
-        self._hint()
         self._to_end()
+
+    def earlier(self) -> None:
+        """Show more of the history."""
+        self._shown += CARDS
+        self._history()
+
+    def _history(self) -> None:
+        app = App.get_running_app()
+        self.ids.history.clear_widgets()
+        asked = app.library.history(self.document.id)
+        if len(asked) > self._shown:
+            more = Factory.Push(text=app.t("earlier_answers"), kind="plain")
+            more.bind(on_release=lambda _: self.earlier())
+            self.ids.history.add_widget(more)
+        for one in asked[-self._shown :]:
+            self._card(one.answer.task, one.answer.request).show(one.answer)
+        running = self._running.get(self.document.id)
+        if running is not None and running.task != "act":
+            running.card = self._card(running.task, running.request)
+            running.card.live, running.card.body = True, running.body
+        self.busy = running is not None
+        self._hint()
+
+    def document_of(self, citation: Citation) -> Document | None:
+        """The document that a passage is of; None where it is gone."""
+        if self.document is not None and citation.document in (0, self.document.id):
+            return self.document
+        try:
+            return App.get_running_app().library.open(citation.document)
+        except DocumentError:
+            return None
+
+    def removed(self, number: int) -> None:
+        """Stop what is made of a document that is gone."""
+        running = self._running.pop(number, None)
+        if running is not None:
+            running.gone = True
+            self._cancel(running)
 
     def part_of(self, name: str) -> None:
         self.part = name
 
     def show(self, citation: Citation) -> None:
-        """Turn to a cited passage."""
+        """Turn to a cited passage, of another document if need be."""
+        document = self.document_of(citation)
+        if document is None:
+            return
+        if self.document is None or document.id != self.document.id:
+            App.get_running_app().open_document(document.id)
         self.part = "document"
         self.ids.reader.mark(citation)
 
@@ -196,9 +282,13 @@ class DocumentScreen(Screen):
         self._start("ask", question)
 
     def stop(self) -> None:
-        if self._job is not None:
-            self._job.cancel.set()
-            App.get_running_app().cancel_engine()
+        if self.document is not None and self.document.id in self._running:
+            self._cancel(self._running[self.document.id])
+
+    def _cancel(self, running: Running) -> None:
+        if running.job is not None:
+            running.job.cancel.set()
+            App.get_running_app().cancel_job(running.job)
 
     def draft(self, text: str) -> None:
         """Keep what is typed; it survives the app."""
@@ -207,9 +297,6 @@ class DocumentScreen(Screen):
             drafts = {k: v for k, v in app.settings["drafts"].items() if k != str(self.document.id)}
             app.settings["drafts"] = drafts | ({str(self.document.id): text} if text else {})
 
-    def share(self, text: str) -> None:
-        ask_before(Action("share_text", {"text": text[:400]}))
-
     def act(self) -> None:
         """Let the model propose an action for what was typed."""
         app = App.get_running_app()
@@ -217,9 +304,10 @@ class DocumentScreen(Screen):
         if not request:
             app.notice(app.t("act_hint"))
             return
+        number = self.document.id
 
         def work(_: Event) -> Iterator[Action]:
-            from pocketslm.android.intents.grammar import propose
+            from pocketslm.android.intents import propose
 
             yield propose(app.model(), request)
 
@@ -227,8 +315,8 @@ class DocumentScreen(Screen):
             self.ids.question.text = ""
             ask_before(action)
 
-        self._job = app.start("engine", work, proposed, self._idle)
-        self.busy = self._job is not None
+        running = self._begin("act", request)
+        running.job = app.start("engine", work, proposed, lambda: self._end(number))
 
     def tick(self) -> None:
         """What the line above the question says now."""
@@ -236,8 +324,6 @@ class DocumentScreen(Screen):
         self.status = app.engine_status(self.busy)
         if self.busy:
             app.settings.save()  # the answer as far as it has come
-
-    _job: Job | None = None
 
     def _start(self, task: str, request: str) -> None:
         app = App.get_running_app()
@@ -248,15 +334,16 @@ class DocumentScreen(Screen):
             return
         self.part = "assistant"
         document = self.document
-        card = self._card(task, request)
-        card.live, card.body = True, app.t("reading" if app.loaded() else "loading")
+        running = self._begin(task, request)
+        running.card = self._card(task, request)
+        running.card.live = True
+        running.say(app.t("reading" if app.loaded() else "loading"))
         pending = {"document": document.id, "task": task, "request": request, "text": ""}
-        app.settings["pending"] = pending
 
         def work(cancel: Event) -> Iterator[Any]:
             from pocketslm.runtime.assistant.assistant import Assistant
 
-            assistant = Assistant(app.model())
+            assistant = Assistant(app.model(), meanings=app.meanings())
             if task == "summarize":
                 yield from assistant.summarize(document, cancel)
             elif task == "suggest":
@@ -265,29 +352,39 @@ class DocumentScreen(Screen):
                 yield from assistant.ask(document, request, cancel)
 
         def event(event: Any) -> None:
+            if running.gone:
+                return
             if isinstance(event, Answer):
                 app.library.remember(document.id, event)
-                card.show(event)
-            elif isinstance(event, Progress):
-                card.body = app.t("reading_part", done=event.done + 1, total=event.total)
-            else:
+                if running.card is not None:
+                    running.card.show(event)
+            elif isinstance(event, str):
                 pending["text"] += event
-                card.body = pending["text"]
-            self._to_end()
+                app.settings["pending"] = pending
+                running.say(pending["text"])
+            if self.document is document:
+                self._to_end()
 
         def failed(text: str) -> None:
-            card.live, card.body = False, text
+            if running.card is not None:
+                running.card.live = False
+            running.say(text)
 
         def ended() -> None:
             app.settings["pending"] = None
-            self._idle()
+            self._end(document.id)
 
-        self.busy = True
-        self._job = app.start("engine", work, event, ended, failed)
+        running.job = app.start("engine", work, event, ended, failed)
         self._to_end()
 
-    def _idle(self) -> None:
-        self.busy, self._job = False, None
+    def _begin(self, task: str, request: str) -> Running:
+        running = self._running[self.document.id] = Running(task, request, "")
+        self.busy = True
+        return running
+
+    def _end(self, number: int) -> None:
+        self._running.pop(number, None)
+        self.busy = self.document is not None and self.document.id in self._running
 
     def _card(self, task: str, request: str) -> AnswerCard:
         t = App.get_running_app().t

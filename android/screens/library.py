@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 from kivy.app import App
 from kivy.factory import Factory
 from kivy.properties import BooleanProperty, NumericProperty, StringProperty
 from kivy.uix.screenmanager import Screen
 
+from pocketslm.android.screens.document import AnswerCard
 from pocketslm.android.widgets.basics import TapCard
 from pocketslm.android.widgets.sheet import confirm
+from pocketslm.runtime.assistant.answer import Answer
 from pocketslm.runtime.assistant.assistant import sample_document
 from pocketslm.runtime.assistant.library import Entry
 from pocketslm.runtime.assistant.readers import KINDS
@@ -27,6 +32,7 @@ class DocumentCard(TapCard):
 
 class LibraryScreen(Screen):
     empty = BooleanProperty(True)
+    _answer: AnswerCard | None = None
 
     def refresh(self) -> None:
         """Show the documents whose titles hold what is searched for."""
@@ -36,6 +42,8 @@ class LibraryScreen(Screen):
         wanted = self.ids.search.text.strip().lower()
         shown = self.ids.documents
         shown.clear_widgets()
+        if self._answer is not None:
+            shown.add_widget(self._answer)
         for entry in entries:
             if wanted in entry.title.lower():
                 shown.add_widget(self._card(entry))
@@ -57,6 +65,40 @@ class LibraryScreen(Screen):
             label=f"{t('open')}: {entry.title}",
         )
 
+    def ask(self) -> None:
+        """Ask all documents what was typed."""
+        app = App.get_running_app()
+        question = self.ids.search.text.strip()
+        if not question or (self._answer is not None and self._answer.live):
+            return
+        if not app.ready():
+            app.notice(app.t("no_model"))
+            return
+        card = self._answer = AnswerCard(task="ask", title=question, named=True)
+        card.live, card.body = True, app.t("reading" if app.loaded() else "loading")
+        said: list[str] = []
+
+        def work(cancel: Event) -> Iterator[Any]:
+            from pocketslm.runtime.assistant.assistant import Assistant
+
+            shelf = [app.library.open(entry.id) for entry in app.library.entries()]
+            yield from Assistant(app.model(), meanings=app.meanings()).ask(shelf, question, cancel)
+
+        def event(event: Any) -> None:
+            if isinstance(event, Answer):
+                app.library.remember(None, event)
+                card.show(event)
+            elif isinstance(event, str):
+                said.append(event)
+                card.body = "".join(said)
+
+        def failed(text: str) -> None:
+            card.live, card.body = False, text
+
+        app.start("engine", work, event, on_error=failed)
+        self.ids.search.text = ""
+        self.refresh()
+
     def add(self) -> None:
         app = App.get_running_app()
         app.phone.pick("document", app.t("choose_document"), ENDINGS, app.add_document)
@@ -68,6 +110,7 @@ class LibraryScreen(Screen):
         app = App.get_running_app()
 
         def really() -> None:
+            app.screen("document").removed(number)
             app.library.remove(number)
             self.refresh()
 

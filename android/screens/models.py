@@ -67,13 +67,17 @@ class ModelsScreen(Screen):
             speed_text=speed,
             context_text=t("tokens", count=card.context),
             quality_text=t("quality_value", top1=f"{card.top1:.1%}"[:-1]) if card.top1 else "",
-            used=app.settings["model"] == card.name,
+            used=card.name in (app.settings["model"], app.settings["embedder"]),
         )
 
     def use(self, name: str) -> None:
         app = App.get_running_app()
-        app.settings["model"] = name
-        app.unload()
+        if app.models.embeds(name):
+            app.settings["embedder"] = name
+            app.read_meanings()
+        else:
+            app.settings["model"] = name
+            app.unload()
         self.refresh()
 
     def add(self) -> None:
@@ -116,6 +120,8 @@ class ModelsScreen(Screen):
             if app.settings["model"] == name:
                 app.unload()
                 app.settings["model"] = ""
+            if app.settings["embedder"] == name:
+                app.settings["embedder"] = ""
             app.models.remove(name)
             self.refresh()
 

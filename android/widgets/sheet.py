@@ -46,16 +46,17 @@ class Sheet(ModalView):
         self.ids.body.add_widget(widget)
         return widget
 
-    def buttons(self, *buttons: tuple[str, str, Callable[[], None]]) -> None:
-        """(text, kind, what it does), at the end of the line; each closes the sheet first."""
+    def buttons(self, *buttons: tuple[str, str, Callable[[], object]]) -> None:
+        """(text, kind, what it does), at the end of the line; each closes the sheet, unless what it
+        does returns False."""
         row = self.add(Factory.Row(spacing=dp(8), padding=(0, dp(8), 0, 0)))
         row.add_widget(Factory.Widget(size_hint_y=None, height=dp(44)))
         for text, kind, action in buttons:
             button = Factory.Push(text=text, kind=kind)
 
-            def tapped(_: Any, action: Callable[[], None] = action) -> None:
-                self.dismiss()
-                action()
+            def tapped(_: Any, action: Callable[[], object] = action) -> None:
+                if action() is not False:
+                    self.dismiss()
 
             button.bind(on_release=tapped)
             row.add_widget(button)
@@ -114,7 +115,9 @@ class FileSheet(Sheet):
                 self._line("folder", path.name, partial(self.enter, path))
             elif path.suffix.lower() in self._endings:
                 self._line("document", path.name, partial(self._take, path))
-        actions = [(t("cancel"), "plain", lambda: None)]
+        actions: list[tuple[str, str, Callable[[], object]]] = [
+            (t("cancel"), "plain", lambda: None)
+        ]
         if self._folders:
             actions.append((t("choose_this"), "filled", lambda: self._chosen(folder)))
         self.buttons(*actions)

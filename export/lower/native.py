@@ -204,6 +204,7 @@ class _Product:
     heads: int = 0
     rotary: Node | None = None
     norm_after_rope: bool = False
+    temperature: tuple[float, int] = (0.0, 0)
     scale: float = 1.0
     cap: float = 0.0
 
@@ -218,6 +219,7 @@ _PLAIN = _Norm("none", None, None, 0.0)
 
 class _Lowering(Walk):
     target = "native"
+    plain = False
 
     def __init__(self, traced: Traced, weights: WeightReader, sections: _Sections) -> None:
         super().__init__(traced, weights)
@@ -282,6 +284,10 @@ class _Lowering(Walk):
         x, cos, *_ = node.args
         self.values[node] = replace(self.values[x], rotary=cos)
 
+    def temperature(self, node: Node) -> None:
+        x, _, factor, step = node.args
+        self.values[node] = replace(self.values[x], temperature=(factor, step))
+
     def attention(self, node: Node) -> None:
         q, k, v, past, _, heads, kv_heads, scale, window, cap, causal = node.args
         parts = [self.values[part] for part in (q, k, v)]
@@ -310,8 +316,8 @@ class _Lowering(Walk):
             "attend",
             "none",
             [table, *norms],
-            [state, heads, kv_heads, head_dim, dim, window or 0],
-            [scale, cap or 0.0, eps, factor],
+            [state, heads, kv_heads, head_dim, dim, window or 0, parts[0].temperature[1]],
+            [scale, cap or 0.0, eps, factor, parts[0].temperature[0]],
             flags,
         )
         self.values[node] = self._filled("attended")

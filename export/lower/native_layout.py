@@ -6,12 +6,107 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import ExportError
-from pocketslm.models.tensors import Array, QuantTensor, Weight
+from pocketslm.models.tensors import FACTOR_COLUMNS, Array, QuantTensor, Weight, WholeScales
 from pocketslm.runtime.ops.ids import KIND
 
 ALIGNMENT = 64
 BLOCK_ROWS = 16
 GROUP = 32
+# How the names of kinds end whose scales are whole numbers, by the columns of a scale; with one
+# factor a row they end in r.
+_WHOLE = {32: "k", 16: "k16"}
+# Those kinds: whether they have minimums, and the bits of a scale.
+WHOLE_KINDS = {
+    "q3_k": (True, 8),
+    "q4_k": (True, 8),
+    "q5_k": (True, 8),
+    "q6_k": (True, 8),
+    "iq4_k": (False, 8),
+    "q3_k16": (False, 8),
+    "q6_k16": (False, 8),
+    "q2_k16": (True, 4),
+    **dict.fromkeys(("q2_r", "q3_r", "q4_r", "q5_r", "q6_r"), (True, 8)),
+}
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def kind_of(weight: Weight, *, head: bool = False) -> str | None:
+    """The name of the kind that ``weight`` takes, in an output ``head`` or elsewhere.
+
+    None where the native operators have none. Symmetric 8-bit codes of a head are split, so that
+    most of the low nibbles need not be read where only the most probable token is asked for.
+    """
+    if not isinstance(weight, QuantTensor):
+        return "f16" if weight.dtype == np.float16 else "f32"
+    columns, group = weight.shape[1], weight.group_size
+    name = weight.table or f"q{weight.bits}"
+    if weight.whole is not None:
+        factors = weight.whole.factors.shape[1]
+        fits = {"r": factors == 1, _WHOLE.get(group): columns == factors * FACTOR_COLUMNS}
+        for end in (end for end, fit in fits.items() if fit):
+            form = weight.minimums is not None, weight.whole.bits
+            if WHOLE_KINDS.get(f"{name}_{end}") == form and (group == GROUP or end != "r"):
+                return f"{name}_{end}"
+    if columns % GROUP or group % GROUP:
+        return None
+    kind = "sym" if weight.minimums is None else "min"
+    kind = "zp" if weight.zero_points is not None else kind
+    if head and (weight.bits, kind, weight.table) == (8, "sym", None):
+        kind = "apart"
+    name = weight.table or f"{name}_{kind}"
+    return name if name in KIND else None
+
+
+def pack_matrix(weight: Weight, *, head: bool = False) -> tuple[int, Bytes, bool]:
+    """A matrix [N, K] in the packed layout: kind, bytes, and whether scales were rounded.
+
+    ``head``: as in :func:`kind_of`. Raises ExportError for what no kind holds and for numbers that
+    are none.
+    """
+    n, k = weight.shape
+    name = kind_of(weight, head=head)
+    rows = -(-n // BLOCK_ROWS) * BLOCK_ROWS
+    blocks = rows // BLOCK_ROWS
+    if not isinstance(weight, QuantTensor):
+        assert name is not None
+        if not np.isfinite(weight).all():
+            raise ExportError("a matrix holds values that are no numbers")
+        dtype = np.float32 if name == "f32" else np.float16
+        padded = _pad_rows(weight.astype(dtype), rows).reshape(blocks, BLOCK_ROWS, k)
+        data = np.ascontiguousarray(padded.transpose(0, 2, 1)).view(np.uint8).reshape(-1)
+        return KIND[name], data, False
+    if name is None:
+        raise ExportError(
+            f"the native operators have no kind for {weight.scheme} in rows of {k}; they need "
+            f"groups of a multiple of {GROUP} along K"
+        )
+    repeat = max(1, weight.group_size // GROUP)
+
+    def per_group(values: Array) -> Bytes:
+        spread = _pad_rows(np.repeat(values, repeat, axis=1), rows)
+        return _aligned(_by_rows(spread))
+
+    codes = _pad_rows(weight.unpacked(), rows).reshape(blocks, BLOCK_ROWS, k // GROUP, 8, 4)
+    low: list[Bytes] = []
+    if name == "q8_apart":
+        codes, low = codes >> 4, [_aligned(_plane(codes & 15, 4))]
+    planes = _planes(codes, 4 if name == "q8_apart" else weight.bits)
+    parts, lossy = [_aligned(planes)], False
+    if name in WHOLE_KINDS:
+        assert weight.whole is not None
+        parts.append(_whole_scales(weight.whole, rows, nibbles=name == "q2_k16"))
+    else:
+        scales, lossy = _to_half(weight.scales)
+        parts.append(per_group(scales))
+        if weight.minimums is not None:
+            minimums, rounded = _to_half(weight.minimums)
+            lossy |= rounded
+            parts.append(per_group(minimums))
+        elif weight.zero_points is not None:
+            parts.append(per_group(weight.zero_points))
+    whole = [np.concatenate(parts, axis=1), *low]
+    return KIND[name], np.concatenate([part.reshape(-1) for part in whole]), lossy
 
 
 def _pad_rows(array: Array, rows: int) -> Array:
@@ -20,10 +115,50 @@ def _pad_rows(array: Array, rows: int) -> Array:
     return np.pad(array, [(0, rows - array.shape[0])] + [(0, 0)] * (array.ndim - 1))
 
 
-def _aligned(block_rows: Array) -> npt.NDArray[np.uint8]:
+def _by_rows(array: Array) -> Array:
+    """[rows, entries] as [blocks, entries, rows of a block]."""
+    parts: Array = array.reshape(-1, BLOCK_ROWS, array.shape[1]).transpose(0, 2, 1)
+    return parts
+
+
+def _aligned(block_rows: Array) -> Bytes:
     """Blocks as bytes, [blocks, bytes], each padded to whole cache lines."""
     flat = np.ascontiguousarray(block_rows).view(np.uint8).reshape(block_rows.shape[0], -1)
     return np.pad(flat, ((0, 0), (0, -flat.shape[1] % ALIGNMENT)))
+
+
+def _plane(codes: Array, bits: int) -> Array:
+    """Codes [blocks, rows, groups, 8 quads, 4] as lines [blocks, groups, lines, rows, 4]."""
+    quads = 8 // bits  # in a byte
+    lines = codes.reshape(*codes.shape[:3], -1, quads, 4)
+    packed = np.zeros_like(lines[..., 0, :])
+    for i in range(quads):
+        packed |= lines[..., i, :] << (bits * i)
+    plane: Array = packed.transpose(0, 2, 3, 1, 4)
+    return plane
+
+
+def _planes(codes: Array, bits: int) -> Array:
+    first = bits if bits == 8 else 4 if bits >= 4 else 2
+    if bits == first:
+        return _plane(codes, bits)
+    rest = _plane(codes >> first, bits - first)
+    return np.concatenate([_plane(codes & ((1 << first) - 1), first), rest], axis=2)
+
+
+def _whole_scales(whole: WholeScales, rows: int, *, nibbles: bool) -> Bytes:
+    """Factors, then for each scale its byte and its minimum's, for 256 columns after the other."""
+    factors = [part for part in (whole.factors, whole.lowest) if part is not None]
+    if not all(np.isfinite(part).all() for part in factors):
+        raise ExportError("a quantization scale or minimum is no number; the model is damaged")
+    scales = _by_rows(_pad_rows(whole.scales.view(np.uint8), rows))
+    if whole.minimums is not None:
+        minimums = _by_rows(_pad_rows(whole.minimums, rows))
+        scales = scales | minimums << 4 if nibbles else np.stack([scales, minimums], axis=2)
+    blocks, supers = len(scales), whole.factors.shape[1]
+    halves = np.stack([_by_rows(_pad_rows(part, rows)) for part in factors], axis=2)
+    heads = np.ascontiguousarray(halves).view(np.uint8).reshape(blocks, supers, -1)
+    return _aligned(np.concatenate([heads, scales.reshape(blocks, supers, -1)], axis=2))
 
 
 def _to_half(values: Array) -> tuple[Array, bool]:
@@ -33,61 +168,3 @@ def _to_half(values: Array) -> tuple[Array, bool]:
     if not np.isfinite(half).all():
         raise ExportError("a quantization scale or minimum does not fit in half precision")
     return half, bool((half.astype(np.float32) != values.astype(np.float32)).any())
-
-
-def pack_matrix(weight: Weight, *, head: bool = False) -> tuple[int, npt.NDArray[np.uint8], bool]:
-    """A matrix [N, K] in the packed layout: kind, bytes, and whether scales were rounded.
-
-    Symmetric 8-bit codes of an output ``head`` are split, so that most of the low nibbles need not
-    be read where the most probable token is all that is asked for.
-    """
-    n, k = weight.shape
-    rows = -(-n // BLOCK_ROWS) * BLOCK_ROWS
-    blocks = rows // BLOCK_ROWS
-    if not isinstance(weight, QuantTensor):
-        dtype = np.float16 if weight.dtype == np.float16 else np.float32
-        if not np.isfinite(weight).all():
-            raise ExportError("a matrix holds values that are no numbers")
-        padded = _pad_rows(weight.astype(dtype), rows).reshape(blocks, BLOCK_ROWS, k)
-        data = np.ascontiguousarray(padded.transpose(0, 2, 1)).view(np.uint8).reshape(-1)
-        return KIND["f32" if dtype == np.float32 else "f16"], data, False
-    if k % GROUP or weight.group_size % GROUP:
-        raise ExportError(
-            f"the native operators need groups of a multiple of {GROUP} along K; "
-            f"got K={k}, group {weight.group_size}"
-        )
-    groups = k // GROUP
-    repeat = weight.group_size // GROUP
-    codes = _pad_rows(weight.unpacked(), rows)
-    scheme = "min" if weight.minimums is not None else "sym"
-    scheme = "zp" if weight.zero_points is not None else scheme
-    if head and (weight.bits, scheme) == (8, "sym"):
-        scheme = "split"
-
-    def nibbles(values: Array) -> Array:
-        # Low nibbles hold the even quads of columns, high nibbles the odd ones.
-        quads = values.reshape(blocks, BLOCK_ROWS, groups, 4, 2, 4)
-        packed: Array = (quads[..., 0, :] | quads[..., 1, :] << 4).transpose(0, 2, 3, 1, 4)
-        return packed
-
-    rest: list[Array] = []
-    if scheme == "split":
-        codes, rest = nibbles(codes >> 4), [nibbles(codes & 15)]
-    elif weight.bits == 4:
-        codes = nibbles(codes)
-    else:
-        codes = codes.reshape(blocks, BLOCK_ROWS, groups, 8, 4).transpose(0, 2, 3, 1, 4)
-
-    def per_group(values: Array) -> npt.NDArray[np.uint8]:
-        spread = _pad_rows(np.repeat(values, repeat, axis=1), rows)
-        return _aligned(spread.reshape(blocks, BLOCK_ROWS, groups).transpose(0, 2, 1))
-
-    scales, lossy = _to_half(weight.scales)
-    parts = [_aligned(codes), per_group(scales), *map(_aligned, rest)]
-    if weight.minimums is not None:
-        minimums, rounded = _to_half(weight.minimums)
-        lossy |= rounded
-        parts.append(per_group(minimums))
-    elif weight.zero_points is not None:
-        parts.append(per_group(weight.zero_points))
-    return KIND[f"q{weight.bits}_{scheme}"], np.concatenate(parts, axis=1).reshape(-1), lossy

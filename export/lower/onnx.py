@@ -43,8 +43,8 @@ def lower(
     *,
     dtype: DType = "fp32",
     progress: Progress = lambda done, total: None,
-) -> None:
-    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``.
+) -> list[str]:
+    """Write ``model.onnx`` and ``model.onnx.data`` into ``folder``; what took another form.
 
     ``weights(name, shape)`` returns each parameter; quantized ones stay quantized. ``dtype`` is
     that of activations, scales and KV cache. ``progress`` is called with nodes done and in total.
@@ -53,6 +53,7 @@ def lower(
         lowering = _Lowering(traced, weights, dtype, DataFile(data))
         model = lowering.run(progress)
     ir.save(model, folder / GRAPH_FILE)
+    return lowering.notes()
 
 
 @dataclass
@@ -104,13 +105,13 @@ class _Lowering(GraphBuilder, Walk):
         self.keep = self._constant("logits_to_keep", np.array([1], np.int64))
         self.ids = self.values[self.traced.input_ids] = ids
         states, by_slot = [], {}
-        for index, layer in enumerate(c.layers):
+        for index, layer in enumerate(c.layers if c.causal else ()):  # an encoder keeps nothing
             for slot, (kind, shape) in enumerate(_states(layer, c, "past_sequence_length")):
                 state = new_value(f"past_key_values.{index}.{kind}", self.float_type, shape)
                 by_slot[index, slot] = state
                 states.append(state)
         for node, slot_ in self.traced.states.items():
-            self.values[node] = by_slot[slot_]
+            self.values[node] = by_slot.get(slot_)
         # GroupQueryAttention wants the index of the last token and the length with it.
         total = self._op(
             "ReduceSum", [self.mask, self._constant("mask_axes", np.array([1], np.int64))]
@@ -131,6 +132,8 @@ class _Lowering(GraphBuilder, Walk):
         width = c.vocab_size if c.head else c.hidden_size
         describe(logits, "logits", ir.DataType.FLOAT, ["batch_size", 1, width])
         outputs = [logits]
+        if not c.causal:
+            return outputs
         for index, (layer, present) in enumerate(zip(c.layers, self.traced.present, strict=True)):
             kinds = _states(layer, c, "total_sequence_length")
             for (kind, shape), node in zip(kinds, present, strict=True):
@@ -204,6 +207,8 @@ class _Lowering(GraphBuilder, Walk):
     def _stacks(self, reader: Node) -> bool:
         """Whether an operator takes all products that it reads as one."""
         if is_op(reader, ops.attention):
+            if not self.config.causal:
+                return False
             parts = [n.args[0] if self._by_attention(n) else n for n in reader.args[:3]]
             return all(is_op(part, ops.linear) for part in parts)
         return is_op(reader, ops.gated)
@@ -300,10 +305,23 @@ class _Lowering(GraphBuilder, Walk):
             **partial,
         )
 
+    def temperature(self, node: Node) -> None:
+        x, _, factor, step = node.args
+        steps = self._constant(f"step_{step}", np.array([step], np.int64))
+        one, axes = self._number(1.0), self._constant("last_axis", np.array([-1], np.int64))
+        passed = self._op("Div", [self._positions(), steps])
+        passed = self._op("Cast", [passed], to=self.float_type)
+        grown = self._op(
+            "Mul", [self._op("Log", [self._op("Add", [passed, one])]), self._number(factor)]
+        )
+        factors = self._op("Unsqueeze", [self._op("Add", [grown, one]), axes])
+        self.values[node] = self._op("Mul", [self._late(x), factors])
+
     def attention(self, node: Node) -> None:
         q, k, v, past_k, past_v, heads, kv_heads, scale, window, softcap, causal = node.args
         if not causal:
-            raise refuse(self.target, "attention in both directions is not supported")
+            self._encode(node)
+            return
         tables: list[ir.Value | None] = [None, None]
         if self._by_attention(q) and self._by_attention(k):
             tables = [self._table(q.args[1]), self._table(q.args[2])]
@@ -330,6 +348,22 @@ class _Lowering(GraphBuilder, Walk):
             scale=scale,
             **options,
         )
+
+    def _encode(self, node: Node) -> None:
+        """Attention of every token to all of its text, which is there at once."""
+        q, k, v, _, _, heads, kv_heads, scale, window, softcap, _ = node.args
+        if heads != kv_heads or window is not None or softcap is not None:
+            raise refuse(self.target, "an encoder with shared heads, a window or capped scores")
+        if self.float is not np.float32:
+            raise refuse(self.target, "an encoder's attention computes in fp32, choose that dtype")
+        out = self._op(
+            "MultiHeadAttention",
+            [self._late(part) for part in (q, k, v)],
+            domain=CONTRIB,
+            num_heads=heads,
+            scale=scale,
+        )
+        self.values[node] = [out, None, None]
 
     def short_conv(self, node: Node) -> None:
         b, c, x, taps, bias, past = node.args

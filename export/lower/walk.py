@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ _OPERATORS = {
     ops.rms_norm: "rms_norm",
     ops.layer_norm: "layer_norm",
     ops.rotary: "rotary",
+    ops.temperature: "temperature",
     ops.attention: "attention",
     ops.short_conv: "short_conv",
     ops.activate: "activate",
@@ -38,12 +40,17 @@ class Walk:
     target: its name in messages. ``weights(name, shape)`` gives each parameter; quantized ones stay
     quantized. A subclass has one method an operator; a graph with an operator that it lacks is
     refused before anything is written.
+
+    ``plain``: whether the target knows codes of 4 and 8 bits with float scales only. Others then
+    reach it in the next wider form, code for code, which ``notes`` names.
     """
 
     target = ""
+    plain = True
 
     def __init__(self, traced: Traced, weights: WeightReader) -> None:
         self.traced, self.config, self.weights = traced, traced.config, weights
+        self.widened: dict[str, str] = {}
         for node in traced.nodes:
             if not hasattr(self, _OPERATORS[node.target]):
                 name = _OPERATORS[node.target]
@@ -58,7 +65,17 @@ class Walk:
     def parameter(self, node: Node) -> tuple[str, Weight]:
         """Name and weight of a parameter's node."""
         name, shape = self.traced.parameters[node]
-        return name, self.weights(name, shape)
+        weight = self.weights(name, shape)
+        if not self.plain or not isinstance(weight, QuantTensor):
+            return name, weight
+        plain = weight.widened()
+        if plain.bits != weight.bits or plain.table != weight.table:
+            self.widened[name] = f"{weight.scheme} weights take {plain.bits} bits in {self.target}"
+        return name, plain
+
+    def notes(self) -> list[str]:
+        """What became of weights that the target has no form for, a line each."""
+        return [f"{text} ({n} matrices)" for text, n in Counter(self.widened.values()).items()]
 
     def vector(self, node: Node) -> tuple[str, Array]:
         """Name and floats of a parameter that is never quantized."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from pocketslm.errors import UsageError
 from pocketslm.export.prune import adaptive, depth, sparse, width
 from pocketslm.export.prune.pruned import Changed
-from pocketslm.export.publish import published
 from pocketslm.export.quantize.calibration import last_tokens
+from pocketslm.folders import published
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
@@ -81,6 +81,7 @@ def prune_folder(
     the text is needed and too short, ExportError where there is less than is to be removed or kept.
     """
     checkpoint.config.need_head("prune")
+    checkpoint.config.need_own_layers("prune")
     if out.exists():
         raise UsageError(f"{out} exists already; choose another")
 

@@ -52,6 +52,7 @@ def quantize_layers(
     ``spec_of`` a matrix name is what to round it to, None: not at all. AWQ passes over a layer that
     is not rounded whole; the vectors that it may have changed are among the weights.
     """
+    model.config.need_own_layers("calibration")
     x = model.embed(ids.to(model.device))
     stored: dict[str, Weight] = {}
     for index, layer in enumerate(model.model.layers):

@@ -33,6 +33,7 @@ def quantize(
     ``damping``: share of the diagonal that is added to it. The authors add a share of its mean; in
     small models a few inputs are so large that their share would drown the others' correlations.
     """
+    assert act_order or spec.kind != "min8", "a row's grids must be known before its factors"
     groups = spec.split(weight)
     n, _, size = groups.shape
     order = torch.arange(weight.shape[1], device=weight.device)
@@ -46,7 +47,7 @@ def quantize(
     if act_order:
         by_column = torch.empty_like(importance)
         by_column[order] = importance
-        chosen = fit(groups, spec, by_column.reshape(-1, size))
+        chosen = fit(groups, spec, by_column.reshape(-1, size)).settled()
         grids = [_group_of(chosen, g) for g in range(groups.shape[1])]
     columns = weight.float().T[order].contiguous()  # [K, N]: a column is contiguous
     codes = torch.empty_like(columns)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pocketslm.errors import ExportError
-from pocketslm.models.tensors import Array, QuantTensor, pack_codes
+from pocketslm.models.tensors import Array, QuantTensor, WholeScales, pack_codes
 
-Kind = Literal["sym", "zp", "min"]
+Kind = Literal["sym", "zp", "min", "min8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _MIN_GROUP = 16  # the smallest that onnxruntime's MatMulNBits takes
 
@@ -28,7 +28,9 @@ _MIN_GROUP = 16  # the smallest that onnxruntime's MatMulNBits takes
 class Spec:
     """What a matrix is rounded to: ``bits`` a weight, in groups of ``group_size`` along a row.
 
-    ``kind``: ``sym`` has no offset, ``zp`` an integer zero point, ``min`` a float minimum.
+    ``kind``: ``sym`` has no offset, ``zp`` an integer zero point, ``min`` a float minimum; ``min8``
+    has minimums, too, and stores them and the scales as whole numbers of 8 bits times factors of
+    the row.
     ``plain_scales``: positive and with the 8 significant bits of bfloat16, as XNNPACK wants them.
     """
 
@@ -36,6 +38,10 @@ class Spec:
     group_size: int = 32
     kind: Kind = "sym"
     plain_scales: bool = False
+
+    @property
+    def has_minimums(self) -> bool:
+        return self.kind in ("min", "min8")
 
     @property
     def top(self) -> int:
@@ -72,7 +78,8 @@ class Grid:
     """``value = scale * (code - zero) + minimum`` for groups [N, G, size].
 
     scales, zeros, minimums: float32 [N, G, 1]. Scales and minimums hold fp16 values, which every
-    target carries; a group of equal weights may have scale 0. ``zeros`` are whole codes.
+    target carries, or what :meth:`settled` makes of them; a group of equal weights may have scale
+    0. ``zeros`` are whole codes.
     """
 
     spec: Spec
@@ -92,12 +99,32 @@ class Grid:
     def values(self, codes: Tensor) -> Tensor:
         return (codes - self.zeros) * self.scales + self.minimums
 
+    def whole(self) -> WholeScales:
+        """Scales and minimums as the nearest whole numbers of 8 bits times factors of the row.
+
+        Minimums above 0, of groups without a negative weight, become 0. Of a settled grid these are
+        its own values.
+        """
+        (factors, scales), (lowest, minimums) = map(_in_bytes, (self.scales, -self.minimums))
+        return WholeScales(factors, scales, lowest, minimums)
+
+    def settled(self) -> Grid:
+        """The grid that is stored: to be called once all groups of a row have theirs."""
+        if self.spec.kind != "min8":
+            return self
+        parts = (torch.from_numpy(part)[..., None] for part in self.whole().values())
+        scales, minimums = (part.to(self.scales.device) for part in parts)
+        return Grid(self.spec, scales, self.zeros, minimums)
+
     def pack(self, codes: Tensor) -> QuantTensor:
-        """Codes [N, G, size] as they are stored."""
+        """Codes [N, G, size] of a settled grid as they are stored."""
         n, _, group = codes.shape
         kind = self.spec.kind
+        packed = pack_codes(_array(codes.reshape(n, -1), np.uint8), self.spec.bits)
+        if kind == "min8":
+            return QuantTensor.with_whole_scales(packed, self.spec.bits, group, self.whole())
         return QuantTensor(
-            pack_codes(_array(codes.reshape(n, -1), np.uint8), self.spec.bits),
+            packed,
             _array(self.scales[..., 0], np.float16),
             self.spec.bits,
             group,
@@ -137,7 +164,7 @@ def round_to_grid(
     """
     groups = spec.split(weight)
     weighed = None if importance is None else importance.reshape(groups.shape[1:])
-    grid = fit(groups, spec, weighed)
+    grid = fit(groups, spec, weighed).settled()
     return grid.pack(grid.codes(groups))
 
 
@@ -147,6 +174,14 @@ def half(values: Tensor) -> Tensor:
     if not torch.isfinite(rounded).all():
         raise ExportError("a weight is too large for fp16 scales; the checkpoint is damaged")
     return rounded
+
+
+def _in_bytes(values: Tensor) -> tuple[Array, Array]:
+    """Values [N, G, 1] as factors [N, 1] and whole numbers [N, G] of 8 bits; negative ones as 0."""
+    values = values[..., 0].clamp(min=0)
+    factors = half(values.amax(1, keepdim=True) / 255)
+    numbers = torch.where(factors > 0, values / factors, 0).round().clamp(0, 255)
+    return _array(factors, np.float16), _array(numbers, np.uint8)
 
 
 def _array(values: Tensor, dtype: type) -> Array:

@@ -23,7 +23,7 @@ def fit(groups: Tensor, spec: Spec, importance: Tensor | None = None) -> Grid:
 
     Raises ExportError where the kind has no float minimum to solve for.
     """
-    if spec.kind != "min":
+    if not spec.has_minimums:
         raise ExportError(f"hqq solves for minimums and cannot make a {spec.kind!r} grid; use min")
     best = grid = rtn.fit(groups, spec)
     beta, least = _BETA, _error(groups, grid)

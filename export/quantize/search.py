@@ -51,9 +51,9 @@ def _error(grid: Grid, groups: Tensor, weights: Tensor) -> Tensor:
 def _candidates(groups: Tensor, spec: Spec, share: float) -> list[Grid]:
     if spec.kind == "sym":
         scales = rtn.fit(groups, spec).scales * share
-        # Four bits have one more code on one side: either may be the longer.
+        # There is one more code on one side, which few bits feel: either may be the longer.
         return [
-            symmetric_grid(spec, s) for s in ((scales, -scales) if spec.bits == 4 else (scales,))
+            symmetric_grid(spec, s) for s in ((scales, -scales) if spec.bits < 8 else (scales,))
         ]
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     if spec.kind == "zp":
@@ -66,7 +66,7 @@ def _candidates(groups: Tensor, spec: Spec, share: float) -> list[Grid]:
 def _solved(grid: Grid, groups: Tensor, weights: Tensor) -> Grid:
     """The same codes with the best scale, and minimum if there is one, by least squares."""
     steps = grid.codes(groups) - grid.zeros
-    if grid.spec.kind != "min":
+    if not grid.spec.has_minimums:
         square = (weights * steps * steps).sum(2, keepdim=True)
         scales = _divided((weights * steps * groups).sum(2, keepdim=True), square)
         if grid.spec.kind == "sym":

@@ -1,14 +1,15 @@
-"""Mixed precision: the matrices that suffer most from 4 bits get 8, as far as a size allows.
+"""Mixed precision: each matrix gets the bits that buy the most within a size.
 
 What a matrix suffers is measured, not guessed: the KL divergence of the model's answers when it
-alone is rounded. Matrices that read the same input are taken together. Each byte then goes where it
-buys the most KL.
+alone is rounded. Matrices that read the same input are taken together; the embedding is one of
+them, with the output head where both are one matrix. Each byte then goes where it buys the most KL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,13 +18,16 @@ from torch import Tensor
 
 from pocketslm.errors import ExportError
 from pocketslm.export.quantize.grid import round_to_grid
-from pocketslm.export.recipe import Recipe
-from pocketslm.models.checkpoint import Checkpoint
+from pocketslm.export.recipe import Recipe, Scheme
+from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pocketslm.models.reference import load_reference, parameter_shapes
-from pocketslm.models.sites import LAYERS, is_rounded, layer_matrices
-from pocketslm.models.tensors import QuantTensor
+from pocketslm.models.sites import LAYERS, layer_matrices
+from pocketslm.models.tensors import QuantTensor, floats
 
 Site = tuple[str, ...]  # names of matrices
+WIDTHS = (2, 3, 4, 5, 6, 8)
+# The others follow from these: a site's KL grows with the squared error of its weights.
+_MEASURED = (2, 3, 4)
 
 
 def mixed_precision(
@@ -33,39 +37,113 @@ def mixed_precision(
     megabytes: float,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Recipe:
-    """``recipe`` with overrides to int8 for as many matrices as ``megabytes`` of weights hold.
+    """``recipe`` with the bits of each matrix such that weights take at most ``megabytes``.
 
-    ``ids`` [B, S]: windows of tokens to measure on. Raises ExportError where not even int4 fits.
+    ``ids`` [B, S]: windows of tokens to measure on. Raises ExportError where not even the fewest
+    bits fit.
     """
-    four = replace(recipe, weights="int4", overrides={})
-    eight = replace(recipe, weights="int8", overrides={})
-    sites = layer_matrices(checkpoint.config)
-    shapes = parameter_shapes(checkpoint.config)
-    costs = {
-        site: sum(_bytes(eight, n, shapes[n]) - _bytes(four, n, shapes[n]) for n in site)
-        for site in sites
-    }
-    least = sum(_stored_bytes(checkpoint, four, name, shape) for name, shape in shapes.items())
-    room = int(megabytes * 1e6) - least
-    if room < 0:
-        raise ExportError(
-            f"the size budget is {megabytes:g} MB, int4 weights take {least / 1e6:.1f} MB; "
-            "allow more, or prune first"
-        )
-    losses = sensitivities(load_reference(checkpoint, ids.shape[1]), ids, four, sites, progress)
-    chosen = allocate(losses, costs, room)
-    names = [name for site in sites if site in chosen for name in site]
-    return replace(four, overrides=dict.fromkeys(names, "int8"))
+    checkpoint.config.need_own_layers("--size")
+    sizes = Sizes(checkpoint, recipe)
+    sizes.check(megabytes)
+    model = load_reference(checkpoint, ids.shape[1])
+    losses = sensitivities(model, ids, sizes.base, list(sizes.costs), sizes.widths, progress)
+    return sizes.within(megabytes, losses)
 
 
-def allocate(losses: Mapping[Site, float], costs: Mapping[Site, int], room: int) -> set[Site]:
-    """Sites worth the most ``losses`` a byte of ``costs``, one after the other while they fit."""
-    chosen: set[Site] = set()
-    for site in sorted(losses, key=lambda site: losses[site] / costs[site], reverse=True):
-        if costs[site] <= room:
-            chosen.add(site)
-            room -= costs[site]
+class Sizes:
+    """What the matrices of a checkpoint take at each width, rounded as a recipe says.
+
+    costs: bytes of each site by bits. fixed: bytes of all that is not rounded.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self.base = replace(recipe, weights="int4", head="int4", overrides={})
+        self.widths = [bits for bits in WIDTHS if recipe.grid != "zp" or bits in (4, 8)]
+        shapes = parameter_shapes(checkpoint.config)
+        tops = [(name,) for name in (EMBEDDING, HEAD) if name in shapes]
+        sites = [*layer_matrices(checkpoint.config), *tops]
+        rest = shapes.keys() - {name for site in sites for name in site}
+        self.fixed = sum(_stored_bytes(checkpoint, self.base, name) for name in rest)
+        self.costs: dict[Site, dict[int, int]] = {
+            site: {b: sum(_bytes(self.base, n, shapes[n], b) for n in site) for b in self.widths}
+            for site in sites
+        }
+
+    def check(self, megabytes: float) -> None:
+        """ExportError where not even the fewest bits fit."""
+        least = self.fixed + sum(cost[self.widths[0]] for cost in self.costs.values())
+        if megabytes * 1e6 < least:
+            raise ExportError(
+                f"the size is {megabytes:g} MB, weights of {self.widths[0]} bits take "
+                f"{least / 1e6:.1f} MB; allow more, or prune first"
+            )
+
+    def within(self, megabytes: float, losses: Mapping[Site, Mapping[int, float]]) -> Recipe:
+        """The recipe whose weights take at most so much, by the losses of :func:`sensitivities`."""
+        self.check(megabytes)
+        chosen = allocate(losses, self.costs, int(megabytes * 1e6) - self.fixed)
+        overrides = {name: _scheme(chosen[site]) for site in self.costs for name in site}
+        return replace(self.base, overrides=overrides)
+
+
+def allocate(
+    losses: Mapping[Site, Mapping[int, float]], costs: Mapping[Site, Mapping[int, int]], room: int
+) -> dict[Site, int]:
+    """The bits of each site, with the least sum of ``losses`` that ``room`` bytes buy at ``costs``.
+
+    Steps from width to width are taken in the order of what they buy a byte, those of a site along
+    the lower convex hull of its losses, while they fit. What is left then goes to single steps.
+    """
+    chosen = {site: min(by_bits) for site, by_bits in costs.items()}
+    room -= sum(costs[site][bits] for site, bits in chosen.items())
+    steps = [
+        (_slope(losses[site], costs[site], a, b), site, b)
+        for site in costs
+        for a, b in pairwise(_hull(losses[site], costs[site]))
+    ]
+    for _, site, bits in sorted(steps, key=lambda step: step[0], reverse=True):
+        price = costs[site][bits] - costs[site][chosen[site]]
+        if price <= room and bits > chosen[site]:
+            chosen[site], room = bits, room - price
+    while upgrades := list(_affordable(losses, costs, chosen, room)):
+        _, site, bits = max(upgrades)
+        room -= costs[site][bits] - costs[site][chosen[site]]
+        chosen[site] = bits
     return chosen
+
+
+def _slope(losses: Mapping[int, float], costs: Mapping[int, int], a: int, b: int) -> float:
+    """The loss that a byte saves between two widths."""
+    return (losses[a] - losses[b]) / (costs[b] - costs[a])
+
+
+def _hull(losses: Mapping[int, float], costs: Mapping[int, int]) -> list[int]:
+    """The widths on the lower convex hull of loss over bytes, the narrowest first."""
+    hull: list[int] = []
+    for bits in sorted(costs):
+        if hull and losses[bits] >= losses[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            last, before = hull[-1], hull[-2]
+            if _slope(losses, costs, before, last) > _slope(losses, costs, last, bits):
+                break
+            hull.pop()
+        hull.append(bits)
+    return hull
+
+
+def _affordable(
+    losses: Mapping[Site, Mapping[int, float]],
+    costs: Mapping[Site, Mapping[int, int]],
+    chosen: Mapping[Site, int],
+    room: int,
+) -> Iterator[tuple[float, Site, int]]:
+    """What single steps up that fit save, and which they are."""
+    for site, now in chosen.items():
+        for bits in costs[site]:
+            saved = losses[site][now] - losses[site][bits]
+            if 0 < costs[site][bits] - costs[site][now] <= room and saved > 0:
+                yield saved, site, bits
 
 
 @torch.no_grad()
@@ -73,46 +151,81 @@ def sensitivities(
     model: Any,
     ids: Tensor,
     recipe: Recipe,
-    sites: list[Site],
+    sites: Sequence[Site],
+    widths: Sequence[int] = WIDTHS,
     progress: Callable[[float], None] = lambda fraction: None,
-) -> dict[Site, float]:
-    """Mean KL divergence in nats when the matrices of one site alone are rounded, for each site."""
+) -> dict[Site, dict[int, float]]:
+    """Mean KL divergence in nats when the matrices of one site alone are rounded to so many bits.
+
+    Widths above 4 bits are not run: their KL is that of 4 bits, as much less as the squared error
+    of the weights is.
+    """
     inputs = [model.embed(ids)]
     for index in range(len(model.model.layers)):
         inputs.append(model.run_layer(index, inputs[-1]))
     exact = F.log_softmax(model.finish(inputs[-1]), -1)
-    found = {}
+    found: dict[Site, dict[int, float]] = {}
     for done, site in enumerate(sites, 1):
-        first = int(site[0].split(".")[2])
         parameters = [model.get_parameter(name) for name in site]
         originals = [parameter.clone() for parameter in parameters]
-        for name, parameter in zip(site, parameters, strict=True):
-            spec = recipe.spec(name, quantized=False)
-            assert spec is not None
-            rounded = round_to_grid(parameter, spec, recipe.fit)
-            parameter.copy_(torch.from_numpy(rounded.dequantize()))
-        x = inputs[first]
-        for index in range(first, len(model.model.layers)):
-            x = model.run_layer(index, x)
-        got = F.log_softmax(model.finish(x), -1)
-        found[site] = float((exact.exp() * (exact - got)).sum(-1).mean())
+        errors: dict[int, float] = {}
+        losses: dict[int, float] = {}
+        for bits in widths:
+            errors[bits] = 0.0
+            for name, parameter, original in zip(site, parameters, originals, strict=True):
+                spec = replace(recipe, overrides={name: _scheme(bits)}).spec(name, quantized=False)
+                assert spec is not None
+                rounded = torch.from_numpy(round_to_grid(original, spec, recipe.fit).dequantize())
+                errors[bits] += float((rounded - original).square().sum())
+                parameter.copy_(rounded)
+            if bits in _MEASURED or not losses:
+                losses[bits] = _divergence(model, ids, inputs, exact, site)
         for parameter, original in zip(parameters, originals, strict=True):
             parameter.copy_(original)
+        last = max(losses)
+        for bits in widths:
+            if bits not in losses:
+                losses[bits] = losses[last] * errors[bits] / max(errors[last], 1e-30)
+        found[site] = losses
         progress(done / len(sites))
     return found
 
 
-def _bytes(recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a matrix rounded as the recipe says."""
-    spec = recipe.spec(name, quantized=False)
+def _divergence(
+    model: Any, ids: Tensor, inputs: Sequence[Tensor], exact: Tensor, site: Site
+) -> float:
+    """Mean KL of the model as it is to its ``exact`` log-probabilities; what runs before ``site``
+    is known from ``inputs``."""
+    layers = len(model.model.layers)
+    if site[0] == EMBEDDING:
+        x, first = model.embed(ids), 0
+    else:
+        first = int(site[0].split(".")[2]) if site[0].startswith(LAYERS) else layers
+        x = inputs[first]
+    for index in range(first, layers):
+        x = model.run_layer(index, x)
+    got = F.log_softmax(model.finish(x), -1)
+    return float((exact.exp() * (exact - got)).sum(-1).mean())
+
+
+def _scheme(bits: int) -> Scheme:
+    scheme: Scheme = f"int{bits}"  # type: ignore[assignment]
+    return scheme
+
+
+def _bytes(recipe: Recipe, name: str, shape: tuple[int, ...], bits: int) -> int:
+    """Bytes of a matrix rounded to so many bits as the recipe says."""
+    spec = replace(recipe, overrides={name: _scheme(bits)}).spec(name, quantized=False)
     assert spec is not None
-    offset = {"sym": 0, "zp": 1, "min": 2}[spec.kind]
     rows, columns = shape
-    return rows * columns * spec.bits // 8 + rows * (columns // spec.size(columns)) * (2 + offset)
+    groups = columns // spec.size(columns)
+    scales = {"sym": 2 * groups, "zp": 3 * groups, "min": 4 * groups, "min8": 2 * groups + 4}
+    return rows * columns * spec.bits // 8 + rows * scales[spec.kind]
 
 
-def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe, name: str, shape: tuple[int, ...]) -> int:
-    if len(shape) == 2 and name.startswith(LAYERS) and is_rounded(name):
-        return _bytes(recipe, name, shape)
+def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe, name: str) -> int:
     weight = recipe.apply(name, checkpoint.weight(name))
-    return weight.nbytes if isinstance(weight, QuantTensor) else weight.size * 4
+    if isinstance(weight, QuantTensor):
+        return weight.nbytes
+    size: int = floats(weight).size
+    return size * 4

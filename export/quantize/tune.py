@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pocketslm.export.heal import HealConfig, forward_kl, learning_rate
-from pocketslm.export.quantize.grid import Spec, half
+from pocketslm.export.quantize.grid import Grid, Spec, half
 from pocketslm.models.tensors import Array, QuantTensor, Weight
 
 # The rate is that of factors around 1: a step changes a scale by a thousandth.
@@ -135,11 +135,16 @@ def _settle(
     assert isinstance(weight, QuantTensor)
     assert spec is not None
     low = part.minimums()
-    settled = replace(
-        weight,
-        scales=_fp16(spec.held(part.scales())),
-        minimums=None if low is None else _fp16(half(low)),
-    )
+    if spec.kind == "min8":
+        assert low is not None
+        whole = Grid(spec, part.scales(), torch.zeros_like(low), low).whole()
+        settled = QuantTensor.with_whole_scales(weight.codes, spec.bits, weight.group_size, whole)
+    else:
+        settled = replace(
+            weight,
+            scales=_fp16(spec.held(part.scales())),
+            minimums=None if low is None else _fp16(half(low)),
+        )
     module.weight.copy_(torch.from_numpy(settled.dequantize()))
     return settled
 

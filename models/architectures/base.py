@@ -31,7 +31,9 @@ ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+FULL, SLIDING = "full_attention", "sliding_attention"  # what layer_types says
 BUFFERS = (r"rotary_emb\.inv_freq$",)  # of no use to anybody who can compute them
+VISION = (r"^(model\.)?(vision_tower|multi_modal_projector)\.",)
 
 GGUF_TOP = {
     "model.embed_tokens": "token_embd",
@@ -89,6 +91,15 @@ def gguf_map(**changes: Any) -> WeightMap:
     return WeightMap(**fields | changes)
 
 
+def written_windows(c: ModelConfig) -> dict[str, Any]:
+    """The fields of layers with a window beside layers that see everything."""
+    windows = [layer.attention.window for layer in c.stored_layers if layer.attention is not None]
+    return {
+        "sliding_window": next((w for w in windows if w is not None), None),
+        "layer_types": [FULL if w is None else SLIDING for w in windows],
+    }
+
+
 def activation(f: Fields, name: str) -> Activation:
     """One of our activations by Hugging Face's name."""
     if name not in _ACTIVATIONS:
@@ -144,6 +155,18 @@ class Architecture:
             layer_sharing=f.flag("layer_sharing"),
         )
         return _with_layer_sizes(self.finish(f, config), f)
+
+    def read_text_of(self, f: Fields, defaults: Mapping[str, Any]) -> ModelConfig:
+        """Of a model that also sees, the text alone: its fields lie in ``text_config``.
+
+        defaults: what transformers takes for fields that are not there.
+        """
+        f("vision_config")
+        f.notes.append("the vision tower is left out: the bundle reads and writes text")
+        text = Fields(dict(defaults) | f.table("text_config"), f.where)
+        config = self.read_hf(text)
+        f.notes += text.settle()
+        return config
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         """Each layer's kind; by default one kind for all."""
@@ -348,6 +371,8 @@ def _gguf_scaling(f: Fields) -> dict[str, Any]:
         for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
             if (value := f(f"rope.scaling.{theirs}")) is not None:
                 scaling[ours] = value
+        if over := f("rope.scaling.yarn_log_multiplier"):
+            scaling |= {"mscale": 1.0, "mscale_all_dim": over}
     return {"rope_scaling": scaling}
 
 

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pocketslm.errors import CheckpointError
-from pocketslm.models.architectures.base import Architecture, activation
+from pocketslm.models.architectures.base import GGUF_PARTS, Architecture, activation
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.architectures.weights import Read, WeightMap
-from pocketslm.models.config import Attention, Layer, Mlp, ModelConfig, Rotary
+from pocketslm.models.config import (
+    Attention,
+    Layer,
+    Mlp,
+    ModelConfig,
+    Pooling,
+    PoolingKind,
+    Rotary,
+)
 from pocketslm.models.tensors import Array, Weight, floats
 
-_TYPES = "bert.embeddings.token_type_embeddings.weight"
 _POSITIONS = "model.embed_positions.weight"
 _TYPE_COUNT = 2
+_POOLINGS: Mapping[int, PoolingKind] = {1: "mean", 2: "cls", 3: "last"}
 
 
 @dataclass(frozen=True)
 class BertMap(WeightMap):
-    """A text alone is of token type 0; that row, added to every token, lies in the positions."""
+    """A text alone is of token type 0; that row, added to every token, lies in the positions.
+
+    types: their name of the table of token types.
+    """
+
+    types: str = "bert.embeddings.token_type_embeddings.weight"
 
     def read(self, name: str, config: ModelConfig, read: Read) -> Weight:
         weight = super().read(name, config, read)
         if name != _POSITIONS:
             return weight
-        types = floats(read(_TYPES))
+        types = floats(read(self.types))
         if types.ndim != 2 or types.shape[1:] != tuple(weight.shape[1:]):
             raise CheckpointError(
-                f"{_TYPES} has shape {types.shape}, expected rows of {weight.shape[-1]}"
+                f"{self.types} has shape {types.shape}, expected rows of {weight.shape[-1]}"
             )
         folded: Array = floats(weight) + types[0]
         return folded
 
     def write(self, config: ModelConfig, state: Mapping[str, Array]) -> dict[str, Array]:
         none = np.zeros((_TYPE_COUNT, config.hidden_size), np.float32)
-        return super().write(config, state) | {_TYPES: none}
+        return super().write(config, state) | {self.types: none}
 
 
 @dataclass(frozen=True)
@@ -97,11 +110,27 @@ class Bert(Architecture):
             "mlp_bias": None,
         }
 
+    def gguf_fields(self, f: Fields, tensors: Collection[str]) -> dict[str, Any]:
+        data = super().gguf_fields(f, tensors)
+        return data | {"hidden_act": "gelu", "layer_norm_eps": data["rms_norm_eps"]}
+
+    def finish_gguf(self, f: Fields, config: ModelConfig, tensors: Collection[str]) -> ModelConfig:
+        """llama.cpp's files say how texts are pooled; its embeddings have the length 1."""
+        kind = f("pooling_type")
+        if kind not in _POOLINGS:
+            raise CheckpointError(
+                f"{f.where}: pooling_type is {kind!r}, expected "
+                + ", ".join(f"{number} ({name})" for number, name in _POOLINGS.items())
+            )
+        config = super().finish_gguf(f, config, tensors)
+        return replace(config, pooling=Pooling(_POOLINGS[kind], normalize=True))
+
 
 ARCHITECTURES = [
     Bert(
         "bert",
         "BertModel",
+        ("bert",),
         ("bert",),
         hf=BertMap(
             {
@@ -126,6 +155,18 @@ ARCHITECTURES = [
                 r"^(bert\.)?pooler\.",
                 r"^cls\.",
             ),
+        ),
+        gguf=BertMap(
+            {
+                "model.embed_tokens": "token_embd",
+                "model.embed_positions": "position_embd",
+                "model.embed_norm": "token_embd_norm",
+            },
+            "blk.{}.",
+            GGUF_PARTS
+            | {"attention_post_norm": "attn_output_norm", "mlp_post_norm": "layer_output_norm"},
+            ignored=(r"^token_types\.weight$", r"^cls\."),
+            types="token_types.weight",
         ),
     )
 ]

@@ -6,7 +6,7 @@ A field that changes the arithmetic is used or refused by name, never ignored.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from typing import Any
 
@@ -47,11 +47,11 @@ class Fields:
             )
         return value
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self.need(name) if default is None else self(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
             raise CheckpointError(
-                f"{self.where}: {name} is {_short(value)}, expected a positive integer"
+                f"{self.where}: {name} is {_short(value)}, expected an integer from {least} on"
             )
         return value
 
@@ -134,14 +134,16 @@ class Fields:
             )
 
 
-def layer_types(f: Fields, layers: int, pattern: list[str]) -> list[str]:
+def layer_types(f: Fields, layers: int, pattern: list[str], known: Collection[str]) -> list[str]:
     """``layer_types``, or what the family's ``pattern`` says where the field is absent."""
-    value = f("layer_types")
-    if value is None:
-        return pattern
-    if not isinstance(value, list) or len(value) != layers:
-        raise CheckpointError(f"{f.where}: layer_types is not a list of {layers} entries")
-    return [str(kind) for kind in value]
+    value = f("layer_types", pattern)
+    right = isinstance(value, list) and len(value) == layers
+    if not right or any(not isinstance(kind, str) or kind not in known for kind in value):
+        raise CheckpointError(
+            f"{f.where}: layer_types is {_short(value)}, expected a list of {layers} of "
+            + ", ".join(known)
+        )
+    return list(value)
 
 
 def _empty(value: Any) -> bool:

@@ -6,19 +6,22 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from pocketslm.errors import CheckpointError
 from pocketslm.models.architectures import rope
 from pocketslm.models.architectures.base import (
     ATTENTION,
     BUFFERS,
+    FULL,
     GGUF_PARTS,
     MLP,
     QK_NORMS,
+    SLIDING,
     TOP,
+    VISION,
     Architecture,
     activation,
     gguf_map,
     named,
+    written_windows,
 )
 from pocketslm.models.architectures.fields import Fields, layer_types
 from pocketslm.models.architectures.weights import WeightMap
@@ -30,7 +33,6 @@ _NORMS = {
     "post_attention_layernorm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 # What transformers takes for a field of ``text_config`` that is not there.
@@ -44,7 +46,6 @@ _OF_TEXT: dict[str, Any] = {
     "rope_theta": 1000000.0,
     "query_pre_attn_scalar": 256,
 }
-_VISION = (r"^(model\.)?(vision_tower|multi_modal_projector)\.",)
 
 
 def _map(*parts: str, ignored: tuple[str, ...] = ()) -> WeightMap:
@@ -70,13 +71,12 @@ class Gemma2(Architecture):
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         window = f.integer("sliding_window", 4096)
-        every = f("sliding_window_pattern") or f("_sliding_window_pattern") or self.pattern
-        default = [_FULL if (i + 1) % int(every) == 0 else _SLIDING for i in range(count)]
-        kinds = layer_types(f, count, default)
-        if not set(kinds) <= {_SLIDING, _FULL}:
-            raise CheckpointError(f"{f.where}: layer_types names {sorted(set(kinds))}")
+        every = f.integer("_sliding_window_pattern", self.pattern, least=0) or self.pattern
+        every = f.integer("sliding_window_pattern", every, least=0) or every
+        default = [FULL if (i + 1) % every == 0 else SLIDING for i in range(count)]
+        kinds = layer_types(f, count, default, (SLIDING, FULL))
         full = self.hf_attention(f)
-        mixers = {_FULL: full, _SLIDING: self.sliding(full, window)}
+        mixers = {FULL: full, SLIDING: self.sliding(full, window)}
         mlp = self.hf_mlp(f)
         return [Layer(mixers[kind], mlp, "both") for kind in kinds]
 
@@ -101,18 +101,16 @@ class Gemma2(Architecture):
         return replace(config, embedding_scale=scale, logit_softcap=cap)
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
-        attentions = [layer.attention for layer in c.stored_layers if layer.attention is not None]
-        windows = [a.window for a in attentions]
-        return {
+        first, written = c.attentions[0], written_windows(c)
+        return written | {
             "hidden_act": None,
-            "query_pre_attn_scalar": round(attentions[0].scale ** -2),
-            "attn_logit_softcapping": attentions[0].softcap,
+            "query_pre_attn_scalar": round(first.scale**-2),
+            "attn_logit_softcapping": first.softcap,
             "final_logit_softcapping": c.logit_softcap,
             "embedding_multiplier": (
                 None if c.embedding_scale == math.sqrt(c.hidden_size) else c.embedding_scale
             ),
-            "sliding_window": next((w for w in windows if w is not None), 4096),
-            "layer_types": [_FULL if w is None else _SLIDING for w in windows],
+            "sliding_window": written["sliding_window"] or 4096,
         }
 
     def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:
@@ -135,7 +133,7 @@ class Gemma2(Architecture):
 class Gemma3(Gemma2):
     """Q and K are normalized; windowed layers have rotary tables of their own."""
 
-    hf: WeightMap = field(default=_map(*QK_NORMS, ignored=_VISION))
+    hf: WeightMap = field(default=_map(*QK_NORMS, ignored=VISION))
     pattern: ClassVar[int] = 6
     default_theta: ClassVar[float] = 1e6
 
@@ -143,12 +141,7 @@ class Gemma3(Gemma2):
         """Of a model that also sees (``gemma3``), the text alone."""
         if f("model_type") != "gemma3":
             return super().read_hf(f)
-        f("vision_config")
-        f.notes.append("the vision tower is left out: the bundle reads and writes text")
-        text = Fields(_OF_TEXT | f.table("text_config"), f.where)
-        config = super().read_hf(text)
-        f.notes += text.settle()
-        return config
+        return self.read_text_of(f, _OF_TEXT)
 
     def hf_attention(self, f: Fields) -> Attention:
         return replace(super().hf_attention(f), qk_norm="head")
@@ -160,8 +153,8 @@ class Gemma3(Gemma2):
         head_dim = self.head_dim(f)
         given = f.table("rope_parameters")
         f("rope_theta")  # stands beside rope_parameters for readers that know one base alone
-        full = rope.from_hf(f, head_dim, self.default_theta, group=_FULL)
-        local, sliding = f.number("rope_local_base_freq", 1e4), given.get(_SLIDING)
+        full = rope.from_hf(f, head_dim, self.default_theta, group=FULL)
+        local, sliding = f.number("rope_local_base_freq", 1e4), given.get(SLIDING)
         if isinstance(sliding, dict):
             local = sliding.get("rope_theta", local)
         return full, Rotary(head_dim, local)
@@ -172,8 +165,8 @@ class Gemma3(Gemma2):
         return super().more_fields(c) | {
             "rope_local_base_freq": local.theta,
             "rope_parameters": {
-                _FULL: stretched | {"rope_theta": full.theta},
-                _SLIDING: {"rope_type": "default", "rope_theta": local.theta},
+                FULL: stretched | {"rope_theta": full.theta},
+                SLIDING: {"rope_type": "default", "rope_theta": local.theta},
             },
         }
 

@@ -50,7 +50,8 @@ class Gpt2(Architecture):
 
     def read_hf(self, f: Fields) -> ModelConfig:
         data = {ours: f(theirs) for ours, theirs in self.renamed.items()}
-        data["intermediate_size"] = data.get("intermediate_size") or 4 * (data["hidden_size"] or 0)
+        if data["intermediate_size"] is None:
+            data["intermediate_size"] = 4 * f.integer(self.renamed["hidden_size"])
         f("n_ctx")
         g = Fields({**f.data, **{k: v for k, v in data.items() if v is not None}}, f.where)
         config = super().read_hf(g)
@@ -58,7 +59,7 @@ class Gpt2(Architecture):
         return config
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
-        if not f("scale_attn_weights", True) or f("scale_attn_by_inverse_layer_idx"):
+        if not f.flag("scale_attn_weights", True) or f.flag("scale_attn_by_inverse_layer_idx"):
             raise CheckpointError(f"{f.where}: scores are scaled in a way that is not supported")
         attention = replace(self.hf_attention(f), rotary=None)
         return [Layer(attention, self.hf_mlp(f))] * count
@@ -118,9 +119,9 @@ class GptNeo(Gpt2):
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         kinds = f("attention_layers")
         if kinds is None:
-            types = f("attention_types", [[["global", "local"], count // 2]])
-            kinds = [kind for group, times in types for _ in range(times) for kind in group]
-        if len(kinds) != count or not set(kinds) <= {"global", "local"}:
+            kinds = _repeated(f("attention_types", [[["global", "local"], count // 2]]), count)
+        known = isinstance(kinds, list) and all(kind in ("global", "local") for kind in kinds)
+        if not known or len(kinds) != count:
             raise CheckpointError(f"{f.where}: attention_layers does not say global or local")
         f("attention_types")
         window = f.integer("window_size", 256)
@@ -183,7 +184,7 @@ class GptNeoX(Architecture):
 
     def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:
         data = super().gguf_fields(f, tensors)
-        parallel = f("use_parallel_residual", True)
+        parallel = f.flag("use_parallel_residual", True)
         return data | {
             "hidden_act": "gelu",
             "layer_norm_eps": data["rms_norm_eps"],
@@ -257,3 +258,15 @@ ARCHITECTURES = [
         gguf=gguf_map(fused={"attn_qkv": QKV}),
     ),
 ]
+
+
+def _repeated(groups: Any, count: int) -> list[Any]:
+    """The kinds of layers that pairs of (kinds, times) stand for; empty where they are no pairs."""
+    found: list[Any] = []
+    for pair in groups if isinstance(groups, list) else []:
+        match pair:
+            case [[*kinds], int(times)] if 0 <= times <= count:
+                found += kinds * times
+            case _:
+                return []
+    return found

@@ -30,11 +30,14 @@ class Granite(Architecture):
         return replace(super().hf_attention(f), scale=f.number("attention_multiplier", 1.0))
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
+        scaling = f.number("logits_scaling", 1.0)
+        if not scaling:
+            raise CheckpointError(f"{f.where}: logits_scaling is 0, by which logits are divided")
         return replace(
             config,
             embedding_scale=f.number("embedding_multiplier", 1.0),
             residual_scale=f.number("residual_multiplier", 1.0),
-            logit_scale=1.0 / f.number("logits_scaling", 1.0),
+            logit_scale=1.0 / scaling,
         )
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
@@ -59,10 +62,13 @@ class GraniteHybrid(Granite):
     """Granite 4 where every layer is attention and no expert is left: a fused gated MLP."""
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
-        kinds = f("layer_types") or f("layers_block_type") or []
+        kinds = f.per_layer("layer_types", count, "attention")
+        kinds += f.per_layer("layers_block_type", count, "attention")
         for name in ("mamba_d_conv", "mamba_d_state"):
             f(name)  # of layers that there are none of
-        if not set(kinds) <= {"attention", "full_attention"} or f("num_local_experts"):
+        if any(kind not in ("attention", "full_attention") for kind in kinds) or f(
+            "num_local_experts"
+        ):
             raise CheckpointError(
                 f"{f.where}: layers of Mamba 2 or experts are not supported, expected the dense "
                 "Granite 4 (350m, 1b)"

@@ -34,12 +34,11 @@ class Lfm2(Architecture):
     default_theta: ClassVar[float] = 1e6
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
-        attending = f("full_attn_idxs")
-        attending = range(count) if attending is None else attending
+        attending = f("full_attn_idxs", list(range(count)))
+        if not isinstance(attending, list):
+            raise CheckpointError(f"{f.where}: full_attn_idxs is not a list of layers")
         default = ["full_attention" if i in attending else "conv" for i in range(count)]
-        kinds = layer_types(f, count, default)
-        if not set(kinds) <= {"full_attention", "conv"}:
-            raise CheckpointError(f"{f.where}: layer_types names {sorted(set(kinds))}")
+        kinds = layer_types(f, count, default, ("full_attention", "conv"))
         conv = ShortConv(f.integer("conv_L_cache", 3), f.flag("conv_bias"))
         attention, mlp = replace(self.hf_attention(f), qk_norm="head"), self.hf_mlp(f)
         return [Layer(conv if kind == "conv" else attention, mlp) for kind in kinds]

@@ -1,15 +1,41 @@
-"""Llama and what shares its block: SmolLM2, TinyLlama, Llama 2 and 3, MobileLLM, Fox-1, Mistral."""
+"""Llama and what shares its block: SmolLM2, TinyLlama, Llama 2 and 3, MobileLLM, Fox-1, PhoneLM,
+Mistral and Ministral."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pocketslm.models.architectures.base import Architecture, gguf_map
+from pocketslm.errors import CheckpointError
+from pocketslm.models.architectures.base import (
+    ATTENTION,
+    BUFFERS,
+    MLP,
+    NORMS,
+    TOP,
+    VISION,
+    Architecture,
+    gguf_map,
+    named,
+)
 from pocketslm.models.architectures.fields import Fields
-from pocketslm.models.config import Layer, ModelConfig
+from pocketslm.models.architectures.weights import WeightMap
+from pocketslm.models.config import Attention, Layer, ModelConfig
 
 QK = ("self_attn.q_proj", "self_attn.k_proj")
+# What transformers takes for a field of Ministral 3's ``text_config`` that is not there.
+_MINISTRAL: dict[str, Any] = {
+    "vocab_size": 131072,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,39 @@ class Mistral(Architecture):
         return {"sliding_window": None if first is None else first.window}
 
 
+@dataclass(frozen=True)
+class Ministral3(Mistral):
+    """Queries grow with their distance from the start, in steps of the original context."""
+
+    def read_hf(self, f: Fields) -> ModelConfig:
+        """Of a model that also sees (``mistral3``), the text alone."""
+        if f("model_type") != "mistral3":
+            return super().read_hf(f)
+        if (kind := f.table("text_config").get("model_type")) != "ministral3":
+            raise CheckpointError(
+                f"{f.where}: text_config is of model_type {str(kind)[:40]!r}, expected 'ministral3'"
+            )
+        for name in ("vision_feature_layer", "spatial_merge_size", "multimodal_projector_bias"):
+            f(name)  # of what is left out
+        return self.read_text_of(f, _MINISTRAL)
+
+    def hf_attention(self, f: Fields) -> Attention:
+        rope = f.table("rope_scaling") | f.table("rope_parameters")
+        beta = rope.get("llama_4_scaling_beta") or 0.0
+        step = rope.get("original_max_position_embeddings")
+        attention = super().hf_attention(f)
+        return (
+            replace(attention, temperature=beta, temperature_step=step or 0) if beta else attention
+        )
+
+    def gguf_fields(self, f: Fields, tensors: Collection[str]) -> dict[str, Any]:
+        data = super().gguf_fields(f, tensors)
+        beta = f("attention.temperature_scale")
+        if beta and "rope_scaling" in data:
+            data["rope_scaling"]["llama_4_scaling_beta"] = beta
+        return data
+
+
 ARCHITECTURES = [
     Llama(
         "llama",
@@ -49,5 +108,19 @@ ARCHITECTURES = [
         ("llama",),
         gguf=gguf_map(pairs=QK),
     ),
+    Llama("phonelm", "PhoneLMForCausalLM", ("phonelm",)),
     Mistral("mistral", "MistralForCausalLM", ("mistral",)),
+    Ministral3(
+        "ministral3",
+        "Ministral3ForCausalLM",
+        ("ministral3", "mistral3"),
+        ("mistral3",),
+        hf=WeightMap(
+            TOP,
+            "model.layers.{}.",
+            named(*NORMS, *ATTENTION, *MLP),
+            ignored=BUFFERS + VISION,
+        ),
+        gguf=gguf_map(pairs=QK),
+    ),
 ]

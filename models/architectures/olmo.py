@@ -9,17 +9,18 @@ from pocketslm.models.architectures import rope
 from pocketslm.models.architectures.base import (
     ATTENTION,
     BUFFERS,
+    FULL,
     MLP,
     QK_NORMS,
+    SLIDING,
     TOP,
     Architecture,
     named,
+    written_windows,
 )
 from pocketslm.models.architectures.fields import Fields, layer_types
 from pocketslm.models.architectures.weights import WeightMap
 from pocketslm.models.config import Attention, Layer, ModelConfig, Rotary
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,20 @@ class Windowed(Olmo2):
     """Layers with a window beside layers that see everything."""
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
-        window, every = f("sliding_window"), f("sliding_window_pattern") or 4
-        every = len(every) if isinstance(every, str) else int(every)
-        pattern = [_FULL if (i + 1) % every == 0 else _SLIDING for i in range(count)]
-        kinds = layer_types(f, count, [_FULL] * count if window is None else pattern)
+        window, every = f("sliding_window"), f("sliding_window_pattern")
+        if isinstance(every, str):
+            every = len(every)
+        else:  # 0 where there is no window
+            every = f.integer("sliding_window_pattern", 4, least=0)
+        every = every or 4
+        pattern = [FULL if (i + 1) % every == 0 else SLIDING for i in range(count)]
+        pattern = [FULL] * count if window is None else pattern
+        kinds = layer_types(f, count, pattern, (SLIDING, FULL))
         full, mlp = self.hf_attention(f), self.hf_mlp(f)
         if window is None:
-            kinds = [_FULL] * count
-        mixers = {_FULL: full if window is None else self.beside_windows(full)}
-        mixers[_SLIDING] = self.sliding(full, window)
+            kinds = [FULL] * count
+        mixers = {FULL: full if window is None else self.beside_windows(full)}
+        mixers[SLIDING] = self.sliding(full, window)
         return [Layer(mixers[kind], mlp, "post") for kind in kinds]
 
     def beside_windows(self, full: Attention) -> Attention:
@@ -68,11 +74,7 @@ class Windowed(Olmo2):
         return replace(full, window=window)
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
-        windows = [a.window for a in c.attentions]
-        return {
-            "sliding_window": next((w for w in windows if w is not None), None),
-            "layer_types": [_FULL if w is None else _SLIDING for w in windows],
-        }
+        return written_windows(c)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pocketslm.models.architectures.base import Architecture
-from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.architectures.base import FULL, SLIDING, Architecture, written_windows
+from pocketslm.models.architectures.fields import Fields, layer_types
 from pocketslm.models.config import Layer, ModelConfig
 
 
@@ -19,28 +19,22 @@ class Qwen2(Architecture):
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         """With ``use_sliding_window``, layers from ``max_window_layers`` on have a window."""
         layers = [Layer(self.hf_attention(f), self.hf_mlp(f))] * count
-        window, first = f("sliding_window"), f("max_window_layers", 0)
-        kinds = f("layer_types") or []
+        window, first = f("sliding_window"), f.integer("max_window_layers", 0, least=0)
+        pattern = [SLIDING if index >= first else FULL for index in range(count)]
+        kinds = layer_types(f, count, pattern, (SLIDING, FULL))
         if not f.flag("use_sliding_window") or window is None:
             return layers
+        windowed = replace(self.hf_attention(f), window=f.integer("sliding_window"))
         return [
-            replace(layer, mixer=replace(self.hf_attention(f), window=window))
-            if (kinds[index] == "sliding_attention" if kinds else index >= first)
-            else layer
-            for index, layer in enumerate(layers)
+            replace(layer, mixer=windowed) if kind == SLIDING else layer
+            for layer, kind in zip(layers, kinds, strict=True)
         ]
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
-        windows = [layer.attention.window if layer.attention else None for layer in c.stored_layers]
-        window = next((w for w in windows if w is not None), None)
-        data: dict[str, Any] = {"use_sliding_window": window is not None, "sliding_window": window}
-        data["attention_out_bias"] = None
-        if window is not None:
-            data["layer_types"] = [
-                "full_attention" if w is None else "sliding_attention" for w in windows
-            ]
-            data["max_window_layers"] = 0
-        return data
+        data = written_windows(c) | {"attention_out_bias": None}
+        if data["sliding_window"] is None:
+            return data | {"use_sliding_window": False, "layer_types": None}
+        return data | {"use_sliding_window": True, "max_window_layers": 0}
 
 
 ARCHITECTURES = [Qwen2("qwen2", "Qwen2ForCausalLM", ("qwen2",), ("qwen2",))]

@@ -23,7 +23,8 @@ class SmolLM3(Architecture):
         rotated = f("no_rope_layers")
         if rotated is None:
             rotated = [int((index + 1) % every != 0) for index in range(count)]
-        if not isinstance(rotated, list) or len(rotated) < count or not set(rotated) <= {0, 1}:
+        whole = isinstance(rotated, list) and len(rotated) >= count
+        if not whole or any(one not in (0, 1) for one in rotated):
             raise CheckpointError(f"{f.where}: no_rope_layers is not a list of {count} of 0 and 1")
         attention, mlp = self.hf_attention(f), self.hf_mlp(f)
         window = f("sliding_window") if f.flag("use_sliding_window") else None

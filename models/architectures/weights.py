@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from pocketslm.errors import CheckpointError
 from pocketslm.models.config import Attention, ModelConfig
 from pocketslm.models.tensors import Array, QuantTensor, Weight, floats
 
@@ -74,12 +75,23 @@ class WeightMap:
             weight = np.ascontiguousarray(floats(weight).T)
         for parts in self.fused.values():
             if part in parts:
-                weight = _rows(weight, self._fused_rows(config, layer, parts)[parts.index(part)])
+                rows = self._fused_rows(config, layer, parts)
+                self._check_rows(name, weight, sum(map(len, rows)))
+                weight = _rows(weight, rows[parts.index(part)])
         if part in self.pairs:
+            self._check_rows(name, weight, _row_count(config, layer, part))
             weight = _rows(weight, _halves(_heads(config, layer, part), weight.shape[0]))
         if part == "conv.taps":  # [channels, 1, taps] in a Conv1d
             weight = floats(weight).reshape(weight.shape[0], -1)
         return self._shifted(part, weight)
+
+    def _check_rows(self, name: str, weight: Weight, rows: int) -> None:
+        """Raises CheckpointError: of more rows than are taken, the wrong ones would be."""
+        if not weight.shape or weight.shape[0] != rows:
+            raise CheckpointError(
+                f"{self.stored(name)} has shape {tuple(weight.shape)}, expected {rows} rows from "
+                "the config; is this the right config for these weights?"
+            )
 
     def write(self, config: ModelConfig, state: Mapping[str, Array]) -> dict[str, Array]:
         """All of our tensors under their names and in their form: the inverse of :meth:`read`."""

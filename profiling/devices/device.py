@@ -153,8 +153,14 @@ class Device(ABC):
             'if [ -f "$f" ]; then sha256sum < "$f" && wc -c < "$f"; else echo -; echo 0; fi; done',
             timeout_s=600,
         ).split("\n")
-        digests = [output[2 * i].split()[0].strip("-") for i in range(len(paths))]
-        return [(digest, int(output[2 * i + 1])) for i, digest in enumerate(digests)]
+        try:
+            digests = [output[2 * i].split()[0].strip("-") for i in range(len(paths))]
+            return [(digest, int(output[2 * i + 1])) for i, digest in enumerate(digests)]
+        except (ValueError, IndexError):
+            raise DeviceError(
+                f"{self.name}: sha256sum answered {' '.join(output)!r:.200}, expected digests and "
+                "sizes; does its shell print more than it is asked for?"
+            ) from None
 
     def _send(self, local: Path, offset: int, part: str, progress: Callable[[int], None]) -> None:
         """Append to ``part`` what the file holds from ``offset`` on; 0 starts it anew."""

@@ -6,7 +6,7 @@ from pocketslm.errors import DeviceError
 from pocketslm.profiling.devices.device import Device
 from pocketslm.profiling.machine import Machine
 from pocketslm.profiling.sensors import cpufreq
-from pocketslm.profiling.sensors.tree import Tree, matching, parse, script
+from pocketslm.profiling.sensors.tree import Tree, matching, number, parse, script, whole
 
 FILES = (
     "/proc/cpuinfo",
@@ -66,14 +66,15 @@ def machine(tree: Tree, kind: str) -> Machine:
     """The record's fingerprint, of the text of FILES and COMMANDS."""
     arch = tree.get("$ uname -m", "")
     memory = tree.get("/proc/meminfo", "").split()
-    if not arch or memory[:1] != ["MemTotal:"]:
+    total = memory[1] if memory[:1] == ["MemTotal:"] and len(memory) > 1 else ""
+    if not arch or whole(total) is None:
         raise DeviceError(f"the {kind} device is no Linux or Android system: no /proc/meminfo")
-    cores = int(tree.get("$ nproc") or tree.get("/proc/cpuinfo", "").count("processor\t") or 1)
+    cores = number(tree, "$ nproc") or tree.get("/proc/cpuinfo", "").count("processor\t") or 1
     return Machine(
         cpu=_cpu(tree) or arch,
         cores=cores,
         arch=arch,
-        ram_bytes=int(memory[1]) * 1024,
+        ram_bytes=int(total) * 1024,
         os=_os(tree),
         kind=kind,
         product=_product(tree),
@@ -91,8 +92,7 @@ def _cpu(tree: Tree) -> str:
         name, _, value = (part.strip() for part in line.partition(":"))
         if name == "model name" and "rev " not in value:
             return value
-        if name == "CPU part":
-            part = int(value, 16)
+        if name == "CPU part" and (part := whole(value, 16)) is not None:
             core = _ARM_CORES.get(part, f"Arm part {part:#x}")
             counts[core] = counts.get(core, 0) + 1
     return " + ".join(f"{count}x {core}" for core, count in reversed(counts.items()))

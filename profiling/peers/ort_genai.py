@@ -13,6 +13,7 @@ import numpy as np
 
 from pocketslm.errors import BackendError
 from pocketslm.profiling.engine import Engine, Job, library_version, missing_library
+from pocketslm.profiling.peers import genai_builder
 
 _DISTRIBUTION = "onnxruntime-genai"
 
@@ -62,7 +63,7 @@ def _write_hf(source: Path, folder: Path) -> None:
 
 
 def _build(checkpoint: Path, out: Path, downloads: Path) -> None:
-    command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder"]
+    command = [sys.executable, "-P", "-m", genai_builder.__name__]
     command += ["-m", str(checkpoint), "-o", str(out), "-p", "int4", "-e", "cpu"]
     done = subprocess.run(
         [*command, "-c", str(downloads)],
@@ -82,15 +83,23 @@ def _build(checkpoint: Path, out: Path, downloads: Path) -> None:
         )
 
 
+def _window(folder: Path) -> int:
+    """Of the model's layers; 0 where none has one."""
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    found: int = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 0)
+    return found
+
+
 class _Engine:
     def __init__(self, job: Job) -> None:
         import onnxruntime_genai as og
 
         self.backend = "onnxruntime cpu"
         options = {"intra_op_num_threads": job.threads}
-        # One more than the cache holds: the token chosen last counts, though it is never run.
-        length = job.context + 1
         try:
+            # One more than the cache holds: the token chosen last counts, though it is never run.
+            # Its operator refuses a cache that is shorter than a layer's window.
+            length = max(job.context + 1, _window(Path(job.artefact)))
             config = og.Config(job.artefact)
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = og.Model(config)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pocketslm.errors import UsageError
 from pocketslm.profiling.machine import Cluster
-from pocketslm.profiling.sensors.tree import Tree, matching, number
+from pocketslm.profiling.sensors.tree import Tree, matching, number, whole
 
 _CPU = "/sys/devices/system/cpu/cpu"
 FILES = (
@@ -18,6 +18,7 @@ FILES = (
     "/sys/devices/system/cpu/possible",
 )
 _STATES = "stats/time_in_state"
+MOST_CPUS = 4096  # as many as Linux is built for
 
 
 def clusters(tree: Tree, cores: int) -> tuple[Cluster, ...]:
@@ -25,8 +26,10 @@ def clusters(tree: Tree, cores: int) -> tuple[Cluster, ...]:
 
     cores: how many there are, where the tree does not say. A symmetric machine has one cluster.
     """
-    possible = tree.get("/sys/devices/system/cpu/possible")
-    cpus = parse_cpus(possible) if possible else tuple(range(cores))
+    try:
+        cpus = parse_cpus(tree["/sys/devices/system/cpu/possible"])
+    except (KeyError, ValueError):
+        cpus = tuple(range(min(cores, MOST_CPUS)))
     groups: dict[tuple[int | None, int | None], list[int]] = {}
     for cpu in cpus:
         capacity = number(tree, f"{_CPU}{cpu}/cpu_capacity")
@@ -64,8 +67,12 @@ def _mean_khz(tree: Tree, before: Tree, path: str) -> int | None:
 
 def _states(text: str) -> dict[int, int]:
     """Ticks by kHz."""
-    lines = (line.split() for line in text.splitlines())
-    return {int(line[0]): int(line[1]) for line in lines if len(line) == 2}
+    lines = ([whole(word) for word in line.split()] for line in text.splitlines())
+    return {
+        line[0]: line[1]
+        for line in lines
+        if len(line) == 2 and line[0] is not None and line[1] is not None
+    }
 
 
 def polled_files(tree: Tree, machine_clusters: Sequence[Cluster]) -> list[str]:
@@ -116,7 +123,8 @@ def parse_cpus(text: str) -> tuple[int, ...]:
     cpus: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        cpus |= set(range(int(first), int(last if dash else first) + 1))
-    if not cpus or min(cpus) < 0:
-        raise ValueError(text)
+        low, high = int(first), int(last if dash else first)
+        if not 0 <= low <= high < MOST_CPUS:
+            raise ValueError(text)
+        cpus |= set(range(low, high + 1))
     return tuple(sorted(cpus))

@@ -175,8 +175,8 @@ def _pmic(tree: Tree) -> Source | None:
 
 def pmic_watts(text: str) -> float | None:
     """Of ``vcgencmd pmic_read_adc``: lines such as ``3V3_SYS_A current(1)=0.09A``."""
-    amperes = dict(re.findall(r"(\w+)_A current\(\d+\)=([\d.]+)A", text))
-    volts = dict(re.findall(r"(\w+)_V volt\(\d+\)=([\d.]+)V", text))
+    amperes = dict(re.findall(r"(\w+)_A current\(\d+\)=(\d{1,9}(?:\.\d+)?)A", text))
+    volts = dict(re.findall(r"(\w+)_V volt\(\d+\)=(\d{1,9}(?:\.\d+)?)V", text))
     rails = amperes.keys() & volts.keys()
     return sum(float(amperes[r]) * float(volts[r]) for r in rails) if rails else None
 
@@ -216,7 +216,9 @@ def _battery(tree: Tree) -> Source | None:
 def _dumpsys(tree: Tree) -> dict[str, int] | None:
     """``dumpsys battery``; the current is in it with some vendors only."""
     text = tree.get("$ dumpsys battery", "")
-    found = {name: int(value) for name, value in re.findall(r"^([\w ]+): (-?\d+)$", text, re.M)}
+    found = {
+        name: int(value) for name, value in re.findall(r"^([\w ]+): (-?\d{1,18})$", text, re.M)
+    }
     return found if {"current now", "voltage", "status"} <= found.keys() else None
 
 

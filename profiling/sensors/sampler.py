@@ -19,7 +19,7 @@ from pocketslm.profiling.devices.device import Device, watchdog
 from pocketslm.profiling.machine import Cluster
 from pocketslm.profiling.records import TracePoint
 from pocketslm.profiling.sensors import cpufreq, power, thermal
-from pocketslm.profiling.sensors.tree import Tree, parse, script
+from pocketslm.profiling.sensors.tree import Tree, parse, script, whole
 
 FILES = tuple(dict.fromkeys((*cpufreq.FILES, *thermal.FILES, *power.FILES)))
 COMMANDS = tuple(dict.fromkeys((*thermal.COMMANDS, *power.COMMANDS)))
@@ -70,7 +70,7 @@ class Sampler:
         self._statm = f"/proc/{pid}/statm" if pid else ""
         if pid:
             files.append(self._statm)
-        self._page = int(device.shell("getconf PAGESIZE 2>/dev/null || echo 4096"))
+        self._page = whole(device.shell("getconf PAGESIZE 2>/dev/null || echo 4096")) or 4096
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         poll = script(files, commands)
         self._shell = device.stream(

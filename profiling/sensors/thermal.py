@@ -40,12 +40,14 @@ def celsius(tree: Tree) -> dict[str, float]:
             label = tree.get(path.replace("_input", "_label"), "")
             name = f"{tree.get(f'{folder}/name', 'hwmon')} {label}".strip()
             _add(found, name, number(tree, path))
-    if match := re.search(r"temp=([\d.]+)'C", tree.get("$ vcgencmd measure_temp", "")):
+    if match := re.search(r"temp=(\d{1,9}(?:\.\d+)?)'C", tree.get("$ vcgencmd measure_temp", "")):
         found["vcgencmd"] = float(match[1])
-    if match := re.search(r"^temperature: (\d+)$", tree.get("$ dumpsys battery", ""), re.M):
+    if match := re.search(r"^temperature: (\d{1,9})$", tree.get("$ dumpsys battery", ""), re.M):
         found.setdefault("battery", int(match[1]) / 10)
     service = tree.get("$ dumpsys thermalservice", "").partition("Current temperatures from HAL")[2]
-    for match in re.finditer(r"Temperature\{mValue=([-\d.]+), mType=\d+, mName=([^,]+),", service):
+    for match in re.finditer(
+        r"Temperature\{mValue=(-?\d{1,9}(?:\.\d+)?), mType=\d+, mName=([^,]+),", service
+    ):
         if _COLDEST < float(match[1]) < _HOTTEST and float(match[1]):
             found.setdefault(match[2], float(match[1]))
     return found
@@ -72,10 +74,12 @@ def _add(found: dict[str, float], name: str, value: int | None) -> None:
 def throttle_reasons(tree: Tree) -> list[str]:
     """Why the system says that it holds performance back now; empty where it does not say so."""
     reasons = []
-    if match := re.search(r"throttled=0x([0-9a-fA-F]+)", tree.get("$ vcgencmd get_throttled", "")):
+    if match := re.search(
+        r"throttled=0x([0-9a-fA-F]{1,16})", tree.get("$ vcgencmd get_throttled", "")
+    ):
         bits = int(match[1], 16)
         reasons += [f"vcgencmd: {what}" for bit, what in _PI_NOW.items() if bits >> bit & 1]
-    if match := re.search(r"Thermal Status: (\d+)", tree.get("$ dumpsys thermalservice", "")):
+    if match := re.search(r"Thermal Status: (\d{1,9})", tree.get("$ dumpsys thermalservice", "")):
         status = int(match[1])
         if 2 <= status < len(_ANDROID_STATUS):
             reasons.append(f"thermalservice: {_ANDROID_STATUS[status]}")

@@ -57,7 +57,7 @@ def natural(path: str) -> list[tuple[int, str]]:
             digits += character
             continue
         if digits:
-            parts.append((int(digits), ""))
+            parts.append((int(digits[:100]), ""))
             digits = ""
         parts.append((-1, character))
     return parts
@@ -65,10 +65,16 @@ def natural(path: str) -> list[tuple[int, str]]:
 
 def number(tree: Tree, path: str) -> int | None:
     """A file that holds one integer; None where it is missing or holds something else."""
+    return whole(tree.get(path, ""))
+
+
+def whole(text: str, base: int = 10) -> int | None:
+    """The integer that a text is, as a device wrote it; None where it is none of 64 bits."""
     try:
-        return int(tree[path])
-    except (KeyError, ValueError):
+        value = int(text, base)
+    except ValueError:
         return None
+    return value if abs(value) < 1 << 64 else None
 
 
 def folders(paths: Iterable[str]) -> list[str]:

@@ -4,6 +4,9 @@ Every task is a generator of `Event`: pieces of text as they are made, and at la
 To stop one, set the ``threading.Event`` given as ``cancel``, from any thread: it ends with what it
 has, as finish "cancelled". Closing the generator stops it too.
 
+An answer begins with what the document says, which needs no model and is there at once. What the
+model says follows where its numbers, names and negations stand in what it read, else nothing does.
+
 Prompts begin with the document or its passages in their order, so that a model which keeps the
 KV cache of what it read does not read them again for the next task.
 """
@@ -13,7 +16,6 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -21,30 +23,34 @@ from pathlib import Path
 from typing import Any
 
 from pocketslm.errors import ContextOverflowError, UsageError
-from pocketslm.runtime.assistant.answer import Answer, Citation, Event, Finish, Progress, Task
-from pocketslm.runtime.assistant.citing import cite
-from pocketslm.runtime.assistant.document import Chunk, Document
-from pocketslm.runtime.assistant.prompts import prompt
-from pocketslm.runtime.assistant.retrieval import answers, search
+from pocketslm.runtime.assistant.answer import Answer, Citation, Event, Finish, Task
+from pocketslm.runtime.assistant.document import Document
+from pocketslm.runtime.assistant.meaning import Meanings
+from pocketslm.runtime.assistant.prompts import prompt, speaks
+from pocketslm.runtime.assistant.quoting import PASSAGES, Quotes, choose
+from pocketslm.runtime.assistant.retrieval import Hit, search
 from pocketslm.runtime.assistant.salience import (
-    common_names,
-    condense,
     is_answered,
+    is_prose,
     key_sentences,
     question_words,
+    questions_in,
 )
+from pocketslm.runtime.assistant.support import ground_of
 from pocketslm.runtime.assistant.words import sentences
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Record, TextModel
 
 SUGGESTIONS = 3
+KEY_SENTENCES = 5  # of a summary
 TRIES = 2  # questions asked for with one sentence
-NEW_TOKENS: dict[Task, int] = {"summarize": 160, "ask": 80, "suggest": 32, "rewrite": 320}
+NEW_TOKENS: dict[Task, int] = {"summarize": 120, "ask": 60, "suggest": 32, "rewrite": 320}
 # Of English; a part of a document is first taken to have the most, and counted then.
-CHARACTERS_A_TOKEN, MOST_CHARACTERS_A_TOKEN = 4, 8
+MOST_CHARACTERS_A_TOKEN = 8
 # Tokens left free, because texts joined may be more tokens than apart.
 JOINTS = 8
 LEAST_READ = 16
+ENDS = ".!?。！？"  # of sentences that were not cut
 QUOTE = 480  # characters of a sentence that a question is made of
 
 
@@ -56,7 +62,8 @@ def sample_document() -> Path:
 class Assistant:
     """A model that works on documents.
 
-    config: how to generate; its ``max_new_tokens`` overrides those of the tasks.
+    config: how to generate; its ``max_new_tokens`` overrides those of the tasks. meanings: the
+    vectors of the documents' library, to find by meaning as well; None finds by words only.
     """
 
     # Greedy, and slow to repeat itself: small models fall into loops. Words of the document are
@@ -67,82 +74,135 @@ class Assistant:
     # A small model reads this many tokens of a document well; of a longer one it gets passages.
     READ_TOKENS = 1200
     PASSAGES = 3
-    # A document of more parts than this is cut to its telling sentences before it is summarised.
-    MOST_PARTS = 12
 
-    def __init__(self, model: TextModel, config: GenerationConfig = DEFAULTS) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: TextModel,
+        config: GenerationConfig = DEFAULTS,
+        meanings: Meanings | None = None,
+    ) -> None:
+        self.model, self.config, self.meanings = model, config, meanings
 
     def summarize(
         self, document: Document, cancel: threading.Event | None = None
     ) -> Iterator[Event]:
-        """What the document says, in a few sentences; of a long one, by summaries of its parts."""
+        """The document's key sentences, then what of the model's summary of them they support.
+
+        Of a table, a log or code, which nobody can summarise as prose, what it is and how it
+        begins.
+        """
         run = _Run(self, "summarize", cancel=cancel)
-        budget = self._budget("summarize", self._prompt("combine"))
-        most = self.MOST_PARTS * budget * CHARACTERS_A_TOKEN
-        text = document.text if len(document.text) <= most else condense(document, most)
-        name = "summarize"
-        while len(parts := self._parts(text, budget)) > 1 and not run.cancelled():
-            notes = []
-            for done, part in enumerate(parts):
-                yield Progress(done, len(parts) + 1)
-                notes.append(run.take(self._ids(part, self._prompt(name))))
-            shorter = "\n".join(notes)
-            # Where a model's notes are as long as what it read, half of them must do.
-            text = shorter if len(shorter) < len(text) // 2 else shorter[: len(text) // 2]
-            name = "combine"
-        yield from run.pieces(self._ids(parts[0], self._prompt(name)))
-        yield run.answer(citations=self._sources(document, run.text))
+        prose = is_prose(document)
+        spans = key_sentences(document, KEY_SENTENCES) if prose else _first(document)
+        citations = tuple(self._citation(document, *span) for span in sorted(spans))
+        lead = self._prompt("key" if prose else "begins", document.language)
+        quotes = [_line(document.text[c.start : c.end]) for c in citations]
+        yield run.add("\n".join([lead, *(f"- {quote}" for quote in quotes)]))
+        if prose and speaks(self.model.name, document.language) and not run.cancelled():
+            read = self._parts(
+                "\n".join(quotes), self._budget("summarize", self._prompt("summarize"))
+            )
+            said = run.take(self._ids(read[0], self._prompt("summarize")))
+            kept = [
+                said[a:b]
+                for a, b in sentences(said)
+                if said[b - 1] in ENDS
+                and ground_of(said[a:b], quotes, "", document.language) is not None
+            ]
+            if kept:
+                yield run.says(self._prompt("own", document.language), " ".join(kept))
+        yield run.answer(citations=citations)
 
     def ask(
-        self, document: Document, question: str, cancel: threading.Event | None = None
+        self,
+        documents: Document | Sequence[Document],
+        question: str,
+        cancel: threading.Event | None = None,
     ) -> Iterator[Event]:
-        """An answer with the passages it rests on; found=False where the document has none."""
+        """What a document, or several of one library, say to a question.
+
+        First the sentences that answer it, with title, page and heading; then the model's own
+        sentence where it is supported. Where nothing answers it, that is said, with the nearest
+        sentences, found is False and the model is not asked.
+        """
         if not (question := " ".join(question.split())):
             raise UsageError("the question is empty")
         run = _Run(self, "ask", question, cancel)
-        hits = search(document, question, self.PASSAGES)
-        if not answers(document, question, hits):
-            yield (text := self._prompt("not-found"))
-            yield run.answer(text=text, found=False)
+        shelf = [documents] if isinstance(documents, Document) else list(documents)
+        hits, quotes = self.find(shelf, question)
+        of = {document.id: document for document in shelf}
+        first = of[quotes.citations[0].document] if quotes.citations else next(iter(shelf), None)
+        language = first.language if first else ""
+        by_meaning = any(hit.likeness is not None for hit in hits)
+        run.answers(by_meaning=by_meaning, found=quotes.found)
+        if not quotes.citations:
+            yield run.add(self._prompt("not-found", language))
+            yield run.answer()
             return
-        found = [hit.chunk for hit in hits]
-        request = self._request("ask", question=question)
-        begin = self._prompt("ask-begin")
-        text, chunks = self._context(document, found, request, begin)
-        ids = self._ids(text, request, begin=begin)
-        yield from run.pieces(ids, stop=("\n",), capital=True)
-        yield run.answer(citations=cite(document, chunks, run.text, question))
+        citations = quotes.citations
+        lead = self._prompt("says" if quotes.found else "nearest", language)
+        lines = [
+            quoted(of[citation.document], citation, named=len(shelf) > 1)
+            for citation in quotes.citations
+        ]
+        yield run.add("\n".join([lead, *lines]))
+        if quotes.found and speaks(self.model.name, language) and not run.cancelled():
+            request, begin = self._request("ask", question=question), self._prompt("ask-begin")
+            text = self._context(shelf, hits, request, begin)
+            said = run.take(self._ids(text, request, begin=begin), capital=True)
+            own = next((said[a:b] for a, b in sentences(said)), "")
+            grounds = [of[c.document].text[c.start : c.end] for c in quotes.grounds]
+            at = ground_of(own, grounds, question, language)
+            if at is not None and own[-1] in ENDS:
+                if all(quotes.grounds[at].start != c.start for c in citations):
+                    citations = (*citations, quotes.grounds[at])
+                    ground = quotes.grounds[at]
+                    line = quoted(of[ground.document], ground, named=len(shelf) > 1)
+                    yield run.add(f"\n{line}")
+                yield run.says(self._prompt("own", language), own)
+        yield run.answer(citations=citations)
+
+    def find(self, shelf: Sequence[Document], question: str) -> tuple[list[Hit], Quotes]:
+        """The passages and sentences that answer a question, without the model."""
+        hits = search(shelf, question, PASSAGES, meanings=self.meanings)
+        return hits, choose(hits, question, sum(len(document.chunks) for document in shelf))
 
     def suggest(self, document: Document, cancel: threading.Event | None = None) -> Iterator[Event]:
-        """Three questions that the document answers; ``items`` are always three.
+        """At most three questions that the assistant itself answers with the sentence that each
+        came from; none where there are none.
 
-        Each is made of one telling sentence, and kept if its passage holds its words. Where too
-        few remain, questions that need no model take their place.
+        Questions that the document itself asks come first, then those that the model makes of
+        telling sentences.
         """
         run = _Run(self, "suggest", cancel=cancel)
         items: dict[str, Citation] = {}  # by the question
-        used: Counter[str] = Counter()  # question words of the items
-        for start, end in key_sentences(document, 2 * SUGGESTIONS):
-            sentence = " ".join(document.text[start:end].split())
-            chunk = next(chunk for chunk in document.chunks if chunk.start <= start < chunk.end)
-            for begin in sorted(question_words(sentence), key=used.__getitem__)[:TRIES]:
-                if len(items) == SUGGESTIONS or run.cancelled():
-                    break
-                question = f"{begin} {self._question(run, sentence, begin)}?"
-                if is_answered(question, document.passage(chunk)) and question not in items:
-                    items[question] = Citation(chunk.index, start, end)
-                    used[begin] += 1
-                    yield f"{len(items)}. {question}\n"
-                    break
-        for question, citation in self._plain_questions(document):
-            if len(items) == SUGGESTIONS:
-                break
-            if question not in items:
-                items[question] = citation
-                yield f"{len(items)}. {question}\n"
-        text = "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
-        yield run.answer(text=text, items=tuple(items), citations=tuple(items.values()))
+
+        def take(question: str, start: int, end: int) -> Iterator[str]:
+            if len(items) == SUGGESTIONS or question in items:
+                return
+            _, quotes = self.find([document], question)
+            first = quotes.citations[0] if quotes.found else None
+            if first and first.start < end and first.end > start:
+                items[question] = first
+                yield run.add(f"{len(items)}. {question}\n")
+
+        for question, start, end in questions_in(document):
+            yield from take(question, start, end)
+        if speaks(self.model.name, document.language) and is_prose(document):
+            for start, end in key_sentences(document, 3 * SUGGESTIONS):
+                sentence = _line(document.text[start:end])
+                for begin in question_words(sentence)[:TRIES]:
+                    if len(items) == SUGGESTIONS or run.cancelled():
+                        break
+                    question = f"{begin} {self._question(run, sentence, begin)}?"
+                    if is_answered(question, sentence, document.language):
+                        before = len(items)
+                        yield from take(question, start, end)
+                        if len(items) > before:
+                            break
+        if not items:
+            yield run.add(self._prompt("no-questions", document.language))
+        yield run.answer(items=tuple(items), citations=tuple(items.values()), found=bool(items))
 
     def rewrite(
         self,
@@ -158,44 +218,27 @@ class Assistant:
         if not self._fits(passage, self._budget("rewrite", request)):
             raise ContextOverflowError("the passage is too long to rewrite at once; take a part")
         yield from run.pieces(self._ids(passage, request, frame="passage"))
-        yield run.answer()
+        yield run.answer(own=run.text.strip())
+
+    def _citation(self, document: Document, start: int, end: int) -> Citation:
+        chunk = next(chunk for chunk in document.chunks if chunk.start <= start < chunk.end)
+        return Citation(chunk.index, start, end, document.id)
 
     def _context(
-        self, document: Document, chunks: Sequence[Chunk], request: str, begin: str
-    ) -> tuple[str, Sequence[Chunk]]:
-        """What of the document goes into the prompt: all of a short one, else the first of these
-        chunks that fit, in the document's order."""
+        self, shelf: Sequence[Document], hits: Sequence[Hit], request: str, begin: str
+    ) -> str:
+        """What goes into the prompt: all of a short document, else the first passages that fit."""
         budget = self._budget("ask", request, begin)
-        if self._fits(document.text, budget):
-            return document.text, document.chunks
-        kept: list[Chunk] = []
-        for chunk in chunks:
-            more = sorted([*kept, chunk], key=lambda chunk: chunk.index)
-            if not self._fits(_join(document, more), budget):
+        if len(shelf) == 1 and self._fits(shelf[0].text, budget):
+            return shelf[0].text
+        kept: list[Hit] = []
+        for hit in hits[: self.PASSAGES]:
+            more = sorted([*kept, hit], key=lambda hit: (hit.document.id, hit.chunk.index))
+            if not self._fits(_join(more), budget):
                 break
             kept = more
-        if not kept:  # even one is too long for a tiny context
-            return self._parts(document.passage(chunks[0]), budget)[0], chunks[:1]
-        return _join(document, kept), kept
-
-    def _sources(self, document: Document, summary: str) -> tuple[Citation, ...]:
-        """For each sentence of a summary the one that it rests on most."""
-        found: dict[Citation, None] = {}
-        for start, end in sentences(summary):
-            sentence = summary[start:end]
-            hits = search(document, sentence, self.PASSAGES)
-            for citation in cite(document, [hit.chunk for hit in hits], sentence)[:1]:
-                found[citation] = None
-        return tuple(found)
-
-    def _plain_questions(self, document: Document) -> Iterator[tuple[str, Citation]]:
-        """Questions that need no model: about the commonest names, or about any document."""
-        start = document.chunks[0]
-        for name, (chunk, at) in common_names(document, SUGGESTIONS).items():
-            question = self._request("suggest-name", name=name)
-            yield question, Citation(chunk.index, at, at + len(name))
-        for question in self._prompt("suggest-any").splitlines():
-            yield question, Citation(start.index, start.start, start.end)
+        # Even one may be too long for a tiny context.
+        return _join(kept) if kept else self._parts(_join(hits[:1]), budget)[0]
 
     def _question(self, run: _Run, sentence: str, begin: str) -> str:
         """The rest of a question that a sentence answers."""
@@ -260,12 +303,34 @@ class Assistant:
         """A prompt with its {names} filled in; braces in the values stay what they are."""
         return re.sub(r"\{(\w+)\}", lambda found: values[found[1]], self._prompt(name))
 
-    def _prompt(self, name: str) -> str:
-        return prompt(name, self.model.name)
+    def _prompt(self, name: str, language: str = "") -> str:
+        return prompt(name, self.model.name, language)
 
 
-def _join(document: Document, chunks: Sequence[Chunk]) -> str:
-    return "\n\n".join(document.passage(chunk) for chunk in chunks)
+def quoted(document: Document, citation: Citation, *, named: bool = False) -> str:
+    """A cited passage on one line, with its page and heading, and its document's title if named."""
+    chunk = document.chunks[citation.chunk]
+    where = (
+        document.title if named else "",
+        f"page {chunk.page}" if chunk.page else "",
+        chunk.heading,
+    )
+    place = ", ".join(filter(None, where))
+    quote = f"“{_line(document.text[citation.start : citation.end])}”"
+    return f"{quote} ({place})" if place else quote
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _first(document: Document) -> list[tuple[int, int]]:
+    """The first lines of a document."""
+    return sentences(document.text[: document.chunks[0].end])[:KEY_SENTENCES]
+
+
+def _join(hits: Sequence[Hit]) -> str:
+    return "\n\n".join(hit.document.passage(hit.chunk) for hit in hits)
 
 
 class _Run:
@@ -286,6 +351,20 @@ class _Run:
 
     def cancelled(self) -> bool:
         return self._cancel.is_set()
+
+    def add(self, text: str) -> str:
+        """Text of the answer that no model made."""
+        self.text += text
+        return text
+
+    def says(self, lead: str, own: str) -> str:
+        """The model's own words, under a line that says whose they are."""
+        self.answers(own=own)
+        return self.add(f"\n\n{lead} {own}")
+
+    def answers(self, **changes: Any) -> None:
+        """What the answer will say."""
+        self._answer = replace(self._answer, **changes)
 
     def pieces(
         self, ids: Sequence[int], stop: tuple[str, ...] = (), *, capital: bool = False
@@ -331,11 +410,12 @@ class _Run:
             decode_tps=(len(seen) - 1) / seconds if seconds else None,
         )
 
-    def take(self, ids: Sequence[int], stop: tuple[str, ...] = ()) -> str:
-        """Generate a text of its own, which is no part of the answer."""
-        for _ in self.pieces(ids, stop):
+    def take(self, ids: Sequence[int], stop: tuple[str, ...] = (), *, capital: bool = False) -> str:
+        """Generate a text of its own, which is no part of the answer yet."""
+        before, self.text = self.text, ""
+        for _ in self.pieces(ids, stop, capital=capital):
             pass
-        text, self.text = self.text.strip(), ""
+        text, self.text = self.text.strip(), before
         return text
 
     def answer(self, **changes: Any) -> Answer:

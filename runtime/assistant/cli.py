@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocketslm.errors import UsageError
+from pocketslm.errors import DocumentError, PocketSlmError, UsageError
 from pocketslm.runtime.cli import add_generation, generation_config, load
 from pocketslm.terminal import (
     Commands,
@@ -24,15 +24,19 @@ from pocketslm.terminal import (
     say,
     show,
 )
+from pocketslm.terminal import Progress as ProgressLine
 
 if TYPE_CHECKING:
-    from pocketslm.runtime.assistant.answer import Answer, Citation, Event
+    from pocketslm.runtime.assistant.answer import Answer, Event
     from pocketslm.runtime.assistant.assistant import Assistant
     from pocketslm.runtime.assistant.document import Document, Source
     from pocketslm.runtime.assistant.library import Library
+    from pocketslm.runtime.assistant.meaning import Meanings
+    from pocketslm.runtime.model import Model
 
-    Start = Callable[[Assistant, Document, threading.Event], Iterator[Event]]
+    Start = Callable[[Assistant, Sequence[Document], threading.Event], Iterator[Event]]
 
+_EMBEDDINGS = "embeddings"  # the library's setting: the bundle of its model of embeddings
 LIBRARY_VARIABLE = "POCKETSLM_DOCUMENTS"
 LIBRARY_DEFAULT = "~/.local/share/pocketslm/documents.db"
 
@@ -42,7 +46,8 @@ def add_commands(commands: Commands) -> None:
     parser = documents.add(
         "add",
         _add,
-        "add documents to the library (txt, md, html, pdf, docx, epub)",
+        "add documents to the library (txt md html pdf docx odt rtf pptx xlsx csv eml mbox epub, "
+        "logs and code)",
         "pocketslm doc add report.pdf notes.md",
     )
     parser.add_argument("file", nargs="+", help='a file, or "-" for text on standard input')
@@ -51,9 +56,33 @@ def add_commands(commands: Commands) -> None:
     parser = documents.add("list", _list, "list the library", "pocketslm doc list --json")
     _add_library(parser)
     parser = documents.add(
+        "show", _show_text, "print the text of a document", "pocketslm doc show 3 --page 12"
+    )
+    parser.add_argument("document", help="its number or title in `doc list`")
+    parser.add_argument("--page", type=int, help="this page only")
+    _add_library(parser)
+    parser = documents.add(
+        "history",
+        _history,
+        "print what was asked about a document, or about all of them together",
+        "pocketslm doc history 3",
+    )
+    parser.add_argument("document", nargs="?", help="its number or title (default: all together)")
+    _add_library(parser)
+    parser = documents.add(
         "remove", _remove, "remove documents with their history", "pocketslm doc remove 3"
     )
-    parser.add_argument("document", nargs="+", type=int, help="its number in `doc list`")
+    parser.add_argument("document", nargs="+", help="its number or title in `doc list`")
+    _add_library(parser)
+    parser = documents.add(
+        "meaning",
+        _meaning,
+        "find by meaning too: read the library with a model of embeddings, now and whenever a "
+        "document is added",
+        "pocketslm doc meaning out/minilm",
+    )
+    parser.add_argument("bundle", nargs="?", type=Path, help="a bundle of such a model")
+    parser.add_argument("--off", action="store_true", help="find by words only")
     _add_library(parser)
 
     parser = documents.add(
@@ -66,15 +95,15 @@ def add_commands(commands: Commands) -> None:
     parser = documents.add(
         "ask",
         _ask,
-        "answer questions about a document, the second without reading it again",
-        'pocketslm doc ask out/smollm2 "Who wrote it?" "When?" --document report.pdf',
+        "answer questions from all documents of the library, or from one",
+        'pocketslm doc ask out/smollm2 "Who wrote the report?" "When?" --document report.pdf',
     )
     _add_task(parser)
     parser.add_argument("question", nargs="+")
     parser = documents.add(
         "suggest",
         _suggest,
-        "suggest three questions that a document answers",
+        "suggest questions that a document answers",
         "pocketslm doc suggest out/smollm2 --document report.pdf",
     )
     _add_task(parser)
@@ -104,7 +133,8 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
         "--document",
-        help='a file, "-" for text on standard input, or a number of `doc list` (default: a '
+        help='a file, "-" for text on standard input, or a number or title of `doc list` '
+        "(default: `ask` asks all of the library, others take the newest; of an empty one a "
         "sample)",
     )
     _add_library(parser)
@@ -114,13 +144,104 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
 def _add(arguments: argparse.Namespace) -> None:
     if len(arguments.file) > 1:
         refuse(arguments, "for several files", "title")
+    failed = []
     with _library(arguments) as library:
         for file in arguments.file:
-            document = library.add(_read(file))
+            try:
+                source = _read(file)
+            except DocumentError as error:
+                failed.append(str(error))
+                continue
+            before = {entry.id for entry in library.entries()}
+            document = library.add(source)
             if arguments.title:
                 library.rename(document.id, arguments.title)
             title, size = arguments.title or document.title, len(document.text)
-            say(f"{document.id}: {title}, {size} characters")
+            there = ", was there already" if document.id in before else ""
+            say(f"{document.id}: {title}, {size} characters{there}")
+        if meanings := _meanings(library):
+            _index(meanings)
+    if failed:
+        raise DocumentError("; ".join(failed))
+
+
+def _meaning(arguments: argparse.Namespace) -> None:
+    with _library(arguments) as library:
+        if arguments.off:
+            library.set(_EMBEDDINGS, "")
+            library.forget_meanings()
+            return
+        if arguments.bundle is not None:
+            _embedder(arguments.bundle)  # is it one?
+            library.set(_EMBEDDINGS, str(arguments.bundle.expanduser().resolve()))
+        meanings = _meanings(library)
+        if meanings is None:
+            raise UsageError("the library finds by words only; name a bundle such as out/minilm")
+        _index(meanings)
+        say(f"found by words and by meaning ({meanings.name})")
+
+
+def _index(meanings: Meanings) -> None:
+    """Read what was not read yet; Ctrl-C ends it and keeps what there is."""
+    cancel = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
+    try:
+        with ProgressLine() as progress:
+            for step in meanings.index(cancel=cancel):
+                progress("meaning", step.done / step.total)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if cancel.is_set():
+        say("stopped; what is missing is read the next time")
+
+
+def _embedder(bundle: Path) -> Model:
+    from pocketslm.runtime.model import Model
+
+    model = Model.load(bundle, verify=False)
+    config = model.bundle.config
+    if config is None or config.pooling is None:
+        raise UsageError(
+            f"{model.name} generates text and has no embeddings; export all-minilm-l6-v2"
+        )
+    return model
+
+
+def _meanings(library: Library) -> Meanings | None:
+    """By the library's model of embeddings; None, and a line why, where it cannot be used."""
+    from pocketslm.runtime.assistant.meaning import Meanings
+
+    if not (path := library.setting(_EMBEDDINGS)):
+        return None
+    try:
+        return Meanings(library, _embedder(Path(path)), Path(path).name)
+    except PocketSlmError as error:
+        say(f"found by words only: {error}")
+        return None
+
+
+def _show_text(arguments: argparse.Namespace) -> None:
+    with _library(arguments) as library:
+        document = library.find(arguments.document)
+    chunks = [c for c in document.chunks if arguments.page in (None, c.page)]
+    if not chunks:
+        raise UsageError(f"{document.title} has no page {arguments.page}")
+    text = document.text[chunks[0].start : chunks[-1].end]
+    if arguments.json:
+        print_json({"document": document.id, "title": document.title, "text": text})
+    else:
+        show(text)
+
+
+def _history(arguments: argparse.Namespace) -> None:
+    with _library(arguments) as library:
+        number = library.find(arguments.document).id if arguments.document else None
+        asked = library.history(number)
+    if arguments.json:
+        print_json([asdict(one) for one in asked])
+        return
+    for one in asked:
+        show(f"{one.time}  {one.answer.task}  {one.answer.request}\n{one.answer.text}\n")
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -139,58 +260,85 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _remove(arguments: argparse.Namespace) -> None:
     with _library(arguments) as library:
-        for document in arguments.document:
-            library.remove(document)
+        for name in arguments.document:
+            document = library.find(name)
+            library.remove(document.id)
+            say(f"removed {document.id}: {document.title}")
 
 
 def _summarize(arguments: argparse.Namespace) -> None:
-    _work(arguments, lambda assistant, document, cancel: assistant.summarize(document, cancel))
+    _work(arguments, lambda assistant, shelf, cancel: assistant.summarize(shelf[0], cancel))
 
 
 def _suggest(arguments: argparse.Namespace) -> None:
-    _work(arguments, lambda assistant, document, cancel: assistant.suggest(document, cancel))
+    _work(arguments, lambda assistant, shelf, cancel: assistant.suggest(shelf[0], cancel))
 
 
 def _ask(arguments: argparse.Namespace) -> None:
     def ask(question: str) -> Start:
         def start(
-            assistant: Assistant, document: Document, cancel: threading.Event
+            assistant: Assistant, shelf: Sequence[Document], cancel: threading.Event
         ) -> Iterator[Event]:
             say(f"> {question}")
-            return assistant.ask(document, question, cancel)
+            return assistant.ask(shelf, question, cancel)
 
         return start
 
-    _work(arguments, *map(ask, arguments.question))
+    _work(arguments, *map(ask, arguments.question), whole=True)
 
 
 def _rewrite(arguments: argparse.Namespace) -> None:
     passage = read_input("a passage") if arguments.passage == "-" else arguments.passage
     assistant, cancel = _assistant(arguments), threading.Event()
     events = assistant.rewrite(passage, arguments.instruction, cancel)
-    _show(arguments, assistant, events, cancel)
+    answer = _show(arguments, assistant, events, cancel)
+    if arguments.json:
+        print_json(_as_dict(assistant, answer, []))
 
 
-def _work(arguments: argparse.Namespace, *tasks: Start) -> None:
-    """Run tasks on a document; what is asked of one in the library is remembered there."""
+def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> None:
+    """Run tasks on a document or, if ``whole``, on all of the library; what is asked of the library
+    is remembered there."""
     from pocketslm.runtime.assistant.assistant import sample_document
     from pocketslm.runtime.assistant.library import Library
 
-    which = arguments.document or str(sample_document())
-    kept = which.isdecimal() and not Path(which).exists()
-    if not kept:
+    which = arguments.document
+    apart = which is not None and (which == "-" or Path(which).exists())
+    if apart:
         refuse(arguments, "with a document that is not in it", "library")
-    with _library(arguments) if kept else Library(":memory:") as library:
-        document = library.open(int(which)) if kept else library.add(_read(which))
-        assistant, cancel = _assistant(arguments), threading.Event()
-        for task in tasks:
-            answer = _show(
-                arguments, assistant, task(assistant, document, cancel), cancel, document
-            )
-            if kept:
-                library.remember(document.id, answer)
-            if cancel.is_set():
-                return
+    answers = []
+    # Without a document a library that is not there is not made either.
+    bare = which is None and not _place(arguments).exists()
+    with Library(":memory:") if apart or bare else _library(arguments) as library:
+        if apart:
+            shelf = [library.add(_read(which))]
+        elif which is not None:
+            shelf = [library.find(which)]
+        else:
+            shelf = [library.open(entry.id) for entry in library.entries()]
+        kept: int | None = shelf[0].id if shelf else None
+        if which is None and whole and len(shelf) > 1:
+            kept = None
+            say(f"in: {len(shelf)} documents")
+        elif which is None and shelf:
+            shelf = shelf[:1]
+            say(f"in: {shelf[0].title}")
+        with Library(":memory:") as aside:
+            if not shelf:
+                shelf, apart = [aside.add(sample_document())], True
+                say("in: a sample document; `doc add FILE` adds yours")
+            assistant, cancel = _assistant(arguments), threading.Event()
+            assistant.meanings = None if apart else _meanings(library)
+            for task in tasks:
+                events = task(assistant, shelf, cancel)
+                answer = _show(arguments, assistant, events, cancel, shelf)
+                answers.append(_as_dict(assistant, answer, shelf))
+                if not apart:
+                    library.remember(kept, answer)
+                if cancel.is_set():
+                    break
+    if arguments.json:
+        print_json(answers if whole else answers[0])
 
 
 def _show(
@@ -198,10 +346,11 @@ def _show(
     assistant: Assistant,
     events: Iterator[Event],
     cancel: threading.Event,
-    document: Document | None = None,
+    shelf: Sequence[Document] = (),
 ) -> Answer:
-    """Print an answer as it comes, or as JSON; Ctrl-C sets ``cancel`` and keeps what there is."""
+    """Print an answer as it comes, unless as JSON; Ctrl-C sets ``cancel`` and keeps the rest."""
     from pocketslm.runtime.assistant.answer import Answer, Progress
+    from pocketslm.runtime.assistant.assistant import quoted
 
     def stop(*_: object) -> None:
         if cancel.is_set():
@@ -213,34 +362,46 @@ def _show(
         for event in events:
             if isinstance(event, Answer):
                 answer = event
-            elif isinstance(event, Progress):
-                say(f"part {event.done + 1} of {event.total}")
-            elif not arguments.json:
+            elif not isinstance(event, Progress) and not arguments.json:
                 show(event, end="")
     finally:
         signal.signal(signal.SIGINT, before)
     if arguments.json:
-        print_json(asdict(answer) | {"backend": assistant.model.backend})
         return answer
     show("")
-    if document:
+    if answer.task in ("summarize", "suggest"):
         for citation in answer.citations:
-            say(f"  {_quoted(document, citation)}")
-    speed = f", {answer.decode_tps:.1f} tok/s" if answer.decode_tps else ""
-    say(
-        f"[{assistant.model.backend}: {answer.new_tokens} tokens, TTFT {answer.ttft_ms:.0f} ms"
-        f"{speed}, finish: {answer.finish}]"
-    )
+            say(f"  {quoted(shelf[0], citation)}")
+    if shelf and not answer.citations:
+        say("  (nothing in the document is cited)")
+    notes = []
+    if answer.task == "ask":
+        notes.append("found by words and meaning" if answer.by_meaning else "found by words")
+    if answer.new_tokens:
+        speed = f", {answer.decode_tps:.1f} tok/s" if answer.decode_tps else ""
+        notes.append(
+            f"{assistant.model.backend}: {answer.new_tokens} tokens, TTFT "
+            f"{answer.ttft_ms:.0f} ms{speed}, finish: {answer.finish}"
+        )
+    if notes:
+        say(f"[{'; '.join(notes)}]")
     return answer
 
 
-def _quoted(document: Document, citation: Citation) -> str:
-    """A cited passage on one line, with its page and heading."""
-    chunk = document.chunks[citation.chunk]
-    quote = " ".join(document.text[citation.start : citation.end].split())
-    return ", ".join(
-        filter(None, (f'"{quote}"', f"page {chunk.page}" if chunk.page else "", chunk.heading))
-    )
+def _as_dict(assistant: Assistant, answer: Answer, shelf: Sequence[Document]) -> dict[str, object]:
+    """An answer with the text, page, heading and title of each citation."""
+    of = {document.id: document for document in shelf}
+    data = asdict(answer) | {"backend": assistant.model.backend}
+    for cited, citation in zip(data["citations"], answer.citations, strict=True):
+        document = of[citation.document]
+        chunk = document.chunks[citation.chunk]
+        cited |= {
+            "quote": document.text[citation.start : citation.end],
+            "page": chunk.page,
+            "heading": chunk.heading,
+            "title": document.title,
+        }
+    return data
 
 
 def _assistant(arguments: argparse.Namespace) -> Assistant:
@@ -254,8 +415,13 @@ def _assistant(arguments: argparse.Namespace) -> Assistant:
 def _library(arguments: argparse.Namespace) -> Library:
     from pocketslm.runtime.assistant.library import Library
 
-    path = arguments.library or Path(os.environ.get(LIBRARY_VARIABLE) or LIBRARY_DEFAULT)
-    return Library(path.expanduser())
+    return Library(_place(arguments))
+
+
+def _place(arguments: argparse.Namespace) -> Path:
+    """Where the library is."""
+    path: Path = arguments.library or Path(os.environ.get(LIBRARY_VARIABLE) or LIBRARY_DEFAULT)
+    return path.expanduser()
 
 
 def _read(file: str) -> Source:

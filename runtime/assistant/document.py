@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from pocketslm.runtime.assistant.language import detect
 from pocketslm.runtime.assistant.words import each_sentence
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ class Source:
     text: str
     chunks: tuple[Chunk, ...]
     pages: int | None
+    language: str
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document of a library; ``id`` is its number there, ``added`` an ISO time, UTC."""
+    """A document of a library; ``id`` is its number there, ``added`` an ISO time, UTC,
+    ``language`` a code of ISO 639-1, or "" where it is not known."""
 
     id: int
     title: str
@@ -57,6 +60,7 @@ class Document:
     text: str
     chunks: tuple[Chunk, ...]
     pages: int | None
+    language: str
     library: Library
 
     def passage(self, chunk: Chunk) -> str:
@@ -103,7 +107,8 @@ def make_source(title: str, kind: str, blocks: Iterable[Block]) -> Source:
         parts.append(text)
         at += len(text) + 2
     close()
-    return Source(title, kind, "\n\n".join(parts), tuple(chunks), page)
+    text = "\n\n".join(parts)
+    return Source(title, kind, text, tuple(chunks), page, detect(text))
 
 
 def _pieces(text: str) -> Iterator[tuple[int, int]]:

@@ -24,12 +24,16 @@ from typing import Any
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.answer import Answer, Citation
 from pocketslm.runtime.assistant.document import Chunk, Document, Source
+from pocketslm.runtime.assistant.language import detect
 from pocketslm.runtime.assistant.readers import read_file
 from pocketslm.runtime.assistant.words import words
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# What sqlite3 raises of a damaged file, or of one that is full or locked: also where the name of a
+# table is no UTF-8, which it puts into its message.
+_DAMAGE = (sqlite3.Error, UnicodeError)
 _APPLICATION_ID = 0x70736C6D  # "pslm"
-_SCHEMA = f"""
+_SCHEMA = """
 CREATE TABLE documents (
     id INTEGER PRIMARY KEY,
     title TEXT NOT NULL,
@@ -37,7 +41,8 @@ CREATE TABLE documents (
     added TEXT NOT NULL,
     sha256 TEXT NOT NULL UNIQUE,
     pages INTEGER,
-    text TEXT NOT NULL
+    text TEXT NOT NULL,
+    language TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE chunks (
     document INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
@@ -59,15 +64,24 @@ CREATE TABLE postings (
     PRIMARY KEY (document, term, chunk)
 ) WITHOUT ROWID;
 CREATE INDEX names ON postings (document, chunk) WHERE named;
+"""
+# What a library of version 1 lacks. An answer without a document was asked of all of them.
+_SCHEMA_2 = """
 CREATE TABLE history (
     id INTEGER PRIMARY KEY,
-    document INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+    document INTEGER REFERENCES documents ON DELETE CASCADE,
     asked TEXT NOT NULL,
     answer TEXT NOT NULL
 );
 CREATE INDEX history_of ON history (document);
-PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
+-- What a chunk and each of its sentences mean: bytes with a factor, see `meaning`.
+CREATE TABLE meanings (
+    document INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+    chunk INTEGER NOT NULL,
+    vectors BLOB NOT NULL,
+    PRIMARY KEY (document, chunk)
+) WITHOUT ROWID;
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -115,7 +129,7 @@ class Library:
             except BaseException:
                 self._database.close()
                 raise
-        except (sqlite3.DatabaseError, OSError) as error:
+        except (*_DAMAGE, OSError) as error:
             raise DocumentError(f"{self.path} cannot be used as a library: {error}") from None
 
     def _prepare(self) -> None:
@@ -135,8 +149,33 @@ class Library:
             if tables and application != _APPLICATION_ID:
                 raise DocumentError(f"{self.path} is a database, but no library of pocketslm")
             if not tables:
-                for statement in _SCHEMA.split(";\n"):
-                    run(statement)
+                self._script(_SCHEMA + _SCHEMA_2)
+            elif version < SCHEMA_VERSION:
+                self._renew()
+            if version < SCHEMA_VERSION:
+                run(f"PRAGMA application_id = {_APPLICATION_ID}")
+                run(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _script(self, statements: str) -> None:
+        for statement in statements.split(";\n"):
+            self._database.execute(statement)
+
+    def _renew(self) -> None:
+        """A library of version 1: its documents get a language, and an index in its stems."""
+        run = self._database.execute
+        run("ALTER TABLE documents ADD COLUMN language TEXT NOT NULL DEFAULT ''")
+        run("ALTER TABLE history RENAME TO old_history")
+        run("DROP INDEX history_of")
+        self._script(_SCHEMA_2)
+        run("INSERT INTO history SELECT id, document, asked, answer FROM old_history")
+        run("DROP TABLE old_history")
+        run("DELETE FROM postings")
+        for (number,) in run("SELECT id FROM documents").fetchall():
+            (text,) = run("SELECT text FROM documents WHERE id = ?", (number,)).fetchone()
+            run("UPDATE documents SET language = ? WHERE id = ?", (detect(text), number))
+            document = self.open(number)
+            run("DELETE FROM chunks WHERE document = ?", (number,))
+            self._index(number, document)
 
     def add(self, source: Source | Path) -> Document:
         """Keep a document, read from a file where that is given; one of the same text is kept once.
@@ -149,15 +188,18 @@ class Library:
             row = run("SELECT id FROM documents WHERE sha256 = ?", (digest,)).fetchone()
             if row is None:
                 cursor = run(
-                    "INSERT INTO documents (title, kind, added, sha256, pages, text) "
-                    "VALUES (?, ?, ?, ?, ?, ?)",
-                    (source.title, source.kind, _now(), digest, source.pages, source.text),
+                    "INSERT INTO documents (title, kind, added, sha256, pages, text, language) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(source.title, source.kind, _now(), digest),
+                        *(source.pages, source.text, source.language),
+                    ),
                 )
                 row = (cursor.lastrowid,)
                 self._index(row[0], source)
         return self.open(row[0])
 
-    def _index(self, document: int, source: Source) -> None:
+    def _index(self, document: int, source: Source | Document) -> None:
         many = self._database.executemany
         for chunk in source.chunks:
             counts, names = _count(source, chunk)
@@ -179,17 +221,27 @@ class Library:
     def open(self, document: int) -> Document:
         """The document with this number; DocumentError where there is none."""
         found = self._rows(
-            "SELECT title, kind, added, pages, text FROM documents WHERE id = ?", document
+            "SELECT title, kind, added, pages, text, language FROM documents WHERE id = ?", document
         )
         if not found:
             raise DocumentError(f"the library has no document {document}; `doc list` shows them")
-        title, kind, added, pages, text = found[0]
+        title, kind, added, pages, text, language = found[0]
         chunks = self._rows(
             "SELECT chunk, start, end, page, heading FROM chunks WHERE document = ? ORDER BY chunk",
             document,
         )
         parts = tuple(Chunk(*row) for row in chunks)
-        return Document(document, title, kind, added, text, parts, pages, self)
+        return Document(document, title, kind, added, text, parts, pages, language, self)
+
+    def find(self, name: str) -> Document:
+        """The document of this number or title; DocumentError where none or several have it."""
+        if name.isdecimal() and len(name) < 19:
+            return self.open(int(name))
+        rows = self._rows("SELECT id FROM documents WHERE title = ?", name)
+        if len(rows) != 1:
+            many = "several documents" if rows else "no document"
+            raise DocumentError(f"the library has {many} called {name!r}; `doc list` shows them")
+        return self.open(rows[0][0])
 
     def rename(self, document: int, title: str) -> None:
         with self._transaction() as run:
@@ -203,53 +255,93 @@ class Library:
                     f"the library has no document {document}; `doc list` shows them"
                 )
 
-    def remember(self, document: int, answer: Answer) -> None:
-        """Add an answer to the history of a document."""
+    def remember(self, document: int | None, answer: Answer) -> None:
+        """Add an answer to the history of a document, or of all of them (None).
+
+        Nothing is kept of a document that is gone: it may have been removed while it was read.
+        """
         data = json.dumps(asdict(answer), ensure_ascii=False)
         with self._transaction() as run:
-            run(
-                "INSERT INTO history (document, asked, answer) VALUES (?, ?, ?)",
-                (document, _now(), data),
-            )
+            gone = "SELECT 1 FROM documents WHERE id = ?"
+            if document is None or run(gone, (document,)).fetchone():
+                run(
+                    "INSERT INTO history (document, asked, answer) VALUES (?, ?, ?)",
+                    (document, _now(), data),
+                )
 
-    def history(self, document: int) -> list[Asked]:
-        """What was asked about a document, the oldest first."""
+    def history(self, document: int | None) -> list[Asked]:
+        """What was asked about a document, or about all of them (None), the oldest first."""
         rows = self._rows(
-            "SELECT id, asked, answer FROM history WHERE document = ? ORDER BY id", document
+            "SELECT id, asked, answer FROM history WHERE document IS ? ORDER BY id", document
         )
-        return [Asked(id_, time, _answer(json.loads(data))) for id_, time, data in rows]
+        try:
+            return [Asked(id_, time, _answer(json.loads(data))) for id_, time, data in rows]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DocumentError(f"{self.path} holds a damaged answer: {error}") from None
 
-    def forget(self, document: int, asked: int | None = None) -> None:
+    def forget(self, document: int | None, asked: int | None = None) -> None:
         """Delete one entry of a document's history, or all of it."""
         with self._transaction() as run:
             run(
-                "DELETE FROM history WHERE document = ? AND (? IS NULL OR id = ?)",
+                "DELETE FROM history WHERE document IS ? AND (? IS NULL OR id = ?)",
                 (document, asked, asked),
             )
 
-    def postings(self, document: int, terms: Sequence[str]) -> list[tuple[str, int, int, int]]:
-        """(term, chunk, how often, words of the chunk) wherever one of the terms stands."""
-        marks = ",".join("?" * len(terms))
+    def postings(
+        self, documents: Sequence[int], terms: Sequence[str]
+    ) -> list[tuple[int, str, int, int, int]]:
+        """(document, term, chunk, how often, words of the chunk) wherever a term stands."""
         return self._rows(
-            "SELECT term, chunk, count, words FROM postings JOIN chunks USING (document, chunk) "
-            f"WHERE document = ? AND term IN ({marks})",
-            document,
+            "SELECT document, term, chunk, count, words FROM postings JOIN chunks USING "
+            f"(document, chunk) WHERE document IN ({_marks(documents)}) AND term IN "
+            f"({_marks(terms)})",
+            *documents,
             *terms,
         )
 
     def names(self, document: int, chunks: Sequence[int]) -> list[tuple[str, int]]:
         """(term, chunk) of the names in some chunks."""
-        marks = ",".join("?" * len(chunks))
         return self._rows(
-            f"SELECT term, chunk FROM postings WHERE document = ? AND named AND chunk IN ({marks})",
+            "SELECT term, chunk FROM postings WHERE document = ? AND named AND chunk IN "
+            f"({_marks(chunks)})",
             document,
             *chunks,
         )
 
-    def words(self, document: int) -> int:
-        """How many words that are no stop words the document has."""
-        rows = self._rows("SELECT total(words) FROM chunks WHERE document = ?", document)
+    def words(self, documents: Sequence[int]) -> int:
+        """How many words that are no stop words some documents have."""
+        rows = self._rows(
+            f"SELECT total(words) FROM chunks WHERE document IN ({_marks(documents)})", *documents
+        )
         return int(rows[0][0])
+
+    def setting(self, name: str) -> str:
+        """A setting of the library, "" where it has none."""
+        rows = self._rows("SELECT value FROM settings WHERE name = ?", name)
+        return str(rows[0][0]) if rows else ""
+
+    def set(self, name: str, value: str) -> None:
+        with self._transaction() as run:
+            run("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+
+    def meanings(self, document: int) -> list[tuple[int, bytes]]:
+        """(chunk, its vectors) as far as they are kept, by chunk."""
+        return self._rows(
+            "SELECT chunk, vectors FROM meanings WHERE document = ? ORDER BY chunk", document
+        )
+
+    def keep_meanings(self, document: int, rows: Sequence[tuple[int, bytes]]) -> bool:
+        """Keep vectors of chunks; False where the document is gone."""
+        with self._transaction() as run:
+            if not run("SELECT 1 FROM documents WHERE id = ?", (document,)).fetchone():
+                return False
+            for chunk, vectors in rows:
+                run("INSERT OR REPLACE INTO meanings VALUES (?, ?, ?)", (document, chunk, vectors))
+        return True
+
+    def forget_meanings(self) -> None:
+        with self._transaction() as run:
+            run("DELETE FROM meanings")
 
     def close(self) -> None:
         with self._lock:
@@ -269,7 +361,7 @@ class Library:
                 self._database.execute("BEGIN IMMEDIATE")
                 yield self._database.execute
                 self._database.execute("COMMIT")
-            except sqlite3.Error as error:
+            except _DAMAGE as error:
                 self._undo()
                 raise DocumentError(f"{self.path} cannot be written: {error}") from None
             except BaseException:
@@ -285,16 +377,20 @@ class Library:
         with self._lock:
             try:
                 return self._database.execute(statement, values).fetchall()
-            except sqlite3.Error as error:
+            except _DAMAGE as error:
                 raise DocumentError(f"{self.path} cannot be read: {error}") from None
 
 
-def _count(source: Source, chunk: Chunk) -> tuple[Counter[str], set[str]]:
+def _marks(values: Sequence[Any]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _count(source: Source | Document, chunk: Chunk) -> tuple[Counter[str], set[str]]:
     """How often each term counts in a chunk, its heading's words too, and which are names."""
-    found: Iterable[Any] = list(words(source.text[chunk.start : chunk.end]))
+    found: Iterable[Any] = list(words(source.text[chunk.start : chunk.end], source.language))
     counts = Counter(word.term for word in found)
     names = {word.term for word in found if word.named}
-    for word in words(chunk.heading):
+    for word in words(chunk.heading, source.language):
         counts[word.term] += 1
     return counts, names
 

@@ -9,12 +9,27 @@ from importlib.resources.abc import Traversable
 DEFAULT = "default"
 
 
-def prompt(name: str, model: str) -> str:
-    """The prompt called ``name`` for a model: of the family whose folder its name contains."""
-    for family in sorted(_families(), key=len, reverse=True):
-        if family in model.lower() and (file := _folder() / family / f"{name}.txt").is_file():
-            return file.read_text("utf-8").strip()
-    return (_folder() / DEFAULT / f"{name}.txt").read_text("utf-8").strip()
+# What families of models speak, where that is not every language.
+_SPOKEN = {"smollm2": ("en",), "tinyllama": ("en",), "phi": ("en",)}
+
+
+def prompt(name: str, model: str, language: str = "") -> str:
+    """The prompt called ``name`` for a model: of the family whose folder its name contains, and in
+    a language where it is written in that."""
+    folders = [f for f in sorted(_families(), key=len, reverse=True) if f in model.lower()]
+    for folder in [*folders, DEFAULT]:
+        for file in (f"{name}.{language}.txt", f"{name}.txt"):
+            if (found := _folder() / folder / file).is_file():
+                return found.read_text("utf-8").strip()
+    raise FileNotFoundError(name)
+
+
+def speaks(model: str, language: str) -> bool:
+    """Whether a model is known to write a language; of a language unknown, yes."""
+    for family, languages in _SPOKEN.items():
+        if family in model.lower():
+            return not language or language in languages
+    return True
 
 
 @cache

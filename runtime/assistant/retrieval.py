@@ -1,19 +1,21 @@
-"""Which passages of a document a question is about: BM25, and a walk over the names they share.
+"""Which passages answer a question: BM25 by words, a walk over shared names, and meaning.
 
-The graph is that of MiniRAG (https://arxiv.org/abs/2501.06713) without a model: chunks and names
-are its nodes, a chunk has an edge to each name in it. A question that needs two passages, the
-second of which shares no word with it but a name with the first, finds both.
+The walk follows MiniRAG's heterogeneous graph (arXiv 2501.06713) without its model: chunks and
+names are its nodes, a chunk has an edge to each name in it. A question that needs two passages, the
+second of which shares no word with it but a name with the first, finds both. Meaning, where a model
+of embeddings is at hand, finds passages that share no word with the question.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pocketslm.runtime.assistant.document import Chunk, Document
-from pocketslm.runtime.assistant.words import terms, words
+from pocketslm.runtime.assistant.meaning import Meanings, Vector
+from pocketslm.runtime.assistant.words import terms
 
 K1, B = 1.2, 0.75  # as SQLite's FTS5 and Lucene have them
 # Walks begin at this many of the best chunks; WALK is what a walk's end gains for each name that
@@ -24,95 +26,148 @@ SEEDS, WALK, TRUST = 3, 0.4, 0.3
 COMMON = 0.05
 # The graph cannot lift a chunk by more than this many names.
 MOST_NAMES = 4
-
-# What of a question's weight a passage must hold to answer it; in a long document more words meet
-# by chance, so every tenfold of chunks raises it.
-LEAST_COVERAGE, COVERAGE_RISE = 0.25, 0.07
 SHORT = 30  # chunks
+# What meaning counts against words: a cosine of 1 is as much as MEANING times the best BM25 score.
+# In a chunk its likest sentence and itself count, by SENTENCE and the rest.
+MEANING, SENTENCE = 1.0, 0.7
+
+Place = tuple[int, int]
+"""(document's number, chunk)"""
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A chunk with its score, and how much of the question's weight its words carry (0 to 1)."""
+    """A chunk of a document with its score, how much of the question's weight its words carry
+    (0 to 1), and the cosines of itself and its sentences to the question where meaning is known."""
 
+    document: Document
     chunk: Chunk
     score: float
     coverage: float
+    likeness: Vector | None = None
 
 
-def search(document: Document, question: str, k: int = 3, *, walk: bool = True) -> list[Hit]:
-    """The k best chunks, best first; none where no word of the question is in the document.
+def search(
+    documents: Document | Sequence[Document],
+    question: str,
+    k: int = 3,
+    *,
+    walk: bool = True,
+    meanings: Meanings | None = None,
+) -> list[Hit]:
+    """The k best chunks of one document or several, best first; none where nothing is like it.
 
-    walk: False is plain BM25.
+    walk: False is plain BM25. meanings: None is words only.
     """
-    wanted = terms(question)
-    postings = document.library.postings(document.id, wanted)
-    count = len(document.chunks)
-    average = document.library.words(document.id) / max(1, count)
-    chunks_of: dict[str, int] = defaultdict(int)
-    for term, *_ in postings:
-        chunks_of[term] += 1
-    weight = {term: _idf(chunks_of[term], count) for term in wanted}
-    # As if of a longer document, or in one of few passages a word that is not there would be all.
-    worth = {term: _idf(chunks_of[term], max(count, SHORT)) for term in wanted}
-    total = sum(worth.values()) or 1.0
-    score: dict[int, float] = defaultdict(float)
-    covered: dict[int, float] = defaultdict(float)
-    for term, chunk, often, length in postings:
-        norm = K1 * (1 - B + B * length / average)
-        score[chunk] += weight[term] * often * (K1 + 1) / (often + norm)
-        covered[chunk] += worth[term] / total
-    if walk:
-        score = _walk(document, score, covered, set(wanted))
-    best = sorted(score, key=lambda chunk: (-score[chunk], chunk))[:k]
-    return [Hit(document.chunks[chunk], score[chunk], covered[chunk]) for chunk in best]
+    shelf = [documents] if isinstance(documents, Document) else list(documents)
+    if not shelf:
+        return []
+    score, covered = _by_words(shelf, question, walk=walk)
+    likeness: dict[Place, Vector] = {}
+    if meanings is not None and question.strip():
+        asked = meanings.question(question)
+        for document in shelf:
+            for chunk, cosines in meanings.likeness(document, asked).items():
+                likeness[document.id, chunk] = cosines
+        score = _fused(score, likeness)
+    opened = {document.id: document for document in shelf}
+    best = sorted(score, key=lambda place: (-score[place], place))[:k]
+    return [
+        Hit(
+            opened[number],
+            opened[number].chunks[chunk],
+            score[number, chunk],
+            covered.get((number, chunk), 0.0),
+            likeness.get((number, chunk)),
+        )
+        for number, chunk in best
+    ]
 
 
-def answers(document: Document, question: str, hits: Sequence[Hit]) -> bool:
-    """Whether the hits of a question can hold its answer.
-
-    No where they share too little with it, or where no name in it is anywhere in the document.
-    """
-    least = LEAST_COVERAGE + COVERAGE_RISE * math.log10(max(1, len(document.chunks)))
-    names = list({word.term for word in words(question) if word.named})
-    known = not names or bool(document.library.postings(document.id, names))
-    return known and max((hit.coverage for hit in hits), default=0.0) >= least
+def by_language(documents: Iterable[Document]) -> dict[str, list[Document]]:
+    found: dict[str, list[Document]] = defaultdict(list)
+    for document in documents:
+        found[document.language].append(document)
+    return found
 
 
-def _idf(holding: int, count: int) -> float:
+def _by_words(
+    shelf: Sequence[Document], question: str, *, walk: bool
+) -> tuple[dict[Place, float], dict[Place, float]]:
+    """BM25 scores over the chunks of all documents, and the part of the question in each chunk."""
+    count = sum(len(document.chunks) for document in shelf)
+    library = shelf[0].library
+    average = library.words([document.id for document in shelf]) / max(1, count)
+    score: dict[Place, float] = defaultdict(float)
+    covered: dict[Place, float] = defaultdict(float)
+    for language, some in by_language(shelf).items():
+        wanted = terms(question, language)
+        postings = library.postings([document.id for document in some], wanted)
+        chunks_of: dict[str, int] = defaultdict(int)
+        for _, term, *_ in postings:
+            chunks_of[term] += 1
+        weight = {term: idf(chunks_of[term], count) for term in wanted}
+        # As if of a longer document, or in one of few passages a word that is not there would be
+        # all.
+        worth = {term: idf(chunks_of[term], max(count, SHORT)) for term in wanted}
+        total = sum(worth.values()) or 1.0
+        for number, term, chunk, often, length in postings:
+            norm = K1 * (1 - B + B * length / average)
+            score[number, chunk] += weight[term] * often * (K1 + 1) / (often + norm)
+            covered[number, chunk] += worth[term] / total
+        if walk and len(shelf) == 1:
+            score = _walk(shelf[0], score, covered, set(wanted))
+    return score, covered
+
+
+def _fused(score: dict[Place, float], likeness: dict[Place, Vector]) -> dict[Place, float]:
+    """Scores by words, the best as 1, and by meaning added."""
+    best = max(score.values(), default=0.0) or 1.0
+    fused = {place: value / best for place, value in score.items()}
+    for place, cosines in likeness.items():
+        sentence = float(cosines[1:].max()) if cosines.size > 1 else float(cosines[0])
+        alike = SENTENCE * sentence + (1 - SENTENCE) * float(cosines[0])
+        fused[place] = fused.get(place, 0.0) + MEANING * alike
+    return fused
+
+
+def idf(holding: int, count: int) -> float:
     return math.log1p((count - holding + 0.5) / (holding + 0.5))
 
 
 def _walk(
-    document: Document, score: dict[int, float], covered: dict[int, float], wanted: set[str]
-) -> dict[int, float]:
+    document: Document,
+    score: dict[Place, float],
+    covered: dict[Place, float],
+    wanted: set[str],
+) -> dict[Place, float]:
     """Scores with what comes over shared names from the best chunks; the best one stays first.
 
     Of several walks to a chunk the best counts.
     """
-    seeds = sorted(score, key=lambda chunk: (-score[chunk], chunk))[:SEEDS]
+    seeds = sorted(score, key=lambda place: (-score[place], place))[:SEEDS]
     if not seeds:
         return score
-    begins: dict[str, list[int]] = defaultdict(list)
-    for name, chunk in document.library.names(document.id, seeds):
+    begins: dict[str, list[Place]] = defaultdict(list)
+    for name, chunk in document.library.names(document.id, [chunk for _, chunk in seeds]):
         if name not in wanted:
-            begins[name].append(chunk)
-    ends: dict[str, list[int]] = defaultdict(list)
-    for name, chunk, *_ in document.library.postings(document.id, list(begins)):
-        ends[name].append(chunk)
+            begins[name].append((document.id, chunk))
+    ends: dict[str, list[Place]] = defaultdict(list)
+    for number, name, chunk, *_ in document.library.postings([document.id], list(begins)):
+        ends[name].append((number, chunk))
     count = len(document.chunks)
-    shared: dict[tuple[int, int], float] = defaultdict(float)  # (begin, end) -> weight of names
-    for name, chunks in ends.items():
-        if len(chunks) <= max(2, COMMON * count):
-            rarity = _idf(len(chunks), count) / _idf(1, count)
+    shared: dict[tuple[Place, Place], float] = defaultdict(float)  # (begin, end) -> names' weight
+    for name, places in ends.items():
+        if len(places) <= max(2, COMMON * count):
+            rarity = idf(len(places), count) / idf(1, count)
             for begin in begins[name]:
-                for end in chunks:
+                for end in places:
                     shared[begin, end] += rarity
-    gain: dict[int, float] = defaultdict(float)
+    gain: dict[Place, float] = defaultdict(float)
     for (begin, end), weight in shared.items():
         if begin != end:
-            walk = score[begin] * min(weight, MOST_NAMES) * (TRUST + covered.get(end, 0.0))
-            gain[end] = max(gain[end], WALK * walk)
+            step = score[begin] * min(weight, MOST_NAMES) * (TRUST + covered.get(end, 0.0))
+            gain[end] = max(gain[end], WALK * step)
     walked = {end: score.get(end, 0.0) + gain[end] for end in {*score, *gain}}
     walked[seeds[0]] = max(walked.values())
     return walked

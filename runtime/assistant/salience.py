@@ -7,13 +7,19 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from pocketslm.runtime.assistant.asking import holds, wanted
 from pocketslm.runtime.assistant.document import Chunk, Document
-from pocketslm.runtime.assistant.words import Word, sentences, terms, words
+from pocketslm.runtime.assistant.language import UNSPACED
+from pocketslm.runtime.assistant.support import invented_names, numbers
+from pocketslm.runtime.assistant.words import sentences, terms, words
 
 Span = tuple[int, int]
 
 # A sentence of fewer or more words is a heading, a fragment or a list.
 LEAST_WORDS, MOST_WORDS = 8, 45
+CHARACTERS_A_WORD = 2  # of scripts without spaces
+SAMPLE = 20_000  # characters that show whether a text is prose
+NOT_PROSE = frozenset(("csv", "xlsx", "log", "code"))
 # A question for a reader names things; these words name the document itself.
 _SELF = re.compile(
     r"\b(?:document|text|sentence|passage|article|author|question)s?\b", re.IGNORECASE
@@ -21,6 +27,8 @@ _SELF = re.compile(
 # The part of a question's terms that its sentence must hold.
 HELD = 0.75
 MOST_QUESTION_WORDS = 20
+LEAST_NEW = 2  # words of a sentence that a question about it does not say
+_WORDS = re.compile(r"\w+")
 _COUNT = re.compile(
     r"(?<![\w.,$€£-])(?!(?:19|20)\d\d\b)\d[\d,]* (?!per|January|February|March|April|May|June|"
     r"July|August|September|October|November|December)[a-z]{3,}"
@@ -45,13 +53,20 @@ def key_sentences(document: Document, count: int) -> list[Span]:
 def rank(document: Document, chunks: Sequence[Chunk]) -> list[Span]:
     """The sentences of some chunks, the most telling first: those with words that the chunks
     repeat, and with names and numbers."""
+    unspaced = CHARACTERS_A_WORD if document.language in UNSPACED else 0
+
+    def length(span: Span) -> int:
+        text = document.text[span[0] : span[1]]
+        return len(text) // unspaced if unspaced else len(text.split())
+
     spans = [
         span
         for chunk in chunks
         for span in sentences(document.text, chunk.start, chunk.end)
-        if LEAST_WORDS <= len(document.text[span[0] : span[1]].split()) <= MOST_WORDS
+        if LEAST_WORDS <= length(span) <= MOST_WORDS
     ]
-    found = {span: list(words(document.text[span[0] : span[1]])) for span in spans}
+    language = document.language
+    found = {span: list(words(document.text[span[0] : span[1]], language)) for span in spans}
     often = Counter(word.term for some in found.values() for word in some)
 
     def weight(span: Span) -> float:
@@ -63,44 +78,24 @@ def rank(document: Document, chunks: Sequence[Chunk]) -> list[Span]:
     return sorted(spans, key=lambda span: (-weight(span), span))
 
 
-def condense(document: Document, characters: int) -> str:
-    """At most ``characters`` of the document: everywhere its most telling sentences."""
-    share = characters / len(document.text)
-    kept: list[str] = []
-    left = 0.0  # what a chunk does not take, the next may
+def is_prose(document: Document) -> bool:
+    """Whether a document is made of sentences, and not of rows, entries or code."""
+    if document.kind in NOT_PROSE:
+        return False
+    if document.language in UNSPACED or document.language == "ar":
+        return True
+    spans = sentences(document.text[:SAMPLE])
+    return bool(document.language) and any(
+        LEAST_WORDS <= len(document.text[a:b].split()) <= MOST_WORDS for a, b in spans
+    )
+
+
+def questions_in(document: Document) -> Iterator[tuple[str, int, int]]:
+    """The questions that a document's headings ask, with where the text below each stands."""
     for chunk in document.chunks:
-        left += (chunk.end - chunk.start) * share
-        chosen = []
-        for start, end in rank(document, [chunk]):
-            if end - start < left:
-                chosen.append((start, end))
-                left -= end - start + 1
-        kept += [document.text[start:end] for start, end in sorted(chosen)]
-    return "\n".join(kept)
-
-
-def common_names(document: Document, count: int) -> dict[str, tuple[Chunk, int]]:
-    """The names most often found in the document, as written, with a place where they stand."""
-    found: dict[str, tuple[Chunk, int]] = {}
-    often: Counter[str] = Counter()
-    for chunk in document.chunks:
-        for name, at in _names(document.text, chunk):
-            found.setdefault(name, (chunk, at))
-            often[name] += 1
-    return {name: found[name] for name, _ in often.most_common(count)}
-
-
-def _names(text: str, chunk: Chunk) -> Iterator[tuple[str, int]]:
-    """Runs of named words with nothing but a space between."""
-    run: list[Word] = []
-    for word in [*words(text[chunk.start : chunk.end]), None]:
-        if word and word.named and (not run or word.start == run[-1].end + 1):
-            run.append(word)
-            continue
-        if run:
-            start, end = chunk.start + run[0].start, chunk.start + run[-1].end
-            yield text[start:end], start
-        run = [word] if word and word.named else []
+        heading = chunk.heading.rpartition(" › ")[2]
+        if heading.endswith(("?", "？", "؟")):
+            yield heading, chunk.start, chunk.end
 
 
 def question_words(sentence: str) -> list[str]:
@@ -110,11 +105,19 @@ def question_words(sentence: str) -> list[str]:
     return [*found, "What", "Who"]
 
 
-def is_answered(question: str, passage: str) -> bool:
-    """Whether a question is whole, about something, and in the words of its passage."""
+def is_answered(question: str, passage: str, language: str = "en") -> bool:
+    """Whether a question is whole, about something, in the words of its passage and with no number
+    or name of its own."""
     if not re.fullmatch(r"\w[^?\n]+ [^?\n]+\?", question) or _SELF.search(question):
         return False
-    asked, there = terms(question), set(terms(passage))
+    if not numbers(question) <= numbers(passage) or invented_names(question, passage, language):
+        return False
+    asked, there = terms(question, language), set(terms(passage, language))
     held = sum(term in there for term in asked)
     short = len(question.split()) <= MOST_QUESTION_WORDS
-    return short and len(asked) >= 2 and held >= HELD * len(asked)
+    known = {word.lower() for word in _WORDS.findall(question)}
+    rest = _WORDS.sub(lambda word: "" if word[0].lower() in known else word[0], passage)
+    answers = holds(rest, wanted(question)) == 1.0 or (
+        not wanted(question) and len(there - set(asked)) >= LEAST_NEW
+    )
+    return short and len(asked) >= 2 and held >= HELD * len(asked) and answers

@@ -6,37 +6,22 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from pocketslm.runtime.assistant.language import has_names, stem, stop_words
+
 # An acronym with dots, a number with its separators, or a word.
 _WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,:]\d+)*|[^\W_]+")
 # It takes time linear in the text: a run of full stops is tried once, and nothing is given back.
 _SENTENCE_END = re.compile(
-    r"(?<![.!?…。！？])[.!?…。！？]++[\"'”’»)\]]*+\s++(?=[\"'“‘«(\[]?[^\W_a-z])|\n\s*+"
+    r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+\s++(?=[\"'“‘«(\[¿¡]?[^\W_a-z])|[。！？]++[”’」』）]*+\s*+|\n\s*+"
 )
 # After these a full stop does not end a sentence.
 _ABBREVIATION = re.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Gen|Col|Lt|Sgt|Sen|Rep|Gov|No|vs|etc|e\.g|i\.e|cf|Fig|"
-    r"Inc|Ltd|Co|Corp|Jan|Feb|Aug|Sept|Oct|Nov|Dec)|\b[^\W\d_]|(?:\b[^\W\d_]\.)+[^\W\d_])\.\s+$"
+    r"(?:\b\d{1,2}|\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Gen|Col|Lt|Sgt|Sen|Rep|Gov|No|vs|etc|e\.g|i\.e|cf|Fig|"
+    r"Inc|Ltd|Co|Corp|Jan|Feb|Aug|Sept|Oct|Nov|Dec|"
+    r"Nr|bzw|ca|usw|Abs|Art|Str|Hr|Fr|Mme|Sra|Dra)|\b[^\W\d_]|(?:\b[^\W\d_]\.)+[^\W\d_])\.\s+$"
 )
-# English words that say nothing about what a passage is about.
-STOP_WORDS = frozenset(
-    _WORD.findall(
-        """
-        a about above after again against all also am an and any are as at be because been
-        before being below between both but by can could did do does doing down during each few
-        for from further had has have having he her here hers him his how i if in into is it its
-        itself just let me more most my no nor not of off on once only or other our ours out
-        over own same she should so some such than that the their theirs them then there these
-        they this those through to too under until up us very was we were what when where which
-        while who whom whose why will with would you your yours s t d ll m re ve don doesn didn
-        isn wasn weren
-        """
-        # What questions and requests are made of.
-        """
-        article document text passage according tell say said says describe explain mention
-        mentioned happen happened name give many much
-        """
-    )
-)
+# Characters of scripts without spaces: two neighbours are a term.
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+")
 
 
 class Word(NamedTuple):
@@ -48,58 +33,45 @@ class Word(NamedTuple):
     named: bool
 
 
-def words(text: str) -> Iterator[Word]:
-    """The words of a text that are not stop words.
+def words(text: str, language: str = "en") -> Iterator[Word]:
+    """The words of a text that are not stop words; of Chinese, Japanese and Korean, each two
+    characters that stand together.
 
-    A word counts as named where it is capitalised although no sentence begins with it.
+    A word counts as named where it is capitalised although no sentence begins with it, in
+    languages whose capitals mean names.
     """
     end = 0
+    stops, names = stop_words(language), has_names(language)
     for match in _WORD.finditer(text):
         between, word = text[end : match.start()], match.group()
         begins = end == 0 or any(mark in between for mark in '.!?:\n"“”')
         end = match.end()
-        if (low := word.lower()) in STOP_WORDS and not (word.isupper() and len(word) > 1):
+        if _UNSPACED.search(word):
+            yield from _pairs(word, match.start())
             continue
-        yield Word(stem(low), match.start(), end, word[0].isupper() and not begins)
+        if (low := word.lower()) in stops and not (word.isupper() and len(word) > 1):
+            continue
+        named = names and word[0].isupper() and not begins
+        yield Word(stem(low, language), match.start(), end, named)
 
 
-def terms(text: str) -> list[str]:
+def _pairs(word: str, start: int) -> Iterator[Word]:
+    """The terms of a run of letters with unspaced ones among them."""
+    at = 0
+    for match in _UNSPACED.finditer(word):
+        if match.start() > at:
+            yield Word(word[at : match.start()].lower(), start + at, start + match.start(), False)
+        run, at = match.group(), match.end()
+        for place in range(max(1, len(run) - 1)):
+            begin = start + match.start() + place
+            yield Word(run[place : place + 2], begin, begin + len(run[place : place + 2]), False)
+    if at < len(word):
+        yield Word(word[at:].lower(), start + at, start + len(word), False)
+
+
+def terms(text: str, language: str = "en") -> list[str]:
     """The distinct terms of a text in their order."""
-    return list(dict.fromkeys(word.term for word in words(text)))
-
-
-def stem(word: str) -> str:
-    """A lower-case word without its commonest English endings.
-
-    Light on purpose: forms of one word must meet, and other languages must not suffer.
-    """
-    if len(word) < 4 or not word.isalpha():
-        return word
-    for ending, put, least in _ENDINGS:
-        if word.endswith(ending) and len(word) - len(ending) >= least:
-            word = word[: -len(ending)] + put
-            break
-    if len(word) > 4 and word[-1] == word[-2] and word[-1] not in "aeiouls":
-        word = word[:-1]  # stopped -> stop
-    return word.removesuffix("e") if len(word) > 3 else word
-
-
-# Ending, replacement, letters that must stay before it.
-_ENDINGS = (
-    ("sses", "ss", 2),
-    ("ies", "y", 2),
-    ("ied", "y", 2),
-    ("ing", "", 3),
-    ("edly", "", 3),
-    ("ed", "", 3),
-    ("ly", "", 4),
-    ("ches", "ch", 2),
-    ("shes", "sh", 2),
-    ("xes", "x", 2),
-    ("ss", "ss", 1),
-    ("us", "us", 2),
-    ("s", "", 3),
-)
+    return list(dict.fromkeys(word.term for word in words(text, language)))
 
 
 def sentences(text: str, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:

@@ -109,6 +109,10 @@ class TopSession(Session, Protocol):
         """Append one token; the most probable next one, as soon as that is certain."""
         ...
 
+    def forward_greedy(self, tokens: npt.NDArray[np.int64]) -> int:
+        """The same for tokens [n]."""
+        ...
+
 
 @runtime_checkable
 class AdapterSession(Session, Protocol):
@@ -188,9 +192,18 @@ def open_session(
 
     "auto" takes the first of the bundle's graphs whose backend works here: the native operators
     need a C++ compiler once, where the package was installed without one. ``context`` limits the
-    KV cache below the graph's own limit. Raises BundleError where the bundle has no such graph,
-    BackendError where the backend is unknown or not installed.
+    KV cache below the graph's own limit. Raises BundleError where the bundle has no such graph or
+    its files changed since they were verified, BackendError where the backend is unknown or not
+    installed.
     """
+    session = _first_that_opens(bundle, backend, threads, context)
+    bundle.require_unchanged()
+    return session
+
+
+def _first_that_opens(
+    bundle: Bundle, backend: str, threads: int | None, context: int | None
+) -> Session:
     if backend != "auto":
         if backend not in BACKENDS:
             known = ", ".join(BACKENDS)
@@ -211,9 +224,9 @@ def _open(
 ) -> Session:
     if backend not in BACKENDS:
         raise BackendError(f"{bundle.path} needs backend {backend!r}, unknown here")
-    if bundle.config is not None and not bundle.config.head and backend != "native":
+    if not bundle.generates and backend not in ("native", "onnx"):
         raise BackendError(
-            f"backend {backend!r} does not run models of embeddings; use --backend native"
+            f"backend {backend!r} does not run models of embeddings; use --backend native or onnx"
         )
     if context is not None and not 1 <= context <= graph.context:
         raise UsageError(

@@ -28,7 +28,7 @@ from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
 from pocketslm.runtime.ops.ids import ROLE
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
 # Of the matrices that an adapter may update, in a model.slm.
@@ -46,6 +46,7 @@ _ERRORS: dict[int, type[PocketSlmError]] = {
     7: BackendError,
     8: BackendError,
     9: BackendError,
+    10: UsageError,
 }
 # Where a call has no place for a line of its own.
 _TEXTS = {
@@ -144,6 +145,22 @@ def load_library() -> ctypes.CDLL:
             ("encode", "decode"),
             (ctypes.c_int, (pointer, pointer, _size, _u32, pointer, _size, p(_size), NativeError)),
         ),
+        "vocabulary_open": (
+            ctypes.c_int,
+            (pointer, pointer, _size, pointer, _size, _u32, p(pointer), NativeError),
+        ),
+        "grammar_open": (ctypes.c_int, (_u32, ctypes.c_char_p, _size, p(pointer), NativeError)),
+        "constraint_open": (ctypes.c_int, (pointer, pointer, p(pointer), NativeError)),
+        **dict.fromkeys(
+            ("vocabulary_close", "grammar_close", "constraint_close", "constraint_restart"),
+            (None, (pointer,)),
+        ),
+        **dict.fromkeys(
+            ("constraint_apply", "constraint_mask"),
+            (ctypes.c_int, (pointer, pointer, _size, NativeError)),
+        ),
+        "constraint_advance": (ctypes.c_int, (pointer, ctypes.c_int32, NativeError)),
+        "constraint_state": (_u32, (pointer,)),
         "session_open": (ctypes.c_int, (pointer, p(_Options), p(pointer), NativeError)),
         "session_close": (None, (pointer,)),
         "session_describe": (ctypes.c_int, (pointer, p(_SessionInfo))),
@@ -156,6 +173,10 @@ def load_library() -> ctypes.CDLL:
             (pointer, pointer, _size, _size, pointer, pointer, p(ctypes.c_double), NativeError),
         ),
         "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), NativeError)),
+        "forward_greedy": (
+            ctypes.c_int,
+            (pointer, pointer, _size, p(ctypes.c_int32), NativeError),
+        ),
         "set_updates": (ctypes.c_int, (pointer, p(_Update), _size, NativeError)),
         "set_profiling": (ctypes.c_int, (pointer, _u32)),
         "read_times": (ctypes.c_int, (pointer, p(_Times))),
@@ -408,6 +429,22 @@ class NativeSession:
         with self._lock:
             status = self._library.pslm_step_greedy(
                 self._open(), token, ctypes.byref(self._next), self._error.argument
+            )
+            self._error.check(status)
+            return self._next.value
+
+    def forward_greedy(self, tokens: npt.NDArray[np.integer[Any]]) -> int:
+        """See :class:`pocketslm.runtime.backends.TopSession`."""
+        ids = np.asarray(tokens)
+        check_tokens(self, ids)
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        with self._lock:
+            status = self._library.pslm_forward_greedy(
+                self._open(),
+                ids.ctypes.data,
+                ids.size,
+                ctypes.byref(self._next),
+                self._error.argument,
             )
             self._error.check(status)
             return self._next.value

@@ -92,9 +92,10 @@ class OnnxSession:
         if not {"input_ids", "attention_mask"} <= inputs.keys() or "logits" not in outputs:
             raise BackendError("the graph has no input_ids, attention_mask and logits")
         self._io = self._session.io_binding()
-        self.vocab_size = int(outputs["logits"].shape[2])
+        width = int(outputs["logits"].shape[2])  # of hidden states where there is no head
+        self.vocab_size = width if bundle.config is None else bundle.config.vocab_size
         self._logits_dtype = _FLOATS[outputs["logits"].type]
-        self._logits = np.zeros((1, 1, self.vocab_size), self._logits_dtype)
+        self._logits = np.zeros((1, 1, width), self._logits_dtype)
         self._io.bind_output("logits", "cpu")  # first, so that it is output 0
         self._bound = 0, 0  # tokens in, rows of logits out
         self._caches = []
@@ -119,6 +120,9 @@ class OnnxSession:
             self._io.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._io.bind_output(present, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._caches.append(buffer)
+        self._keeps = bool(self._caches or self._columns)  # an encoder has each text anew
+        if not self._keeps:
+            self._chunk = self.context
         self._trims = "logits_to_keep" in defaults
         self._has_positions = "position_ids" in inputs
         self._mask = np.ones((1, self.context), np.int64)
@@ -143,7 +147,7 @@ class OnnxSession:
                 if self._columns:  # they have moved on; the beginning is the only way back
                     self._forget()
                 raise
-            self.length += len(tokens)
+            self.length += len(tokens) if self._keeps else 0
         return logits
 
     def truncate(self, length: int) -> None:

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Collection, Generator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +29,7 @@ from pocketslm.errors import BackendError, ContextOverflowError, PocketSlmError,
 from pocketslm.runtime import forks
 from pocketslm.runtime.backends import Logits, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
-from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.config import CONSTRAINTS, GenerationConfig
 from pocketslm.runtime.generation import Step
 
 PROGRAM = "POCKETSLM_RUN"
@@ -151,6 +150,12 @@ class RunnerSession:
             "spare_prompt": not config.penalize_prompt,
             "logprobs": config.logprobs,
         }
+        if config.constraint is not None:
+            kind, text = config.constraint
+            try:
+                request[kind] = schema.loads(text) if kind == "json_schema" else text
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"json_schema: the schema is not JSON: {error}") from None
         if config.samples:
             request |= {"temperature": config.temperature, "top_k": config.top_k}
             seed = time.time_ns() % 10**15 if config.seed is None else config.seed
@@ -171,8 +176,10 @@ class RunnerSession:
                         last = Step(event["token"], event.get("logprob"), now, "eos")
                     break
                 step = Step(event["token"], event.get("logprob"), now)
-                if count == limit:
-                    last = replace(step, finish="length" if config.max_new_tokens else "context")
+                if event.get("whole"):
+                    last = step._replace(finish="stop")
+                elif count == limit:
+                    last = step._replace(finish="length" if config.max_new_tokens else "context")
                 else:
                     yield step
         finally:
@@ -307,6 +314,8 @@ class RunnerSession:
             )
         if event["event"] == "error":
             message = event["message"]
+            if message.startswith(CONSTRAINTS):
+                raise UsageError(message)
             overflow = "do not fit the context" in message
             raise (ContextOverflowError if overflow else BackendError)(f"pocketslm-run: {message}")
         return event

@@ -4,15 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <map>
 #include <memory>
-#include <new>
 #include <string>
-#include <system_error>
 #include <type_traits>
 #include <vector>
 
+#include "border.h"
 #include "cpu.h"
 #include "finite.h"
 #include "model_file.h"
@@ -42,25 +40,6 @@ struct pslm_tokenizer {
 namespace {
 
 constexpr uint32_t kMaxThreads = 64;
-
-pslm_status report(pslm_error error, pslm_status status, const std::string& text) {
-  if (error.text && error.capacity) std::snprintf(error.text, error.capacity, "%s", text.c_str());
-  return status;
-}
-
-// Runs f, which returns a status, and turns what it may throw into one.
-template <typename F>
-pslm_status guarded(pslm_error error, F&& f) {
-  try {
-    return f();
-  } catch (const std::bad_alloc&) {
-    return report(error, PSLM_ERROR_MEMORY, "out of memory");
-  } catch (const std::system_error& failure) {
-    return report(error, PSLM_ERROR_MEMORY, std::string("cannot start threads: ") + failure.what());
-  } catch (const std::exception& failure) {
-    return report(error, PSLM_ERROR_MEMORY, failure.what());
-  }
-}
 
 // Runs f inside a session, unless another thread is there. What fails leaves the length as it was, or
 // at 0 where the state has no way back.
@@ -196,10 +175,7 @@ pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info) 
   info->file_bytes = c.file_bytes;
   if (const Matrix* head = program.head().w[0]) {
     // Of a split head the greedy token needs the high nibbles and the scales.
-    info->bytes_per_token = head->kind == WeightKind::q8_split
-                                ? head->blocks() *
-                                      block_layout(WeightKind::q4_sym, head->cols).bytes
-                                : head->bytes();
+    info->bytes_per_token = head->blocks() * head->read_bytes();
     info->head_macs = uint64_t{head->rows} * head->cols;
   }
   std::map<const uint8_t*, uint32_t> read_by;  // the last layer that read a matrix
@@ -209,7 +185,7 @@ pslm_status pslm_model_describe(const pslm_model* model, pslm_model_info* info) 
       if (!w) continue;
       info->macs_per_token += uint64_t{w->rows} * w->cols;
       // A layer on the weights of the one before it finds them in a cache.
-      const auto [entry, first] = read_by.try_emplace(w->data, step.layer);
+      const auto [entry, first] = read_by.try_emplace(w->data(), step.layer);
       if (first || entry->second + 1 != step.layer) info->bytes_per_token += w->bytes();
       entry->second = step.layer;
     }
@@ -379,11 +355,17 @@ pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t co
 
 pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                              pslm_error error) {
-  if (!session || !next) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  return pslm_forward_greedy(session, &token, 1, next, error);
+}
+
+pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, size_t count,
+                                int32_t* next, pslm_error error) {
+  if (!session || !tokens || !next) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no tokens");
   if (const pslm_status status = check_head(session->engine, error)) return status;
   return enter(session, error, [&](Session& engine) {
-    if (const pslm_status status = check_tokens(engine, &token, 1, error)) return status;
-    *next = engine.step_greedy(token);
+    if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
+    *next = engine.forward_greedy(tokens, count);
     return check_logits(engine, error);
   });
 }

@@ -52,13 +52,14 @@ class Panel {
       : codes_(capacity * max_cols),
         scales_(capacity * max_cols / kGroup),
         sums_(capacity * max_cols / kGroup),
-        corrections_(capacity * max_cols / kGroup) {}
+        corrections_(capacity * max_cols / kGroup),
+        upper_(capacity * max_cols / kGroup) {}
 
  private:
   friend struct PanelView;
   Buffer<int8_t> codes_;
   Buffer<float> scales_, sums_;
-  Buffer<int32_t> corrections_;
+  Buffer<int32_t> corrections_, upper_;
 };
 
 // A matrix [tokens, cols] of activations: its float rows, and its quantized form in a panel.
@@ -76,14 +77,16 @@ struct PanelView {
             panel->codes_.data() + first * cols,
             panel->scales_.data() + at,
             panel->sums_.data() + at,
-            panel->corrections_.data() + at};
+            panel->corrections_.data() + at,
+            panel->upper_.data() + at};
   }
   // Where group `group` of token `token` of the tile that starts at `first` goes.
   QuantizedRow row(size_t first, size_t token, size_t group) const {
     const size_t width = tile_size(tokens - first);
     const size_t at = first * (cols / kGroup) + group * width + token;
     return {width, token, panel->codes_.data() + first * cols + (group * width + token) * kGroup,
-            panel->scales_.data() + at, panel->sums_.data() + at, panel->corrections_.data() + at};
+            panel->scales_.data() + at, panel->sums_.data() + at, panel->corrections_.data() + at,
+            panel->upper_.data() + at};
   }
 };
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ SOURCES = Path(__file__).resolve().parent
 COMMON = (
     *("api", "attention", "cpu", "head", "model_file", "probes", "program", "program_llama"),
     *("read_plan", "session", "state", "thread_pool"),
+    *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
+    *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
+    *(f"grammar/{name}" for name in ("machine", "numbers", "regex", "token_trie")),
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
@@ -146,8 +150,12 @@ def compile_and_link(
     link_flags: Sequence[str],
     *,
     kernels: bool = True,
+    keep: Path | None = None,
 ) -> Path:
-    """Compile ``names`` and the kernels side by side, link them, and move the result into place."""
+    """Compile ``names`` and the kernels side by side, link them, and move the result into place.
+
+    ``keep``: a folder in which what was compiled stays, beside which gcov writes.
+    """
     warnings: tuple[str, ...] = (
         "-Wno-maybe-uninitialized",
     )  # GCC 12 warns inside its own intrinsics headers
@@ -156,8 +164,8 @@ def compile_and_link(
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
     if kernels:
         units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+    with _scratch(output.parent) if keep is None else nullcontext(keep) as scratch:
+        Path(scratch).mkdir(parents=True, exist_ok=True)
 
         def compile_unit(unit: tuple[str, tuple[str, ...]]) -> str:
             name, extra = unit
@@ -174,6 +182,16 @@ def compile_and_link(
         seal(linked)
         linked.replace(output)
     return output
+
+
+def _scratch(folder: Path) -> AbstractContextManager[str | Path]:
+    """A folder for what is compiled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        from pocketslm.folders import aside
+    except ImportError:  # the package itself is being built
+        return tempfile.TemporaryDirectory(dir=folder)
+    return aside(folder)
 
 
 # A program or library ends with this and the SHA-256 of all before it, which loaders do not read:

@@ -48,11 +48,15 @@ uint16_t largest_half(const uint16_t* x) {
 
 }  // namespace
 
-int32_t Session::step_greedy(int32_t token) {
+int32_t Session::forward_greedy(const int32_t* tokens, size_t count) {
   trust_logits();
   top_count_ = 1;
   for (Member& member : members_) member.top.reserve(1);
-  run(&token, 1, Head::greedy, nullptr);
+  for (size_t done = 0; done < count;) {
+    const size_t part = std::min(batch_, count - done);
+    run(tokens + done, part, done + part == count ? Head::greedy : Head::none, nullptr);
+    done += part;
+  }
   Candidate best{-std::numeric_limits<float>::infinity(), 0};
   for (const Member& member : members_)
     for (const Candidate& found : member.top) best = std::min(best, found);
@@ -141,7 +145,7 @@ void Session::run_head(unsigned m, Head head, float* logits) {
   if (screened) {
     const ActivationTile tile = input.tile(0);
     member.screen.prepare(tile);
-    share_weights(m, w.blocks(), block_layout(WeightKind::q4_sym, w.cols).bytes,
+    share_weights(m, w.blocks(), w.read_bytes(),
                   [&](size_t begin, size_t end) { screen_blocks(m, tile, begin, end); });
     if (m == 0) settle(tile);
   } else {
@@ -211,16 +215,16 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
   tile.corrections = members_[m].screen.corrections.data();
   tile.ahead = &members_[m].plan.ahead;
   const BlockLayout layout = block_layout(w.kind, w.cols);
-  const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(WeightKind::q4_sym)];
+  const MatmulFunction matmul = kernels_.matmul[kernel_of(WeightKind::q4_sym)];
   const size_t groups = w.cols / kGroup;
   for (size_t b = begin; b < end; ++b) {
-    const uint8_t* block = w.data + b * w.block_bytes;
+    const Blocks block = w.from(b);
     float* high = &screened_[b * kBlockRows];
     matmul(block, 1, w.cols, tile, high, kBlockRows);
     highest_[b] = 16.0f * highest_of(high);
     uint16_t* spreads = &spreads_[b / kBlockRows * kBlockRows * groups + b % kBlockRows];
     if (*spreads) continue;
-    const auto* scales = reinterpret_cast<const uint16_t*>(block + layout.scales);
+    const auto* scales = reinterpret_cast<const uint16_t*>(block.data + layout.scales);
     for (size_t g = 0; g < groups; ++g)
       spreads[g * kBlockRows] = largest_half(scales + g * kBlockRows);
   }
@@ -231,11 +235,12 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
 // row by row.
 void Session::settle(const ActivationTile& input) {
   const Matrix& w = *program_.head().w[0];
-  const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(w.kind)];
+  const MatmulFunction matmul = kernels_.matmul[kernel_of(w.kind)];
   Member& member = members_[0];
   const auto compute = [&](size_t b) {
     float logits[kBlockRows];
-    matmul(w.data + b * w.block_bytes, 1, w.cols, input, logits, kBlockRows);
+    const Blocks block = model_.read(w, b, nibbles_.data());
+    matmul(block, 1, w.cols, input, logits, kBlockRows);
     const size_t first = b * kBlockRows;
     offer(member, logits, std::min<size_t>(kBlockRows, w.rows - first), first, false);
   };
@@ -248,7 +253,7 @@ void Session::settle(const ActivationTile& input) {
   alignas(64) float bounds[kBlockRows], own[kBlockRows];
   const auto may_exceed = [&](size_t b, float found) {
     if (highest_[b] + 1.001f * bounds[b % kBlockRows] < found) return false;  // for its rounding
-    deviations(w.data + b * w.block_bytes + scales_at, own);
+    deviations(w.from(b).data + scales_at, own);
     for (size_t r = 0; r < kBlockRows; ++r)
       if (!(16.0f * screened_[b * kBlockRows + r] + own[r] < found)) return true;
     return false;

@@ -62,7 +62,6 @@ struct AttendFlag {
 };
 
 // How many there are, where they are counted from 0.
-constexpr uint32_t kWeightKinds = 9;
 constexpr uint32_t kActivations = 5;
 constexpr uint32_t kBuffers = 6;
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "weight_layout.h"
 
@@ -105,6 +106,7 @@ struct ActivationTile {
   const float* scales = nullptr;         // [group][tokens]
   const float* sums = nullptr;           // [group][tokens], scale * sum of the codes
   const int32_t* corrections = nullptr;  // [group][tokens], -8 * sum of the codes
+  const int32_t* upper = nullptr;        // [group][tokens], of these the upper 16 columns' part
   ReadAhead* ahead = nullptr;            // where reading the weights should also ask for more
 };
 
@@ -116,6 +118,7 @@ struct QuantizedRow {
   float* scales;
   float* sums;
   int32_t* corrections;
+  int32_t* upper;
 };
 
 // Whether int8 codes can say what numbers of this largest magnitude are: 127 / peak must be finite.
@@ -142,13 +145,64 @@ struct AttentionJob {
   float* weight;   // [rows], sum of exp(score - maximum)
 };
 
-using MatmulFunction = void (*)(const uint8_t* blocks, size_t count, size_t cols,
+// Scales of a group of a kind: one, or one for each 16 columns.
+template <WeightKind K>
+constexpr int kScales = kGroup / form_of(K).scale_columns;
+
+// What the dot product of a group, or of one of its `part`s of 16 columns, starts from: -zero times
+// the sum of the activations' codes. `at` is the group's token.
+template <WeightKind K>
+inline int32_t zero_correction(const ActivationTile& tile, size_t at, int part) {
+  int32_t eighths = tile.corrections[at];
+  if constexpr (kScales<K> == 2) eighths = part ? tile.upper[at] : eighths - tile.upper[at];
+  constexpr int zero = zero_of(form_of(K));
+  return zero >= 8 ? eighths * (zero / 8) : eighths / (8 / zero);  // a multiple of 8
+}
+
+// The sum of the activations of a group or of a part of it.
+template <WeightKind K>
+inline float part_sum(const ActivationTile& tile, size_t at, int part) {
+  if constexpr (kScales<K> == 1) return tile.sums[at];
+  const int32_t eighths = part ? tile.upper[at] : tile.corrections[at] - tile.upper[at];
+  return tile.scales[at] * -0.125f * static_cast<float>(eighths);
+}
+
+// Where the low nibbles of split codes of group g lie, of rows from `offset` bytes on.
+template <WeightKind K>
+inline const uint8_t* low_of(const Blocks& block, size_t g, size_t offset = 0) {
+  return form_of(K).split ? block.low + g * group_bytes(form_of(K)) + offset : nullptr;
+}
+
+// Lines of a block that its kernel says it reads; apart nibbles are read besides.
+template <WeightKind K>
+inline size_t lines_read(const Blocks& blocks, const BlockLayout& layout) {
+  return (form_of(K).split ? blocks.stride : layout.bytes) / 64;
+}
+
+// Calls f with each of 0 to N - 1 as a constant.
+template <int N, int I = 0, typename F>
+static inline __attribute__((always_inline)) void unrolled(F&& f) {
+  if constexpr (I < N) {
+    f(std::integral_constant<int, I>());
+    unrolled<N, I + 1>(f);
+  }
+}
+
+using MatmulFunction = void (*)(const Blocks& blocks, size_t count, size_t cols,
                                 const ActivationTile& tile, float* out, size_t out_stride);
+
+// Kinds that have kernels, in the order of their numbers.
+constexpr size_t kKernelKinds = 33;
+constexpr size_t kernel_of(WeightKind kind) {
+  constexpr size_t plain = 9, first = static_cast<size_t>(WeightKind::q2_sym);
+  const size_t number = static_cast<size_t>(kind);
+  return number < plain ? number : number - first + plain;
+}
 
 struct Kernels {
   const char* name;
   // out[t * out_stride + b * 16 + r] for `count` consecutive blocks.
-  MatmulFunction matmul[kWeightKinds];
+  MatmulFunction matmul[kKernelKinds];  // by kernel_of
   void (*rms_norm)(const float* x, const float* weight, size_t n, float eps, float* out);
   void (*quantize)(const float* x, size_t groups, const QuantizedRow& row);
   // Centered and scaled to a variance of 1, times weight, plus bias.
@@ -178,7 +232,16 @@ struct Kernels {
   {name,                                                                                     \
    {matmul_float<float>, matmul_float<uint16_t>, matmul<WeightKind::q4_sym>,                 \
     matmul<WeightKind::q4_min>, matmul<WeightKind::q4_zp>, matmul<WeightKind::q8_sym>,       \
-    matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>},    \
+    matmul<WeightKind::q8_min>, matmul<WeightKind::q8_zp>, matmul<WeightKind::q8_split>,     \
+    matmul<WeightKind::q2_sym>, matmul<WeightKind::q3_sym>, matmul<WeightKind::q5_sym>,      \
+    matmul<WeightKind::q6_sym>, matmul<WeightKind::q2_min>, matmul<WeightKind::q3_min>,      \
+    matmul<WeightKind::q5_min>, matmul<WeightKind::q6_min>, matmul<WeightKind::iq4>,         \
+    matmul<WeightKind::fp4>, matmul<WeightKind::q3_k>, matmul<WeightKind::q4_k>,             \
+    matmul<WeightKind::q5_k>, matmul<WeightKind::q6_k>, matmul<WeightKind::iq4_k>,           \
+    matmul<WeightKind::q3_k16>, matmul<WeightKind::q6_k16>, matmul<WeightKind::q2_k16>,      \
+    nullptr, /* q8_apart runs as q8_split */                                                 \
+    matmul<WeightKind::q2_r>, matmul<WeightKind::q3_r>, matmul<WeightKind::q4_r>,            \
+    matmul<WeightKind::q5_r>, matmul<WeightKind::q6_r>},                                     \
    rms_norm,                                                                                 \
    quantize,                                                                                 \
    layer_norm,                                                                               \

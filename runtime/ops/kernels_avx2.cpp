@@ -99,27 +99,97 @@ inline __m256i load_line(const uint8_t* p) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-// The code vectors of one group for eight rows, unsigned; `low` is where split codes have their
-// low nibbles.
+// Bits to the left, or to the right where By is negative; bits of the next byte are masked later.
+template <int By>
+inline __m256i moved(__m256i v) {
+  if constexpr (By > 0) return _mm256_slli_epi16(v, By);
+  if constexpr (By < 0) return _mm256_srli_epi16(v, -By);
+  return v;
+}
+
+// The code vectors of one group for eight rows, unsigned; a table's values lie on 128. `low` is where
+// split codes have their low nibbles.
 template <WeightKind K>
 inline void load_codes(const uint8_t* p, const uint8_t* low, __m256i (&w)[8]) {
-  if constexpr (K == WeightKind::q8_split) {
+  constexpr Form form = form_of(K);
+  constexpr int first = static_cast<int>(low_bits(form)), rest = static_cast<int>(form.bits) - first;
+  if constexpr (form.split) {
     const __m256i mask = _mm256_set1_epi8(15);
     for (int j = 0; j < 4; ++j) {
-      const __m256i high = load_line(p + 64 * j), rest = load_line(low + 64 * j);
+      const __m256i high = load_line(p + 64 * j), nibbles = load_line(low + 64 * j);
       w[2 * j] = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(high, mask), 4),
-                                 _mm256_and_si256(rest, mask));
+                                 _mm256_and_si256(nibbles, mask));
       w[2 * j + 1] = _mm256_or_si256(_mm256_andnot_si256(mask, high),
-                                     _mm256_and_si256(_mm256_srli_epi16(rest, 4), mask));
+                                     _mm256_and_si256(_mm256_srli_epi16(nibbles, 4), mask));
     }
-  } else if constexpr (code_bits(K) == 8) {
+    return;
+  } else if constexpr (first == 8) {
     for (int j = 0; j < 8; ++j) w[j] = load_line(p + 64 * j);
+    return;
+  }
+  constexpr int per_line = 8 / first;
+  const __m256i mask = _mm256_set1_epi8((1 << first) - 1);
+  unrolled<8>([&](auto index) {
+    constexpr int j = index, i = j % per_line;
+    w[j] = _mm256_and_si256(moved<-first * i>(load_line(p + 64 * (j / per_line))), mask);
+  });
+  if constexpr (!form.split && rest > 0) {
+    constexpr int rest_per_line = 8 / rest;
+    const __m256i rest_mask = _mm256_set1_epi8(((1 << rest) - 1) << first);
+    unrolled<8>([&](auto index) {
+      constexpr int j = index, i = j % rest_per_line;
+      const __m256i line = load_line(p + 64 * first + 64 * (j / rest_per_line));
+      w[j] = _mm256_or_si256(w[j], _mm256_and_si256(moved<first - rest * i>(line), rest_mask));
+    });
+  }
+  if constexpr (form.table != Table::none) {
+    const int8_t* values = form.table == Table::iq4 ? kIq4Values : kFp4Values;
+    const __m128i signed_values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_xor_si128(signed_values, _mm_set1_epi8(-128)));
+    for (auto& v : w) v = _mm256_shuffle_epi8(table, v);
+  }
+}
+
+inline __m128i load_bytes(const uint8_t* p) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+}
+inline __m256 from_bytes(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)); }
+
+// The scales and minimums of group g for eight rows: one of each, or two where they are of 16 columns.
+template <WeightKind K>
+inline void load_scales(const uint8_t* scales, const uint8_t* offsets, size_t g, size_t half,
+                        __m256 (&scale)[kScales<K>], __m256 (&minimum)[kScales<K>]) {
+  constexpr Form form = form_of(K);
+  if constexpr (form.scaling == Scaling::half) {
+    scale[0] = load_half8(scales + g * 32 + half * 16);
+    if constexpr (form.offset == Offset::minimum)
+      minimum[0] = load_half8(offsets + g * 32 + half * 16);
+    if constexpr (form.offset == Offset::zero_point)
+      minimum[0] = _mm256_mul_ps(_mm256_sub_ps(_mm256_setzero_ps(), scale[0]),
+                                 from_bytes(load_bytes(offsets + g * 16 + half * 8)));
   } else {
-    const __m256i mask = _mm256_set1_epi8(15);
-    for (int j = 0; j < 4; ++j) {
-      const __m256i packed = load_line(p + 64 * j);
-      w[2 * j] = _mm256_and_si256(packed, mask);
-      w[2 * j + 1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
+    constexpr Factored parts = factored(form);
+    constexpr size_t groups = form.factor_columns / kGroup;
+    const uint8_t* super = scales + g / groups * parts.bytes;
+    const __m256 factor = load_half8(super + half * 16);
+    for (int i = 0; i < kScales<K>; ++i) {
+      const size_t entry = g % groups * kScales<K> + static_cast<size_t>(i);
+      const uint8_t* p = super + parts.first + entry * parts.step + half * 8;
+      const __m128i bytes = load_bytes(p);
+      if constexpr (form.offset == Offset::none) {
+        scale[i] = _mm256_mul_ps(factor, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+      } else {
+        const __m128i mask = _mm_set1_epi8(15);
+        constexpr bool nibbles = form.scaling == Scaling::nibble;
+        const __m128i low = nibbles ? _mm_and_si128(bytes, mask) : bytes;
+        const __m128i lowest =
+            nibbles ? _mm_and_si128(_mm_srli_epi16(bytes, 4), mask) : load_bytes(p + kBlockRows);
+        const __m256 factors =
+            _mm256_sub_ps(_mm256_setzero_ps(), load_half8(super + 32 + half * 16));
+        scale[i] = _mm256_mul_ps(factor, from_bytes(low));
+        minimum[i] = _mm256_mul_ps(factors, from_bytes(lowest));
+      }
     }
   }
 }
@@ -130,22 +200,30 @@ inline __m256i broadcast4(const int8_t* p) {
   return _mm256_set1_epi32(quad);
 }
 
-// Eight rows times 32 columns of one token.
-template <WeightKind K>
+// Eight rows times quads [begin, end) of one token.
+template <WeightKind K, int begin, int end>
 inline __m256i group_dot(const __m256i (&w)[8], const int8_t* x) {
+  constexpr unsigned bits = value_bits(form_of(K));
   const __m256i ones = _mm256_set1_epi16(1);
-  if constexpr (code_bits(K) == 4) {
-    // Eight sums of two products of at most 15 * 127 stay within 16 bits.
-    __m256i sum = _mm256_maddubs_epi16(w[0], broadcast4(x));
-    for (int j = 1; j < 8; ++j)
-      sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[j], broadcast4(x + 4 * j)));
-    return _mm256_madd_epi16(sum, ones);
+  if constexpr (bits < 8) {
+    // So many sums of two products of at most (2^bits - 1) * 127 stay within 16 bits.
+    constexpr int run = bits <= 4 ? 8 : bits == 5 ? 4 : 2;
+    __m256i total{};
+    unrolled<(end - begin + run - 1) / run>([&](auto index) {
+      constexpr int first = begin + index * run, last = first + run < end ? first + run : end;
+      __m256i sum = _mm256_maddubs_epi16(w[first], broadcast4(x + 4 * first));
+      for (int j = first + 1; j < last; ++j)
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[j], broadcast4(x + 4 * j)));
+      const __m256i wide = _mm256_madd_epi16(sum, ones);
+      total = index == 0 ? wide : _mm256_add_epi32(total, wide);
+    });
+    return total;
   } else {
     // An unsigned code times int8 overflows 16 bits in pairs. With the low seven bits and the top
     // bit apart, w = low + 128 * top, both products fit.
     const __m256i low_mask = _mm256_set1_epi8(0x7f);
     __m256i low_sum = _mm256_setzero_si256(), top_sum = _mm256_setzero_si256();
-    for (int j = 0; j < 8; ++j) {
+    for (int j = begin; j < end; ++j) {
       const __m256i a = broadcast4(x + 4 * j);
       const __m256i top = _mm256_and_si256(_mm256_srli_epi16(w[j], 7), _mm256_set1_epi8(1));
       low_sum = _mm256_add_epi32(
@@ -160,40 +238,33 @@ inline __m256i group_dot(const __m256i (&w)[8], const int8_t* x) {
 
 // Tokens [first, first + M) of the tile for one block, eight rows at a time.
 template <WeightKind K, int M>
-void matmul_part(const uint8_t* block, size_t cols, const ActivationTile& tile, size_t first,
+void matmul_part(const Blocks& block, size_t cols, const ActivationTile& tile, size_t first,
                  float* out, size_t out_stride) {
-  constexpr Offset offset = offset_of(K);
+  constexpr Form form = form_of(K);
+  constexpr int S = kScales<K>;
   const BlockLayout layout = block_layout(K, cols);
   for (size_t half = 0; half < 2; ++half) {
-    const uint8_t* codes = block + half * 32;
-    const uint8_t* scales = block + layout.scales + half * 16;
-    const uint8_t* offsets = block + layout.offsets + half * (offset == Offset::minimum ? 16 : 8);
-    const uint8_t* low = block + layout.offsets + half * 32;
     __m256 acc[M];
     for (int t = 0; t < M; ++t) acc[t] = _mm256_setzero_ps();
     for (size_t g = 0; g < cols / kGroup; ++g) {
       __m256i w[8];
-      load_codes<K>(codes + g * group_bytes(K), low + g * group_bytes(K), w);
-      const __m256 scale = load_half8(scales + g * 32);
-      __m256 minimum{};
-      if constexpr (offset == Offset::minimum) minimum = load_half8(offsets + g * 32);
-      if constexpr (offset == Offset::zero_point) {
-        const __m128i zeros =
-            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(offsets + g * 16));
-        const __m256 zero_points = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(zeros));
-        minimum = _mm256_mul_ps(_mm256_sub_ps(_mm256_setzero_ps(), scale), zero_points);
-      }
+      __m256 scale[S], minimum[S];
+      load_codes<K>(block.data + half * 32 + g * group_bytes(form),
+                    low_of<K>(block, g, half * 32), w);
+      load_scales<K>(block.data + layout.scales, block.data + layout.offsets, g, half, scale,
+                     minimum);
       for (int t = 0; t < M; ++t) {
         const size_t at = g * tile.tokens + first + static_cast<size_t>(t);
-        __m256i dot = group_dot<K>(w, tile.codes + at * kGroup);
-        if constexpr (offset == Offset::none) {
-          const int32_t correction = tile.corrections[at] * (code_bits(K) == 8 ? 16 : 1);
-          dot = _mm256_add_epi32(dot, _mm256_set1_epi32(correction));
-        }
-        const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(tile.scales[at]));
-        acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, acc[t]);
-        if constexpr (offset != Offset::none)
-          acc[t] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(tile.sums[at]), acc[t]);
+        unrolled<S>([&](auto index) {
+          constexpr int i = index;
+          __m256i dot = group_dot<K, 8 / S * i, 8 / S * (i + 1)>(w, tile.codes + at * kGroup);
+          if constexpr (form.offset == Offset::none)
+            dot = _mm256_add_epi32(dot, _mm256_set1_epi32(zero_correction<K>(tile, at, i)));
+          const __m256 factor = _mm256_mul_ps(scale[i], _mm256_set1_ps(tile.scales[at]));
+          acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, acc[t]);
+          if constexpr (form.offset != Offset::none)
+            acc[t] = _mm256_fmadd_ps(minimum[i], _mm256_set1_ps(part_sum<K>(tile, at, i)), acc[t]);
+        });
       }
     }
     for (size_t t = 0; t < M; ++t)
@@ -202,16 +273,17 @@ void matmul_part(const uint8_t* block, size_t cols, const ActivationTile& tile, 
 }
 
 template <WeightKind K>
-void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+void matmul(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
             float* out, size_t out_stride) {
-  const size_t block_bytes = block_layout(K, cols).bytes;
-  for (size_t b = 0; b < count; ++b, blocks += block_bytes, out += kBlockRows) {
-    if (tile.ahead) use_lines(*tile.ahead, block_bytes / 64);
+  const size_t lines = lines_read<K>(blocks, block_layout(K, cols));
+  for (size_t b = 0; b < count; ++b, out += kBlockRows) {
+    const Blocks block = blocks.from(b);
+    if (tile.ahead) use_lines(*tile.ahead, lines);
     // Four accumulators and eight code vectors are what sixteen registers hold.
     size_t t = 0;
     for (; t + 4 <= tile.tokens; t += 4)
-      matmul_part<K, 4>(blocks, cols, tile, t, out, out_stride);
-    for (; t < tile.tokens; ++t) matmul_part<K, 1>(blocks, cols, tile, t, out, out_stride);
+      matmul_part<K, 4>(block, cols, tile, t, out, out_stride);
+    for (; t < tile.tokens; ++t) matmul_part<K, 1>(block, cols, tile, t, out, out_stride);
   }
 }
 

@@ -83,40 +83,109 @@ inline __m512 load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// The eight code vectors of one group, unsigned; `low` is where split codes have their low nibbles.
+// Bits to the left, or to the right where By is negative; bits of the next byte are masked later.
+template <int By>
+inline __m512i moved(__m512i v) {
+  if constexpr (By > 0) return _mm512_slli_epi16(v, By);
+  if constexpr (By < 0) return _mm512_srli_epi16(v, -By);
+  return v;
+}
+
+inline __m512i load_line(const uint8_t* p) { return _mm512_load_si512(p); }
+
+// The eight code vectors of one group, unsigned; a table's values lie on 128. `low` is where split
+// codes have their low nibbles.
 template <WeightKind K>
 inline void load_codes(const uint8_t* p, const uint8_t* low, __m512i (&w)[8]) {
-  if constexpr (K == WeightKind::q8_split) {
+  constexpr Form form = form_of(K);
+  constexpr int first = static_cast<int>(low_bits(form)), rest = static_cast<int>(form.bits) - first;
+  if constexpr (form.split) {
     const __m512i mask = _mm512_set1_epi8(15);
     for (int j = 0; j < 4; ++j) {
-      const __m512i high = _mm512_load_si512(p + 64 * j), rest = _mm512_load_si512(low + 64 * j);
+      const __m512i high = load_line(p + 64 * j), nibbles = load_line(low + 64 * j);
       // Bitwise choice: 0xca takes the second operand where the first is set, else the third.
-      w[2 * j] = _mm512_ternarylogic_epi32(mask, rest, _mm512_slli_epi16(high, 4), 0xca);
-      w[2 * j + 1] = _mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(rest, 4), high, 0xca);
+      w[2 * j] = _mm512_ternarylogic_epi32(mask, nibbles, _mm512_slli_epi16(high, 4), 0xca);
+      w[2 * j + 1] = _mm512_ternarylogic_epi32(mask, _mm512_srli_epi16(nibbles, 4), high, 0xca);
     }
-  } else if constexpr (code_bits(K) == 8) {
-    for (int j = 0; j < 8; ++j) w[j] = _mm512_load_si512(p + 64 * j);
+    return;
+  } else if constexpr (first == 8) {
+    for (int j = 0; j < 8; ++j) w[j] = load_line(p + 64 * j);
+    return;
+  }
+  constexpr int per_line = 8 / first;
+  const __m512i mask = _mm512_set1_epi8((1 << first) - 1);
+  unrolled<8>([&](auto index) {
+    constexpr int j = index, i = j % per_line;
+    w[j] = _mm512_and_si512(moved<-first * i>(load_line(p + 64 * (j / per_line))), mask);
+  });
+  if constexpr (!form.split && rest > 0) {
+    constexpr int rest_per_line = 8 / rest;
+    const __m512i rest_mask = _mm512_set1_epi8(((1 << rest) - 1) << first);
+    unrolled<8>([&](auto index) {
+      constexpr int j = index, i = j % rest_per_line;
+      const __m512i line = load_line(p + 64 * first + 64 * (j / rest_per_line));
+      // 0xea is (a & b) | c.
+      w[j] = _mm512_ternarylogic_epi32(moved<first - rest * i>(line), rest_mask, w[j], 0xea);
+    });
+  }
+  if constexpr (form.table != Table::none) {
+    const int8_t* values = form.table == Table::iq4 ? kIq4Values : kFp4Values;
+    const __m128i signed_values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(signed_values, _mm_set1_epi8(-128)));
+    for (auto& v : w) v = _mm512_shuffle_epi8(table, v);
+  }
+}
+
+inline __m512 from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
+
+// The scales and minimums of group g: one of each, or two where they are of 16 columns.
+template <WeightKind K>
+inline void load_scales(const uint8_t* scales, const uint8_t* offsets, size_t g,
+                        __m512 (&scale)[kScales<K>], __m512 (&minimum)[kScales<K>]) {
+  constexpr Form form = form_of(K);
+  if constexpr (form.scaling == Scaling::half) {
+    scale[0] = load_f16(scales + g * 32);
+    if constexpr (form.offset == Offset::minimum) minimum[0] = load_f16(offsets + g * 32);
+    if constexpr (form.offset == Offset::zero_point) {
+      const __m128i zeros = _mm_load_si128(reinterpret_cast<const __m128i*>(offsets + g * 16));
+      minimum[0] = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), scale[0]), from_bytes(zeros));
+    }
   } else {
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int j = 0; j < 4; ++j) {
-      const __m512i packed = _mm512_load_si512(p + 64 * j);
-      w[2 * j] = _mm512_and_si512(packed, mask);
-      w[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
+    constexpr Factored parts = factored(form);
+    constexpr size_t groups = form.factor_columns / kGroup;
+    const uint8_t* super = scales + g / groups * parts.bytes;
+    const __m512 factor = load_f16(super);
+    for (int i = 0; i < kScales<K>; ++i) {
+      const size_t entry = g % groups * kScales<K> + static_cast<size_t>(i);
+      const __m128i* p = reinterpret_cast<const __m128i*>(super + parts.first + entry * parts.step);
+      const __m128i bytes = _mm_load_si128(p);
+      if constexpr (form.offset == Offset::none) {
+        scale[i] = _mm512_mul_ps(factor, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+      } else {
+        const __m128i mask = _mm_set1_epi8(15);
+        constexpr bool nibbles = form.scaling == Scaling::nibble;
+        const __m128i low = nibbles ? _mm_and_si128(bytes, mask) : bytes;
+        const __m128i lowest = nibbles ? _mm_and_si128(_mm_srli_epi16(bytes, 4), mask)
+                                       : _mm_load_si128(p + 1);
+        const __m512 factors = _mm512_sub_ps(_mm512_setzero_ps(), load_f16(super + 32));
+        scale[i] = _mm512_mul_ps(factor, from_bytes(low));
+        minimum[i] = _mm512_mul_ps(factors, from_bytes(lowest));
+      }
     }
   }
 }
 
 template <WeightKind K, int M>
-void matmul_tile(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+void matmul_tile(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
                  float* out, size_t out_stride) {
-  constexpr Offset offset = offset_of(K);
+  constexpr Form form = form_of(K);
+  constexpr int S = kScales<K>;
   const BlockLayout layout = block_layout(K, cols);
   const size_t groups = cols / kGroup;
-  const size_t block_lines = layout.bytes / 64, group_lines = (block_lines + groups - 1) / groups;
+  const size_t block_lines = lines_read<K>(blocks, layout);
+  const size_t group_lines = (block_lines + groups - 1) / groups;
   for (size_t b = 0; b < count; ++b) {
-    const uint8_t* codes = blocks + b * layout.bytes;
-    const uint8_t* scales = codes + layout.scales;
-    const uint8_t* offsets = codes + layout.offsets;
+    const Blocks block = blocks.from(b);
     const int8_t* x = tile.codes;
     size_t lines_left = block_lines;
     __m512 acc[M];
@@ -128,27 +197,22 @@ void matmul_tile(const uint8_t* blocks, size_t count, size_t cols, const Activat
         lines_left -= lines;
       }
       __m512i w[8];
-      load_codes<K>(codes + g * group_bytes(K), offsets + g * group_bytes(K), w);
-      const __m512 scale = load_f16(scales + g * 32);
-      __m512 minimum{};
-      if constexpr (offset == Offset::minimum) minimum = load_f16(offsets + g * 32);
-      if constexpr (offset == Offset::zero_point) {
-        const __m128i zeros = _mm_load_si128(reinterpret_cast<const __m128i*>(offsets + g * 16));
-        const __m512 zero_points = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros));
-        minimum = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), scale), zero_points);
-      }
+      __m512 scale[S], minimum[S];
+      load_codes<K>(block.data + g * group_bytes(form), low_of<K>(block, g), w);
+      load_scales<K>(block.data + layout.scales, block.data + layout.offsets, g, scale, minimum);
       for (int t = 0; t < M; ++t, x += kGroup) {
-        __m512i dot = _mm512_setzero_si512();
-        if constexpr (offset == Offset::none) {
-          // code - zero: the correction holds -8 * sum(x), the zero of 8-bit codes is 16 * 8.
-          dot = _mm512_set1_epi32(tile.corrections[g * M + t]);
-          if constexpr (code_bits(K) == 8) dot = _mm512_slli_epi32(dot, 4);
+        const size_t at = g * M + static_cast<size_t>(t);
+        for (int i = 0; i < S; ++i) {
+          __m512i dot = _mm512_setzero_si512();
+          if constexpr (form.offset == Offset::none)
+            dot = _mm512_set1_epi32(zero_correction<K>(tile, at, i));
+          for (int j = 8 / S * i; j < 8 / S * (i + 1); ++j)
+            dot = _mm512_dpbusd_epi32(dot, w[j], broadcast4(x + 4 * j));
+          const __m512 factor = _mm512_mul_ps(scale[i], _mm512_set1_ps(tile.scales[at]));
+          acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, acc[t]);
+          if constexpr (form.offset != Offset::none)
+            acc[t] = _mm512_fmadd_ps(minimum[i], _mm512_set1_ps(part_sum<K>(tile, at, i)), acc[t]);
         }
-        for (int j = 0; j < 8; ++j) dot = _mm512_dpbusd_epi32(dot, w[j], broadcast4(x + 4 * j));
-        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(tile.scales[g * M + t]));
-        acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, acc[t]);
-        if constexpr (offset != Offset::none)
-          acc[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(tile.sums[g * M + t]), acc[t]);
       }
     }
     for (int t = 0; t < M; ++t) _mm512_storeu_ps(out + t * out_stride + b * kBlockRows, acc[t]);
@@ -156,7 +220,7 @@ void matmul_tile(const uint8_t* blocks, size_t count, size_t cols, const Activat
 }
 
 template <WeightKind K>
-void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+void matmul(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
             float* out, size_t out_stride) {
   switch (tile.tokens) {
     case 16:

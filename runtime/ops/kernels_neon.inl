@@ -1,5 +1,5 @@
-// What the NEON paths share: sixteen floats in four registers, and the quantized matrix product
-// around group_dots, which each path defines. Include inside an anonymous namespace.
+// What the NEON paths share: sixteen floats in four registers, and the quantized matrix product of
+// any kind around group_dots, which each path defines. Include inside an anonymous namespace.
 
 struct V16 {
   float32x4_t v[4];
@@ -101,12 +101,15 @@ inline int32_t store_i8(int8_t* p, V16 x) {
 #ifdef POCKETSLM_PAIRED_CODES
 // Codes of two tokens together, eight columns of one beside the same of the other, in the order of
 // unpack_pairs.
-inline int32_t store_group(const QuantizedRow& row, int8_t* codes, V16 lo, V16 hi) {
-  int32x4_t sums = vdupq_n_s32(0);
-  const int8x16_t a = round_i8(lo, sums), b = round_i8(hi, sums);
+inline int32_t store_group(const QuantizedRow& row, int8_t* codes, V16 lo, V16 hi,
+                           int32_t& upper) {
+  int32x4_t lower_sums = vdupq_n_s32(0), upper_sums = vdupq_n_s32(0);
+  const int8x16_t a = round_i8(lo, lower_sums), b = round_i8(hi, upper_sums);
+  upper = vaddvq_s32(upper_sums);
+  const int32_t sum = vaddvq_s32(vaddq_s32(lower_sums, upper_sums));
   if (row.tokens == 1) {
     vst1q_s8(codes, a), vst1q_s8(codes + 16, b);
-    return vaddvq_s32(sums);
+    return sum;
   }
   const int32x4_t x = vreinterpretq_s32_s8(a), y = vreinterpretq_s32_s8(b);
   const int8x16_t even = vreinterpretq_s8_s32(vuzp1q_s32(x, y));
@@ -115,243 +118,213 @@ inline int32_t store_group(const QuantizedRow& row, int8_t* codes, V16 lo, V16 h
   int8_t* p = codes - second * kGroup + second * 8;
   vst1_s8(p, vget_low_s8(even)), vst1_s8(p + 16, vget_low_s8(odd));
   vst1_s8(p + 32, vget_high_s8(even)), vst1_s8(p + 48, vget_high_s8(odd));
-  return vaddvq_s32(sums);
+  return sum;
 }
 #endif
 constexpr size_t kMaxRegisterRows = 6;
 
 #include "kernels_vector.inl"
 
-// The codes of one group from some row on; split ones have their low nibbles elsewhere.
+// The codes of one group, from some row on; split ones have their low nibbles elsewhere.
 struct GroupCodes {
   const uint8_t *codes, *low;
 };
 
-// Sixteen columns of a group lie in so many 64-byte lines, from column 16 * half on. This, line_of
-// and codes_of are what a kind of weights must define for every kernel here.
-template <WeightKind K>
-constexpr int kHalfLines = code_bits(K) == 8 ? 4 : 2;
-
-// The lines, those that belong together next to each other: of nibbles, columns 0..7 and 8..15; of
-// bytes, columns 0..3 and 8..11, then the others.
-template <WeightKind K>
-inline const uint8_t* line_of(const GroupCodes& at, int half, int line) {
-  if constexpr (K == WeightKind::q8_split)
-    return (line < 2 ? at.codes : at.low) + half * 128 + line % 2 * 64;
-  else if constexpr (code_bits(K) == 8)
-    return at.codes + half * 256 + line % 2 * 128 + line / 2 * 64;
-  else
-    return at.codes + half * 128 + line * 64;
+// Bits to the left, or to the right where By is negative; what crosses into the next byte is lost.
+template <int By>
+inline uint8x16_t moved(uint8x16_t v) {
+  if constexpr (By > 0) return vshlq_n_u8(v, By);
+  if constexpr (By < 0) return vshrq_n_u8(v, -By);
+  return v;
 }
 
-// What is in a quarter of these lines as signed bytes, four rows with four columns each: w[k] has
-// columns 4k..4k+3. 8-bit codes lose 128 here, which start_dot makes up for.
-template <WeightKind K>
-inline void codes_of(const uint8x16_t (&u)[kHalfLines<K>], int8x16_t (&w)[4]) {
-  const uint8x16_t flip = vdupq_n_u8(128);
-  if constexpr (K == WeightKind::q8_split) {
-    for (int i = 0; i < 2; ++i) {
-      w[2 * i] = vreinterpretq_s8_u8(veorq_u8(vsliq_n_u8(u[2 + i], u[i], 4), flip));
-      w[2 * i + 1] = vreinterpretq_s8_u8(veorq_u8(vsriq_n_u8(u[i], u[2 + i], 4), flip));
-    }
-  } else if constexpr (code_bits(K) == 8) {
-    for (int i = 0; i < 4; ++i)
-      w[i] = vreinterpretq_s8_u8(veorq_u8(u[i / 2 + i % 2 * 2], flip));
+// Quad `j` of four rows in codes of up to 6 bits.
+template <WeightKind K, int j>
+inline uint8x16_t load_quad(const uint8_t* p) {
+  constexpr Form form = form_of(K);
+  constexpr int first = static_cast<int>(low_bits(form)), rest = static_cast<int>(form.bits) - first;
+  constexpr int per_line = 8 / first, i = j % per_line;
+  uint8x16_t code = moved<-first * i>(vld1q_u8(p + 64 * (j / per_line)));
+  if constexpr (i + 1 < per_line) code = vandq_u8(code, vdupq_n_u8((1 << first) - 1));
+  if constexpr (rest > 0) {
+    constexpr int rest_per_line = 8 / rest, at = j % rest_per_line;
+    const uint8x16_t line = vld1q_u8(p + 64 * first + 64 * (j / rest_per_line));
+    const uint8x16_t mask = vdupq_n_u8(((1 << rest) - 1) << first);
+    code = vorrq_u8(code, vandq_u8(moved<first - rest * at>(line), mask));
+  }
+  return code;
+}
+
+// A line's part for four rows and two quads of columns, as signed bytes. 8-bit codes lose 128 here,
+// which start_dot makes up for.
+template <WeightKind K, int pair>
+inline void load_quads(const GroupCodes& at, int rows, int8x16_t& even, int8x16_t& odd) {
+  constexpr Form form = form_of(K);
+  const uint8_t* group = at.codes + rows * 16;
+  if constexpr (form.split) {
+    const uint8x16_t flip = vdupq_n_u8(128);
+    const uint8x16_t high = vld1q_u8(group + pair * 64);
+    const uint8x16_t low = vld1q_u8(at.low + pair * 64 + rows * 16);
+    even = vreinterpretq_s8_u8(veorq_u8(vsliq_n_u8(low, high, 4), flip));
+    odd = vreinterpretq_s8_u8(veorq_u8(vsriq_n_u8(high, low, 4), flip));
+  } else if constexpr (form.bits == 8) {
+    const uint8x16_t flip = vdupq_n_u8(128);
+    even = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(group + pair * 128), flip));
+    odd = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(group + pair * 128 + 64), flip));
   } else {
-    for (int i = 0; i < 2; ++i) {
-      w[2 * i] = vreinterpretq_s8_u8(vandq_u8(u[i], vdupq_n_u8(15)));
-      w[2 * i + 1] = vreinterpretq_s8_u8(vshrq_n_u8(u[i], 4));
+    const uint8x16_t first = load_quad<K, 2 * pair>(group), second = load_quad<K, 2 * pair + 1>(group);
+    if constexpr (form.table == Table::none) {
+      even = vreinterpretq_s8_u8(first), odd = vreinterpretq_s8_u8(second);
+    } else {
+      const int8x16_t table = vld1q_s8(form.table == Table::iq4 ? kIq4Values : kFp4Values);
+      even = vqtbl1q_s8(table, first), odd = vqtbl1q_s8(table, second);
     }
   }
 }
 
-// The same of four rows, which lie at `at`.
+// What a dot product starts from, so that it ends as the sum of (code - zero) * x for kinds without
+// offsets and of code * x for others.
 template <WeightKind K>
-inline void unpack(const GroupCodes& at, int half, int8x16_t (&w)[4]) {
-  uint8x16_t u[kHalfLines<K>];
-  for (int i = 0; i < kHalfLines<K>; ++i) u[i] = vld1q_u8(line_of<K>(at, half, i));
-  codes_of<K>(u, w);
+inline int32_t start_dot(const ActivationTile& tile, size_t at, int part) {
+  constexpr Form form = form_of(K);
+  if constexpr (form.bits == 8) return form.offset == Offset::none ? 0 : -16 * tile.corrections[at];
+  if constexpr (form.offset != Offset::none || form.table != Table::none) return 0;
+  return zero_correction<K>(tile, at, part);
 }
 
-// By pairs of rows: w[0] and w[1] are of rows 0 and 1, w[2] and w[3] of rows 2 and 3; the even ones
-// have columns 0..3 and 8..11 of a row beside each other, the odd ones the other columns.
+// The scales and minimums of group g for four rows: one of each, or two where they are of 16 columns.
 template <WeightKind K>
-inline void unpack_pairs(const GroupCodes& at, int half, int8x16_t (&w)[4]) {
-  uint8x16_t u[kHalfLines<K>];
-  for (int i = 0; i < kHalfLines<K>; i += 2) {
-    const uint32x4_t one = vreinterpretq_u32_u8(vld1q_u8(line_of<K>(at, half, i)));
-    const uint32x4_t other = vreinterpretq_u32_u8(vld1q_u8(line_of<K>(at, half, i + 1)));
-    u[i] = vreinterpretq_u8_u32(vzip1q_u32(one, other));
-    u[i + 1] = vreinterpretq_u8_u32(vzip2q_u32(one, other));
-  }
-  codes_of<K>(u, w);
-}
-
-// What a group's dot products start from, so that they end as the sum of (code - zero) * x for
-// symmetric kinds and of code * x for others; corrections are -8 * sum(x).
-template <WeightKind K>
-inline int32x4_t start_dot(int32x4_t corrections) {
-  constexpr bool symmetric = offset_of(K) == Offset::none;
-  if constexpr (code_bits(K) == 8)
-    return symmetric ? vdupq_n_s32(0) : vnegq_s32(vshlq_n_s32(corrections, 4));
-  return symmetric ? corrections : vdupq_n_s32(0);
-}
-
-// The scales of some rows' groups, and what their offsets add for a sum of activations of 1.
-template <WeightKind K>
-struct Scaling {
-  static constexpr Offset kOffset = offset_of(K);
-  const uint8_t *scales, *offsets;
-
-  Scaling(const uint8_t* block, const BlockLayout& layout, size_t row)
-      : scales(block + layout.scales + row * 2),
-        offsets(block + layout.offsets + row * (kOffset == Offset::minimum ? 2 : 1)) {}
-  void load4(size_t g, float32x4_t& scale, float32x4_t& minimum) const {
-    scale = load_half4(scales + g * 32);
-    if constexpr (kOffset == Offset::minimum) minimum = load_half4(offsets + g * 32);
-    if constexpr (kOffset == Offset::zero_point) {
-      uint32_t four;
-      __builtin_memcpy(&four, offsets + g * 16, 4);
-      const uint16x8_t zeros = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
-      minimum = vmulq_f32(vnegq_f32(scale), vcvtq_f32_u32(vmovl_u16(vget_low_u16(zeros))));
+inline void load_scales(const uint8_t* scales, const uint8_t* offsets, size_t g, size_t row,
+                        float32x4_t (&scale)[kScales<K>], float32x4_t (&minimum)[kScales<K>]) {
+  constexpr Form form = form_of(K);
+  const auto four_bytes = [](const uint8_t* p) {
+    uint32_t word;
+    __builtin_memcpy(&word, p, 4);
+    return vreinterpret_u8_u32(vdup_n_u32(word));
+  };
+  const auto widened = [](uint8x8_t bytes) {
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
+  };
+  if constexpr (form.scaling == Scaling::half) {
+    scale[0] = load_half4(scales + g * 32 + row * 2);
+    if constexpr (form.offset == Offset::minimum)
+      minimum[0] = load_half4(offsets + g * 32 + row * 2);
+    if constexpr (form.offset == Offset::zero_point)
+      minimum[0] = vmulq_f32(vnegq_f32(scale[0]), widened(four_bytes(offsets + g * 16 + row)));
+  } else {
+    constexpr Factored parts = factored(form);
+    constexpr size_t groups = form.factor_columns / kGroup;
+    const uint8_t* super = scales + g / groups * parts.bytes;
+    const float32x4_t factor = load_half4(super + row * 2);
+    for (int i = 0; i < kScales<K>; ++i) {
+      const size_t entry = g % groups * kScales<K> + static_cast<size_t>(i);
+      const uint8_t* p = super + parts.first + entry * parts.step + row;
+      const uint8x8_t bytes = four_bytes(p);
+      if constexpr (form.offset == Offset::none) {
+        const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(bytes));
+        scale[i] = vmulq_f32(factor, vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))));
+      } else {
+        constexpr bool nibbles = form.scaling == Scaling::nibble;
+        const uint8x8_t low = nibbles ? vand_u8(bytes, vdup_n_u8(15)) : bytes;
+        const uint8x8_t lowest = nibbles ? vshr_n_u8(bytes, 4) : four_bytes(p + kBlockRows);
+        scale[i] = vmulq_f32(factor, widened(low));
+        minimum[i] = vmulq_f32(vnegq_f32(load_half4(super + 32 + row * 2)), widened(lowest));
+      }
     }
   }
-  void load16(size_t g, V16& scale, V16& minimum) const {
-    scale = load_half16(scales + g * 32);
-    if constexpr (kOffset == Offset::minimum) minimum = load_half16(offsets + g * 32);
-    if constexpr (kOffset == Offset::zero_point) {
-      const uint8x16_t zeros = vld1q_u8(offsets + g * 16);
-      const uint16x8_t low = vmovl_u8(vget_low_u8(zeros)), high = vmovl_high_u8(zeros);
-      const uint32x4_t four[4] = {vmovl_u16(vget_low_u16(low)), vmovl_high_u16(low),
-                                  vmovl_u16(vget_low_u16(high)), vmovl_high_u16(high)};
-      minimum =
-          map([&](int i) { return vmulq_f32(vnegq_f32(scale.v[i]), vcvtq_f32_u32(four[i])); });
-    }
-  }
-};
-
-// f(0) to f(N - 1), written out, so that arrays are registers.
-template <typename F, size_t... I>
-inline void unroll(std::index_sequence<I...>, F&& f) {
-  (f(static_cast<int>(I)), ...);
-}
-template <size_t N, typename F>
-inline void unroll(F&& f) {
-  unroll(std::make_index_sequence<N>(), f);
 }
 
-// Clang loads as early and computes as late as it can, and runs out of registers by it: no load moves
-// across this, and what gives these values is done. GCC keeps the order by -fno-schedule-insns.
-template <typename T>
-inline void finish([[maybe_unused]] T& x) {
-#if defined(__clang__)
-  __asm__ volatile("" : "+w"(x) : : "memory");
-#endif
-}
-template <typename T>
-inline void finish_all(T& x) {
-  for (auto& one : x) finish(one);
-}
+// dot[t][i] += rows 4i..4i+3 of the group's quads [begin, end) times token t, for eight rows.
+template <WeightKind K, int M, int begin, int end>
+inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]);
 
-// Bytes of a block that belong to one group.
-template <WeightKind K>
-constexpr size_t kGroupBytes = group_bytes(K) * (K == WeightKind::q8_split ? 2 : 1) + 32 +
-                               (offset_of(K) == Offset::minimum      ? 32
-                                : offset_of(K) == Offset::zero_point ? 16
-                                                                     : 0);
-
-// One token times `count` blocks of sixteen rows. Lines are asked for while others are computed with.
-template <WeightKind K>
-void matmul_one(const uint8_t* block, size_t count, size_t cols, const ActivationTile& tile,
-                float* out) {
-  constexpr size_t kLines = (2 * kGroupBytes<K> + 63) / 64;  // of two groups
+// Tokens [first, first + M) of the tile for one block, eight rows at a time.
+template <WeightKind K, int M>
+void matmul_part(const Blocks& block, size_t cols, const ActivationTile& tile, size_t first,
+                 float* out, size_t out_stride) {
+  constexpr Form form = form_of(K);
+  constexpr int S = kScales<K>;
   const BlockLayout layout = block_layout(K, cols);
-  const size_t groups = cols / kGroup;
-  const ActivationTile x = tile;  // in registers, whatever finish() makes of memory
-  size_t asking = tile.ahead ? start_asking(*tile.ahead, count * layout.bytes / 64) : 0;
-  asking = (asking + kLines - 1) / kLines;
-  for (; count--; block += layout.bytes, out += kBlockRows) {
-    const Scaling<K> scaling(block, layout, 0);
-    V16 acc = zero();
-    const auto add_group = [&](size_t g) __attribute__((always_inline)) {
-      const int8x16_t columns[2] = {vld1q_s8(x.codes + g * kGroup),
-                                    vld1q_s8(x.codes + g * kGroup + 16)};
-      int32x4_t dot[4];
-      for (auto& sum : dot) sum = start_dot<K>(vld1q_dup_s32(x.corrections + g));
-      const GroupCodes group{block + g * group_bytes(K),
-                             block + layout.offsets + g * group_bytes(K)};
-      for (int half = 0; half < 2; ++half) {
-        uint8x16_t lines[kHalfLines<K>][4];
-        for (int k = 0; k < kHalfLines<K>; ++k)
-          for (int i = 0; i < 4; ++i) lines[k][i] = vld1q_u8(line_of<K>(group, half, k) + 16 * i);
-        for (int i = 0; i < 4; ++i) {
-          uint8x16_t u[kHalfLines<K>];
-          for (int k = 0; k < kHalfLines<K>; ++k) u[k] = lines[k][i];
-          int8x16_t w[4];
-          codes_of<K>(u, w);
-          dot[i] = vdotq_laneq_s32(dot[i], w[0], columns[half], 0);
-          dot[i] = vdotq_laneq_s32(dot[i], w[1], columns[half], 1);
-          dot[i] = vdotq_laneq_s32(dot[i], w[2], columns[half], 2);
-          dot[i] = vdotq_laneq_s32(dot[i], w[3], columns[half], 3);
-        }
-        finish_all(dot);
-      }
-      V16 scale, minimum = zero();
-      scaling.load16(g, scale, minimum);
-      acc = map([&](int i) {
-        return vfmaq_f32(acc.v[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(scale.v[i], x.scales[g]));
+  for (size_t half = 0; half < 2; ++half) {
+    float32x4_t acc[M][2];
+    for (auto& pair : acc) pair[0] = pair[1] = vdupq_n_f32(0.0f);
+    for (size_t g = 0; g < cols / kGroup; ++g) {
+      const size_t at = g * tile.tokens + first;
+      const GroupCodes group{block.data + half * 32 + g * group_bytes(form),
+                             low_of<K>(block, g, half * 32)};
+      int32x4_t dot[S][M][2];
+      unrolled<S>([&](auto index) {
+        constexpr int part = index;
+        for (int t = 0; t < M; ++t)
+          dot[part][t][0] = dot[part][t][1] =
+              vdupq_n_s32(start_dot<K>(tile, at + static_cast<size_t>(t), part));
+        group_dots<K, M, 8 / S * part, 8 / S * (part + 1)>(group, tile.codes + at * kGroup,
+                                                           dot[part]);
       });
-      if constexpr (offset_of(K) != Offset::none)
-        acc = map([&](int i) { return vfmaq_n_f32(acc.v[i], minimum.v[i], x.sums[g]); });
-      finish_all(acc.v);
-    };
-    size_t g = 0;
-    while (g + 2 <= groups) {
-      // Without a need to ask, the lines are those that are read next: that costs nothing.
-      ReadRun run{block + g * group_bytes(K), groups / 2 - g / 2};
-      if (asking) {
-        run = next_run(*tile.ahead, kLines, run.steps < asking ? run.steps : asking);
-        asking -= run.steps;
-      }
-      for (const size_t end = g + 2 * run.steps; g < end; g += 2, run.line += 64 * kLines) {
-        for (size_t i = 0; i < kLines; ++i) __builtin_prefetch(run.line + 64 * i, 0, 2);
-        add_group(g);
-        add_group(g + 1);
+      for (int i = 0; i < 2; ++i) {
+        float32x4_t scale[S], minimum[S];
+        load_scales<K>(block.data + layout.scales, block.data + layout.offsets, g,
+                       half * 8 + static_cast<size_t>(i) * 4, scale, minimum);
+        for (int t = 0; t < M; ++t)
+          for (int part = 0; part < S; ++part) {
+            const size_t token = at + static_cast<size_t>(t);
+            const float32x4_t factor = vmulq_n_f32(scale[part], tile.scales[token]);
+            acc[t][i] = vfmaq_f32(acc[t][i], vcvtq_f32_s32(dot[part][t][i]), factor);
+            if constexpr (form.offset != Offset::none)
+              acc[t][i] = vfmaq_n_f32(acc[t][i], minimum[part], part_sum<K>(tile, token, part));
+          }
       }
     }
-    if (g < groups) add_group(g);
-    store(out, acc);
+    for (size_t t = 0; t < M; ++t)
+      for (size_t i = 0; i < 2; ++i)
+        vst1q_f32(out + (first + t) * out_stride + half * 8 + i * 4, acc[t][i]);
   }
-}
-
-// Four rows of a block, from `row` on, times tokens [first, first + T) of the tile: what a path
-// defines.
-template <WeightKind K, int T>
-void matmul_rows(const uint8_t* block, size_t cols, size_t row, const ActivationTile& tile,
-                 size_t first, float* out, size_t out_stride);
-
-template <WeightKind K, int T>
-inline void matmul_tokens(const uint8_t* block, size_t cols, const ActivationTile& tile, float* out,
-                          size_t out_stride) {
-  for (size_t first = 0; first + T <= tile.tokens; first += T)
-    for (size_t row = 0; row < kBlockRows; row += 4)
-      matmul_rows<K, T>(block, cols, row, tile, first, out + first * out_stride + row, out_stride);
 }
 
 template <WeightKind K>
-void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
-            float* out, size_t out_stride) {
-  if (tile.tokens == 1) return matmul_one<K>(blocks, count, cols, tile, out);
-  const size_t block_bytes = block_layout(K, cols).bytes;
-  for (size_t b = 0; b < count; ++b, blocks += block_bytes, out += kBlockRows) {
-    if (tile.ahead) use_lines(*tile.ahead, block_bytes / 64);
-    if (tile.tokens >= kMostTokens)
-      matmul_tokens<K, kMostTokens>(blocks, cols, tile, out, out_stride);
-    else if (tile.tokens == 8)
-      matmul_tokens<K, 8>(blocks, cols, tile, out, out_stride);
-    else if (tile.tokens == 4)
-      matmul_tokens<K, 4>(blocks, cols, tile, out, out_stride);
-    else
-      matmul_tokens<K, 2>(blocks, cols, tile, out, out_stride);
+void matmul_any(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
+                float* out, size_t out_stride) {
+  const size_t lines = lines_read<K>(blocks, block_layout(K, cols));
+  for (size_t b = 0; b < count; ++b, out += kBlockRows) {
+    const Blocks block = blocks.from(b);
+    if (tile.ahead) use_lines(*tile.ahead, lines);
+    if (tile.tokens == 1) matmul_part<K, 1>(block, cols, tile, 0, out, out_stride);
+    if (tile.tokens == 2) matmul_part<K, 2>(block, cols, tile, 0, out, out_stride);
+    for (size_t t = 0; t + 4 <= tile.tokens; t += 4)
+      matmul_part<K, 4>(block, cols, tile, t, out, out_stride);
   }
+}
+
+// Four rows times sixteen columns of one token: the lanes of x are its four quads.
+template <WeightKind K, int M, int begin, int end>
+inline void dot_by_lanes(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
+  unrolled<(end - begin) / 4>([&](auto index) {
+    constexpr int half = begin / 4 + index;
+    int8x16_t columns[M];
+    for (int t = 0; t < M; ++t) columns[t] = vld1q_s8(x + t * 32 + half * 16);
+    for (int i = 0; i < 2; ++i) {
+      int8x16_t even, odd;
+      load_quads<K, half * 2>(group, i, even, odd);
+      for (int t = 0; t < M; ++t) {
+        dot[t][i] = vdotq_laneq_s32(dot[t][i], even, columns[t], 0);
+        dot[t][i] = vdotq_laneq_s32(dot[t][i], odd, columns[t], 1);
+      }
+      load_quads<K, half * 2 + 1>(group, i, even, odd);
+      for (int t = 0; t < M; ++t) {
+        dot[t][i] = vdotq_laneq_s32(dot[t][i], even, columns[t], 2);
+        dot[t][i] = vdotq_laneq_s32(dot[t][i], odd, columns[t], 3);
+      }
+    }
+  });
+}
+
+#include "kernels_neon_half.inl"
+
+template <WeightKind K>
+void matmul(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
+            float* out, size_t out_stride) {
+  if constexpr (is_half_scaled(form_of(K)))
+    matmul_half<K>(blocks, count, cols, tile, out, out_stride);
+  else
+    matmul_any<K>(blocks, count, cols, tile, out, out_stride);
 }

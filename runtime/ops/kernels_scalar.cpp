@@ -1,8 +1,8 @@
 // The reference: plain loops that say what every other path must compute.
 #include <cmath>
 
-#include "half.h"
 #include "kernels.h"
+#include "weight_values.h"
 
 namespace pocketslm {
 namespace {
@@ -12,10 +12,10 @@ float load_element(const uint16_t* p) { return half_to_float(*p); }
 float load_element(const int8_t* p) { return *p; }
 
 template <typename T>
-void matmul_float(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+void matmul_float(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
                   float* out, size_t out_stride) {
-  const T* w = reinterpret_cast<const T*>(blocks);
-  for (size_t b = 0; b < count; ++b, w += cols * kBlockRows)
+  for (size_t b = 0; b < count; ++b) {
+    const T* w = reinterpret_cast<const T*>(blocks.from(b).data);
     for (size_t t = 0; t < tile.tokens; ++t)
       for (size_t r = 0; r < kBlockRows; ++r) {
         float sum = 0;
@@ -23,40 +23,29 @@ void matmul_float(const uint8_t* blocks, size_t count, size_t cols, const Activa
           sum += load_element(w + k * kBlockRows + r) * tile.values[t * tile.stride + k];
         out[t * out_stride + b * kBlockRows + r] = sum;
       }
+  }
 }
 
 template <WeightKind K>
-int code_at(const uint8_t* group, const uint8_t* low, size_t row, size_t k) {
-  if (K != WeightKind::q8_split && code_bits(K) == 8) return group[k / 4 * 64 + row * 4 + k % 4];
-  const size_t at = k / 8 * 64 + row * 4 + k % 4;
-  const int shift = k / 4 % 2 ? 4 : 0;
-  const int code = group[at] >> shift & 15;
-  return K == WeightKind::q8_split ? code << 4 | (low[at] >> shift & 15) : code;
-}
-
-template <WeightKind K>
-void matmul(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+void matmul(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
             float* out, size_t out_stride) {
+  constexpr Form form = form_of(K);
+  constexpr size_t width = form.scale_columns;
   const BlockLayout layout = block_layout(K, cols);
-  for (size_t b = 0; b < count; ++b, blocks += layout.bytes) {
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(blocks + layout.scales);
-    const uint8_t* offsets = blocks + layout.offsets;
+  for (size_t b = 0; b < count; ++b) {
+    const BlockParts block = parts_of(blocks.from(b), layout);
     for (size_t t = 0; t < tile.tokens; ++t)
       for (size_t r = 0; r < kBlockRows; ++r) {
         float sum = 0;
-        for (size_t g = 0; g < cols / kGroup; ++g) {
-          const int8_t* x = tile.codes + (g * tile.tokens + t) * kGroup;
-          const size_t entry = g * kBlockRows + r;
-          int zero = offset_of(K) == Offset::none ? 1 << (code_bits(K) - 1) : 0;
-          if (offset_of(K) == Offset::zero_point) zero = offsets[entry];
+        for (size_t column = 0; column < cols; column += width) {
+          const size_t at = column / kGroup * tile.tokens + t;
+          const int8_t* x = tile.codes + at * kGroup + column % kGroup;
           int dot = 0;
-          for (size_t k = 0; k < kGroup; ++k)
-            dot += (code_at<K>(blocks + g * group_bytes(K), offsets + g * group_bytes(K), r, k) - zero) * x[k];
-          const float scale = half_to_float(scales[entry]);
-          sum += static_cast<float>(dot) * (scale * tile.scales[g * tile.tokens + t]);
-          if (offset_of(K) == Offset::minimum)
-            sum += half_to_float(reinterpret_cast<const uint16_t*>(offsets)[entry]) *
-                   tile.sums[g * tile.tokens + t];
+          for (size_t k = 0; k < width; ++k) dot += value_at(form, block, r, column + k) * x[k];
+          const auto [scale, minimum] = scale_at(form, block, r, column);
+          sum += static_cast<float>(dot) * (scale * tile.scales[at]);
+          if (form.offset == Offset::minimum)
+            sum += minimum * part_sum<K>(tile, at, static_cast<int>(column % kGroup / 16));
         }
         out[t * out_stride + b * kBlockRows + r] = sum;
       }
@@ -84,11 +73,12 @@ void quantize(const float* x, size_t groups, const QuantizedRow& row) {
   for (size_t g = 0; g < groups; ++g) {
     int8_t* codes = row.codes + g * row.tokens * kGroup;
     const float scale = to_i8(x + g * kGroup, kGroup, codes);
-    int sum = 0;
-    for (size_t k = 0; k < kGroup; ++k) sum += codes[k];
+    int sum = 0, upper = 0;
+    for (size_t k = 0; k < kGroup; ++k) sum += codes[k], upper += k < kGroup / 2 ? 0 : codes[k];
     row.scales[g * row.tokens] = scale;
     row.sums[g * row.tokens] = scale * static_cast<float>(sum);
     row.corrections[g * row.tokens] = -8 * sum;
+    row.upper[g * row.tokens] = -8 * upper;
   }
 }
 

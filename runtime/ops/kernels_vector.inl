@@ -111,11 +111,12 @@ void layer_norm(const float* x, const float* weight, const float* bias, size_t n
   for (size_t i = whole; i < n; ++i) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
-// One group of one token as codes; the sum of these. Paths whose products take two tokens at a time
-// have their own.
+// One group of one token as codes; the sum of these, and of the upper 16 alone. Paths whose products
+// take two tokens at a time have their own.
 #ifndef POCKETSLM_PAIRED_CODES
-inline int32_t store_group(const QuantizedRow&, int8_t* codes, V16 lo, V16 hi) {
-  return store_i8(codes, lo) + store_i8(codes + 16, hi);
+inline int32_t store_group(const QuantizedRow&, int8_t* codes, V16 lo, V16 hi, int32_t& upper) {
+  upper = store_i8(codes + 16, hi);
+  return store_i8(codes, lo) + upper;
 }
 #endif
 
@@ -127,17 +128,19 @@ void quantize(const float* x, size_t groups, const QuantizedRow& row) {
     const float scale = peak / 127.0f;
     int8_t* codes = row.codes + g * stride * kGroup;
     if (!has_codes(peak)) {
-      store_group(row, codes, zero(), zero());
+      store_group(row, codes, zero(), zero(), row.upper[g * stride]);
       row.scales[g * stride] = scale;
       row.sums[g * stride] = scale * 0.0f;
-      row.corrections[g * stride] = 0;
+      row.corrections[g * stride] = row.upper[g * stride] = 0;
       continue;
     }
     const V16 inverse = set1(127.0f / peak);
-    const int32_t sum = store_group(row, codes, mul(lo, inverse), mul(hi, inverse));
+    int32_t upper;
+    const int32_t sum = store_group(row, codes, mul(lo, inverse), mul(hi, inverse), upper);
     row.scales[g * stride] = scale;
     row.sums[g * stride] = scale * static_cast<float>(sum);
     row.corrections[g * stride] = -8 * sum;
+    row.upper[g * stride] = -8 * upper;
   }
 }
 
@@ -351,10 +354,10 @@ void matmul_float_rows(const T* block, size_t cols, const ActivationTile& tile, 
 }
 
 template <typename T>
-void matmul_float(const uint8_t* blocks, size_t count, size_t cols, const ActivationTile& tile,
+void matmul_float(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
                   float* out, size_t out_stride) {
   for (size_t b = 0; b < count; ++b) {
-    const T* block = reinterpret_cast<const T*>(blocks) + b * cols * kBlockRows;
+    const T* block = reinterpret_cast<const T*>(blocks.from(b).data);
     if (tile.ahead) use_lines(*tile.ahead, cols * kBlockRows * sizeof(T) / 64);
     POCKETSLM_FOR_ROW_GROUPS(
         tile.tokens, (matmul_float_rows<T, R>(block, cols, tile, row, out + b * 16, out_stride)))

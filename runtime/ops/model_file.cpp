@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -24,6 +25,7 @@ bool is_blob(const Section& s) { return s.kind == static_cast<uint16_t>(WeightKi
 
 ModelFile::~ModelFile() {
   if (mapped_) munmap(const_cast<uint8_t*>(data_), bytes_);
+  if (file_ >= 0) ::close(file_);
 }
 
 Failure ModelFile::open(const char* path) {
@@ -37,12 +39,18 @@ Failure ModelFile::open(const char* path) {
   const size_t bytes = regular ? static_cast<size_t>(info.st_size) : 0;
   if (bytes) mapped = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, file, 0);
   const int map_error = errno;
-  ::close(file);
+  file_ = file;
   if (!regular) return {PSLM_ERROR_FILE, std::string(path) + " is not a regular file"};
   if (bytes && mapped == MAP_FAILED)
     return {PSLM_ERROR_FILE, "cannot map " + std::string(path) + ": " + std::strerror(map_error)};
   mapped_ = bytes != 0;
-  return view(mapped, bytes);
+  if (Failure failure = view(mapped, bytes)) return failure;
+  const auto& matrices = table_.matrices;
+  if (std::none_of(matrices.begin(), matrices.end(), [](const Matrix& m) { return m.apart(); })) {
+    ::close(file_);
+    file_ = -1;
+  }
+  return {};
 }
 
 Failure ModelFile::view(const void* data, size_t bytes) {
@@ -95,9 +103,9 @@ Failure ModelFile::read_sections() {
     if (s.offset % 64 || s.offset < table_end || s.offset > bytes_ || s.bytes > bytes_ - s.offset)
       return format_error(describe(s) + " lies outside the file or is misaligned");
     if (Failure failure = check_section(s)) return failure;
-    if (s.kind >= kWeightKinds) continue;
     const WeightKind kind = static_cast<WeightKind>(s.kind);
-    table_.matrices[i] = {data_ + s.offset, kind, s.rows, s.cols, block_layout(kind, s.cols).bytes};
+    if (!is_matrix(kind)) continue;
+    table_.matrices[i] = matrix_at(data_ + s.offset, kind, s.rows, s.cols);
     if (s.bytes != table_.matrices[i].bytes())
       return format_error(describe(s) + " has a wrong length");
   }
@@ -122,10 +130,21 @@ Failure ModelFile::check_section(const Section& s) const {
       return format_error(describe(s) + " has a wrong shape or length");
     return {};
   }
-  if (s.kind >= kWeightKinds) return format_error(describe(s) + " has an unknown weight kind");
-  if (!in_range(s.rows, kMaxVocabulary) || !in_range(s.cols, kMaxDimension) || s.cols % kGroup)
+  const WeightKind kind = static_cast<WeightKind>(s.kind);
+  if (!is_matrix(kind))
+    return format_error(describe(s) + " has an unknown weight kind: the file needs a newer pocketslm");
+  if (!in_range(s.rows, kMaxVocabulary) || !in_range(s.cols, kMaxDimension) ||
+      s.cols % column_unit(kind))
     return format_error(describe(s) + " has a wrong shape");
   return {};
+}
+
+Blocks ModelFile::read(const Matrix& matrix, size_t block, uint8_t* buffer) const {
+  Blocks found = matrix.from(block);
+  if (file_ < 0 || !matrix.apart()) return found;
+  const ssize_t bytes = static_cast<ssize_t>(found.low_stride);
+  if (pread(file_, buffer, found.low_stride, found.low - data_) == bytes) found.low = buffer;
+  return found;
 }
 
 Blob ModelFile::blob(Role role) const {

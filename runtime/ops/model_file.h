@@ -51,6 +51,9 @@ class ModelFile {
 
   // An opaque section; empty where the file has none of that role.
   Blob blob(Role role) const;
+  // A block whose nibbles that lie apart are read into `buffer`, of low_stride bytes: mapped, each
+  // would bring the pages around it into memory. Others, and those of no file, are what they are.
+  Blocks read(const Matrix& matrix, size_t block, uint8_t* buffer) const;
   // Width of a row of the head's output: logits, or the residual stream where there is no matrix.
   size_t output_size() const {
     return program.head().w[0] ? config.vocab_size : config.hidden_size;
@@ -66,6 +69,7 @@ class ModelFile {
   const uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
   bool mapped_ = false;
+  int file_ = -1;  // kept open where it is read beside its mapping
   SectionTable table_;
 };
 

@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 4
+#define PSLM_ABI_VERSION 5
 
 typedef enum {
   PSLM_OK = 0,
@@ -41,7 +41,8 @@ typedef enum {
   PSLM_ERROR_ISA = 6,        /* the named kernel path is unknown or this CPU lacks it */
   PSLM_ERROR_BUSY = 7,       /* another thread is in the session */
   PSLM_ERROR_FORK = 8,       /* the session's threads stayed behind in a fork */
-  PSLM_ERROR_NOT_FINITE = 9  /* the model computes NaN or infinity */
+  PSLM_ERROR_NOT_FINITE = 9, /* the model computes NaN or infinity */
+  PSLM_ERROR_GRAMMAR = 10    /* a schema, an expression or a grammar is wrong, or costs too much */
 } pslm_status;
 
 typedef enum {
@@ -131,6 +132,51 @@ PSLM_API pslm_status pslm_decode(const pslm_tokenizer* tokenizer, const int32_t*
                                  size_t count, uint32_t flags, char* text, size_t capacity,
                                  size_t* bytes, pslm_error error);
 
+/* Constrained decoding: which tokens may come next, by a grammar. It needs no model: a vocabulary is
+ * made of any tokenizer's tokens. Grammars and vocabularies may be shared by threads and by any number
+ * of constraints, and be closed before them; a constraint serves one text and thread at a time. */
+typedef struct pslm_vocabulary pslm_vocabulary;
+typedef struct pslm_grammar pslm_grammar;
+typedef struct pslm_constraint pslm_constraint;
+
+/* Token i is the bytes from offsets[i] to offsets[i + 1] of `bytes`; one of no bytes, such as a special
+ * one, is never allowed. `ends` are the tokens that end a text, which are allowed where it is whole.
+ * `strip`: of the first token of a text, one leading space does not count, as its decoder drops it. */
+PSLM_API pslm_status pslm_vocabulary_open(const char* bytes, const uint64_t* offsets, size_t count,
+                                          const int32_t* ends, size_t end_count, uint32_t strip,
+                                          pslm_vocabulary** vocabulary, pslm_error error);
+PSLM_API void pslm_vocabulary_close(pslm_vocabulary* vocabulary);
+
+typedef enum {
+  PSLM_GRAMMAR_JSON_SCHEMA = 1, /* draft 2020-12: docs/structure.md says what of it */
+  PSLM_GRAMMAR_REGEX = 2,       /* that the whole text matches */
+  PSLM_GRAMMAR_GBNF = 3
+} pslm_grammar_kind;
+/* Takes time and memory within fixed bounds, whatever the text is. */
+PSLM_API pslm_status pslm_grammar_open(uint32_t kind, const char* text, size_t bytes,
+                                       pslm_grammar** grammar, pslm_error error);
+PSLM_API void pslm_grammar_close(pslm_grammar* grammar);
+
+PSLM_API pslm_status pslm_constraint_open(const pslm_grammar* grammar,
+                                          const pslm_vocabulary* vocabulary,
+                                          pslm_constraint** constraint, pslm_error error);
+PSLM_API void pslm_constraint_close(pslm_constraint* constraint);
+/* Begins a new text. */
+PSLM_API void pslm_constraint_restart(pslm_constraint* constraint);
+/* Sets the logits of all tokens that may not be next to minus infinity. `count` is the vocabulary's, or
+ * more: what lies beyond is none of its tokens. An error where no token may be next. */
+PSLM_API pslm_status pslm_constraint_apply(pslm_constraint* constraint, float* logits, size_t count,
+                                           pslm_error error);
+/* The same as bits: token i is bit i % 64 of word i / 64. */
+PSLM_API pslm_status pslm_constraint_mask(pslm_constraint* constraint, uint64_t* words, size_t count,
+                                          pslm_error error);
+/* Goes on behind a token; an error, and nothing changes, where it may not be next. */
+PSLM_API pslm_status pslm_constraint_advance(pslm_constraint* constraint, int32_t token,
+                                             pslm_error error);
+/* Whether the text is whole as it is, and whether nothing may follow. */
+enum { PSLM_TEXT_MAY_END = 1, PSLM_TEXT_MUST_END = 2 };
+PSLM_API uint32_t pslm_constraint_state(const pslm_constraint* constraint);
+
 /* The model must outlive the session. */
 PSLM_API pslm_status pslm_session_open(const pslm_model* model, const pslm_options* options,
                                        pslm_session** session, pslm_error error);
@@ -170,6 +216,9 @@ PSLM_API pslm_status pslm_forward_top(pslm_session* session, const int32_t* toke
  * split 8-bit head only the rows that may win are read in full. */
 PSLM_API pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                                       pslm_error error);
+/* The same for any number of tokens. */
+PSLM_API pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, size_t count,
+                                         int32_t* next, pslm_error error);
 
 /* Where time goes, in nanoseconds of the calling thread with its waiting for others, summed over
  * the calls since profiling was turned on. Norms and quantization count to the product they feed. */

@@ -28,12 +28,12 @@ pslm_status fail(pslm_error error, pslm_status status, const char* text) {
 }  // namespace
 
 size_t pslm_packed_bytes(uint32_t kind, size_t rows, size_t cols) {
-  if (kind >= kWeightKinds || !rows || !cols || rows > kMaxProbeDimension ||
+  const WeightKind weight_kind = static_cast<WeightKind>(kind);
+  if (kind > UINT16_MAX || !is_matrix(weight_kind) || !rows || !cols || rows > kMaxProbeDimension ||
       cols > kMaxProbeDimension)
     return 0;
-  const WeightKind weight_kind = static_cast<WeightKind>(kind);
-  if (is_quantized(weight_kind) && cols % kGroup) return 0;
-  return (rows + kBlockRows - 1) / kBlockRows * block_layout(weight_kind, cols).bytes;
+  if (is_quantized(weight_kind) && cols % column_unit(weight_kind)) return 0;
+  return matrix_at(nullptr, weight_kind, rows, cols).bytes();
 }
 
 pslm_status pslm_matmul(const char* isa, uint32_t kind, const void* packed, size_t packed_bytes,
@@ -50,6 +50,8 @@ pslm_status pslm_matmul(const char* isa, uint32_t kind, const void* packed, size
   if (!kernels) return fail(error, PSLM_ERROR_ISA, "kernel path is unknown or not supported");
   try {
     const size_t padded = round_up(rows, kBlockRows);
+    const Matrix w = matrix_at(static_cast<const uint8_t*>(packed), static_cast<WeightKind>(kind),
+                               rows, cols);
     Panel memory(count, round_up(cols, kGroup));
     const PanelView panel{&memory, count, cols, activations};
     std::vector<float> outputs(kMaxTile * padded);
@@ -58,8 +60,8 @@ pslm_status pslm_matmul(const char* isa, uint32_t kind, const void* packed, size
       if (cols % kGroup == 0)
         for (size_t i = 0; i < tile; ++i)
           kernels->quantize(activations + (t + i) * cols, cols / kGroup, panel.row(t, i, 0));
-      kernels->matmul[kind](static_cast<const uint8_t*>(packed), padded / kBlockRows, cols,
-                            panel.tile(t), outputs.data(), padded);
+      kernels->matmul[kernel_of(w.kind)](w.first, padded / kBlockRows, cols, panel.tile(t),
+                                         outputs.data(), padded);
       for (size_t i = 0; i < tile; ++i)
         std::memcpy(out + (t + i) * rows, &outputs[i * padded], rows * sizeof(float));
       t += tile;

@@ -128,7 +128,7 @@ const Matrix* Resolver::matrix(size_t slot, size_t rows, size_t cols) {
   const Section* s = section(slot);
   if (!s) return nullptr;
   const Matrix& m = table_.matrices[record_->sections[slot]];
-  if (!m.data) fail(describe(*s) + " is not a matrix");
+  if (!m.data()) fail(describe(*s) + " is not a matrix");
   if ((rows && m.rows != rows) || (cols && m.cols != cols))
     fail(describe(*s) + " has a wrong shape: " + std::to_string(m.rows) + " x " +
          std::to_string(m.cols) + ", expected " + (rows ? std::to_string(rows) : "any") + " x " +
@@ -257,9 +257,9 @@ void Resolver::embed() {
     check(positions->rows >= limits_.max_context, "there are fewer positions than the context");
     const size_t count = positions->blocks() * kBlockRows * positions->cols;
     check(positions->kind == WeightKind::f32
-              ? all_finite(reinterpret_cast<const float*>(positions->data), count)
+              ? all_finite(reinterpret_cast<const float*>(positions->data()), count)
           : positions->kind == WeightKind::f16
-              ? finite_halves(reinterpret_cast<const uint16_t*>(positions->data), count)
+              ? finite_halves(reinterpret_cast<const uint16_t*>(positions->data()), count)
               : true,
           "positions hold a value that is not finite");
   }
@@ -442,7 +442,8 @@ void Resolver::run(const std::vector<OperationRecord>& operations,
   check_states();
   size_t widest = limits_.hidden_size;
   for (const Section& s : table_.sections)
-    if (s.kind < kWeightKinds && s.rows <= kMaxDimension) widest = std::max<size_t>(widest, s.rows);
+    if (is_matrix(static_cast<WeightKind>(s.kind)) && s.rows <= kMaxDimension)
+      widest = std::max<size_t>(widest, s.rows);
   program_.ones.assign(widest, 1.0f);
   program_.zeros.assign(widest, 0.0f);
   stored_.resize(states.size());

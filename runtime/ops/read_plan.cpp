@@ -9,7 +9,7 @@ void ReadPlan::build(const Program& program, const ThreadPool& pool, unsigned me
   steps_.clear();
   pass_lines_ = 0;
   const auto span = [](const Matrix& w, size_t begin, size_t end, size_t block_bytes) {
-    return ReadSpan{w.data + begin * w.block_bytes, (end - begin) * block_bytes / 64};
+    return ReadSpan{w.from(begin).data, (end - begin) * block_bytes / 64};
   };
   const auto start = [&] { steps_.emplace_back(spans_.size(), pass_lines_); };
   const auto add = [&](const ReadSpan& added) {
@@ -18,7 +18,7 @@ void ReadPlan::build(const Program& program, const ThreadPool& pool, unsigned me
     pass_lines_ += added.lines;
   };
   const auto read = [&](const Matrix& w, size_t begin, size_t end) {
-    if (begin < end) add(span(w, begin, end, w.block_bytes));
+    if (begin < end) add(span(w, begin, end, w.first.stride));
   };
   const auto read_share = [&](const Matrix& w) {
     const auto [begin, end] = pool.share_of(member, w.blocks());
@@ -43,12 +43,11 @@ void ReadPlan::build(const Program& program, const ThreadPool& pool, unsigned me
   };
   const auto read_head = [&](const Matrix& w) {
     const auto [begin, end] = pool.share_of(member, w.blocks());
-    spans_.front() = span(w, begin, end, w.block_bytes);
+    spans_.front() = span(w, begin, end, w.first.stride);
     if (w.kind != WeightKind::q8_split) return read(w, begin, end);
-    const size_t bytes = block_layout(WeightKind::q4_sym, w.cols).bytes;
-    for (size_t b = begin; b < end; ++b) add(span(w, b, b + 1, bytes));
+    for (size_t b = begin; b < end; ++b) add(span(w, b, b + 1, w.read_bytes()));
   };
-  const uint8_t* embedding = program.embed().w[0]->data;
+  const uint8_t* embedding = program.embed().w[0]->data();
   spans_.push_back({embedding, 0});  // where there is no head to read
   for (const Step& step : program.steps) {
     start();

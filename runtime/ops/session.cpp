@@ -4,48 +4,24 @@
 #include <cmath>
 #include <cstring>
 
-#include "half.h"
+#include "weight_values.h"
 
 namespace pocketslm {
 namespace {
 
-// One row of a packed matrix, for the embedding.
-void dequantize_row(const Matrix& w, size_t row, float* out) {
-  const BlockLayout layout = block_layout(w.kind, w.cols);
-  const uint8_t* block = w.data + row / kBlockRows * w.block_bytes;
+// One row of a packed matrix, whose block is given, for the embedding.
+void dequantize_row(const Matrix& w, const Blocks& blocks, size_t row, float* out) {
+  const Form form = form_of(w.kind);
+  const BlockParts block = parts_of(blocks, block_layout(w.kind, w.cols));
   const size_t r = row % kBlockRows;
   for (size_t k = 0; k < w.cols; ++k) {
     if (w.kind == WeightKind::f32) {
-      out[k] = reinterpret_cast<const float*>(block)[k * kBlockRows + r];
-      continue;
-    }
-    if (w.kind == WeightKind::f16) {
-      out[k] = half_to_float(reinterpret_cast<const uint16_t*>(block)[k * kBlockRows + r]);
-      continue;
-    }
-    const size_t entry = k / kGroup * kBlockRows + r;
-    const uint8_t* offsets = block + layout.offsets;
-    int code;
-    if (w.kind != WeightKind::q8_split && code_bits(w.kind) == 8) {
-      code = block[k / 4 * 64 + r * 4 + k % 4];
+      out[k] = reinterpret_cast<const float*>(block.codes)[k * kBlockRows + r];
+    } else if (w.kind == WeightKind::f16) {
+      out[k] = half_to_float(reinterpret_cast<const uint16_t*>(block.codes)[k * kBlockRows + r]);
     } else {
-      const size_t at = k / 8 * 64 + r * 4 + k % 4;
-      const int shift = k / 4 % 2 ? 4 : 0;
-      code = block[at] >> shift & 15;
-      if (w.kind == WeightKind::q8_split) code = code << 4 | (offsets[at] >> shift & 15);
-    }
-    const float scale =
-        half_to_float(reinterpret_cast<const uint16_t*>(block + layout.scales)[entry]);
-    switch (offset_of(w.kind)) {
-      case Offset::none:
-        out[k] = scale * static_cast<float>(code - (1 << (code_bits(w.kind) - 1)));
-        break;
-      case Offset::zero_point:
-        out[k] = scale * static_cast<float>(code - offsets[entry]);
-        break;
-      case Offset::minimum:
-        out[k] = scale * static_cast<float>(code) +
-                 half_to_float(reinterpret_cast<const uint16_t*>(offsets)[entry]);
+      const auto [scale, minimum] = scale_at(form, block, r, k);
+      out[k] = scale * static_cast<float>(value_at(form, block, r, k)) + minimum;
     }
   }
 }
@@ -88,6 +64,10 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   }
   for (unsigned m = 0; m < threads; ++m) members_[m].plan.build(program_, pool_, m);
   work_.resize(threads);
+  size_t nibbles = 0;
+  for (const Matrix* w : {program_.embed().w[0], program_.embed().w[1], program_.head().w[0]})
+    if (w) nibbles = std::max(nibbles, w->first.low_stride);
+  nibbles_ = Buffer<uint8_t>(nibbles);
   if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
     highest_ = Buffer<float>(head->blocks());
     screened_ = Buffer<float>(head->blocks() * kBlockRows);
@@ -174,17 +154,21 @@ void Session::balance() {
   for (Member& member : members_) member.read_bytes = 0;
 }
 
+void Session::embed_row(const Matrix& w, size_t row, float* out) {
+  dequantize_row(w, model_.read(w, row / kBlockRows, nibbles_.data()), row, out);
+}
+
 void Session::embed(const int32_t* tokens) {
   const Step& step = program_.embed();
   const size_t n = program_.hidden_size;
   for (size_t t = 0; t < count_; ++t) {
     float* row = buffer(BufferId::residual) + t * n;
-    dequantize_row(*step.w[0], static_cast<size_t>(tokens[t]), row);
+    embed_row(*step.w[0], static_cast<size_t>(tokens[t]), row);
     if (step.scale != 1.0f)
       for (size_t i = 0; i < n; ++i) row[i] *= step.scale;
     if (!step.w[1]) continue;
     float* position = members_[0].normed.data();
-    dequantize_row(*step.w[1], length_ + t, position);
+    embed_row(*step.w[1], length_ + t, position);
     for (size_t i = 0; i < n; ++i) row[i] += position[i];
   }
 }
@@ -417,8 +401,7 @@ void Session::gated(unsigned m, const Step& step, const StepUpdates& updates) {
         for (size_t k = has_gate ? 0 : 1; k < 2; ++k, out = up) {
           const Matrix& w = *step.w[k];
           if (!has_gate) out = up;
-          kernels_.matmul[static_cast<size_t>(w.kind)](w.data + unit * 2 * w.block_bytes, 2,
-                                                       w.cols, tile, out, kGroup);
+          kernels_.matmul[kernel_of(w.kind)](w.from(unit * 2), 2, w.cols, tile, out, kGroup);
           if (const float* bias = step.bias[k])
             for (size_t i = 0; i < tile.tokens * kGroup; ++i)
               out[i] += bias[unit * kGroup + i % kGroup];

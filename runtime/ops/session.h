@@ -45,7 +45,8 @@ class Session {
 
   // Arguments are checked by the caller; logits as in pslm_forward.
   void forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits);
-  int32_t step_greedy(int32_t token);
+  // The most probable token after these.
+  int32_t forward_greedy(const int32_t* tokens, size_t count);
   // The `top` most probable tokens after these, with their logits; returns the logarithm of the sum
   // of exp over all logits.
   double forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best, float* logits);
@@ -103,6 +104,7 @@ class Session {
 
   void run(const int32_t* tokens, size_t count, Head head, float* logits);
   void embed(const int32_t* tokens);
+  void embed_row(const Matrix& w, size_t row, float* out);
   void prepare_rotation();
   void run_step(unsigned m, size_t index);
   void normalize_buffer(unsigned m, const Step& step);
@@ -189,6 +191,7 @@ class Session {
   // [16 blocks][group][of them]: the largest scale.
   Buffer<float> screened_, highest_;
   Buffer<uint16_t> spreads_;
+  Buffer<uint8_t> nibbles_;  // of one block, read from the file
 
   std::vector<StepUpdates> updates_;
   bool updates_hidden_ = false;  // products of hidden have updates, which read floats
@@ -225,7 +228,7 @@ void Session::share_weights(unsigned m, size_t total, size_t unit_bytes, F&& f) 
 template <typename Sink>
 void Session::multiply_blocks(unsigned m, const Matrix& w, const PanelView& panel, size_t begin,
                               size_t end, Sink&& sink) {
-  const MatmulFunction matmul = kernels_.matmul[static_cast<size_t>(w.kind)];
+  const MatmulFunction matmul = kernels_.matmul[kernel_of(w.kind)];
   float* outputs = members_[m].outputs.data();
   // Two blocks of weights stay in the first-level cache while a batch's tiles pass.
   const size_t step = panel.tokens == 1 ? kScratchBlocks : 2;
@@ -234,7 +237,7 @@ void Session::multiply_blocks(unsigned m, const Matrix& w, const PanelView& pane
     for (size_t t = 0; t < panel.tokens;) {
       ActivationTile tile = panel.tile(t);
       if (t == 0) tile.ahead = &members_[m].plan.ahead;
-      matmul(w.data + b * w.block_bytes, blocks, w.cols, tile, outputs, blocks * kBlockRows);
+      matmul(w.from(b), blocks, w.cols, tile, outputs, blocks * kBlockRows);
       sink(t, tile.tokens, b, blocks, outputs);
       t += tile.tokens;
     }

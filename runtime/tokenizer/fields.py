@@ -14,6 +14,8 @@ T = TypeVar("T")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_DEPTH = 16
 """Nesting allowed for `Sequence` components; real files use two levels."""
+MAX_GROWTH = 64
+"""How many times as long as a text its steps may make it; real files reach 4."""
 
 
 def parse_object(text: str, name: str) -> dict[str, object]:
@@ -76,8 +78,37 @@ def unsupported(where: str, found: object, known: tuple[str, ...] | list[str]) -
     )
 
 
-def components(node: object, where: str, key: str, depth: int = 0) -> list[dict[str, object]]:
-    """A component flattened: null is [], a `Sequence` gives its members from `node[key]`."""
+def components(node: object, where: str, key: str) -> list[dict[str, object]]:
+    """A component flattened: null is [], a `Sequence` gives its members from `node[key]`.
+
+    Together they may make a text at most `MAX_GROWTH` times as long.
+    """
+    flat = _flattened(node, where, key)
+    growth = 1
+    for component in flat:
+        growth *= _growth(component)
+        if growth > MAX_GROWTH:
+            raise TokenizerError(
+                f"tokenizer.json: {where} makes a text more than {MAX_GROWTH} times as long; "
+                "expected one ByteLevel and short replacements; fetch or export the file again"
+            )
+    return flat
+
+
+def _growth(component: Mapping[str, object]) -> int:
+    """How many times as long a component may make a text, where its file decides that."""
+    if component["type"] == "ByteLevel":
+        return 4  # the bytes of a character
+    content, pattern = component.get("content"), component.get("pattern")
+    if component["type"] != "Replace" or not isinstance(content, str):
+        return 1
+    old = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(old, str) and old:
+        return max(1, -(-len(content) // len(old)))
+    return 1 + len(content)  # of what may be found anywhere
+
+
+def _flattened(node: object, where: str, key: str, depth: int = 0) -> list[dict[str, object]]:
     if node is None:
         return []
     if depth > MAX_DEPTH:
@@ -91,5 +122,5 @@ def components(node: object, where: str, key: str, depth: int = 0) -> list[dict[
         return [component]
     flat = []
     for index, member in enumerate(field(component, key, list, where)):
-        flat += components(member, f"{where}[{index}]", key, depth + 1)
+        flat += _flattened(member, f"{where}[{index}]", key, depth + 1)
     return flat

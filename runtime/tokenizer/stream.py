@@ -32,6 +32,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._waits = False  # whether the decoder holds a part of a character
         self._start()
 
     def _start(self) -> None:
@@ -44,12 +45,18 @@ class StreamDecoder:
             return ""
         data = self._tokenizer.token_bytes(token_id, first=self._first)
         self._first = False
-        return self._stripped(self._utf8.decode(data))
+        if data.isascii() and not self._waits:
+            text = data.decode("ascii")
+        else:
+            text = self._utf8.decode(data)
+            self._waits = bool(self._utf8.getstate()[0])
+        return self._stripped(text) if self._strip_left else text
 
     def flush(self) -> str:
         """The rest, with U+FFFD for an unfinished character; the decoder then starts anew."""
         rest = self._stripped(self._utf8.decode(b"", final=True))
         self._utf8.reset()
+        self._waits = False
         self._start()
         return rest
 

@@ -37,6 +37,9 @@ class WheelEncoder:
         """`text` is the whole of `tokenizer.json`, `document` what it parses to."""
         _check_prefix(vocabulary.model)
         self._document = document
+        self._pretokenizers = fields.components(
+            document.get("pre_tokenizer"), "pre_tokenizer", "pretokenizers"
+        )
         self._added = {token.id: token.content for token in vocabulary.added}
         self._special = _load(text)
         self._special.no_truncation()
@@ -70,9 +73,7 @@ class WheelEncoder:
 
     @cached_property
     def _continuing(self) -> Any:
-        parts = fields.components(
-            self._document.get("pre_tokenizer"), "pre_tokenizer", "pretokenizers"
-        )
+        parts = self._pretokenizers
         if not any(part.get("prepend_scheme") == "first" for part in parts):
             return self._ordinary
         changed = [

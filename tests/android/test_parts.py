@@ -20,12 +20,21 @@ from pocketslm.android import strings
 from pocketslm.android.engine import meter
 from pocketslm.android.engine.models import Models, _state_bytes, describe
 from pocketslm.android.engine.worker import Job, Worker
-from pocketslm.android.intents import SCHEMAS, Action
-from pocketslm.android.intents.grammar import propose
+from pocketslm.android.intents import SCHEMAS, Action, propose
+from pocketslm.android.reading import (
+    PIECE_CHARACTERS,
+    PIECE_LINES,
+    button_of,
+    pieces,
+    shared,
+)
 from pocketslm.android.settings import DEFAULTS, Settings
-from pocketslm.errors import BackendError, BundleError, UsageError
+from pocketslm.errors import BundleError, ContextOverflowError, UsageError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.runtime.assistant.answer import Answer, Citation
+from pocketslm.runtime.assistant.document import Block, make_source
+from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.bundle import Graph, open_bundle
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
@@ -261,8 +270,8 @@ def test_the_meter_changes_no_token(tiny_bundle: Path) -> None:
 
 
 def test_every_call_of_a_random_model_is_valid(tmp_path: Path) -> None:
-    """A model that knows nothing writes only valid calls: the grammar does it."""
-    config = replace(support.TINY, max_position_embeddings=1024)
+    """A model that knows nothing writes only valid calls: the schema does it."""
+    config = replace(support.TINY, max_position_embeddings=2048)
     export_bundle(open_checkpoint(support.write_hf(tmp_path / "hf", config)), tmp_path / "bundle")
     model = Model.load(tmp_path / "bundle", threads=1)
     rng = random.Random(SEED)
@@ -309,5 +318,41 @@ def test_actions_that_break_their_schema_are_seen() -> None:
 def test_faults_of_a_proposal(tiny_bundle: Path) -> None:
     with pytest.raises(UsageError, match="nothing to do"):
         propose(Model.load(tiny_bundle, threads=1), " \n")
-    with pytest.raises(BackendError, match="gives no"):
-        propose(object(), "x")  # type: ignore[arg-type]
+    with pytest.raises(ContextOverflowError, match="does not fit"):
+        propose(Model.load(tiny_bundle, threads=1), "x")
+
+
+# Reading
+
+
+def test_no_piece_of_a_text_is_too_high_for_a_graphics_card() -> None:
+    rows = "\n".join(f"2023-01-01,Payee {n},{n}.50,EUR" for n in range(1500))
+    for text in (rows, "word " * 5000, "x" * 9000, "One.\n\nTwo.\n\n\nThree.", "", "\n\n"):
+        cut = list(pieces(text))
+        assert "".join("".join(text[a:b].split()) for a, b in cut) == "".join(text.split())
+        assert all(
+            text[a:b].count("\n") <= PIECE_LINES and b - a <= PIECE_CHARACTERS for a, b in cut
+        )
+        assert cut == sorted(cut)
+
+
+def test_what_is_shared_is_whole_and_says_where_it_stands() -> None:
+    text = "The beginning of the Space Age was seen by all. " * 40
+    with Library(":memory:") as library:
+        document = library.add(
+            make_source("Apollo", "pdf", [Block("Race", 1), Block(text, page=7)])
+        )
+        answer = Answer("ask", "When?", text, "eos", citations=(Citation(1, 6, 40, document.id),))
+        sent = shared(answer, {document.id: document})
+        assert sent.startswith("When?\n\nThe beginning")
+        assert text.strip() in sent
+        assert sent.endswith("Apollo, p. 7, Race")
+        assert Action("share_text", {"text": sent}).valid()
+        assert button_of(document, answer.citations[0], 1).startswith("1 · p. 7 · The beginning of")
+
+
+def test_a_corrected_action_is_refused_by_field_and_never_replaced() -> None:
+    right = {"title": "Read", "day": "today", "hour": 9, "minute": 0}
+    assert Action("set_reminder", right).faults() == []
+    for key, wrong in (("hour", 25), ("minute", 75), ("day", "Friday"), ("hour", "nine")):
+        assert Action("set_reminder", right | {key: wrong}).faults() == [key]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import ROWS, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,6 +145,26 @@ def test_notes_say_what_was_lost(tiny_hf: Path, tmp_path: Path) -> None:
         "executorch: 1 matrices: int8 g32 sym was rounded to int8 with one scale a row"
     ]
     assert not any("bfloat16" in note for note in manifest.notes)  # chosen so from the start
+
+
+def test_capped_scores_need_an_fp32_cache(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path / "model", ROWS["gemma2"])
+    recipe = Recipe(targets=("executorch",), kv_cache="int8")
+    with pytest.raises(ExportError, match="capped scores reads an fp32 cache"):
+        export_bundle(open_checkpoint(folder), tmp_path / "bundle", recipe)
+
+
+def test_a_convolution_can_be_cut_back(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path / "model", ROWS["lfm2"])
+    recipe = Recipe(weights="float", head="float", targets=("executorch",))
+    export_bundle(open_checkpoint(folder), tmp_path / "bundle", recipe)
+    session = open_session(open_bundle(tmp_path / "bundle"), "executorch", threads=1)
+    ids = np.random.default_rng(5).integers(0, 264, 40)
+    whole = session.forward(ids)[-1]
+    for kept in (0, 1, 20, 39):
+        session.truncate(kept)
+        again = session.forward(ids[kept:])[-1]
+        assert np.abs(again - whole).max() <= 1e-4 * np.abs(whole).max()
 
 
 def test_the_runner_finds_its_methods(tiny_hf: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from adapter_support import factors, write_adapter
 from architectures import ROWS, write_folder
 
+from pocketslm.errors import UsageError
 from pocketslm.export.delta import DeltaCheckpoint, make_delta
 from pocketslm.export.heal import HealConfig, heal_folder
 from pocketslm.export.pipeline import export_bundle
@@ -152,3 +154,41 @@ def test_awq_moves_factors_and_changes_nothing(name: str, tmp_path: Path) -> Non
         awq.rescale(layer, described, hessians, Spec(4, 16, "sym"))
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert np.abs(logits(model) - expected).max() <= MAX_AWQ_ERROR
+
+
+def test_one_mlp_of_all_layers_is_stored_once_and_rounded_once(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path / "hf", ROWS["mobillama"])
+    checkpoint = open_checkpoint(folder)
+    for method in ("rtn", "search"):
+        recipe = Recipe(weights="int4", method=method, targets=("native",))
+        export_bundle(checkpoint, tmp_path / method, recipe)
+        session = open_session(open_bundle(tmp_path / method), "native", threads=1)
+        expected = logits(checkpoint)
+        error = session.forward(IDS, all_logits=True) - expected
+        assert error.std() <= MAX_ROUNDED * expected.std()
+    own, _ = write_folder(
+        tmp_path / "own", replace(ROWS["mobillama"], published={}, shared_mlp=False)
+    )
+    export_bundle(open_checkpoint(own), tmp_path / "separate", Recipe(targets=("native",)))
+    export_bundle(checkpoint, tmp_path / "shared", Recipe(targets=("native",)))
+    saved = 3 * 3 * 96 * 64 // 2  # int4: three matrices of three more layers
+    sizes = [(tmp_path / n / "model.slm").stat().st_size for n in ("separate", "shared")]
+    assert sizes[0] - sizes[1] >= saved
+
+
+def test_what_changes_layers_one_by_one_refuses_a_shared_mlp(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path / "hf", ROWS["mobillama"])
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike. " * 200)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(UsageError, match="layers share one MLP"):
+        prune_folder(checkpoint, tmp_path / "out", PruneConfig(layers=1, by="last"), text)
+    quick = HealConfig(steps=1, batch=1, sequence=32)
+    with pytest.raises(UsageError, match="layers share one MLP"):
+        heal_folder(checkpoint, checkpoint, text, tmp_path / "out", quick)
+    recipe = Recipe(weights="int4", method="gptq", calibration=str(text), calibration_tokens=512)
+    with pytest.raises(UsageError, match="layers share one MLP"):
+        export_bundle(checkpoint, tmp_path / "out", recipe)
+    recipe = Recipe(neurons=64, calibration=str(text), calibration_tokens=512)
+    with pytest.raises(UsageError, match="layers share one MLP"):
+        export_bundle(checkpoint, tmp_path / "out", recipe)

@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gemma") / "bundle"
     recipe = Recipe(targets=("native", "onnx", "executorch"), context=1024)
     manifest = export_bundle(open_checkpoint(fetch("gemma3-270m")), out, recipe)
-    assert any("Q6_K blocks were rounded to int8" in note for note in manifest.notes)
+    assert any("int6 g16 sym s8 weights take 8 bits in ONNX" in note for note in manifest.notes)
     return out
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import support
 from pocketslm.errors import UsageError
-from pocketslm.export import methods
+from pocketslm.export import bits, methods
 from pocketslm.models.checkpoint import open_checkpoint
 
 
@@ -28,12 +28,20 @@ def test_every_row_is_made_once(
 ) -> None:
     for name, few in (("GROUP_SIZES", (32,)), ("GRIDS", ("sym",)), ("METHODS", ("rtn", "gptq"))):
         monkeypatch.setattr(methods, name, few)
+    monkeypatch.setattr(bits, "BITS", (3.0, 5.0))
+    monkeypatch.setattr(bits, "METHODS", ("search+gptq",))
     results, said = tmp_path / "rows.jsonl", list[str]()
     found = methods.rows(bench, results, methods.TABLES, said.append)
-    assert len(said) == len(found) == 2 + 3 + 12 + 4 + 6
+    assert len(said) == len(found) == 2 + 3 + 12 + 4 + 6 + 2
     assert {row.table for row in found} == set(methods.TABLES)
     plain = {(row.method, row.detail): row for row in found}
     assert plain["gptq", "sym g32"].kl < plain["rtn", "sym g32"].kl
+    few, many = (plain["search+gptq", f"{width} bits a weight"] for width in (3.0, 5.0))
+    assert few.kl > 2 * many.kl
+    assert 0.97 * 5 / 3 < many.size_mb / few.size_mb < 1.03 * 5 / 3
+    drawn = bits.chart(found)
+    assert drawn.startswith("<svg")
+    assert drawn.count("search+gptq") == 1
     lines = results.read_text().splitlines()
     results.write_text("\n".join(lines[:5]) + "\n")
     again = list[str]()
@@ -44,7 +52,7 @@ def test_every_row_is_made_once(
     with pytest.raises(UsageError, match="no row of depth has 'gptq'"):
         methods.rows(bench, results, ("depth",), again.append, "gptq")
     table = methods.markdown(found)
-    assert table.count("\n\n") == 4
+    assert table.count("\n\n") == 5
     assert "| sym g32 | gptq |" in table
 
 

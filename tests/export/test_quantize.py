@@ -34,6 +34,11 @@ FP32_ERROR = 1e-4  # of logits, after factors were moved between fp32 weights
 IDS = torch.from_numpy(RNG.integers(0, support.TINY.vocab_size, (8, 64)))
 
 
+MIN8_8 = ("min8", 8)  # a recipe never asks for it: scales of 8 bits are too coarse for its codes
+# A row's grids must be known before its factors are, so min8 has no other order.
+ORDERS = [(kind, order) for kind in KINDS for order in (False, True) if order or kind != "min8"]
+
+
 def rounded(weight: np.ndarray, bits: int, group: int, kind: Kind = "sym") -> QuantTensor:
     return round_to_grid(torch.from_numpy(weight), Spec(bits, group, kind), rtn.fit)
 
@@ -44,7 +49,7 @@ def output_error(got: QuantTensor) -> float:
     return float((INPUTS @ difference.T).square().mean())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_value_is_within_half_a_step(bits: int, group: int, kind: Kind) -> None:
@@ -52,11 +57,14 @@ def test_every_value_is_within_half_a_step(bits: int, group: int, kind: Kind) ->
     assert (quantized.bits, quantized.group_size) == (bits, group)
     error = np.abs(quantized.dequantize() - WEIGHT).reshape(24, -1, group)
     step = np.abs(quantized.scales)[..., None]
-    # Symmetric 4-bit has no code for the positive extreme: it may be a whole step away. A zero
-    # point is rounded too; a minimum and its scale are rounded to fp16.
-    allowed = step * {"sym": 1.0 if bits == 4 else 0.5, "zp": 1.0, "min": 0.5}[kind]
+    # Symmetric below 8 bits has no code for the positive extreme: it may be a whole step away. A
+    # zero point is rounded too; a minimum and its scale are rounded to fp16, or to a 255th of the
+    # row's largest.
+    allowed = step * {"sym": 1.0 if bits < 8 else 0.5, "zp": 1.0, "min": 0.5, "min8": 0.5}[kind]
     slack = 2e-3 * np.abs(WEIGHT).reshape(24, -1, group).max(2, keepdims=True)
-    assert (error <= allowed * (1 + 1e-5) + (slack if kind == "min" else 0)).all()
+    if kind == "min8":
+        slack = 1.5 / 255 * np.abs(WEIGHT).max(1)[:, None, None]
+    assert (error <= allowed * (1 + 1e-5) + (slack if "min" in kind else 0)).all()
     assert not (error <= allowed * 0.4).all()  # the bound is not idle
 
 
@@ -110,8 +118,9 @@ def test_damaged_weights_are_refused(bad: float) -> None:
         rounded(np.full((1, 32), 1e9, np.float32), 4, 32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("kind", "bits"), [(kind, bits) for kind in KINDS for bits in (4, 8) if (kind, bits) != MIN8_8]
+)
 def test_search_is_never_worse_than_its_start(kind: Kind, bits: int) -> None:
     importance = HESSIAN.diagonal()
     for weights in (torch.ones(256), importance):
@@ -124,7 +133,9 @@ def test_search_is_never_worse_than_its_start(kind: Kind, bits: int) -> None:
                 round_to_grid(TENSOR, Spec(bits, 32, kind), rtn.fit),
             )
         ]
-        assert (squared[0] <= squared[1] * (1 + 1e-5)).all()
+        # A row's factor is not the search's: of single groups it may take a little back.
+        slack = 0.1 if kind == "min8" else 1e-5
+        assert (squared[0] <= squared[1] * (1 + slack)).all()
         assert squared[0].sum() < 0.97 * squared[1].sum()
 
 
@@ -142,8 +153,7 @@ def test_hqq_lowers_its_norm_and_needs_minimums() -> None:
         round_to_grid(TENSOR, Spec(4, 64, "sym"), hqq.fit)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("kind", "act_order"), ORDERS)
 def test_gptq_with_identity_hessian_is_rtn(kind: Kind, act_order: bool) -> None:
     spec = Spec(4, 32, kind)
     got = gptq.quantize(TENSOR, torch.eye(256), spec, act_order=act_order)
@@ -152,8 +162,7 @@ def test_gptq_with_identity_hessian_is_rtn(kind: Kind, act_order: bool) -> None:
         np.testing.assert_array_equal(getattr(got, part), getattr(expected, part))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(("kind", "act_order"), ORDERS)
 def test_gptq_lowers_the_output_error(kind: Kind, act_order: bool) -> None:
     spec = Spec(4, 64, kind)
     plain = output_error(round_to_grid(TENSOR, spec, search.fit))

@@ -101,18 +101,22 @@ def test_gguf_blocks_are_kept(kind: str, tmp_path: Path) -> None:
 
 
 # Blocks that are kept, and the most that rounding others to 8 bits may cost of their largest value.
-KEPT = ("Q5_0", "Q5_1", "Q4_K", "Q5_K", "IQ4_NL")
-ROUNDED = ("Q2_K", "Q3_K", "Q6_K", "IQ4_XS")
+KEPT = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+MADE = ("MXFP4", "TQ1_0", "TQ2_0")  # kept, too; not all bytes are blocks of theirs
+ROUNDED = ("IQ3_S", "IQ2_XXS")
 MAX_ROUNDING = 0.5 / 127 + 1e-3
 
 
-@pytest.mark.parametrize("name", [*KEPT, *ROUNDED])
+@pytest.mark.parametrize("name", [*KEPT, *MADE, *ROUNDED])
 def test_blocks_of_more_kinds_are_kept_or_rounded_to_eight_bits(name: str, tmp_path: Path) -> None:
     import gguf
 
     kind = gguf.GGMLQuantizationType[name]
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    raw = np.random.default_rng(0).integers(0, 60, (4, 512 // block * size), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 60, (4, 512 // block * size), dtype=np.uint8)
+    if name in MADE:
+        raw = gguf.quants.quantize(rng.normal(size=(4, 512)).astype(np.float32), kind)
     writer = gguf.GGUFWriter(str(tmp_path / "k.gguf"), "llama")
     writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
     writer.write_header_to_file()
@@ -120,16 +124,32 @@ def test_blocks_of_more_kinds_are_kept_or_rounded_to_eight_bits(name: str, tmp_p
     writer.write_tensors_to_file()
     writer.close()
     file = GGUFFile(tmp_path / "k.gguf")
-    assert file.is_kept("blk.0.ffn_up.weight") == (name in KEPT)
+    assert file.is_kept("blk.0.ffn_up.weight") == (name not in ROUNDED)
     weight = file.read("blk.0.ffn_up.weight")
     assert isinstance(weight, QuantTensor)
     ours, theirs = weight.dequantize(), gguf.quants.dequantize(raw, kind)
-    if name in KEPT:
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-30)
+    if name not in ROUNDED:
+        np.testing.assert_array_equal(ours, theirs)
     else:
         peaks = np.abs(theirs.reshape(4, -1, 32)).max(-1).repeat(32, 1)
         # The random blocks reach down to where a half-precision scale is coarse.
         assert (np.abs(ours - theirs) <= MAX_ROUNDING * peaks + 1e-5).all()
+
+
+def test_a_ternary_tensor_with_a_fourth_code_is_refused(tmp_path: Path) -> None:
+    import gguf
+
+    raw = np.full((4, 2 * 66), 0xFF, np.uint8)
+    raw.reshape(4, 2, 66)[..., 64:] = np.array([1], np.float16).view(np.uint8)
+    writer = gguf.GGUFWriter(str(tmp_path / "t.gguf"), "llama")
+    kind = gguf.GGMLQuantizationType.TQ2_0
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"ffn_up.weight' of TQ2_0: a code is none of"):
+        GGUFFile(tmp_path / "t.gguf").read("blk.0.ffn_up.weight")
 
 
 def test_sharded_safetensors(tiny_hf: Path, tmp_path: Path) -> None:

@@ -239,11 +239,14 @@ def test_a_split_file_is_read_from_its_first_part(tiny: Path, tmp_path: Path) ->
         open_checkpoint(parts[0])
 
 
-def test_of_a_gemma_that_sees_the_text_is_read(tmp_path: Path) -> None:
-    folder, _ = write_folder(tmp_path, ROWS["gemma3"])
+@pytest.mark.parametrize(
+    ("name", "model_type"), [("gemma3", "gemma3"), ("ministral 3", "mistral3")]
+)
+def test_of_a_model_that_sees_the_text_is_read(name: str, model_type: str, tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, ROWS[name])
     expected = logits(folder)
     config = json.loads((folder / "config.json").read_text())
-    whole = {"model_type": "gemma3", "text_config": config, "vision_config": {"hidden_size": 9}}
+    whole = {"model_type": model_type, "text_config": config, "vision_config": {"hidden_size": 9}}
     (folder / "config.json").write_text(json.dumps(whole))
 
     def with_vision(state: State) -> None:
@@ -254,3 +257,73 @@ def test_of_a_gemma_that_sees_the_text_is_read(tmp_path: Path) -> None:
     restate(folder, with_vision)
     assert torch.equal(logits(folder), expected)
     assert "vision tower is left out" in open_checkpoint(folder).notes[0]
+
+
+def test_a_mistral_that_sees_of_another_kind_is_refused(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, ROWS["mistral"])
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"model_type": "mistral3", "text_config": config}
+    (folder / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match="model_type 'mistral', expected 'ministral3'"):
+        open_checkpoint(folder)
+
+
+def test_copies_of_a_shared_mlp_are_refused(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, ROWS["mobillama"])
+    assert not any(".1.mlp." in name for name in open_checkpoint(folder)._where)  # type: ignore[attr-defined]
+
+    def with_a_copy(state: State) -> None:
+        state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.0.mlp.up_proj.weight"] + 1
+
+    restate(folder, with_a_copy)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight"),
+        ("phi3", "model.layers.0.mlp.gate_up_proj.weight"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.bias"),
+    ],
+)
+@pytest.mark.parametrize("more", [-2, 2])
+def test_a_fused_tensor_of_other_rows_is_refused(
+    family: str, tensor: str, more: int, tmp_path: Path
+) -> None:
+    """Of more rows than the configuration says, the first would be read as if they were all."""
+    folder, _ = write_folder(tmp_path / "model", ROWS[family])
+
+    def change(state: State) -> None:
+        whole = state[tensor]
+        state[tensor] = whole[:more] if more < 0 else torch.cat([whole, whole[:more]])
+
+    restate(folder, change)
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=rf"{tensor} has shape .* rows from the config"):
+        load_reference(checkpoint, 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("qwen2 windows", {"layer_types": "sssss"}),
+        ("gemma3", {"layer_types": [["full_attention"]] * 6}),
+        ("gemma3", {"sliding_window_pattern": "x", "layer_types": None}),
+        ("olmo3", {"layer_types": ["full_attentionx"] * 4}),
+        ("lfm2", {"layer_types": None, "full_attn_idxs": 1.5}),
+        ("smollm3", {"no_rope_layers": [[]] * 4}),
+        ("granite", {"logits_scaling": 0}),
+        ("granite 4 dense", {"layer_types": 3}),
+        ("gpt2", {"n_embd": {}}),
+        ("gpt_neo", {"attention_layers": None, "attention_types": [[1, 2, 3]]}),
+    ],
+)
+def test_fields_of_another_kind_are_refused(
+    family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, _ = write_folder(tmp_path / "model", ROWS[family])
+    configure(folder, **fields)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(folder)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,17 @@ import torch
 from architectures import LLAMA3_ROPE, ROWS, YARN_ROPE, write_folder
 
 import support
+from pocketslm.errors import CheckpointError
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.recipe import Recipe
 from pocketslm.models import architectures
 from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
-from pocketslm.models.config import ModelConfig, ShortConv
+from pocketslm.models.config import ModelConfig, Pooling, ShortConv
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import floats
+from pocketslm.profiling.shape import add_metadata, metadata
+from pocketslm.runtime.model import Model
+from tokenizer_support import word_piece
 
 # A GGUF in F32 is the same model; llama.cpp computes attention by other kernels, in fp32 here.
 MAX_FOLDER_ERROR = 1e-4
@@ -33,6 +42,14 @@ KEYS: dict[str, dict[str, Any]] = {
         "rope.scaling.factor": YARN_ROPE["factor"],
         "rope.scaling.original_context_length": YARN_ROPE["original_max_position_embeddings"],
     },
+    "ministral 3": {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": YARN_ROPE["factor"],
+        "rope.scaling.original_context_length": YARN_ROPE["original_max_position_embeddings"],
+        "rope.scaling.yarn_log_multiplier": 1.0,
+        "attention.temperature_scale": 0.3,
+    },
+    "minicpm": {"embedding_scale": 6.0, "residual_scale": 0.7, "logit_scale": 4.0},
     "qwen2": {},
     "qwen3": {},
     "gemma2": {
@@ -64,32 +81,75 @@ KEYS: dict[str, dict[str, Any]] = {
     "gpt_neox whole heads": {"use_parallel_residual": True},
     "gpt_neox in turn": {"use_parallel_residual": False},
     "lfm2": {"shortconv.l_cache": 3},
+    "bert": {"attention.causal": False, "pooling_type": 1},
 }
 # What llama.cpp's own rules for a family do not allow at this size.
 NOT_IN_LLAMA_CPP = {
     "phi4 mini": "it reads the factors of LongRoPE for this family always",
+    "bert": "it gives embeddings, see below",
 }
 
 
-def write(path: Path, name: str, checkpoint: Checkpoint) -> Path:
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    tokens = [*support.byte_alphabet(), *support.SPECIAL, *support.MERGED]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] * len(support.SPECIAL) + [1] * len(support.MERGED))
+    writer.add_token_merges([" ".join(pair) for pair in support.MERGED])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    writer.add_chat_template(support.CHATML)
+
+
+WORDS = 1500
+
+
+def words_of_a_gguf() -> str:
+    """A tokenizer.json of BERT's kind whose words do not hold the mark of GGUF."""
+    document = json.loads(word_piece())
+    vocabulary = document["model"]["vocab"]
+    words = {id_: word for word, id_ in vocabulary.items() if "▁" not in word}
+    document["model"]["vocab"] = {words.get(i, f"[unused{i}]"): i for i in range(WORDS)}
+    return json.dumps(document)
+
+
+def add_word_pieces(writer: gguf.GGUFWriter) -> None:
+    """As llama.cpp's converter does: what begins a word is marked, not what goes on."""
+    vocabulary = json.loads(words_of_a_gguf())["model"]["vocab"]
+    words = sorted(vocabulary, key=lambda word: vocabulary[word])
+    special = [word.startswith("[") and word.endswith("]") and len(word) > 2 for word in words]
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(
+        [
+            word if kept else word[2:] if word.startswith("##") else f"▁{word}"
+            for word, kept in zip(words, special, strict=True)
+        ]
+    )
+    writer.add_token_types([3 if kept else 1 for kept in special])
+    writer.add_token_type_count(2)
+    for add, token in (
+        (writer.add_unk_token_id, "[UNK]"),
+        (writer.add_bos_token_id, "[CLS]"),
+        (writer.add_sep_token_id, "[SEP]"),
+    ):
+        add(vocabulary[token])
+
+
+def write(
+    path: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    tokenizer: Callable[[gguf.GGUFWriter], None] = add_tokenizer,
+) -> Path:
     """The checkpoint as a GGUF in F32."""
     config = checkpoint.config
     architecture = architectures.by_name(config.architecture)
     writer = gguf.GGUFWriter(str(path), architecture.gguf_types[0])
     writer.add_name("tiny")
-    for key, value in (metadata(config) | KEYS[name]).items():
-        key = f"{architecture.gguf_types[0]}.{key}"
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
-    add_tokenizer(writer)
+    add_metadata(writer, architecture.gguf_types[0], keys_of(config) | KEYS[name])
+    tokenizer(writer)
     shapes = {n: tuple(p.shape) for n, p in load_reference(checkpoint, 8).named_parameters()}
     state = {parameter: floats(checkpoint.weight(parameter)) for parameter in shapes}
     for stored, array in architecture.gguf.write(config, state).items():
@@ -109,41 +169,13 @@ def write(path: Path, name: str, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def metadata(c: ModelConfig) -> dict[str, Any]:
-    a = c.attentions[0]
-    kv_heads = [layer.size.num_key_value_heads for layer in c.stored_layers]
-    keys: dict[str, Any] = {
-        "context_length": c.max_position_embeddings,
-        "embedding_length": c.hidden_size,
-        "block_count": c.num_hidden_layers,
-        "feed_forward_length": c.intermediate_size,
-        "attention.head_count": a.heads,
-        "attention.head_count_kv": kv_heads if 0 in kv_heads else a.kv_heads,
-        "attention.key_length": a.head_dim,
-        "attention.value_length": a.head_dim,
-        f"attention.layer_norm_{'rms_' if c.norm == 'rms' else ''}epsilon": c.norm_eps,
-        "vocab_size": c.vocab_size,
-    }
-    if c.rotaries:
-        rotary = c.rotaries[0]
-        theta = rotary.theta
-        if rotary.divisors is not None and "alpha" in (rotary.declared or ""):
-            # llama.cpp's converter stretches the base.
-            theta *= rotary.divisors[-1] ** (rotary.dim / (rotary.dim - 2))
-        keys |= {"rope.freq_base": theta, "rope.dimension_count": rotary.dim}
+def keys_of(c: ModelConfig) -> dict[str, Any]:
+    keys = metadata(c)
+    rotary = c.rotaries[0] if c.rotaries else None
+    if rotary is not None and rotary.divisors is not None and "alpha" in (rotary.declared or ""):
+        # llama.cpp's converter stretches the base.
+        keys["rope.freq_base"] *= rotary.divisors[-1] ** (rotary.dim / (rotary.dim - 2))
     return keys
-
-
-def add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    tokens = [*support.byte_alphabet(), *support.SPECIAL, *support.MERGED]
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3] * len(support.SPECIAL) + [1] * len(support.MERGED))
-    writer.add_token_merges([" ".join(pair) for pair in support.MERGED])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    writer.add_chat_template(support.CHATML)
 
 
 def logits(checkpoint: Checkpoint) -> np.ndarray:
@@ -180,6 +212,58 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     expected = model.scores[: len(IDS)]
     error = np.abs(logits(open_checkpoint(path)) - expected).max()
     assert error <= MAX_LLAMA_CPP_ERROR * np.abs(expected).max()
+
+
+TEXTS = ["The cat sat on the mat.", "A DOG", "and then [SEP] it rained, all day long"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An encoder with words of its own: a folder, and the same as a GGUF."""
+    root = tmp_path_factory.mktemp("bert")
+    row = ROWS["bert"]
+    pooling = Pooling("mean", normalize=True)
+    row = replace(row, fields=row.fields | {"vocab_size": WORDS}, pooling=pooling)
+    folder, _ = write_folder(root / "hf", row)
+    (folder / "tokenizer.json").write_text(words_of_a_gguf())
+    (folder / "tokenizer_config.json").write_text("{}")
+    path = write(root / "m.gguf", "bert", open_checkpoint(folder), add_word_pieces)
+    return folder, path
+
+
+def embeddings(source: Path, out: Path) -> np.ndarray:
+    floats_ = Recipe(weights="float", head="float", targets=("native",))
+    export_bundle(open_checkpoint(source), out, floats_)
+    return Model.load(out, threads=1).embed(TEXTS)
+
+
+def test_an_encoder_of_a_gguf_embeds_as_its_folder(
+    encoder: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, path = encoder
+    expected = embeddings(folder, tmp_path / "folder")
+    assert np.abs(embeddings(path, tmp_path / "gguf") - expected).max() <= MAX_FOLDER_ERROR
+
+
+def test_llama_cpp_gives_the_same_embeddings(encoder: tuple[Path, Path], tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    model = llama_cpp.Llama(str(encoder[1]), embedding=True, n_ctx=128, verbose=False, n_threads=1)
+    expected = np.array([model.embed(text, normalize=True) for text in TEXTS])
+    ours = embeddings(encoder[1], tmp_path / "bundle")
+    # Its GELU is the approximation by tanh, from a table of halves.
+    assert (ours * expected).sum(1).min() >= 0.9999
+
+
+def test_a_way_of_pooling_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path / "hf", ROWS["bert"])
+    keys = KEYS["bert"]
+    KEYS["bert"] = keys | {"pooling_type": 4}
+    try:
+        path = write(tmp_path / "m.gguf", "bert", open_checkpoint(folder))
+    finally:
+        KEYS["bert"] = keys
+    with pytest.raises(CheckpointError, match=r"pooling_type is 4, expected 1 \(mean\)"):
+        open_checkpoint(path)
 
 
 def test_the_table_names_llama_3_as_its_row_does() -> None:

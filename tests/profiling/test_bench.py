@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from architectures import ROWS, write_folder
 
 import support
 from pocketslm.errors import BackendError, BundleError, UsageError
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.recipe import Recipe
+from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.profiling import bench as module
 from pocketslm.profiling.bench import bench
 from pocketslm.profiling.engine import Job
@@ -95,6 +99,27 @@ def test_end_to_end(tiny_bundle: Path, tmp_path: Path) -> None:
     fractions = [fraction for _, fraction in steps]
     assert fractions == sorted(fractions)
     assert (fractions[0], fractions[-1]) == (0, 1)
+
+
+def test_of_a_model_of_embeddings_prompts_are_measured(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path / "model", ROWS["bert"])
+    export_bundle(open_checkpoint(folder), tmp_path / "bundle", Recipe())
+    said: list[str] = []
+    rows = bench(
+        tmp_path / "bundle",
+        n_prompt=[16],
+        repetitions=2,
+        backends=["native", "onnx"],
+        operators=True,
+        say=said.append,
+    )
+    assert [(row.n_prompt, row.n_gen) for row in rows] == [(16, 0)] * 2
+    assert all(row.samples_ns and row.operator_ns for row in rows)
+    assert said == ["model gives embeddings: only prompts are measured"]
+    with pytest.raises(UsageError, match="only prompts"):
+        bench(tmp_path / "bundle", n_both=[(8, 8)])
+    with pytest.raises(UsageError, match="without peers"):
+        bench(tmp_path / "bundle", peers=["llama.cpp"])
 
 
 def test_errors_of_the_worker_are_the_users(tiny_bundle: Path) -> None:

@@ -129,6 +129,22 @@ def test_altered_files(copy: Path) -> None:
         open_bundle(copy)
 
 
+def test_what_was_verified_is_what_is_opened(copy: Path) -> None:
+    """Also where a file of the same bytes took another's place, which may have other ones later."""
+    bundle = open_bundle(copy)
+    open_session(bundle, "onnx")
+    graph = copy / "model.onnx"
+    other = shutil.copy(graph, copy / "other")
+    Path(other).replace(graph)
+    with pytest.raises(BundleError, match="replaced or changed while it was opened"):
+        open_session(bundle, "onnx")
+    open_session(open_bundle(copy), "onnx")
+    open_session(open_bundle(copy, verify=False), "onnx")
+    graph.unlink()
+    with pytest.raises(BundleError, match="replaced or changed"):
+        bundle.require_unchanged()
+
+
 def test_a_link_that_leaves_the_bundle(copy: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     shutil.move(copy / "tokenizer.json", outside)

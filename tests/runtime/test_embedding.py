@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from architectures import ROWS, write_folder
+from native_runner import running
 
 from pocketslm.cli import main
 from pocketslm.errors import (
@@ -29,7 +32,8 @@ from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.config import Pooling
 from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends import open_session
-from pocketslm.runtime.bundle import MANIFEST, open_bundle
+from pocketslm.runtime.backends.runner import program
+from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, open_bundle
 from pocketslm.runtime.model import Model
 from tokenizer_support import word_piece
 
@@ -57,6 +61,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(tmp_path_factory.mktemp("bert"), "bert", pooling)
 
 
+@pytest.mark.parametrize("backend", ["native", "onnx"])
 @pytest.mark.parametrize(
     ("name", "pooling"),
     [
@@ -68,10 +73,10 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_an_embedding_is_the_pooled_hidden_states(
-    name: str, pooling: Pooling, tmp_path: Path
+    name: str, pooling: Pooling, backend: str, tmp_path: Path
 ) -> None:
     bundle = exported(tmp_path, name, pooling, words=name == "bert")
-    model = Model.load(bundle, threads=1)
+    model = Model.load(bundle, backend, threads=1)
     assert model.bundle.config is not None
     assert model.bundle.config.pooling == pooling
     got = model.embed(TEXTS)
@@ -86,6 +91,7 @@ def test_an_embedding_is_the_pooled_hidden_states(
         assert np.abs(vector - one.numpy()).max() <= 2e-3 * float(one.abs().max())
     # In another order, each text is still read for itself.
     np.testing.assert_array_equal(model.embed(TEXTS[::-1])[::-1], got)
+    assert not (bundle / GENAI_CONFIG).exists()  # which runs what generates text alone
     assert model.embed([]).shape == (0, 64)
 
 
@@ -118,6 +124,46 @@ def test_a_graph_of_another_size_than_its_manifest_says_is_refused(
         Model.load(folder, threads=1).embed(["a"])
 
 
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        ("bert", Pooling("mean", normalize=True, max_tokens=32)),
+        ("bert", Pooling("cls")),
+        ("qwen3 embedding", Pooling("last", normalize=True)),
+        ("qwen3 embedding", Pooling("mean")),
+    ],
+)
+def test_the_runner_embeds_as_the_package_does(name: str, pooling: Pooling, tmp_path: Path) -> None:
+    bundle = exported(tmp_path, name, pooling, words=name == "bert")
+    expected = Model.load(bundle, "native", threads=1).embed([*TEXTS, "cat " * 40], truncate=True)
+    says: dict[str, Any] = {"pooling": pooling.kind, "normalize": pooling.normalize}
+    limit = {"max_tokens": pooling.max_tokens} if pooling.max_tokens else {}
+    with running([str(program())]) as runner:
+        assert runner.ask(op="load", path=str(bundle / "model.slm"), threads=1)["event"] == "loaded"
+        for text, vector in zip([*TEXTS, "cat " * 40], expected, strict=True):
+            answer = runner.ask(op="embed", prompt=text, truncate=True, **says, **limit)
+            assert answer["event"] == "embedding", answer
+            np.testing.assert_allclose(answer["embedding"], vector, rtol=1e-5, atol=1e-6)
+        packed = runner.ask(op="embed", prompt=TEXTS[0], base64=True, **says)
+        values = np.frombuffer(base64.b64decode(packed["base64"]), "<f4")
+        np.testing.assert_allclose(values, expected[0], rtol=1e-5, atol=1e-6)
+        for request, message in (
+            ({"prompt": "a", "pooling": "max"}, "'pooling' must be mean, cls or last"),
+            ({"prompt": "a"}, "'pooling' must be mean, cls or last"),
+            ({"prompt": "cat " * 40, "max_tokens": 8, **says}, "at most 8; split the text"),
+            ({"tokens": [], **says}, "must not be empty"),
+            ({"prompt": "a", "pool": "mean", **says}, "'pool' is unknown here"),
+        ):
+            assert message in runner.ask(op="embed", **request)["message"]
+
+
+def test_the_runner_has_no_embeddings_of_a_model_that_generates(tiny_bundle: Path) -> None:
+    with running([str(program())]) as runner:
+        runner.ask(op="load", path=str(tiny_bundle / "model.slm"), threads=1)
+        answer = runner.ask(op="embed", tokens=[1, 2], pooling="mean")
+        assert "the model generates text" in answer["message"]
+
+
 def test_each_kind_of_model_says_what_it_is_for(
     bert: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,7 +193,8 @@ def test_each_kind_of_model_says_what_it_is_for(
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (Recipe(targets=("native", "onnx")), "no onnx graph: the model gives embeddings"),
+        (Recipe(targets=("native", "executorch")), "no executorch graph: the model gives"),
+        (Recipe(targets=("onnx",), dtype="fp16"), "an encoder's attention computes in fp32"),
         (Recipe(method="gptq", calibration="lee"), "need a model that generates text"),
     ],
 )
@@ -165,10 +212,12 @@ def test_an_encoder_without_a_pooling_is_not_exported(tmp_path: Path) -> None:
 
 
 def test_embeddings_are_rounded_to_int8_by_default(tmp_path: Path) -> None:
-    bundle = open_bundle(exported(tmp_path, "bert", Pooling("mean"), Recipe()))
+    bundle = open_bundle(exported(tmp_path, "bert", Pooling("mean", normalize=True), Recipe()))
     assert bundle.manifest is not None
     assert bundle.manifest.weights.keys() == {"int8 g32 sym", "fp32"}
-    assert [graph.backend for graph in bundle.graphs] == ["native"]
+    assert [graph.backend for graph in bundle.graphs] == ["native", "onnx"]
+    native, onnx = (Model.load(bundle.path, name, threads=1) for name in ("native", "onnx"))
+    assert (native.embed(TEXTS) * onnx.embed(TEXTS)).sum(1).min() >= 0.99
     assert bundle.manifest.notes == ["float weights were rounded to int8 g32 sym"]
 
 
@@ -211,10 +260,11 @@ def test_minilm_gives_the_embeddings_of_transformers(tmp_path: Path) -> None:
     least = {}
     for name, recipe in (("float", FLOATS), ("int8", Recipe())):
         export_bundle(open_checkpoint(folder), tmp_path / name, recipe)
-        model = Model.load(tmp_path / name, threads=2)
-        with pytest.raises(ContextOverflowError, match="the model reads 254 of a text"):
-            model.embed(texts)
-        found = model.embed(texts, truncate=True)
-        least[name] = float((found * np.stack(expected)).sum(1).min())
-    assert least["float"] >= 0.9999
-    assert least["int8"] >= 0.995
+        for backend in ("native", "onnx"):
+            model = Model.load(tmp_path / name, backend, threads=2)
+            with pytest.raises(ContextOverflowError, match="the model reads 254 of a text"):
+                model.embed(texts)
+            found = model.embed(texts, truncate=True)
+            least[name, backend] = float((found * np.stack(expected)).sum(1).min())
+    assert min(least["float", "native"], least["float", "onnx"]) >= 0.9999
+    assert min(least["int8", "native"], least["int8", "onnx"]) >= 0.995

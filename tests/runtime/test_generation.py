@@ -243,7 +243,7 @@ def test_a_shared_prefix_is_not_prefilled_again(tiny_bundle: Path) -> None:
         setattr(engine.session, method, counting)
 
     counted("forward")
-    counted("forward_top")
+    counted("forward_greedy")
     counted("step_greedy")
     config = GenerationConfig(max_new_tokens=3, ignore_eos=True)
     document = list(range(50))
@@ -278,7 +278,10 @@ def test_generate_runs_what_bench_times(backend: str, tiny_hf: Path, tmp_path: P
 
         setattr(session, name, call)
 
-    names = {"native": ("forward", "forward_top", "step_greedy"), "onnx": ("forward",)}
+    names = {
+        "native": ("forward", "forward_top", "forward_greedy", "step_greedy"),
+        "onnx": ("forward",),
+    }
     for name in names[backend]:
         recorded(name)
     count = 40

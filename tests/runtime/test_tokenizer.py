@@ -23,12 +23,14 @@ from pocketslm.runtime.tokenizer import (
 )
 from tokenizer_support import (
     AWKWARD,
+    BYTE_LEVEL,
     BYTE_STYLES,
     CONFIG,
     CORPUS,
     FALLBACK,
     FUZZ,
     IMPLEMENTATIONS,
+    SPACE_TO_MARK,
     STRIP,
     STYLES,
     document,
@@ -312,6 +314,22 @@ def test_malformed_files_are_errors(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(TokenizerError, match=message):
         load_tokenizer(tmp_path, implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"pre_tokenizer": sequence("pretokenizers", *[BYTE_LEVEL] * 8)},
+        {"normalizer": sequence("normalizers", *[SPACE_TO_MARK | {"content": "ab"}] * 8)},
+        {"normalizer": SPACE_TO_MARK | {"content": "x" * 1000}},
+    ],
+)
+def test_steps_that_multiply_a_text_are_refused(part: dict[str, Any], implementation: Any) -> None:
+    """A hundred of them would fill any memory at the first word."""
+    text = json.dumps(json.loads(document("gpt2")) | part)
+    with pytest.raises(TokenizerError, match="more than 64 times as long"):
+        load_tokenizer_files({"tokenizer.json": text}, implementation)
 
 
 def test_what_the_wheel_refuses_is_an_error() -> None:

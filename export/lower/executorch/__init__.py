@@ -45,7 +45,7 @@ def lower(
     """
     lowering = _Lowering(traced, weights, int8_cache)
     lowering.run(path, bos, eos, progress)
-    return [
+    return lowering.notes() + [
         f"executorch: {count} matrices: {what}" for what, count in lowering.changes.items() if count
     ]
 
@@ -72,11 +72,9 @@ class _Lowering(Walk):
         self.sums: dict[tuple[Node, int], int] = {}
         self.tables: dict[str, int] = {}
         self.changes: Counter[str] = Counter()
-        for layer in self.config.layers:
-            a = layer.attention
-            if a is None or a.softcap is not None:
-                what = "a short convolution" if a is None else "a cap on attention scores"
-                raise refuse(self.target, f"ExecuTorch's kernels have no {what}")
+        self.places: dict[tuple[int, int], int] = {}
+        if int8_cache and any(a.softcap is not None for a in self.config.attentions):
+            raise refuse(self.target, "attention with capped scores reads an fp32 cache")
 
     def run(self, path: Path, bos: int, eos: list[int], progress: Progress) -> None:
         inputs = self._inputs()
@@ -249,7 +247,7 @@ class _Lowering(Walk):
         return s.unary(xnn.XNNSquare, x) if kind == "relu2" else x
 
     def attention(self, node: Node) -> None:
-        q, k, v, _, _, heads, kv_heads, scale, window, _, causal = node.args
+        q, k, v, _, _, heads, kv_heads, scale, window, cap, causal = node.args
         if not causal:
             raise refuse(self.target, "attention in both directions is not supported")
         p, size = self.program, self.traced.widths[q] // heads
@@ -261,6 +259,12 @@ class _Lowering(Walk):
         cached = [1, self.context, kv_heads, size]
         made = {query: p.tensor(shape), key: p.tensor(cached), value: p.tensor(cached)}
         self._close(made)
+        if cap is not None:
+            keys, values = (self._append(made[x], cached, "float32") for x in (key, value))
+            mask = self._mask(min(window or self.context, self.context))
+            seen = (keys, values, mask)
+            self.inside[node] = self._capped(made[query], seen, shape, kv_heads, scale, cap)
+            return
         q = [part for part, _, _ in self._held(made[query], shape)]
         k, v = ([self._append(*part) for part in self._held(made[x], cached)] for x in (key, value))
         mask, is_causal = p.literal(None), p.literal(True)
@@ -273,6 +277,83 @@ class _Lowering(Walk):
         out = p.tensor(shape)
         p.call(f"llama::{kind}.out", q[0], k[0], v[0], self.start, *options, *grids, out, out)
         self.outside[node] = out
+
+    def _capped(
+        self,
+        query: int,
+        seen: tuple[int, int, int],
+        shape: list[int],
+        kv_heads: int,
+        scale: float,
+        cap: float,
+    ) -> int:
+        """Attention written out, as no kernel caps its scores: [1, n, heads * size], over all of
+        the cache. seen: keys, values, and their mask [n, context]. shape: of the query,
+        [1, n, heads, size]."""
+        s, context, (heads, size) = self.segment, self.context, shape[2:]
+        shared = heads // kv_heads
+        q = s.reshape(s.input(query, [1, ANY, heads, size]), [0, kv_heads, shared, size])
+        q = s.reshape(s.transpose(q, (1, 0, 2, 3)), [kv_heads, 0, size])
+        k, v = (
+            s.reshape(s.input(part, [1, context, kv_heads, size]), [context, kv_heads, size])
+            for part in seen[:2]
+        )
+        scores = s.matrix_product(q, s.transpose(k, (1, 2, 0)))
+        scores = s.unary(xnn.XNNTanh, s.multiply(scores, self._number(scale / cap)))
+        scores = s.reshape(s.multiply(scores, self._number(cap)), [kv_heads, 0, shared, context])
+        mask = s.reshape(s.input(seen[2], [ANY, context]), [1, 0, 1, context])
+        weights = s.unary(xnn.XNNSoftmax, s.add(scores, mask))
+        weights = s.reshape(weights, [kv_heads, 0, context])
+        out = s.matrix_product(weights, s.transpose(v, (1, 0, 2)))
+        out = s.transpose(s.reshape(out, [kv_heads, 0, shared, size]), (1, 0, 2, 3))
+        return s.reshape(out, [1, 0, heads * size])
+
+    def short_conv(self, node: Node) -> None:
+        """Sums of shifted columns, all of which are kept: a shorter context needs no other state.
+
+        The cache begins with as many zeros as a token looks back at, written each time: nobody
+        promises that it is empty at first.
+        """
+        b, c, x, taps_node, bias_node, _ = node.args
+        name, taps = self.parameter(taps_node)
+        taps = floats(taps)
+        p, (size, count) = self.program, taps.shape
+        columns = self.segment.multiply(self._in(b), self._in(x))
+        columns = self.segment.reshape(columns, [1, 0, 1, size])
+        new = p.tensor([1, self.context, 1, size])
+        self._close({columns: new})
+        cache = p.state([1, self.context + count - 1, 1, size], "float32")
+        unused = p.tensor([1], dynamic=False)
+        zeros = p.constant(
+            f"zeros.{count - 1}.{size}", np.zeros((1, count - 1, 1, size), np.float32)
+        )
+        for value, place in ((zeros, p.literal(0)), (new, self._later(self.start, count - 1))):
+            p.call("llama::update_cache.out", value, cache, place, unused, unused)
+        s = self.segment
+        total: int | None = None
+        for tap in range(count):
+            rows = p.tensor([1, self.context, 1, size])
+            span = (self._later(place, tap) for place in (self.start, self.end))
+            arguments = [cache, p.literal(1), *span, p.literal(1)]
+            p.call("aten::slice_copy.Tensor_out", *arguments, rows, rows)
+            weight = p.constant(f"{name}.{tap}", np.ascontiguousarray(taps[:, tap], np.float32))
+            part = s.multiply(s.input(rows, [1, ANY, 1, size]), s.input(weight, [size]))
+            total = part if total is None else s.add(total, part)
+        assert total is not None
+        total = s.reshape(total, [1, 0, size])
+        if bias_node is not None:
+            total = s.add(total, self._constant(bias_node))
+        self.inside[node] = s.multiply(total, self._in(c))
+
+    def _later(self, place: int, positions: int) -> int:
+        """A number of the program and so many more."""
+        if not positions:
+            return place
+        if (place, positions) not in self.places:
+            self.places[place, positions] = self.program.number()
+            arguments = [place, self.program.literal(positions), self.places[place, positions]]
+            self.program.call("executorch_prim::add.Scalar", *arguments)
+        return self.places[place, positions]
 
     def _mask(self, window: int) -> int:
         """What the new positions see of the whole cache: 0, or minus infinity."""
@@ -334,9 +415,20 @@ class _Lowering(Walk):
         turned = turned if rest is None else s.concatenate_last(turned, rest)
         self.inside[node] = s.reshape(turned, [1, 0, width])
 
+    def temperature(self, node: Node) -> None:
+        x, _, factor, step = node.args
+        table = 1 + factor * np.log1p(np.arange(self.context) // step)[:, None]
+        rows = self._rows(f"temperature.{factor!r}.{step}", table, [self.context, 1])
+        s = self.segment
+        grown = s.reshape(s.input(rows, [ANY, 1]), [1, 0, 1])
+        self.inside[node] = s.multiply(self._in(x), grown)
+
     def getitem(self, node: Node) -> None:
         source, index = node.args
         if index:  # the longer cache, which stays where it is
+            return
+        if source in self.inside:  # what was not left to a kernel
+            self.inside[node] = self._in(source)
             return
         heads, width = source.args[5], self.traced.widths[source]
         out = self.segment.input(self.outside[source], [1, ANY, heads, width // heads])

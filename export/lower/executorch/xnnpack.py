@@ -107,6 +107,15 @@ class Segment:
         out = self._tensor([size or ANY for size in shape])
         return self._node(xnn.XNNStaticReshape(len(shape), list(shape), x, out, 0), out)
 
+    def transpose(self, x: int, order: Sequence[int]) -> int:
+        out = self._tensor([self._shapes[x][axis] for axis in order])
+        return self._node(xnn.XNNStaticTranspose(len(order), list(order), x, out, 0), out)
+
+    def matrix_product(self, a: int, b: int) -> int:
+        """``a @ b`` of [batch, n, k] and [batch, k, m]."""
+        out = self._tensor([*self._shapes[a][:-1], self._shapes[b][-1]])
+        return self._node(xnn.XNNBatchMatrixMultiply(a, b, out, 0), out)
+
     def slice_last(self, x: int, start: int, stop: int) -> int:
         """Columns of the last axis."""
         shape = self._shapes[x]

@@ -18,13 +18,28 @@ from pocketslm.runtime.assistant.readers.limits import MAX_FILE_BYTES, limited
 
 Reader = Callable[[bytes], Iterable[Block]]
 
-# Kind -> (module of its reader, file name endings).
+# Kind -> (module of its reader and the reader's name, file name endings).
 KINDS = {
-    "txt": ("text", (".txt", ".text", ".log", ".csv", ".cor")),
+    "txt": ("text", (".txt", ".text", ".cor")),
+    "log": ("text:read_lines", (".log",)),
+    "code": (
+        "text:read_lines",
+        (
+            *(".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".kt", ".js", ".ts", ".go", ".rs"),
+            *(".rb", ".sh", ".sql", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf"),
+        ),
+    ),
     "md": ("markdown", (".md", ".markdown")),
     "html": ("html", (".html", ".htm", ".xhtml")),
     "pdf": ("pdf", (".pdf",)),
     "docx": ("docx", (".docx",)),
+    "odt": ("odt", (".odt", ".ott")),
+    "rtf": ("rtf", (".rtf",)),
+    "pptx": ("pptx", (".pptx",)),
+    "xlsx": ("xlsx", (".xlsx", ".xlsm")),
+    "csv": ("tables", (".csv", ".tsv")),
+    "eml": ("mail", (".eml",)),
+    "mbox": ("mail:read_box", (".mbox",)),
     "epub": ("epub", (".epub",)),
 }
 
@@ -49,7 +64,8 @@ def read_bytes(data: bytes, name: str) -> Source:
         raise DocumentError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB")
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     kind = _kind(data, name)
-    reader: Reader = import_module(f"{__name__}.{KINDS[kind][0]}").read
+    module, _, function = KINDS[kind][0].partition(":")
+    reader: Reader = getattr(import_module(f"{__name__}.{module}"), function or "read")
     try:
         source = make_source(Path(name).stem, kind, limited(reader(data)))
     except DocumentError as error:

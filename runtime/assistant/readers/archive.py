@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import posixpath
 import struct
 import zipfile
 import zlib
@@ -14,7 +15,8 @@ from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.readers.limits import ElementCount
 
 MAX_MEMBERS = 10_000
-MAX_UNPACKED_BYTES = 128 << 20
+# What a large archive may unpack to, and a small one, which office programs pack to a tenth.
+MAX_UNPACKED_BYTES, MAX_UNPACKED_OF_SMALL = 128 << 20, 48 << 20
 MAX_DEPTH = 256
 MAX_NAMESPACE_CHARACTERS = 1000  # each of its tags comes with it
 
@@ -26,7 +28,10 @@ _DAMAGE = (
 
 
 class Archive:
-    """A zip file of which at most MAX_UNPACKED_BYTES are ever unpacked, whatever it declares."""
+    """A zip file of which only so many bytes are ever unpacked, whatever it declares.
+
+    elements: counts what the XML and the pages in it hold together.
+    """
 
     def __init__(self, data: bytes) -> None:
         try:
@@ -35,7 +40,9 @@ class Archive:
             raise DocumentError("is not a whole zip archive") from None
         if len(self._zip.infolist()) > MAX_MEMBERS:
             raise DocumentError(f"holds more than {MAX_MEMBERS} files")
-        self._left = MAX_UNPACKED_BYTES
+        self._most = min(MAX_UNPACKED_BYTES, max(MAX_UNPACKED_OF_SMALL, 16 * len(data)))
+        self._left = self._most
+        self.elements = ElementCount(len(data))
 
     def names(self) -> list[str]:
         return self._zip.namelist()
@@ -53,7 +60,7 @@ class Archive:
             raise DocumentError("needs a password; save it without one") from None
         self._left -= len(data)
         if self._left < 0:
-            raise DocumentError(f"unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB")
+            raise DocumentError(f"unpacks to more than {self._most >> 20} MiB")
         return data
 
 
@@ -62,16 +69,19 @@ def parse_xml(
     start: Callable[[str, dict[str, str]], None],
     end: Callable[[str], None] = lambda tag: None,
     text: Callable[[str], None] = lambda text: None,
+    *,
+    count: ElementCount | None = None,
 ) -> None:
     """Stream XML to callbacks, with tags and attributes as "namespace name" (no tree is built).
 
-    Raises DocumentError for what is not well-formed, nests deeper than MAX_DEPTH, has too many
-    elements, or declares what makes much of little, as a billion laughs does and no office program:
-    entities, attributes with defaults, long namespaces.
+    count: of the elements of a file with other XML in it. Raises DocumentError for what is not
+    well-formed, nests deeper than MAX_DEPTH, has too many elements, or declares what makes much of
+    little, as a billion laughs does and no office program: entities, attributes with defaults, long
+    namespaces.
     """
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
-    depth, count = 0, ElementCount()
+    depth, count = 0, count or ElementCount(len(data))
 
     def opened(tag: str, attributes: dict[str, str]) -> None:
         nonlocal depth
@@ -102,3 +112,17 @@ def parse_xml(
         raise DocumentError(f"holds damaged XML: {error}") from None
     except (LookupError, ValueError):  # of the encoding that it declares
         raise DocumentError("is XML in an unknown encoding; save it as UTF-8") from None
+
+
+def relations(archive: Archive, part: str) -> dict[str, str]:
+    """The parts of an office file that one of them names: id -> path."""
+    folder, name = posixpath.split(part)
+    found: dict[str, str] = {}
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        if tag.endswith("Relationship") and attributes.get("TargetMode") != "External":
+            target = attributes.get("Target", "")
+            found[attributes.get("Id", "")] = posixpath.join("/", folder, target).lstrip("/")
+
+    parse_xml(archive.read(f"{folder}/_rels/{name}.rels"), start, count=archive.elements)
+    return found

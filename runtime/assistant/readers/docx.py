@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml
-from pocketslm.runtime.assistant.readers.limits import BlockCount
+from pocketslm.runtime.assistant.readers.limits import BlockCount, check_characters
 
 # As Word writes it, and the "strict" form of the standard.
 _NAMESPACES = frozenset(
@@ -24,7 +24,9 @@ _BEFORE_CELL_END = re.compile(r"(?<! ) ++\| ")
 
 def read(data: bytes) -> Iterator[Block]:
     body = _Body()
-    parse_xml(Archive(data).read("word/document.xml"), body.start, body.end, body.text)
+    archive = Archive(data)
+    xml = archive.read("word/document.xml")
+    parse_xml(xml, body.start, body.end, body.text, count=archive.elements)
     # Pages are where Word broke them when it last saved; a file without breaks names none.
     return (block if body.pages > 1 else block._replace(page=None) for block in body.blocks)
 
@@ -46,6 +48,7 @@ class _Body:
         self.blocks: list[Block] = []
         self.pages = 1
         self._count = BlockCount()
+        self._characters = 0  # of text, also of what is not yet in a block
         self._now = _Paragraph(self.pages)
         self._around: list[_Paragraph] = []  # those that hold the text box that is being read
         self._in_text = False
@@ -98,6 +101,8 @@ class _Body:
 
     def text(self, text: str) -> None:
         if self._in_text and not self._skipping:
+            self._characters += len(text)
+            check_characters(self._characters)
             self._now.parts.append(text)
 
     def _break(self) -> None:

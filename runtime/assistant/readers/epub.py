@@ -26,12 +26,12 @@ def read(data: bytes) -> Iterator[Block]:
             case "itemref":
                 spine.append(attributes.get("idref", ""))
 
-    parse_xml(archive.read(package), start)
+    parse_xml(archive.read(package), start, count=archive.elements)
     folder = posixpath.dirname(package)
     for reference in dict.fromkeys(spine):
         if href := files.get(reference):
             chapter = posixpath.normpath(posixpath.join(folder, unquote(href)))
-            yield from html.read(archive.read(chapter))
+            yield from html.read(archive.read(chapter), archive.elements)
 
 
 def _package(archive: Archive) -> str:
@@ -42,7 +42,7 @@ def _package(archive: Archive) -> str:
         if tag.endswith("rootfile") and "full-path" in attributes:
             found.append(attributes["full-path"])
 
-    parse_xml(archive.read("META-INF/container.xml"), start)
+    parse_xml(archive.read("META-INF/container.xml"), start, count=archive.elements)
     if not found:
         raise DocumentError("names no package in META-INF/container.xml")
     return found[0]

@@ -39,15 +39,17 @@ _BLOCKS = frozenset(
 )
 
 
-def read(data: bytes) -> Iterator[Block]:
+def read(data: bytes, count: ElementCount | None = None) -> Iterator[Block]:
+    """Blocks of a page; ``count``: of the tags of a file with other pages."""
     charset = _CHARSET.search(data[:2048])
-    return parse(decode(data, charset[1].decode("ascii") if charset else ""))
+    markup = decode(data, charset[1].decode("ascii") if charset else "")
+    return parse(markup, count or ElementCount(len(data)))
 
 
-def parse(markup: str) -> Iterator[Block]:
+def parse(markup: str, count: ElementCount) -> Iterator[Block]:
     """Blocks of a page; a broken or unclosed tag costs structure, never text."""
     page = _Page()
-    for piece in _pieces(markup):
+    for piece in _pieces(markup, count):
         yield from page.take(piece)
     yield from page.end_block()
 
@@ -59,10 +61,10 @@ class _Piece(NamedTuple):
     text: str = ""
 
 
-def _pieces(markup: str) -> Iterator[_Piece]:
+def _pieces(markup: str, count: ElementCount) -> Iterator[_Piece]:
     """The text and tags of a page that are to be read, in order."""
     missing: set[str] = set()  # what does not come any more
-    tag, count = _TAG, ElementCount()
+    tag = _TAG
 
     def end_of(mark: str, start: int) -> int:
         """Where the next ``mark`` ends; 0: nowhere."""

@@ -10,8 +10,9 @@ from pocketslm.runtime.assistant.document import Block
 MAX_FILE_BYTES = 128 << 20
 MAX_ENCODED_BYTES = 64 << 20  # of a text file, a page or a chapter
 MAX_TEXT_CHARACTERS = 16 << 20
-MAX_BLOCKS = 1 << 19
-MAX_ELEMENTS = 1 << 22  # tags of a page, elements of an XML file
+MAX_BLOCKS = 1 << 18
+# Tags of a page, elements of an XML file: as many as a large file may have, and a small one.
+MAX_ELEMENTS, MAX_ELEMENTS_OF_SMALL = 1 << 22, 1 << 20
 
 
 class BlockCount:
@@ -29,15 +30,16 @@ class BlockCount:
 
 
 class ElementCount:
-    """Counts tags; DocumentError at the one that is too many."""
+    """Counts tags of a file of ``size`` bytes; DocumentError at the one that is too many."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self._count = 0
+        self._most = min(MAX_ELEMENTS, max(MAX_ELEMENTS_OF_SMALL, size))
 
     def add(self) -> None:
         self._count += 1
-        if self._count > MAX_ELEMENTS:
-            raise DocumentError(f"holds more than {MAX_ELEMENTS} tags; split it")
+        if self._count > self._most:
+            raise DocumentError(f"holds more than {self._most} tags; split it")
 
 
 def check_characters(count: int) -> None:

@@ -1,37 +1,72 @@
-"""PDF by pypdf, page by page."""
+"""PDF by pypdf, page by page: paragraphs by the space above a line, headings by their size."""
 
 from __future__ import annotations
 
 import io
 import logging
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block
-from pocketslm.runtime.assistant.readers.text import BLANK_LINE, split, unwrap
+from pocketslm.runtime.assistant.readers.text import LIST_ITEM
 
 MAX_PAGES = 5000
+MAX_UNPACKED = 32 << 20  # of one stream
+# What the contents of pages hold in bytes, and one stream in tokens: as much as a small file may
+# have; a larger one may have more, by its size.
+MAX_CONTENTS_OF_SMALL, MAX_TOKENS_OF_SMALL = 4 << 20, 400_000
+# Thousandths of an em. Typesetters that justify draw no spaces but move the pen by 180 to 400.
+WIDEST_JOINT = 140
+HEADING = 1.15  # times the size of the page's text
+TITLE = 1.35
+FULL = 0.7  # of the longest line of a paragraph: shorter ones end where their author ended them
+GAP = 1.35  # times the usual way from line to line begins a paragraph
+HEADING_CHARACTERS = 120
+_HYPHENATED = re.compile(r"[^\W\d_](?:-|\u00ad|\u2010)$")
+# Letters that fonts join, which nobody types.
+_LIGATURES = {
+    code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xFB00, 0xFB07), 0xA0)
+}
 
 
 def read(data: bytes) -> Iterator[Block]:
     try:
-        from pypdf import PdfReader, errors
+        from pypdf import PdfReader, apply_configuration, errors, get_configuration
     except ImportError:
         raise DocumentError(
             "is a PDF, which needs pypdf; `pip install pocketslm[assistant]`"
         ) from None
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # its warnings are not for our users
+    left = max(MAX_CONTENTS_OF_SMALL, 4 * len(data))
+    limits = get_configuration().with_overwrites(
+        stream_parsing_work_maximum_count=min(2_000_000, max(MAX_TOKENS_OF_SMALL, len(data) // 2)),
+        zlib_maximum_output_length=MAX_UNPACKED,
+        lzw_maximum_output_length=MAX_UNPACKED,
+        run_length_maximum_output_length=MAX_UNPACKED,
+    )
+    _see_narrow_gaps()
     try:
-        reader = PdfReader(io.BytesIO(data), strict=False)
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise DocumentError("needs a password; save it without one")
-        if (count := len(reader.pages)) > MAX_PAGES:
-            raise DocumentError(f"has {count} pages, at most {MAX_PAGES} are read")
+        with apply_configuration(limits):
+            reader = PdfReader(io.BytesIO(data), strict=False)
+            if reader.is_encrypted and not reader.decrypt(""):
+                raise DocumentError("needs a password; save it without one")
+            if (count := len(reader.pages)) > MAX_PAGES:
+                raise DocumentError(f"has {count} pages, at most {MAX_PAGES} are read")
         for number in range(1, count + 1):
-            text = reader.pages[number - 1].extract_text()
-            for paragraph in split(BLANK_LINE, _tidy(text)):
-                yield Block(unwrap(paragraph), page=number)
+            page = _Page()
+            with apply_configuration(limits):
+                source = reader.pages[number - 1]
+                contents = source.get_contents()
+                left -= 0 if contents is None else len(contents.get_data())
+                if left < 0:
+                    raise DocumentError("draws too much on its pages for its size; print it anew")
+                source.extract_text(visitor_text=page.take)
+            yield from page.blocks(number)
             reader.resolved_objects.clear()  # or memory grows with every page read
     except DocumentError:
         raise
@@ -47,7 +82,119 @@ def read(data: bytes) -> Iterator[Block]:
         raise DocumentError(f"is a damaged PDF: {reason}") from None
 
 
-def _tidy(text: str) -> str:
-    """Words that a line end had divided, whole again; no lone surrogates."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return re.sub(r"([^\W\d_])-\n([a-zà-ÿ])", r"\1\2", text)
+def _see_narrow_gaps() -> None:
+    """Let pypdf see gaps between words of fonts without a space.
+
+    It takes half the average width of their glyphs for half a space, which is wider than the gaps
+    of justified text, and joins the words.
+    """
+    from pypdf._text_extraction._text_extractor import TextExtraction
+
+    original = TextExtraction.process_tj_offset
+    if getattr(original, "sees_narrow_gaps", False):
+        return
+
+    def process(self: Any, offset: float, space_width: float) -> None:
+        original(self, offset, min(space_width, WIDEST_JOINT))
+
+    process.sees_narrow_gaps = True  # type: ignore[attr-defined]
+    TextExtraction.process_tj_offset = process  # type: ignore[method-assign]
+
+
+class _Line(NamedTuple):
+    text: str
+    size: float
+    y: float
+
+
+class _Page:
+    """The lines of a page with the size of their letters and their height on the page."""
+
+    def __init__(self) -> None:
+        self._lines: list[_Line] = []
+        self._parts: list[str] = []
+        self._size = self._y = 0.0
+        self._fresh = True
+
+    def take(self, text: str, cm: list[float], tm: list[float], _: Any, size: Any) -> None:
+        """A piece of text as pypdf finds it, with the matrices that place it."""
+        text = text.translate(_LIGATURES).encode("utf-8", "replace").decode("utf-8")
+        first, *others = text.split("\n")
+        self._add(first, cm, tm, size)
+        for other in others:
+            self._end_line()
+            self._add(other, cm, tm, size)
+
+    def _add(self, text: str, cm: list[float], tm: list[float], size: Any) -> None:
+        if not text:
+            return
+        self._parts.append(text)
+        if text.strip():
+            scale = (abs(tm[0] * tm[3] - tm[1] * tm[2]) * abs(cm[0] * cm[3] - cm[1] * cm[2])) ** 0.5
+            self._size = max(self._size, abs(float(size)) * scale)
+            if self._fresh:
+                self._y = tm[4] * cm[1] + tm[5] * cm[3] + cm[5]
+                self._fresh = False
+
+    def _end_line(self) -> None:
+        if text := "".join(self._parts).strip():
+            self._lines.append(_Line(text, self._size, self._y))
+        elif self._lines:
+            self._lines.append(_Line("", 0.0, self._y))
+        self._parts, self._size, self._fresh = [], 0.0, True
+
+    def blocks(self, number: int) -> Iterator[Block]:
+        """Its paragraphs and headings."""
+        self._end_line()
+        sizes: Counter[float] = Counter()
+        for line in self._lines:
+            sizes[round(line.size, 1)] += len(line.text)
+        usual = max(sizes, key=sizes.__getitem__, default=0.0)
+        leading = _leading([line for line in self._lines if round(line.size, 1) == usual])
+        paragraph: list[str] = []
+        level, before = 0, None
+
+        def end() -> Iterator[Block]:
+            if paragraph:
+                yield Block(_joined(paragraph, FULL if not level else 0), level, number)
+                paragraph.clear()
+
+        for line in self._lines:
+            now = _level(line, usual)
+            down = before.y - line.y if before else 0.0
+            far = leading and down > GAP * max(leading, line.size)
+            if not line.text or now != level or (far and before):
+                yield from end()
+            if line.text:
+                level, before = now, line
+                paragraph.append(line.text)
+        yield from end()
+
+
+def _level(line: _Line, usual: float) -> int:
+    if not usual or line.size < HEADING * usual or len(line.text) > HEADING_CHARACTERS:
+        return 0
+    return 1 if line.size >= TITLE * usual else 2
+
+
+def _leading(lines: list[_Line]) -> float:
+    """The usual way down from a line to the next."""
+    ways: Counter[float] = Counter()
+    for one, other in pairwise(lines):
+        if 0 < one.y - other.y < 4 * one.size:
+            ways[round(one.y - other.y, 1)] += 1
+    return max(ways, key=ways.__getitem__, default=0.0)
+
+
+def _joined(lines: list[str], full: float) -> str:
+    """The lines of a paragraph as one, but for those shorter than ``full`` times the longest, which
+    end an item or a verse; words that a line end had divided are whole again."""
+    least = full * max(map(len, lines))
+    parts: list[str] = []
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if _HYPHENATED.search(line) and after[:1].islower():
+            parts.append(line[:-1])
+        else:
+            wrapped = len(line) >= least and not LIST_ITEM.match(after)
+            parts.append(line + (" " if wrapped else "\n"))
+    return "".join(parts).rstrip()

@@ -24,9 +24,11 @@ _DECLARED = re.compile(
 )
 _PAGE_END, _LINE_END = re.compile("\f"), re.compile("\n")
 BLANK_LINE = re.compile(r"\n\s*\n")
-_LIST_ITEM = re.compile(r"\s*+(?:[-*•+]|\d++[.)])\s")
+LIST_ITEM = re.compile(r"\s*+(?:[-*•+]|\d{1,3}[.)])\s")
 # Shorter lines are verse, code or a table, and keep their ends.
 _WRAPPED = 50
+HEADING_LEVEL, HEADING_CHARACTERS = 2, 70
+MOST_LINES = 40
 
 
 def read(data: bytes) -> Iterator[Block]:
@@ -34,8 +36,43 @@ def read(data: bytes) -> Iterator[Block]:
     check_characters(len(text))
     paged = "\f" in text
     for number, page in enumerate(split(_PAGE_END, text), 1):
+        place = number if paged else None
+        before = ""  # the paragraph that the next one decides about
         for paragraph in split(BLANK_LINE, page):
-            yield Block(unwrap(paragraph), page=number if paged else None)
+            if before.strip():
+                level = HEADING_LEVEL if _heads(before, paragraph) else 0
+                yield Block(unwrap(before), level, place)
+            before = paragraph
+        if before.strip():
+            yield Block(unwrap(before), 0, place)
+
+
+def _heads(paragraph: str, after: str) -> bool:
+    """Whether a paragraph looks like the heading of the one after it."""
+    line = paragraph.strip()
+    return (
+        len(line) <= HEADING_CHARACTERS
+        and "\n" not in line
+        and line[-1:] not in ".,;:!…。，；："
+        and line[0] not in "-*•+"
+        and (line[0].isupper() or not line[0].islower())
+        and len(after.strip()) > len(line)
+    )
+
+
+def read_lines(data: bytes) -> Iterator[Block]:
+    """Logs and source code: every line stays one; a part of at most MOST_LINES is a block."""
+    text = decode(data)
+    check_characters(len(text))
+    part: list[str] = []
+    for line in lines(text):
+        if part and (not line.strip() or len(part) == MOST_LINES):
+            yield Block("\n".join(part))
+            part = []
+        if line.strip():
+            part.append(line.rstrip())
+    if part:
+        yield Block("\n".join(part))
 
 
 def decode(data: bytes, declared: str = "") -> str:
@@ -79,7 +116,7 @@ def unwrap(paragraph: str) -> str:
     joined = io.StringIO()
     length = 0  # of the line that is being joined
     for line in lines(paragraph):
-        wrapped = length >= _WRAPPED and not _LIST_ITEM.match(line)
+        wrapped = length >= _WRAPPED and not LIST_ITEM.match(line)
         if joined.tell():
             joined.write(" " if wrapped else "\n")
         line = line.strip()

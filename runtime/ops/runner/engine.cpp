@@ -6,12 +6,15 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
 #include <list>
+#include <optional>
 #include <tuple>
 
+#include "grammar/constraint.h"
 #include "model_file.h"
 
 namespace pocketslm {
@@ -108,6 +111,7 @@ void Engine::unload() {
   session_ = nullptr;
   model_ = nullptr;
   tokenizer_ = Tokenizer();
+  trie_.reset();
   chat_ = Chat();
   cached_.clear();
 }
@@ -170,10 +174,10 @@ void Engine::reset() {
   cached_.clear();
 }
 
-std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens) const {
+std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens,
+                           const TextLimits& limits) const {
   if (!tokenizer_.loaded()) return "the model file has no tokenizer; pass tokens instead";
-  tokens.clear();
-  tokenizer_.encode_whole({text, true}, tokens);
+  tokenizer_.encode_whole({text, limits.special}, tokens, limits.most);
   return "";
 }
 
@@ -188,6 +192,16 @@ std::string Engine::encode_chat(const std::vector<Message>& messages,
     return failure;
   tokenizer_.encode(parts, tokens);
   return "";
+}
+
+std::shared_ptr<const grammar::TokenTrie> Engine::token_trie() {
+  if (!trie_) {
+    std::vector<std::string_view> texts;
+    for (uint32_t token = 0; token < model_info_.vocab_size; ++token)
+      texts.push_back(tokenizer_.bytes(static_cast<int32_t>(token)));
+    trie_ = std::make_shared<grammar::TokenTrie>(texts);
+  }
+  return trie_;
 }
 
 // Keep what the session already holds of these tokens, at most `limit` of them; none where it has
@@ -209,6 +223,17 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   if (prompt.size() > context)
     return std::to_string(prompt.size()) + " tokens do not fit the context of " +
            std::to_string(context);
+  const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos() : generation.eos;
+  std::optional<grammar::Constraint> constraint;
+  if (generation.grammar) {
+    if (!tokenizer_.loaded()) return "the model file has no tokenizer, whose tokens a grammar needs";
+    if (generation.ignore_eos) return "'ignore_eos' with a grammar, which says where an answer ends";
+    std::vector<uint32_t> ends;
+    for (const int32_t token : eos)
+      if (static_cast<uint32_t>(token) < model_info_.vocab_size)
+        ends.push_back(static_cast<uint32_t>(token));
+    constraint.emplace(generation.grammar, token_trie(), ends, tokenizer_.strips_space());
+  }
   const auto started = Clock::now();
   const size_t common = keep_common(prompt, prompt.size() - 1);  // the last one gives the logits
   outcome = {};
@@ -236,8 +261,11 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   std::vector<float> raw;
   const auto pick = [&](float& logprob) {
     if (generation.logprobs) raw = logits;
+    if (constraint && !constraint->apply(logits.data()))
+      throw grammar::GrammarError("no token of the vocabulary may follow this text");
     const int32_t token = sampler.pick(logits, cached_, prompt.size());
     logprob = generation.logprobs ? log_probability(raw, token) : 0;
+    if (constraint) constraint->advance(static_cast<uint32_t>(token));
     return token;
   };
   float logprob = 0;
@@ -245,7 +273,6 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   outcome.prefill_ms = milliseconds_since(started);
 
   const auto decode_started = Clock::now();
-  const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos() : generation.eos;
   std::string pending;  // the beginning of a character whose end is in the next token
   bool at_start = true;
   outcome.reason = "length";
@@ -263,21 +290,23 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
       at_start = false;
     }
     pending += bytes;
-    const bool last = outcome.new_tokens == generation.max_tokens;
+    const bool whole = constraint && constraint->must_end();
+    const bool last = whole || outcome.new_tokens == generation.max_tokens;
     const size_t held = last ? 0 : incomplete_utf8(pending);
-    on_token({token, std::string_view(pending).substr(0, pending.size() - held), logprob});
+    on_token({token, std::string_view(pending).substr(0, pending.size() - held), logprob, whole});
     pending.erase(0, pending.size() - held);
     if (!go_on()) {
       outcome.reason = "cancelled";
       break;
     }
+    if (whole) outcome.reason = "stop";
     if (last) break;
     if (cached_.size() == context) {
       outcome.reason = "context";
       break;
     }
     const int32_t previous = token;
-    const bool fast = !sampler.needs_logits() && !generation.logprobs;
+    const bool fast = !sampler.needs_logits() && !generation.logprobs && !constraint;
     const pslm_status status =
         fast ? pslm_step_greedy(session_, previous, &token, error.argument())
              : pslm_forward(session_, &previous, 1, PSLM_LOGITS_LAST, logits.data(), logits.size(),
@@ -306,6 +335,28 @@ std::string Engine::logits(const std::vector<int32_t>& tokens, size_t first,
     out.erase(out.begin(), out.begin() + static_cast<std::ptrdiff_t>((first - common) *
                                                                      model_info_.output_size));
   cached_ = tokens;
+  return "";
+}
+
+std::string Engine::embed(const std::vector<int32_t>& tokens, Pooling pooling, bool normalize,
+                          std::vector<float>& out) {
+  if (model_info_.head_macs) return "the model generates text: it has no embeddings";
+  reset();  // a text is read for itself
+  const size_t first = pooling == Pooling::last ? tokens.size() - 1 : 0, size = model_info_.output_size;
+  if (std::string failure = logits(tokens, first, out); !failure.empty()) return failure;
+  if (pooling == Pooling::mean) {
+    for (size_t i = 0; i < size; ++i) {
+      double sum = 0;
+      for (size_t row = 0; row < tokens.size(); ++row) sum += static_cast<double>(out[row * size + i]);
+      out[i] = static_cast<float>(sum / static_cast<double>(tokens.size()));
+    }
+  }
+  out.resize(size);
+  if (!normalize) return "";
+  double squares = 0;
+  for (float value : out) squares += static_cast<double>(value) * static_cast<double>(value);
+  if (!(squares > 0)) return "the embedding has no direction: the weights are damaged";
+  for (float& value : out) value = static_cast<float>(static_cast<double>(value) / std::sqrt(squares));
   return "";
 }
 

@@ -3,11 +3,15 @@
 
 #include <chrono>
 #include <functional>
+#include <limits>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "chat.h"
+#include "grammar/grammar.h"
+#include "grammar/token_trie.h"
 #include "pocketslm.h"
 #include "sampler.h"
 #include "tokenizer.h"
@@ -28,16 +32,27 @@ struct Generation {
   bool ignore_eos = false, logprobs = false;
   std::vector<int32_t> eos;  // empty: the model file's own
   Sampling sampling;
+  std::shared_ptr<const grammar::Automaton> grammar;  // that holds the answer, where there is one
 };
+
+// Whether the text of special tokens means those tokens, and how many tokens of a text are kept.
+struct TextLimits {
+  bool special = true;
+  size_t most = std::numeric_limits<size_t>::max();
+};
+
+// The mean of the hidden states of a text's tokens, or the first's or the last's.
+enum class Pooling { mean, cls, last };
 
 struct NewToken {
   int32_t token;
   std::string_view text;  // what became certain with it
   float logprob;          // of its probability before any penalty, where asked for
+  bool whole;             // nothing may follow by the grammar
 };
 
 struct Outcome {
-  std::string reason;  // eos, length, context, cancelled
+  std::string reason;  // eos, stop (nothing may follow), length, context, cancelled
   size_t prompt_tokens = 0, reused_tokens = 0, new_tokens = 0;
   double prefill_ms = 0, decode_ms = 0;
   int32_t last = -1;  // the token that ended it, where that was eos
@@ -62,7 +77,8 @@ class Engine {
 
   // These return an empty string, or one line that says what was wrong.
   std::string load(const LoadOptions& options);
-  std::string encode(std::string_view text, std::vector<int32_t>& tokens) const;
+  std::string encode(std::string_view text, std::vector<int32_t>& tokens,
+                     const TextLimits& limits = {}) const;
   std::string encode_chat(const std::vector<Message>& messages, std::vector<int32_t>& tokens) const;
   // Calls on_token for each new token; go_on is asked before each part of the prompt and after
   // each token, and ends the generation when it is false.
@@ -71,6 +87,9 @@ class Engine {
                        const std::function<bool()>& go_on, Outcome& outcome);
   // Of the last token, or of each from position `first` on.
   std::string logits(const std::vector<int32_t>& tokens, size_t first, std::vector<float>& out);
+  // The hidden states of a text, pooled; of a model without an output head.
+  std::string embed(const std::vector<int32_t>& tokens, Pooling pooling, bool normalize,
+                    std::vector<float>& out);
   // Runs `repeats` times, each from an empty cache: the prompt, which may be empty, in one call,
   // then `fresh` greedy tokens. Ends early, with an error, once go_on is false.
   std::string bench(const std::vector<int32_t>& prompt, size_t fresh, size_t repeats,
@@ -91,12 +110,14 @@ class Engine {
  private:
   void unload();
   std::string load_parts(const LoadOptions& options);
+  std::shared_ptr<const grammar::TokenTrie> token_trie();
   size_t keep_common(const std::vector<int32_t>& tokens, size_t limit);
 
   pslm_model* model_ = nullptr;
   pslm_session* session_ = nullptr;
   pslm_model_info model_info_{};
   Tokenizer tokenizer_;
+  std::shared_ptr<const grammar::TokenTrie> trie_;  // once a grammar asked for it
   bool profiled_ = false;
   Chat chat_;
   std::vector<int32_t> cached_;  // the tokens that the session holds

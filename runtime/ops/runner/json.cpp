@@ -8,12 +8,11 @@
 namespace pocketslm {
 namespace {
 
-constexpr int kMaxDepth = 32;
 constexpr uint32_t kReplacement = 0xfffd;
 
 class Parser {
  public:
-  explicit Parser(std::string_view text) : text_(text) {}
+  Parser(std::string_view text, int depth) : text_(text), max_depth_(depth) {}
 
   std::optional<Json> document() {
     Json value;
@@ -42,7 +41,7 @@ class Parser {
   }
 
   bool parse(Json& out, int depth) {
-    if (depth > kMaxDepth || ++values_ > kMaxValues) return false;
+    if (depth > max_depth_ || ++values_ > kMaxValues) return false;
     skip_space();
     switch (peek()) {
       case '{':
@@ -104,12 +103,14 @@ class Parser {
            (std::string_view("+-.eE").find(peek()) != std::string_view::npos ||
             (peek() >= '0' && peek() <= '9')))
       ++at_;
-    const std::string digits(text_.substr(start, at_ - start));
+    std::string digits(text_.substr(start, at_ - start));
     if (digits.empty() || !((digits[0] >= '0' && digits[0] <= '9') || digits[0] == '-')) return false;
     char* end = nullptr;
     out.kind = Json::Kind::number;
     out.number = std::strtod(digits.c_str(), &end);
-    return *end == '\0' && std::isfinite(out.number);
+    const bool valid = *end == '\0' && std::isfinite(out.number);
+    out.string = std::move(digits);
+    return valid;
   }
 
   bool hex4(uint32_t& code) {
@@ -168,6 +169,7 @@ class Parser {
   }
 
   std::string_view text_;
+  int max_depth_;
   size_t at_ = 0, values_ = 0;
 };
 
@@ -183,7 +185,9 @@ bool Json::is_whole(double low, double high) const {
   return is(Kind::number) && number >= low && number <= high && number == std::floor(number);
 }
 
-std::optional<Json> parse_json(std::string_view text) { return Parser(text).document(); }
+std::optional<Json> parse_json(std::string_view text, int depth) {
+  return Parser(text, depth).document();
+}
 
 void append_utf8(std::string& out, uint32_t code) {
   const auto put = [&](uint32_t byte) { out += static_cast<char>(byte); };

@@ -14,7 +14,7 @@ struct Json {
   Kind kind = Kind::null;
   bool boolean = false;
   double number = 0;
-  std::string string;
+  std::string string;                                // of a number, its digits as written
   std::vector<Json> items;                           // array
   std::vector<std::pair<std::string, Json>> fields;  // object, in order
 
@@ -27,8 +27,12 @@ struct Json {
 // Values in one text, at most: each takes about a hundred bytes.
 constexpr size_t kMaxValues = 1 << 18;
 
-// Nothing where the text is not exactly one valid JSON value, names a field twice or is too large.
-std::optional<Json> parse_json(std::string_view text);
+// Values in each other, at most.
+constexpr int kMaxJsonDepth = 32;
+
+// Nothing where the text is not exactly one valid JSON value, names a field twice, is too large or
+// nests deeper than `depth`.
+std::optional<Json> parse_json(std::string_view text, int depth = kMaxJsonDepth);
 
 // A quoted JSON string; invalid UTF-8 becomes U+FFFD.
 std::string quote(std::string_view text);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "engine.h"
+#include "grammar/sources.h"
 #include "protocol.h"
 
 namespace {
@@ -27,7 +28,8 @@ constexpr char kUsage[] =
     "  --context COUNT    positions to hold (the model's own)\n"
     "  --kv fp16|int8     type of cached keys and values (fp16)\n"
     "  --isa NAME         kernel path (the best of this CPU, or $POCKETSLM_ISA)\n"
-    "  --temperature X, --top-k N, --top-p X, --min-p X, --seed N   sampling (greedy)\n";
+    "  --temperature X, --top-k N, --top-p X, --min-p X, --seed N   sampling (greedy)\n"
+    "  --json-schema FILE, --regex TEXT, --grammar FILE   what the answer must be\n";
 
 struct Arguments {
   LoadOptions load;
@@ -40,6 +42,34 @@ bool parse_number(const char* text, double low, double high, double& out) {
   char* end = nullptr;
   out = std::strtod(text, &end);
   return end != text && *end == '\0' && out >= low && out <= high;
+}
+
+// The text of a file that an option names.
+bool read_file(const char* path, std::string& out) {
+  FILE* file = std::fopen(path, "rb");
+  if (!file) return false;
+  char part[4096];
+  for (size_t got; out.size() <= grammar::kMaxText && (got = std::fread(part, 1, sizeof part, file));)
+    out.append(part, got);
+  const bool good = !std::ferror(file);
+  std::fclose(file);
+  return good;
+}
+
+// Holds the answer to what `option` says. Empty, or what is wrong.
+std::string constrain(const std::string& option, const char* value, Generation& generation) {
+  if (generation.grammar) return option + " beside another of its kind";
+  std::string text = value;
+  if (option != "--regex" && !read_file(value, text = "")) return text + value + " cannot be read";
+  const uint32_t kind = option == "--regex"     ? PSLM_GRAMMAR_REGEX
+                        : option == "--grammar" ? PSLM_GRAMMAR_GBNF
+                                                : PSLM_GRAMMAR_JSON_SCHEMA;
+  try {
+    generation.grammar = grammar::read_grammar(kind, text);
+  } catch (const grammar::GrammarError& error) {
+    return option + ": " + error.what();
+  }
+  return "";
 }
 
 // Empty, or what is wrong with the command line.
@@ -98,6 +128,9 @@ std::string parse(int count, char** values, Arguments& out) {
     } else if (name == "--seed") {
       valid = parse_number(value, 0, 1e15, n);
       out.generation.sampling.seed = static_cast<uint64_t>(n);
+    } else if (name == "--json-schema" || name == "--regex" || name == "--grammar") {
+      if (const std::string failure = constrain(name, value, out.generation); !failure.empty())
+        return failure;
     } else {
       return "unknown option " + name;
     }
@@ -185,6 +218,8 @@ int main(int count, char** values) {
     status = run(arguments);
   } catch (const std::bad_alloc&) {
     return fail("out of memory");
+  } catch (const grammar::GrammarError& error) {
+    return fail(error.what());
   }
   if (std::fflush(stdout) != 0 || std::ferror(stdout)) return fail("the answer cannot be written");
   return status;

@@ -15,11 +15,13 @@
 #include <thread>
 
 #include "engine.h"
+#include "grammar/sources.h"
 
 namespace pocketslm {
 namespace {
 
 constexpr size_t kMaxLine = 16 << 20;
+constexpr int kMaxRequestDepth = grammar::kMaxSchemaDepth + 1;
 
 // Lines arrive on a thread of their own, so that a cancel is seen while tokens are made.
 class LineReader {
@@ -140,6 +142,7 @@ class Request {
     if (value && !value->is(Json::Kind::array)) return fail(name, "a list"), nullptr;
     return value;
   }
+  const Json* value(const char* name) { return find(name); }
   void fail(const std::string& name, const std::string& expected) {
     if (fault_.empty()) fault_ = "'" + name + "' must be " + expected;
   }
@@ -202,7 +205,7 @@ class Server {
     while (auto line = reader_.next()) {
       id_.clear();
       try {
-        const auto json = line->size() > kMaxLine ? std::nullopt : parse_json(*line);
+        const auto json = line->size() > kMaxLine ? std::nullopt : parse_json(*line, kMaxRequestDepth);
         const Json* op = json && json->is(Json::Kind::object) ? json->find("op") : nullptr;
         if (op && op->is(Json::Kind::string)) {
           if (op->string == "quit") break;
@@ -251,6 +254,7 @@ class Server {
     if (!engine_.loaded()) return "no model is loaded; send {\"op\":\"load\",\"path\":...} first";
     if (op == "generate") return generate(request);
     if (op == "logits") return logits(request);
+    if (op == "embed") return embed(request);
     if (op == "encode") return encode(request);
     if (op == "bench") return bench(request);
     if (op == "reset") {
@@ -261,7 +265,8 @@ class Server {
       return "";
     }
     return "unknown op '" + op +
-           "'; known: load, generate, cancel, encode, logits, bench, stats, probe, reset, quit";
+           "'; known: load, generate, cancel, encode, logits, embed, bench, stats, probe, reset, "
+           "quit";
   }
 
   std::string load(Request& request) {
@@ -298,8 +303,8 @@ class Server {
     return "";
   }
 
-  // The prompt as 'tokens', 'messages' or 'prompt'.
-  std::string prompt(Request& request, std::vector<int32_t>& tokens) {
+  // The prompt as 'tokens', 'messages' or 'prompt', a text within these limits.
+  std::string prompt(Request& request, std::vector<int32_t>& tokens, const TextLimits& limits = {}) {
     if (const Json* list = request.list("tokens")) {
       const uint32_t vocabulary = engine_.model_info().vocab_size;
       for (const Json& item : list->items) {
@@ -321,7 +326,27 @@ class Server {
       }
       return engine_.encode_chat(messages, tokens);
     }
-    return engine_.encode(request.text("prompt", ""), tokens);
+    return engine_.encode(request.text("prompt", ""), tokens, limits);
+  }
+
+  // What the answer is held to: 'json_schema', 'regex' or 'grammar', one of them at most.
+  static std::string constraint(Request& request,
+                                std::shared_ptr<const grammar::Automaton>& automaton) {
+    const char* kind = "";
+    try {
+      if (const Json* schema = request.value(kind = "json_schema"))
+        automaton = std::make_shared<grammar::Automaton>(grammar::read_json_schema(*schema));
+      for (const auto& [name, number] :
+           {std::pair("regex", PSLM_GRAMMAR_REGEX), std::pair("grammar", PSLM_GRAMMAR_GBNF)}) {
+        const std::string text = request.text(kind = name, "");
+        if (!request.value(name)) continue;
+        if (automaton) return "an answer is held to one of 'json_schema', 'regex' and 'grammar'";
+        automaton = grammar::read_grammar(number, text);
+      }
+    } catch (const grammar::GrammarError& error) {
+      return std::string(kind) + ": " + error.what();
+    }
+    return "";
   }
 
   std::string generate(Request& request) {
@@ -344,6 +369,8 @@ class Server {
           return "'eos' must be ids of tokens";
         generation.eos.push_back(static_cast<int32_t>(item.number));
       }
+    if (std::string failure = constraint(request, generation.grammar); !failure.empty())
+      return failure;
     std::vector<int32_t> tokens;
     if (std::string failure = prompt(request, tokens); !failure.empty()) return failure;
     if (!request.fault().empty()) return request.fault();
@@ -351,8 +378,9 @@ class Server {
     const std::string failure = engine_.generate(
         tokens, generation,
         [&](const NewToken& made) {
-          emit("token", ",\"token\":%d,\"text\":%s%s", made.token, quote(made.text).c_str(),
-               generation.logprobs ? logprob(made.logprob).c_str() : "");
+          emit("token", ",\"token\":%d,\"text\":%s%s%s", made.token, quote(made.text).c_str(),
+               generation.logprobs ? logprob(made.logprob).c_str() : "",
+               made.whole ? ",\"whole\":true" : "");
         },
         [&] { return written_ && !reader_.cancelled(id_); }, outcome);
     if (!failure.empty()) return failure;
@@ -389,17 +417,48 @@ class Server {
     if (!request.fault().empty()) return request.fault();
     if (std::string failure = engine_.logits(tokens, first, values); !failure.empty())
       return failure;
-    if (packed) {
-      emit("logits", ",\"base64\":\"%s\"", base64(values).c_str());
-      return "";
-    }
+    emit("logits", ",%s", floats("logits", values, packed).c_str());
+    return "";
+  }
+
+  // As a list under this name, or as their bytes.
+  static std::string floats(const char* name, const std::vector<float>& values, bool packed) {
+    if (packed) return "\"base64\":\"" + base64(values) + "\"";
     std::string list;
     for (float value : values) {
       char text[32];
       std::snprintf(text, sizeof text, "%s%.9g", list.empty() ? "" : ",", static_cast<double>(value));
       list += text;
     }
-    emit("logits", ",\"logits\":[%s]", list.c_str());
+    return "\"" + std::string(name) + "\":[" + list + "]";
+  }
+
+  // 'pooling' and 'normalize' are what the bundle's manifest says of the model.
+  std::string embed(Request& request) {
+    const std::string kind = request.text("pooling", "");
+    if (kind != "mean" && kind != "cls" && kind != "last")
+      request.fail("pooling", "mean, cls or last");
+    const bool normalize = request.flag("normalize"), packed = request.flag("base64");
+    const bool cut = request.flag("truncate");
+    const uint32_t context = engine_.session_info().context;
+    const uint32_t most = request.count("max_tokens", context, 1, context);
+    std::vector<int32_t> tokens;
+    TextLimits limits{false};
+    if (cut) limits.most = most;
+    if (std::string failure = prompt(request, tokens, limits); !failure.empty()) return failure;
+    if (!request.fault().empty()) return request.fault();
+    if (tokens.empty()) return "the text has no tokens";
+    if (tokens.size() > most)
+      return std::to_string(tokens.size()) + " tokens, at most " + std::to_string(most) +
+             "; split the text, or let its first tokens stand for it with 'truncate'";
+    const Pooling pooling = kind == "mean" ? Pooling::mean
+                            : kind == "cls" ? Pooling::cls
+                                            : Pooling::last;
+    std::vector<float> values;
+    if (std::string failure = engine_.embed(tokens, pooling, normalize, values); !failure.empty())
+      return failure;
+    emit("embedding", ",\"prompt_tokens\":%zu,%s", tokens.size(),
+         floats("embedding", values, packed).c_str());
     return "";
   }
 

@@ -189,9 +189,12 @@ void Tokenizer::encode(const std::vector<TextPart>& parts, std::vector<int32_t>&
   flush(false);
 }
 
-void Tokenizer::encode_whole(TextPart text, std::vector<int32_t>& out) const {
-  out.insert(out.end(), prefix_.begin(), prefix_.end());
+void Tokenizer::encode_whole(TextPart text, std::vector<int32_t>& out, size_t most) const {
+  out = prefix_;
   encode({text}, out);
+  const size_t ends = prefix_.size() + suffix_.size();
+  if (out.size() + suffix_.size() > most)
+    out.resize(most > ends ? most - suffix_.size() : prefix_.size());
   out.insert(out.end(), suffix_.begin(), suffix_.end());
 }
 

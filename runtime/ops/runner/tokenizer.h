@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -26,8 +27,10 @@ class Tokenizer {
   // Neighbouring parts are one text. Takes time in proportion to it, or to n log n of a word.
   void encode(const std::vector<TextPart>& parts, std::vector<int32_t>& out) const;
   // The same between what stands before and after a text that is not a chat, commonly the
-  // beginning-of-sequence token; an encoder has two.
-  void encode_whole(TextPart text, std::vector<int32_t>& out) const;
+  // beginning-of-sequence token; an encoder has two. Of a text of more than `most` tokens with
+  // these, the first ones are kept.
+  void encode_whole(TextPart text, std::vector<int32_t>& out,
+                    size_t most = std::numeric_limits<size_t>::max()) const;
 
   // The bytes of one token; empty for special ones.
   std::string_view bytes(int32_t token) const;

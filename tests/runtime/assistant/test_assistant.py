@@ -16,15 +16,17 @@ import pytest
 
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.profiling.assistant import finished, questions, recall, rouge, well_formed
-from pocketslm.runtime.assistant.answer import Answer, Event, Progress
+from pocketslm.runtime.assistant.answer import Answer, Event
 from pocketslm.runtime.assistant.assistant import Assistant, sample_document
-from pocketslm.runtime.assistant.citing import cite
 from pocketslm.runtime.assistant.document import Block, Document, make_source
+from pocketslm.runtime.assistant.language import detect, stem
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.assistant.prompts import prompt
-from pocketslm.runtime.assistant.retrieval import answers, search
-from pocketslm.runtime.assistant.salience import condense, is_answered, key_sentences
-from pocketslm.runtime.assistant.words import stem, terms
+from pocketslm.runtime.assistant.quoting import PASSAGES, choose
+from pocketslm.runtime.assistant.retrieval import search
+from pocketslm.runtime.assistant.salience import is_answered, is_prose, key_sentences
+from pocketslm.runtime.assistant.support import ground_of
+from pocketslm.runtime.assistant.words import sentences, terms
 from pocketslm.runtime.model import Model
 from support_documents import pdf_file
 
@@ -35,9 +37,42 @@ def tiny(tiny_bundle: Path) -> Assistant:
 
 
 def test_forms_of_a_word_meet() -> None:
-    for forms in ("fires fire fired", "parties party", "stopped stops stop", "classes class"):
-        assert len({stem(form) for form in forms.split()}) == 1, forms
-    assert terms("What did the U.S. say about 1,200 fires?") == ["u.s.", "1,200", "fir"]
+    for language, forms in (
+        ("en", "fires fire fired"),
+        ("en", "parties party"),
+        ("en", "stopped stops stop"),
+        ("de", "wohnung wohnungen"),
+        ("fr", "tilleul tilleuls"),
+        ("es", "bicicleta bicicletas"),
+        ("ar", "المكتبة مكتبة"),
+    ):
+        assert len({stem(form, language) for form in forms.split()}) == 1, forms
+    assert terms("What did the U.S. say about 1,200 fires?") == ["u.s.", "1,200", "fire"]
+    assert terms("Wann muss ich die Miete zahlen?", "de") == ["miet", "zahl"]
+    assert terms("额定功率860瓦", "zh") == ["额定", "定功", "功率", "860", "瓦"]
+
+
+def test_the_language_of_a_text_is_seen() -> None:
+    for language, text in {
+        "en": "The rent is due on the first day of the month, and it is paid to the owner.",
+        "de": "Die Miete ist am ersten Tag des Monats an die Vermieterin zu zahlen.",
+        "fr": "Le loyer est payé au propriétaire le premier jour du mois.",
+        "es": "El alquiler se paga al dueño el primer día del mes.",
+        "ar": "المكتبة مفتوحة كل يوم",
+        "zh": "图书馆每天开放",
+        "ja": "図書館は毎日開いています",
+        "": "Drill | A3 | 349 | Novak",
+    }.items():
+        assert detect(text) == language, text
+
+
+def test_sentences_end_where_their_language_ends_them() -> None:
+    def split(text: str) -> list[str]:
+        return [text[a:b] for a, b in sentences(text)]
+
+    assert split("图书馆开放。周五关闭。") == ["图书馆开放。", "周五关闭。"]
+    assert split("Bis zum 10. Januar. Danach nicht.") == ["Bis zum 10. Januar.", "Danach nicht."]
+    assert split("Dr. Lee came. He left.") == ["Dr. Lee came.", "He left."]
 
 
 def test_bm25_is_that_of_fts5(news: Document) -> None:
@@ -92,28 +127,60 @@ def test_questions_rest_on_their_articles(articles: list[str]) -> None:
 
 
 def test_what_no_passage_holds_is_not_found(news: Document) -> None:
-    refused = [not answers(news, q.question, search(news, q.question)) for q in questions()]
-    right = [bool(q.evidence) != no for q, no in zip(questions(), refused, strict=True)]
-    assert sum(right) / len(right) > 0.9
+    """By words alone, in 462 passages: half of the questions that nothing answers are refused, and
+    hardly one that something does."""
+
+    def found(question: str) -> bool:
+        return choose(search(news, question, PASSAGES), question, len(news.chunks)).found
+
+    some = questions()
+    assert sum(not found(q.question) for q in some if not q.evidence) >= 5
+    assert sum(found(q.question) for q in some if len(q.evidence) == 1) >= 22
     assert search(news, "xyzzy") == search(news, "") == []
 
 
-def test_citations_are_the_sentences_that_hold_the_answer(library: Library) -> None:
-    text = "The bridge is old. It was built by Ann Lee in 1932. Boats pass under it. Ann Lee died."
+def test_the_quote_is_the_sentence_that_answers(library: Library) -> None:
+    text = (
+        "The bridge is old. It was built by Ann Lee in 1932. Boats pass under it. Ann Lee died.\n"
+        'The last line said: "Wind west. Light burning." Then you need:\n- a saw\n- a nail\nEnd.'
+    )
     document = library.add(make_source("bridge", "txt", [Block(text)]))
 
-    def cited(answer: str, question: str) -> list[str]:
-        return [
-            document.text[c.start : c.end]
-            for c in cite(document, document.chunks, answer, question)
-        ]
+    def quote(question: str) -> str:
+        found = choose(search(document, question, PASSAGES), question, 1)
+        assert found.found, question
+        return document.text[found.citations[0].start : found.citations[0].end]
 
-    assert cited("It was Ann Lee.", "Who built the bridge?") == ["It was built by Ann Lee in 1932."]
-    assert cited("Old, and boats pass.", "How is it?")[:2] == [
-        "Boats pass under it.",
-        "The bridge is old.",
+    assert quote("Who built the bridge?") == "It was built by Ann Lee in 1932."
+    assert quote("When was the bridge built?") == "It was built by Ann Lee in 1932."
+    assert quote("What was the last line?").endswith('Light burning."')
+    assert quote("What do you need?") == "Then you need:\n- a saw\n- a nail"
+    nothing = choose([], "Who?", 1)
+    assert (nothing.found, nothing.citations) == (False, ())
+
+
+def test_a_model_is_believed_only_as_far_as_one_sentence_supports_it() -> None:
+    grounds = [
+        "A well-behaved dog may come along for €35 for the whole stay.",
+        "Parking in the yard costs €12 a day.",
+        "Its chair is Anil Mehra; the manager, Ruth Okafor, has two helpers.",
+        "Dogs are not allowed.",
     ]
-    assert cited("Xyzzy.", "Who?") == []
+    question = "What does it cost to bring my dog?"
+    right = "A dog may come along for €35."
+    assert ground_of(right, grounds, question) == 0
+    for wrong in (
+        "A dog may come along for €12.",  # a number of another sentence
+        "A dog may come along for €35, says Bob.",  # a name of nobody
+        "A dog may not come along for €35.",  # a negation
+        "The manager is Anil Mehra.",  # words in another order
+        "What does it cost?",  # nothing new
+        'A dog may come along for "€35.',  # half a quotation
+    ):
+        assert ground_of(wrong, grounds[:3], question) is None, wrong
+    assert ground_of("Dogs are allowed.", grounds[3:]) is None
+    assert ground_of("The trip takes six days.", ["The trip takes 6 days."]) == 0
+    assert ground_of("It cost 1500 euros.", ["It cost 1,500 euros."]) == 0
 
 
 def test_telling_sentences_and_their_questions(news: Document) -> None:
@@ -121,7 +188,6 @@ def test_telling_sentences_and_their_questions(news: Document) -> None:
     assert len(set(spans)) == 6
     assert all(news.text[end - 1] in '.!?"' for _, end in spans)
     assert max(start for start, _ in spans) > len(news.text) // 2  # from all of the document
-    assert 8000 < len(condense(news, 10_000)) <= 10_000
     passage = "Ann Lee built the bridge in Leeds."
     assert is_answered("Who built the bridge?", passage)
     for bad in (
@@ -129,8 +195,10 @@ def test_telling_sentences_and_their_questions(news: Document) -> None:
         "Who?",
         "What does the sentence say?",
         "Who sank the boats of Oslo?",
+        "When did Ann Lee build the bridge in Leeds?",  # no time is said
     ):
         assert not is_answered(bad, passage)
+    assert is_prose(news)
 
 
 def test_prompts_are_chosen_by_family() -> None:
@@ -160,9 +228,8 @@ def test_a_task_streams_and_ends_with_its_answer(
     assert answer.task == task
     pieces = "".join(event for event in events if isinstance(event, str))
     assert pieces.strip() == answer.text
-    assert any(isinstance(e, Progress) for e in events) == (task == "summarize" and repeats > 1)
     if task == "suggest":
-        assert well_formed(answer.items)
+        assert all(map(well_formed, answer.items))
     for citation in answer.citations:
         chunk = document.chunks[citation.chunk]
         assert chunk.start <= citation.start < citation.end <= chunk.end
@@ -182,7 +249,7 @@ def test_cancel_ends_a_task_with_what_there_is(
     answer = events[-1]
     assert isinstance(answer, Answer)
     assert answer.finish == "cancelled"
-    assert answer.new_tokens < 12 or task == "suggest"
+    assert answer.new_tokens < 12
     *_, answer = TASKS[task](assistant, document, cancel)  # cancelled before it begins
     assert isinstance(answer, Answer)
     assert (answer.finish, answer.new_tokens) == ("cancelled", 0)
@@ -198,6 +265,7 @@ def test_what_cannot_be_done_is_said(tiny: Assistant, library: Library) -> None:
         list(tiny.rewrite(CAT * 9, "x"))
     with pytest.raises(ContextOverflowError, match="shorten it"):
         list(tiny.ask(document, "Who hid the cat? " * 20))
+    assert not list(tiny.ask([], "Who?"))[-1].found  # type: ignore[union-attr]
     answer = finished(tiny.ask(document, "What is the boiling point of nitrogen?"))
     assert (answer.found, answer.new_tokens, answer.finish) == (False, 0, "none")
 
@@ -285,21 +353,26 @@ def test_the_real_model_answers_and_cites(smollm2_bundle: Path, library: Library
     assistant = Assistant(Model.load(smollm2_bundle))
     document = library.add(sample_document())
     first = finished(assistant.ask(document, "When was Apollo 8 launched?"))
+    assert first.text.startswith("The document says:\n“")
     assert "December 21, 1968" in first.text
     cited = [document.text[c.start : c.end] for c in first.citations]
     assert any("December 21, 1968" in passage for passage in cited)
-    again = finished(assistant.ask(document, "Who was the commander of the crew?"))
-    assert "Borman" in again.text
+    again = finished(assistant.ask(document, "Who read from the Book of Genesis?"))
+    assert "Genesis" in again.text
     # What the second question read anew is a small part: that is why it starts at once.
     engine = assistant.model.engine  # type: ignore[attr-defined]
     assert len(engine.cached) >= again.prompt_tokens
     assert not finished(assistant.ask(document, "What is the currency of Denmark?")).found
     items = finished(assistant.suggest(document)).items
-    assert well_formed(items)
-    assert len(set(items)) == 3
+    assert all(map(well_formed, items))
+    for item in items:
+        assert finished(assistant.ask(document, item)).citations
     summary = finished(assistant.summarize(document))
     assert "Apollo 8" in summary.text
     assert summary.citations
+    for a, b in sentences(summary.own):
+        quotes = [document.text[c.start : c.end] for c in summary.citations]
+        assert ground_of(summary.own[a:b], quotes) is not None
 
 
 def test_sockets_exist_here() -> None:

@@ -47,10 +47,45 @@ def test_what_is_kept_is_there_again(tmp_path: Path) -> None:
             library.open(1)
         with pytest.raises(DocumentError, match="no document 1"):
             library.remove(1)
+        with pytest.raises(DocumentError, match="no document called 'Holiday'"):
+            library.find("Holiday")
     rows = sqlite3.connect(file)
     for table in ("chunks", "postings", "history"):
         assert rows.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
     rows.close()
+
+
+def test_a_library_of_version_1_is_renewed(tmp_path: Path) -> None:
+    """Its documents get a language and an index in its stems; nothing that was asked is lost."""
+    file = tmp_path / "library.db"
+    with Library(file) as library:
+        text = "Die Wohnungen sind an die Vermieterin zu zahlen, und das am ersten Tag des Monats."
+        number = library.add(make_source("Miete", "txt", [Block(text)])).id
+        library.remember(number, ANSWER)
+    old = sqlite3.connect(file)
+    old.executescript(
+        "ALTER TABLE documents DROP COLUMN language; DROP TABLE meanings; DROP TABLE settings;"
+        "UPDATE postings SET term = 'old' || term; PRAGMA user_version = 1"
+    )
+    old.close()
+    with Library(file) as library:
+        document = library.find("Miete")
+        assert document.language == "de"
+        assert library.postings([number], ["wohnung"])
+        assert not library.postings([number], ["oldwohnung"])
+        assert library.words([number]) == 6
+        assert library.history(number)[0].answer == ANSWER
+        library.remember(None, ANSWER)  # of all documents together
+        assert library.history(None)[0].answer == ANSWER
+
+
+def test_an_answer_for_a_document_that_is_gone_is_dropped(tmp_path: Path) -> None:
+    with Library(tmp_path / "library.db") as library:
+        number = library.add(SOURCE).id
+        library.remove(number)
+        library.remember(number, ANSWER)
+        assert not library.keep_meanings(number, [(0, b"")])
+        assert library.history(number) == []
 
 
 def test_what_is_no_library_is_refused(tmp_path: Path) -> None:
@@ -107,8 +142,8 @@ def test_kill_at_any_moment_leaves_the_library_whole(tmp_path: Path) -> None:
                 document = library.open(entry.id)
                 assert document.chunks[-1].end == len(document.text)
                 first = document.text.split()[0].rstrip(".")
-                assert library.postings(entry.id, [first])
-                assert library.words(entry.id) == 4000
+                assert library.postings([entry.id], [first])
+                assert library.words([entry.id]) == 4000
                 assert len(library.history(entry.id)) <= 1
             check = library._database.execute("PRAGMA integrity_check").fetchone()
             assert check == ("ok",)

@@ -299,7 +299,10 @@ def test_too_many_tags_are_refused_at_the_first_too_many(monkeypatch: pytest.Mon
     monkeypatch.setattr(limits, "MAX_ELEMENTS", 100)
     seen: list[str] = []
     with pytest.raises(DocumentError, match="more than 100 tags"):
-        archive.parse_xml(b"<a>" + b"<b/>" * 10**5 + b"</a>", lambda tag, _: seen.append(tag))
+        archive.parse_xml(
+            b"<a>" + b"<b/>" * 10**5 + b"</a>",
+            lambda tag, _: seen.append(tag),
+        )
     assert len(seen) == 100
     with pytest.raises(DocumentError, match="more than 100 tags"):
         readers.read_bytes(b"<b>x" * 10**5, "a.html")

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from native_support import (
+    every_kind,
+    every_kind_config,
     mixed_kinds,
     quantize,
     reference_logits,
@@ -91,12 +93,17 @@ def test_float_weights_match_reference(isa: str, changes: dict, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("isa", isa_names())
-@pytest.mark.parametrize("scheme", [q4_min, mixed_kinds])
-@pytest.mark.parametrize("kv_type", ["fp16", "int8"])
+@pytest.mark.parametrize(
+    ("scheme", "kv_type"),
+    [
+        *itertools.product([q4_min, mixed_kinds], ["fp16", "int8"]),
+        (every_kind, "fp16"),  # random codes need not be near zero, which int8 keys would feel
+    ],
+)
 def test_quantized_weights_match_reference(
     isa: str, scheme: object, kv_type: str, tmp_path: Path
 ) -> None:
-    config = tiny_config()
+    config = every_kind_config() if scheme is every_kind else tiny_config()
     report, weights = write_tiny(tmp_path / "m.slm", config, scheme)
     assert not report.rounded_scales
     expected = reference_logits(config, weights, TOKENS[:90])
@@ -157,6 +164,8 @@ def test_screened_head_gives_the_greedy_token(isa: str, tied: bool, tmp_path: Pa
     whole = model.session(isa=isa, threads=1)
     for token in range(0, 4000, 40):
         assert screened.step_greedy(token) == int(whole.forward([token])[0].argmax())
+    prompt = TOKENS[:300]  # more than a batch
+    assert screened.forward_greedy(prompt) == int(whole.forward(prompt)[0].argmax())
 
 
 def test_screening_test_can_fail(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ import itertools
 import platform
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from earlier_model_file import split_head
+from native_support import FLOATS, PLAIN, SCHEMES, WHOLE, make_weight
 
 from pocketslm.export.lower.native_layout import pack_matrix
 from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
@@ -25,9 +28,13 @@ SUM_TOLERANCE = 4 * EPS
 # Half a step of an int8 activation, and a little for the rounding of its scale.
 ACTIVATION_STEP = 0.5 * 1.001 / 127
 
-SCHEMES = ["f32", "f16", "q4 sym", "q4 min", "q4 zp", "q8 sym", "q8 min", "q8 zp", "q8 split"]
 ROWS = [1, 15, 16, 17, 40]
-COLS = [32, 96, 288]
+
+
+def columns(scheme: str) -> list[int]:
+    return [256, 768] if scheme in WHOLE and scheme[-1] != "r" else [32, 96, 288]
+
+
 TOKENS = [1, 2, 3, 7, 16, 21]
 
 SIMD_PATHS = [isa for isa in native.isa_names() if isa != "scalar"]
@@ -46,26 +53,9 @@ def test_paths_are_those_of_the_processors_flags() -> None:
     assert [*wanted, "scalar"] == native.isa_names()
 
 
-def make_weight(scheme: str, rows: int, cols: int, rng: np.random.Generator) -> Weight:
-    if scheme in ("f32", "f16"):
-        dtype = np.float32 if scheme == "f32" else np.float16
-        return rng.normal(size=(rows, cols)).astype(dtype)
-    bits, kind = int(scheme[1]), scheme[3:]
-    shape = (rows, cols // 32)
-    scales = rng.uniform(0.001, 0.1, shape).astype(np.float16)
-    scales[rng.random(shape) < 0.05] = 0  # an all-zero group
-    return QuantTensor(
-        codes=pack_codes(rng.integers(0, 2**bits, (rows, cols), dtype=np.uint8), bits),
-        scales=scales,
-        bits=bits,
-        group_size=32,
-        zero_points=rng.integers(0, 2**bits, shape, dtype=np.uint8) if kind == "zp" else None,
-        minimums=rng.normal(size=shape).astype(np.float16) if kind == "min" else None,
-    )
-
-
 def pack(weight: Weight, scheme: str) -> tuple[int, np.ndarray]:
-    return pack_matrix(weight, head=scheme == "q8 split")[:2]
+    kind, data, _ = pack_matrix(weight, head=scheme in ("q8 split", "q8 apart"))
+    return split_head(weight.shape, data) if scheme == "q8 split" else (kind, data)
 
 
 def make_activations(tokens: int, cols: int, rng: np.random.Generator) -> np.ndarray:
@@ -121,9 +111,10 @@ def magnitude(weight: Weight, x: np.ndarray) -> np.ndarray:
     """What a product's rounding errors scale with: the terms before they cancel."""
     if not isinstance(weight, QuantTensor):
         return np.abs(x).astype(np.float64) @ np.abs(dense(weight)).T
-    top = weight.scales.astype(np.float64).repeat(32, 1) * 2**weight.bits
+    group, bits = weight.group_size, 7 if weight.table else weight.bits
+    top = np.abs(weight.scales.astype(np.float64)).repeat(group, 1) * 2**bits
     if weight.minimums is not None:
-        top += np.abs(weight.minimums.astype(np.float64)).repeat(32, 1)
+        top += np.abs(weight.minimums.astype(np.float64)).repeat(group, 1)
     return np.abs(x).astype(np.float64) @ top.T
 
 
@@ -131,7 +122,7 @@ def magnitude(weight: Weight, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("rows", ROWS)
 def test_scalar_path_matches_float64(scheme: str, rows: int) -> None:
     rng = np.random.default_rng(SEED)
-    for cols, tokens in itertools.product(COLS, TOKENS):
+    for cols, tokens in itertools.product(columns(scheme), TOKENS):
         weight = make_weight(scheme, rows, cols, rng)
         x = make_activations(tokens, cols, rng)
         w = dense(weight)
@@ -147,12 +138,12 @@ def test_scalar_path_matches_float64(scheme: str, rows: int) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_simd_paths_match_scalar(isa: str, scheme: str) -> None:
     rng = np.random.default_rng(SEED)
-    for rows, cols, tokens in itertools.product(ROWS, COLS, TOKENS):
+    for rows, cols, tokens in itertools.product(ROWS, columns(scheme), TOKENS):
         weight = make_weight(scheme, rows, cols, rng)
         x = make_activations(tokens, cols, rng)
         packed = pack(weight, scheme)
         # The integer sums are the same; only float additions may round differently.
-        terms = cols if scheme in ("f32", "f16") else cols // 32 * 3
+        terms = cols if scheme in FLOATS else cols // 32 * 6
         tolerance = SUM_TOLERANCE * terms * magnitude(weight, x)
         assert_close(matmul(isa, packed, rows, x), matmul("scalar", packed, rows, x), tolerance)
 
@@ -161,8 +152,9 @@ def test_simd_paths_match_scalar(isa: str, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_simd_paths_agree_to_the_bit(scheme: str) -> None:
     rng = np.random.default_rng(SEED)
-    weight = make_weight(scheme, 48, 288, rng)
-    x = make_activations(7, 288, rng)
+    cols = columns(scheme)[-1]
+    weight = make_weight(scheme, 48, cols, rng)
+    x = make_activations(7, cols, rng)
     packed = pack(weight, scheme)
     first, *others = (matmul(isa, packed, 48, x) for isa in SIMD_PATHS)
     for other in others:
@@ -172,25 +164,23 @@ def test_simd_paths_agree_to_the_bit(scheme: str) -> None:
 @pytest.mark.parametrize("isa", native.isa_names())
 def test_extreme_codes_do_not_saturate(isa: str) -> None:
     """All codes and activations at their extremes: where 16-bit sums would overflow."""
-    for scheme, sign in itertools.product(SCHEMES[2:], (1, -1)):
-        bits, kind = int(scheme[1]), scheme[3:]
-        ones = np.ones((16, 3))
-        weight = QuantTensor(
-            codes=np.full((16, 96 * bits // 8), 255, np.uint8),
-            scales=ones.astype(np.float16),
-            bits=bits,
-            group_size=32,
-            zero_points=np.zeros((16, 3), np.uint8) if kind == "zp" else None,
-            minimums=ones.astype(np.float16) if kind == "min" else None,
-        )
-        x = np.full((5, 96), sign * 127.0, np.float32)
+    for scheme, sign in itertools.product([*PLAIN, *WHOLE], (1, -1)):
+        weight = make_weight(scheme, 16, columns(scheme)[-1], np.random.default_rng(SEED))
+        assert isinstance(weight, QuantTensor)
+        top = 2**weight.bits - 1
+        zeros = None if weight.zero_points is None else weight.zero_points * np.uint8(0)
+        codes = pack_codes(np.full(weight.shape, top, np.uint8), weight.bits)
+        weight = replace(weight, codes=codes, zero_points=zeros)
+        x = np.full((5, weight.shape[1]), sign * 127.0, np.float32)
         expected = x.astype(np.float64) @ dense(weight).T
         out = matmul(isa, pack(weight, scheme), 16, x)
-        assert_close(out, expected, 1e-5 * np.abs(expected))
+        assert_close(out, expected, 1e-5 * 127 * np.abs(dense(weight)).sum(1))
 
 
 @pytest.mark.parametrize("isa", native.isa_names())
-@pytest.mark.parametrize("scheme", ["q4 sym", "q4 min", "q8 zp", "q8 split", "f32"])
+@pytest.mark.parametrize(
+    "scheme", ["q4 sym", "q4 min", "q8 zp", "q8 apart", "q5 sym", "iq4", "f32"]
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_number_that_is_not_finite_reaches_every_product(
     value: float, scheme: str, isa: str
@@ -238,7 +228,7 @@ def test_broken_kernel_is_caught(tmp_path: Path) -> None:
     if "avx2" not in SIMD_PATHS:
         pytest.skip("breaks the AVX2 path, which this CPU lacks")
     source = (build.SOURCES / "kernels_avx2.cpp").read_text()
-    broken = source.replace("_mm256_srli_epi16(packed, 4)", "packed")
+    broken = source.replace("moved<-first * i>", "moved<0>")
     assert broken != source
     file = tmp_path / "kernels_avx2.cpp"
     file.write_text(
@@ -246,8 +236,11 @@ def test_broken_kernel_is_caught(tmp_path: Path) -> None:
         + """
 extern "C" void broken_matmul(const uint8_t* blocks, size_t cols, const int8_t* codes,
                               const float* scales, const float* sums, float* out) {
-  const pocketslm::ActivationTile tile{1, nullptr, 0, codes, scales, sums, nullptr, nullptr};
-  pocketslm::kAvx2Kernels.matmul[3](blocks, 1, cols, tile, out, 16);
+  const pocketslm::ActivationTile tile{1,    nullptr, 0,       codes,  scales,
+                                       sums, nullptr, nullptr, nullptr};
+  const pocketslm::Matrix w =
+      pocketslm::matrix_at(blocks, pocketslm::WeightKind::q4_min, 16, cols);
+  pocketslm::kAvx2Kernels.matmul[3](w.first, 1, cols, tile, out, 16);
 }
 """
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from native_runner import Runner, running
+from native_support import every_kind, every_kind_config, write_tiny
 from tokenizers import Tokenizer
 
 import support
@@ -494,6 +495,23 @@ def test_arm_paths_agree_with_this_machine(
         for _ in range(19):
             greedy.append(session.step_greedy(greedy[-1]))
         assert runner.generate(tokens=PROMPT, max_tokens=20, ignore_eos=True)[0] == greedy
+
+
+@pytest.mark.parametrize("cpu", ["max", "cortex-a76"])
+def test_arm_paths_hold_every_kind_of_weight(
+    cpu: str, arm_runner_path: Path, tmp_path: Path
+) -> None:
+    config = every_kind_config(vocab_size=264)
+    write_tiny(tmp_path / "model.slm", config, every_kind)
+    session = NativeModel(tmp_path / "model.slm").session(threads=1)
+    expected = session.forward(np.array(PROMPT))[0]
+    with running(["qemu-aarch64-static", "-cpu", cpu, str(arm_runner_path)]) as runner:
+        assert runner.ask(op="load", path=str(tmp_path / "model.slm"))["event"] == "loaded"
+        logits = np.array(runner.ask(op="logits", tokens=PROMPT)["logits"], np.float32)
+    if session.isa == "scalar":
+        np.testing.assert_allclose(logits, expected, atol=1e-3 * np.abs(expected).max())
+    else:
+        np.testing.assert_array_equal(logits, expected)
 
 
 def test_arm_build_makes_only_old_system_calls(arm_runner_path: Path, chat_model: Path) -> None:

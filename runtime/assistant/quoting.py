@@ -1,0 +1,195 @@
+"""Choosing the sentences of a document that answer a question, without a model that speaks.
+
+Each sentence of the best passages gets the logarithm of the odds that it answers, by a logistic
+regression whose features are named in FEATURES. Its weights were fitted on one half of the
+questions of ``bench-doc``; the other half was set apart and is what the benchmark reports.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pocketslm.runtime.assistant.answer import Citation
+from pocketslm.runtime.assistant.asking import holds, wanted
+from pocketslm.runtime.assistant.document import Document
+from pocketslm.runtime.assistant.meaning import MOST_SENTENCES
+from pocketslm.runtime.assistant.retrieval import SHORT, Hit, idf
+from pocketslm.runtime.assistant.words import sentences, terms
+
+FEATURES = (
+    "bias",
+    "words",  # the part of the question's weight that the sentence or the document's title holds
+    "heading",  # that the headings above it hold besides
+    "beside",  # that the sentences before and after it hold besides
+    "alike",  # its cosine to the question
+    "kind",  # whether it holds the kind of answer that is wanted
+    "passage",  # its passage's score, of the best passage's
+    "heads",  # whether it is a heading
+)
+WORDS, HEADS = FEATURES.index("words"), FEATURES.index("heads")
+GROUNDS, GROUND = 5, 0.8  # sentences, and the part of the best one's words of the question
+PASSAGES = 8  # whose sentences are looked at
+MOST = 2  # sentences that are quoted
+CLOSE = 1.0  # a further one is quoted where its odds are within e to the power of this
+MOST_QUOTED = 4  # sentences that a quotation within one goes on for
+MOST_ITEMS = 12  # of a list that is quoted with the sentence before it
+_ITEM = re.compile(r"(?:[-*•–]|\d{1,2}[.)])\s")
+
+
+class Weights(NamedTuple):
+    """sentence: one weight for each feature. Whether there is an answer at all: ``answerable`` are
+    the weights of 1, of the best sentence's score, and of how much of the question's weight its
+    passages hold; in a long document more words meet by chance, so every tenfold of passages takes
+    away RISE, besides ``least``."""
+
+    sentence: tuple[float, ...]
+    answerable: tuple[float, float, float]
+    least: float
+
+
+BY_MEANING = Weights((-9.44, 4.06, 1.15, -1.60, 2.98, 0.96, 4.64, -2.43), (1.51, 1.33, 2.37), 0.0)
+BY_WORDS = Weights((-9.05, 5.38, 2.01, -1.25, 0.0, 1.10, 4.78, -1.93), (-1.82, 0.10, 5.67), 0.25)
+RISE = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A sentence with what speaks for it."""
+
+    document: Document
+    citation: Citation
+    features: tuple[float, ...]
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quotes:
+    """The sentences that answer best, the best first. found: whether they can be the answer.
+    grounds: the sentences that alone may support what a model says, as they hold about as much of
+    the question as the best."""
+
+    citations: tuple[Citation, ...] = ()
+    found: bool = False
+    grounds: tuple[Citation, ...] = ()
+
+
+def choose(hits: Sequence[Hit], question: str, passages: int) -> Quotes:
+    """The sentences that answer a question; ``passages``: of all that was searched."""
+    weights = BY_MEANING if any(hit.likeness is not None for hit in hits) else BY_WORDS
+    ranked = sorted(candidates(hits, question, weights), key=lambda found: -found.score)
+    if not ranked:
+        return Quotes()
+    best = ranked[0]
+    bias, by_score, by_coverage = weights.answerable
+    odds = bias + by_score * best.score + by_coverage * max(hit.coverage for hit in hits)
+    least = weights.least + RISE * max(0.0, math.log10(max(1, passages) / SHORT))
+    said = [found for found in ranked if not found.features[HEADS]] or ranked
+    close = [found for found in said[:MOST] if found.score >= said[0].score - CLOSE]
+    grounds = [
+        found.citation
+        for found in said[:GROUNDS]
+        if found.features[WORDS] >= GROUND * said[0].features[WORDS]
+    ]
+    citations = tuple(_merged([_whole(found) for found in close]))
+    return Quotes(citations, odds >= least, tuple(grounds))
+
+
+def candidates(hits: Sequence[Hit], question: str, weights: Weights) -> Iterator[Candidate]:
+    """The sentences of some passages."""
+    kind = wanted(question)
+    best = max((hit.score for hit in hits), default=0.0) or 1.0
+    shares: dict[int, dict[str, float]] = {}
+    for hit in hits:
+        document, chunk = hit.document, hit.chunk
+        if document.id not in shares:
+            shares[document.id] = _shares(document, question)
+        share = shares[document.id]
+        spans = sentences(document.text, chunk.start, chunk.end)
+        held = [set(terms(document.text[a:b], document.language)) for a, b in spans]
+        heading = set(terms(chunk.heading, document.language))
+        title = set(
+            terms(f"{document.title} {chunk.heading.partition(' › ')[0]}", document.language)
+        )
+        names = {name.strip() for name in chunk.heading.split(" › ")}
+        for at, (start, end) in enumerate(spans):
+            here = held[at]
+            around = set().union(*held[max(0, at - 1) : at + 2]) - here - heading
+            text = document.text[start:end]
+            features = (
+                1.0,
+                _sum(share, here | title),
+                _sum(share, heading - here - title),
+                _sum(share, around),
+                _alike(hit, at),
+                holds(text, kind),
+                hit.score / best,
+                float(" ".join(text.split()) in names),
+            )
+            score = sum(w * f for w, f in zip(weights.sentence, features, strict=True))
+            citation = Citation(chunk.index, start, end, document.id)
+            yield Candidate(document, citation, features, score)
+
+
+def _alike(hit: Hit, sentence: int) -> float:
+    if hit.likeness is None:
+        return 0.0
+    row = min(sentence, MOST_SENTENCES - 1) + 1
+    return float(hit.likeness[row if row < hit.likeness.size else 0])
+
+
+def _sum(share: dict[str, float], some: set[str]) -> float:
+    return sum(share.get(term, 0.0) for term in some)
+
+
+def _shares(document: Document, question: str) -> dict[str, float]:
+    """What part of a question each of its terms is: the rarer in the document, the more."""
+    asked = terms(question, document.language)
+    often: dict[str, int] = defaultdict(int)
+    for _, term, *_ in document.library.postings([document.id], asked):
+        often[term] += 1
+    count = max(len(document.chunks), SHORT)
+    worth = {term: idf(often[term], count) for term in asked}
+    total = sum(worth.values()) or 1.0
+    return {term: value / total for term, value in worth.items()}
+
+
+def _whole(found: Candidate) -> Citation:
+    """A sentence, with the rest of what it quotes and the list that it announces."""
+    citation, text = found.citation, found.document.text
+    chunk, end = found.document.chunks[citation.chunk], citation.end
+    after = sentences(text, citation.end, chunk.end)
+    for _, b in after[:MOST_QUOTED]:
+        if not _is_open(text[citation.start : end]):
+            break
+        end = b
+    else:
+        end = citation.end if _is_open(text[citation.start : end]) else end
+    if text[end - 1] in ":：":
+        for items, (a, b) in enumerate(after[:MOST_ITEMS]):
+            if items and not _ITEM.match(text, a):
+                break
+            end = b
+    return Citation(citation.chunk, citation.start, end, citation.document)
+
+
+def _is_open(text: str) -> bool:
+    """Whether a quotation begins in a text that does not end in it."""
+    return text.count('"') % 2 == 1 or any(
+        text.count(a) > text.count(b) for a, b in ("“”", "«»", "「」")
+    )
+
+
+def _merged(citations: Sequence[Citation]) -> Iterator[Citation]:
+    """Without those that lie in one before them."""
+    kept: list[Citation] = []
+    for one in citations:
+        if not any(
+            k.document == one.document and k.start <= one.start and one.end <= k.end for k in kept
+        ):
+            kept.append(one)
+            yield one

@@ -1,0 +1,70 @@
+"""Tables as people ask about them: each row a passage, its cells with their columns' names."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from pocketslm.errors import DocumentError
+from pocketslm.runtime.assistant.document import Block
+from pocketslm.runtime.assistant.readers import text
+from pocketslm.runtime.assistant.readers.limits import check_characters
+
+NAME_CHARACTERS = 60  # of a column: each row repeats it
+MOST_COLUMNS = 1 << 14  # as a spreadsheet has
+_DELIMITERS = ",;\t|"
+_NUMBER = re.compile(r"[-+]?[\d.,:/ %€$£-]*\d[\d.,:/ %€$£-]*")
+# Characters without a line end; longer files are no tables.
+_LONGEST_LINE = 1 << 20
+
+
+def read(data: bytes) -> Iterator[Block]:
+    """A file of comma-separated values; one of a single column is read as text."""
+    content = text.decode(data)
+    check_characters(len(content))
+    first = next(line for line in text.lines(content + "\n ") if line.strip() or line == " ")
+    delimiter = max(_DELIMITERS, key=first.count)
+    longest = max((len(line) for line in text.lines(content)), default=0)
+    if not first.count(delimiter) or longest > _LONGEST_LINE:
+        return text.read(data)
+    return named_rows(_rows(content, delimiter))
+
+
+def _rows(content: str, delimiter: str) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(io.StringIO(content, newline=""), delimiter=delimiter)
+    except csv.Error as error:
+        raise DocumentError(f"is a damaged table: {error}") from None
+
+
+def named_rows(rows: Iterable[Sequence[str]]) -> Iterator[Block]:
+    """Blocks of rows, "column: value | column: value"; a table without a row of names has none.
+
+    The first row with two cells names the columns, if all of its cells are words. Rows before it
+    are its titles.
+    """
+    names: list[str] | None = None
+    for row in rows:
+        if len(row) > MOST_COLUMNS:
+            raise DocumentError(f"is a table of more than {MOST_COLUMNS} columns; split it")
+        cells = [" ".join(cell.split()) for cell in row]
+        filled = [cell for cell in cells if cell]
+        if not filled:
+            continue
+        if names is None and len(filled) == 1 < len(cells):
+            yield Block(filled[0])
+        elif names is None:
+            words = len(filled) > 1 and not any(map(_NUMBER.fullmatch, filled))
+            names = [cell[:NAME_CHARACTERS] for cell in cells] if words else []
+            yield Block(" | ".join(filled))
+        else:
+            yield Block(" | ".join(_named(names, cells)))
+
+
+def _named(names: Sequence[str], cells: Sequence[str]) -> Iterator[str]:
+    for at, cell in enumerate(cells):
+        if cell:
+            name = names[at] if at < len(names) else ""
+            yield f"{name}: {cell}" if name else cell

@@ -1,0 +1,1 @@
+"""``pocketslm serve``: models behind OpenAI's interface. Needs the extra ``serve``."""

@@ -1,0 +1,164 @@
+"""How the families of models write calls of tools, and how their texts are read."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pocketslm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Call:
+    """The name of a function, and its arguments by name."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """One family's.
+
+    marks: texts of a chat template that know this format. begin, end: what stands around a call, or
+    around a list of them; no begin where a call is the whole answer. style: how a call is written.
+    arguments: of a call in JSON, the member with the arguments. listed: calls stand in a list.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    begin: str
+    end: str
+    style: Literal["json", "python", "gemma"] = "json"
+    arguments: str = "arguments"
+    listed: bool = False
+
+
+# The first that a template matches is meant.
+FORMATS = (
+    ToolFormat(
+        "LFM2", ("<|tool_call_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", "python"
+    ),
+    ToolFormat(
+        "FunctionGemma",
+        ("<start_function_call>",),
+        "<start_function_call>",
+        "<end_function_call>",
+        "gemma",
+    ),
+    ToolFormat("Granite 3", ("<|tool_call|>",), "<|tool_call|>", "", listed=True),
+    ToolFormat("Hermes, Qwen, SmolLM3, Granite 4", ("<tool_call>",), "<tool_call>", "</tool_call>"),
+    ToolFormat("Llama 3", ("ipython", '"parameters"'), "", "", arguments="parameters"),
+)
+
+
+def format_of(template: str | None) -> ToolFormat:
+    """The format that a chat template teaches. Raises UsageError for one that is not known."""
+    for one in FORMATS if template and "tools" in template else ():
+        if all(mark in (template or "") for mark in one.marks):
+            return one
+    known = "; ".join(one.name for one in FORMATS)
+    raise UsageError(
+        f"the model's chat template has no calls of tools in a known form ({known}); take a model "
+        "that has, or hold the answer to a JSON schema"
+    )
+
+
+def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The schema of its parameters by each tool's name.
+
+    tools: as in transformers and in OpenAI's interface, {"type": "function", "function": {"name",
+    "description", "parameters"}}, or the inner object alone. Raises UsageError.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        parameters = function.get("parameters") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
+            raise UsageError(
+                f"a tool's name is {name!r}, expected letters, digits, '_', '.' or '-'"
+            )
+        if parameters is not None and not isinstance(parameters, Mapping):
+            raise UsageError(f"the parameters of {name} are no JSON schema")
+        if name in found:
+            raise UsageError(f"two tools have the name {name}")
+        found[name] = dict(parameters or {"type": "object", "properties": {}})
+        found[name].setdefault("additionalProperties", False)
+    if not found:
+        raise UsageError("there are no tools to choose from")
+    return found
+
+
+def python_grammar(functions: Mapping[str, Mapping[str, Any]]) -> str:
+    """In GBNF, a list of calls of these functions, with the names of their parameters."""
+    calls = []
+    for name, schema in functions.items():
+        keys = " | ".join(json.dumps(f"{key}=") for key in schema.get("properties", {}))
+        inside = f' (({keys}) value (", " ({keys}) value)*)?' if keys else ""
+        calls.append(f'{json.dumps(name + "(")}{inside} ")"')
+    return (
+        f'root ::= "[" call (", " call)* "]"\ncall ::= {" | ".join(calls)}\n'
+        'value ::= text | number | "True" | "False" | "None" | list | table\n'
+        'text ::= "\\"" ([^"\\\\\\n] | "\\\\" ["\\\\n])* "\\""\n'
+        'number ::= "-"? ("0" | [1-9] [0-9]{0,14}) ("." [0-9]{1,14})?\n'
+        'list ::= "[" (value (", " value)*)? "]"\n'
+        'table ::= "{" (text ": " value (", " text ": " value)*)? "}"\n'
+    )
+
+
+def read_calls(form: ToolFormat, text: str) -> list[Call]:
+    """The calls in a text without what stands around it. Raises UsageError where it is none."""
+    readers: dict[str, Callable[[str, ToolFormat], list[Call]]] = {
+        "json": _read_json,
+        "python": _read_python,
+        "gemma": _read_gemma,
+    }
+    try:
+        return readers[form.style](text.strip(), form)
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError):
+        raise UsageError(f"the model wrote no call that can be read: {text[:200]!r}") from None
+
+
+def _read_json(text: str, form: ToolFormat) -> list[Call]:
+    value = json.loads(text)
+    calls = value if isinstance(value, list) else [value]
+    out = [Call(call["name"], call[form.arguments]) for call in calls]
+    if not all(isinstance(c.name, str) and isinstance(c.arguments, dict) for c in out):
+        raise ValueError
+    return out
+
+
+def _read_python(text: str, form: ToolFormat) -> list[Call]:
+    body = ast.parse(text, mode="eval").body
+    calls = body.elts if isinstance(body, ast.List) else [body]
+    out = []
+    for call in calls:
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError
+        arguments = {key.arg: ast.literal_eval(key.value) for key in call.keywords if key.arg}
+        out.append(Call(ast.unparse(call.func), arguments))
+    return out
+
+
+_GEMMA = re.compile(r"call:([\w.-]+)\{")
+
+
+def _read_gemma(text: str, form: ToolFormat) -> list[Call]:
+    match = _GEMMA.match(text)
+    if match is None:
+        raise ValueError
+    # As JSON: strings between <escape>, and members without quotes.
+    parts = text[match.end() - 1 :].split("<escape>")
+    for at in range(0, len(parts), 2):
+        parts[at] = re.sub(r"([{,]\s*)([^\s{}\[\],:\"]+)\s*:", r'\1"\2":', parts[at])
+    for at in range(1, len(parts), 2):
+        parts[at] = json.dumps(parts[at])
+    arguments = json.loads("".join(parts))
+    if not isinstance(arguments, dict):
+        raise ValueError
+    return [Call(match[1], arguments)]

@@ -1,0 +1,350 @@
+"""Targets in C++, under AddressSanitizer and UBSan: the library in this process, and the runner."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+from native_runner import Runner
+
+from pocketslm.errors import PocketSlmError
+from pocketslm.runtime.ops.ids import ROLE
+
+from . import mutate
+from .target import Target
+
+ENGINE = ("runtime/ops/*.cpp", "runtime/ops/*.h", "runtime/ops/*.inl")
+CONTEXT = 48
+PROTOCOL = (
+    *('{}[]",:\\ueE-+.019ax', "\0", "\u00e9", "null", "true", "1e999", "-1", "4294967296", "[[[["),
+    *('"op":', '"tokens":[]', '"prompt":""', '"messages":[{}]', '"eos":[', '"id":"a"', "\\ud83d"),
+)
+REQUESTS: list[dict[str, Any]] = [
+    {"op": "logits", "tokens": [1, 2, 3], "first": 0, "base64": True},
+    {"op": "generate", "tokens": [1, 2], "max_tokens": 3, "ignore_eos": True, "logprobs": True},
+    {"op": "generate", "prompt": "the", "max_tokens": 2, "temperature": 1.0, "top_k": 3},
+    {"op": "encode", "messages": [{"role": "user", "content": "hi there 12"}]},
+]
+
+
+def sections(data: bytes) -> list[tuple[int, int, int]]:
+    """(role, offset, bytes) of a model file, as far as its table says."""
+    count = min(struct.unpack_from("<I", data, 12)[0], (len(data) - 128) // 32, 1000)
+    found = [struct.unpack_from("<HHIIIQQ", data, 128 + 32 * at) for at in range(count)]
+    return [(role, offset, size) for role, _, _, _, _, offset, size in found]
+
+
+def within(data: bytes, rng: Random, spans: list[tuple[int, int]]) -> bytes:
+    """Up to four changes of numbers and bytes, each in one of the spans (start, size)."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        start, size = rng.choice(spans)
+        if size < 8 or start + size > len(changed):
+            continue
+        at = start + rng.randrange(size - 7)
+        if rng.random() < 0.7:
+            at &= ~3
+            word = mutate.number(rng)
+        else:
+            word = bytes([rng.choice((0, 1, 255, changed[at] ^ 1 << rng.randrange(8)))])
+        changed[at : at + len(word)] = word
+    return bytes(changed)
+
+
+class OfModels(Target):
+    """A target whose inputs are model files."""
+
+    sanitized = True
+
+    def mutate(self, data: bytes, rng: Random) -> bytes:
+        name, _, content = data.partition(b"\0")
+        table = (8, 120 + 32 * len(sections(content)))
+        parts = [(at, size) for role, at, size in sections(content) if self.wants(role)]
+        spans = [table, *parts] if parts else [table]
+        # As often in the program and its states as in all the rest.
+        first = [
+            (at, size)
+            for role, at, size in sections(content)
+            if role in (ROLE["program"], ROLE["states"])
+        ]
+        return name + b"\0" + within(content, rng, first if first and rng.random() < 0.5 else spans)
+
+    def wants(self, role: int) -> bool:
+        return True
+
+    def model(self, content: bytes) -> Any:
+        from pocketslm.runtime.backends.native import NativeModel
+
+        path = self.scratch / "m.slm"
+        path.unlink(missing_ok=True)  # the one before may still be mapped
+        path.write_bytes(content)
+        return NativeModel(path)
+
+
+class ModelFiles(OfModels):
+    """Files of all versions: opened, run in every way, their state saved and put back."""
+
+    name = "model"
+    covers = ENGINE
+
+    def feed(self, name: str, content: bytes) -> None:
+        model = self.model(content)
+        if model.info.max_context > 1 << 16 or model.info.vocab_size > 1 << 20:
+            return
+        rng = Random(len(content) ^ content[-1])
+        kv = rng.choice(("fp16", "int8"))
+        from pocketslm.runtime.backends.native import isa_names
+
+        session = model.session(
+            threads=1,
+            context=min(CONTEXT, model.info.max_context),
+            kv_type=kv,
+            isa=rng.choice(isa_names()),
+        )
+        tokens = np.arange(5) % model.info.vocab_size
+        steps: list[Callable[[], Any]] = [
+            lambda: session.forward(tokens, all_logits=True),
+            lambda: session.step_greedy(1),
+            lambda: session.forward_top(tokens[:2], 7),
+            lambda: session.restore(session.length, session.save()),
+            lambda: session.truncate(max(session.rewind_limit, session.length - 2)),
+            lambda: session.forward(tokens[:1]),
+        ]
+        for step in steps:  # numbers may not be finite
+            with suppress(PocketSlmError):
+                step()
+
+
+class TokenizerSections(OfModels):
+    """The tokenizer that is packed into a model file."""
+
+    name = "packed"
+    covers = (
+        "runtime/ops/runner/tokenizer.cpp",
+        "runtime/ops/runner/words.cpp",
+        "runtime/ops/runner/bert.cpp",
+        "runtime/ops/runner/unicode.cpp",
+    )
+    texts: ClassVar[list[str]] = []
+
+    def wants(self, role: int) -> bool:
+        return role == ROLE["tokenizer"]
+
+    def mutate(self, data: bytes, rng: Random) -> bytes:
+        name, _, content = data.partition(b"\0")
+        spans = [(at, size) for role, at, size in sections(content) if self.wants(role)]
+        # Its own header and tables first.
+        spans += [(at, min(size, 256)) for at, size in spans] * 2
+        return name + b"\0" + within(content, rng, spans)
+
+    def feed(self, name: str, content: bytes) -> None:
+        from pocketslm.runtime.backends.native_tokenizer import NativeTokenizer
+
+        tokenizer = NativeTokenizer(self.model(content))
+        rng = Random(len(content) ^ content[-200])
+        texts = (self.home / "texts").read_text("utf-8").split("\x1e")
+        for special in (False, True):
+            text = "".join(rng.choice(texts) for _ in range(3))
+            ids = tokenizer.encode(text, parse_special=special, add_special_tokens=special)
+            with suppress(PocketSlmError):
+                tokenizer.decode(ids, goes_on=special)
+        with suppress(PocketSlmError):
+            tokenizer.decode([rng.randrange(4000) for _ in range(8)])
+
+
+class States(Target):
+    """A saved state that was changed, cut or belongs to another model."""
+
+    name = "state"
+    covers = ("runtime/ops/state.cpp", "runtime/ops/session.cpp", "runtime/ops/api.cpp")
+    sanitized = True
+
+    def __init__(self, home: Path, scratch: Path) -> None:
+        from pocketslm.runtime.backends.native import NativeModel
+
+        super().__init__(home, scratch)
+        self.sessions = {
+            f"{path.stem}-{kv}": NativeModel(path).session(threads=1, context=CONTEXT, kv_type=kv)
+            for path in sorted((home / "models").glob("*.slm"))
+            for kv in ("fp16", "int8")
+        }
+
+    def seeds(self) -> list[bytes]:
+        made = []
+        for name, session in self.sessions.items():
+            for length in (1, 9, 40):
+                session.truncate(0)
+                session.forward(np.arange(length) % 90)
+                made.append(f"{name} {length}".encode() + b"\0" + session.save())
+        return made + super().seeds()
+
+    def mutate(self, data: bytes, rng: Random) -> bytes:
+        name, _, content = data.partition(b"\0")
+        if rng.random() < 0.2:
+            words = name.split()
+            words[rng.randrange(2)] = rng.choice(
+                (b"1", b"0", b"48", b"49", b"9999", b"40", *(one.encode() for one in self.sessions))
+            )
+            name = b" ".join(words)
+        return name + b"\0" + mutate.binary(content, rng, 512)
+
+    def feed(self, name: str, content: bytes) -> None:
+        key, _, length = name.partition(" ")
+        session = self.sessions.get(key) or next(iter(self.sessions.values()))
+        count = int(length) if length.isdecimal() else 1
+        session.restore(count, content)
+        with suppress(PocketSlmError):  # of numbers that are not finite, of a context that is full
+            session.step_greedy(3)
+            session.truncate(max(session.rewind_limit, session.length - 1))
+            session.forward_top(np.array([1, 2]), 3)
+
+
+class Adapters(Target):
+    """Low-rank updates of any shape and place."""
+
+    name = "adapter"
+    covers = ("runtime/ops/api.cpp", "runtime/ops/session.cpp", "runtime/ops/low_rank.h")
+    sanitized = True
+
+    def __init__(self, home: Path, scratch: Path) -> None:
+        from pocketslm.runtime.backends.native import NativeModel
+
+        super().__init__(home, scratch)
+        self.session = NativeModel(home / "m.slm").session(threads=1, context=CONTEXT)
+
+    def seeds(self) -> list[bytes]:
+        return [
+            json.dumps([[0, "q_proj", 64, 64, 4, 1.0], [1, "down_proj", 64, 96, 2, 0.5]]).encode()
+        ]
+
+    def mutate(self, data: bytes, rng: Random) -> bytes:
+        parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "x")
+        sizes = (0, 1, 2, 4, 31, 32, 33, 64, 96, 128, 1000)
+        updates = json.loads(data)
+        for _ in range(rng.randint(1, 3)):
+            one = rng.choice(updates)
+            at = rng.randrange(6)
+            one[at] = (
+                rng.choice(parts)
+                if at == 1
+                else rng.choice(mutate.FLOATS)
+                if at == 5
+                else rng.choice((0, 1, 2, 2**31))
+                if at == 0
+                else rng.choice(sizes)
+            )
+            if rng.random() < 0.1:
+                updates.append(list(one))
+        return json.dumps(updates[:8]).encode()
+
+    def run(self, data: bytes) -> None:
+        from pocketslm.runtime.adapters import Update
+
+        updates = []
+        for layer, part, rows, columns, rank, value in json.loads(data):
+            a = np.full((rank, columns), value, np.float32)
+            b = np.full((rows, rank), 0.01, np.float32)
+            updates.append(Update(layer, part, a, b))
+        self.session.use_adapter(updates)
+        with suppress(PocketSlmError):
+            self.session.forward(np.arange(9))
+            self.session.step_greedy(3)
+
+
+class OfRunner(Target):
+    """A target that is fed through ``pocketslm-run --json``."""
+
+    sanitized = True
+    cpu_seconds = 60
+
+    def __init__(self, home: Path, scratch: Path) -> None:
+        super().__init__(home, scratch)
+        self.runner: Runner | None = None
+
+    def answer(self, request: dict[str, Any], before: str = "") -> None:
+        """Send a request, after another line; read events until its last."""
+        if self.runner is None:
+            self.runner = Runner([str(self.home.parent / "pocketslm-run")])
+            self.begin()
+        process = self.runner.process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        lines = [*([before] if before.strip() else []), json.dumps({**request, "id": "fuzz"})]
+        try:
+            process.stdin.write("\n".join(lines) + "\n")
+            process.stdin.flush()
+            while line := process.stdout.readline():
+                event = json.loads(line, parse_constant=_no_json)
+                if event["id"] == "fuzz" and event["event"] != "token":
+                    return
+            reason = "the program ended"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        process.kill()
+        report = process.communicate()[1][-4000:]
+        self.runner = None
+        raise AssertionError(f"{reason}\n{report}")
+
+    def begin(self) -> None:
+        """The first requests of a new program."""
+
+    def close(self) -> None:
+        if self.runner is not None:
+            self.runner.process.stdin.close()  # type: ignore[union-attr]
+            self.runner.process.wait(60)
+            self.runner.process.stdout.close()  # type: ignore[union-attr]
+            self.runner.process.stderr.close()  # type: ignore[union-attr]
+            self.runner = None
+
+
+class Protocol(OfRunner):
+    """Lines that are no requests, or strange ones."""
+
+    name = "protocol"
+    covers = ("runtime/ops/runner/*.cpp",)
+
+    def begin(self) -> None:
+        self.answer(self.load())
+
+    def load(self) -> dict[str, Any]:
+        return {"op": "load", "path": str(self.home / "m.slm"), "threads": 1, "context": 64}
+
+    def mutate(self, data: bytes, rng: Random) -> bytes:
+        line = list(data.decode("utf-8", "replace"))
+        for _ in range(rng.randint(0, 3)):
+            at = rng.randrange(len(line) + 1)
+            line[at : at + rng.randint(0, 3)] = rng.choice(PROTOCOL)
+        return "".join(line).replace("\n", " ").replace("quit", "q").encode("utf-8", "replace")
+
+    def run(self, data: bytes) -> None:
+        # What follows is answered whatever came of the line, which may have loaded nothing.
+        self.answer(self.load(), before=data.decode("utf-8", "replace"))
+
+
+class RunnerFiles(OfRunner, OfModels):
+    """Model files with a tokenizer and a chat in the runner."""
+
+    name = "runner_model"
+    covers = ("runtime/ops/runner/*.cpp",)
+
+    def feed(self, name: str, content: bytes) -> None:
+        path = self.scratch / "m.slm"
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        kv = "int8" if content[-1] % 2 else "fp16"
+        load = {"op": "load", "path": str(path), "threads": 2, "kv": kv, "context": CONTEXT}
+        for request in (load, *REQUESTS):
+            self.answer(request)
+
+
+def _no_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+TARGETS = (ModelFiles, TokenizerSections, States, Adapters, Protocol, RunnerFiles)

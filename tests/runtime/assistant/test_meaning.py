@@ -1,0 +1,155 @@
+"""Finding by meaning, and in all documents, with an embedder of a few words."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pocketslm.cli import main
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.models.catalog import fetch
+from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.runtime.assistant.document import Block, Document, make_source
+from pocketslm.runtime.assistant.library import Library
+from pocketslm.runtime.assistant.meaning import Meanings, Vector, pack
+from pocketslm.runtime.assistant.quoting import PASSAGES, choose
+from pocketslm.runtime.assistant.retrieval import search
+from pocketslm.runtime.model import Model
+
+# Words that mean the same share a dimension.
+MEANT = ({"cock", "cockerel", "cockerels"}, {"queue", "wait"}, {"camp", "night"}, {"price", "cost"})
+
+
+class Words:
+    name = "words"
+
+    def __init__(self) -> None:
+        self.texts = 0
+
+    def embed(self, texts: Sequence[str], *, truncate: bool = False) -> Vector:
+        self.texts += len(texts)
+        vectors = np.full((len(texts), len(MEANT) + 1), 0.01, np.float32)
+        for row, text in zip(vectors, texts, strict=True):
+            for at, some in enumerate(MEANT):
+                row[at] += bool(some & set(text.lower().strip("?.").replace(".", " ").split()))
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def shelf(library: Library) -> list[Document]:
+    sentence = "Paragraph {0} is about stones, the sea and {0} birds. "
+    filler = [Block(sentence.format(number) * 12) for number in range(9)]
+    return [
+        library.add(
+            make_source("rules", "txt", [*filler, Block("Hens are fine, but no cockerels here.")])
+        ),
+        library.add(make_source("fees", "txt", [*filler[1:], Block("The cost is 85 pounds.")])),
+    ]
+
+
+def test_meaning_finds_what_shares_no_word(library: Library, shelf: list[Document]) -> None:
+    question = "May I have a cock?"
+    assert search(shelf, question) == []  # by words
+    meanings = Meanings(library, Words())
+    assert search(shelf, question, meanings=meanings) == []  # nothing is computed yet
+    steps = list(meanings.index())
+    assert steps[-1].done == steps[-1].total
+    hits = search(shelf, question, PASSAGES, meanings=meanings)
+    assert "cockerels" in hits[0].document.passage(hits[0].chunk)
+    quotes = choose(hits, question, 20)
+    citation = quotes.citations[0]
+    assert citation.document == shelf[0].id
+    assert shelf[0].text[citation.start : citation.end] == "Hens are fine, but no cockerels here."
+
+
+def test_all_documents_are_searched_at_once(library: Library, shelf: list[Document]) -> None:
+    """By words: the right document comes first, and only those that are given are searched."""
+    best = search(shelf, "How many pounds is the cost?")[0]
+    assert best.document.title == "fees"
+    assert {hit.document.id for hit in search(shelf[:1], "stones and the sea")} == {shelf[0].id}
+    assert search([], "stones") == []
+
+
+def test_what_was_computed_is_kept_and_a_stop_loses_none(
+    library: Library, shelf: list[Document]
+) -> None:
+    first, cancel = Words(), threading.Event()
+    for _ in Meanings(library, first).index(cancel=cancel):
+        cancel.set()
+    assert 0 < len(library.meanings(shelf[0].id)) + len(library.meanings(shelf[1].id)) < 30
+    second = Words()
+    list(Meanings(library, second).index())
+    third = Words()
+    list(Meanings(library, third).index())
+    assert second.texts > 0
+    assert third.texts == 0
+    library.remove(shelf[0].id)
+    assert library.meanings(shelf[0].id) == []
+    other = Words()
+    other.name = "others"
+    list(Meanings(library, other).index())  # the vectors of one model say nothing to another
+    assert other.texts > 0
+
+
+def test_vectors_are_bytes_with_a_factor() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(5, 384)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    data = pack(vectors)
+    assert len(data) == 5 * (384 + 4)
+    rows = np.frombuffer(data, np.uint8).reshape(5, -1)
+    back = rows[:, 4:].view(np.int8) * np.ascontiguousarray(rows[:, :4]).view("<f4")
+    cosines = (back * vectors).sum(1) / np.linalg.norm(back, axis=1)
+    assert cosines.min() > 0.9995
+    assert pack(np.zeros((1, 4), np.float32)) == pack(np.full((1, 4), 0, np.float32))
+
+
+def test_a_library_without_a_model_of_embeddings_finds_by_words(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bundle that generates text is refused; one that is gone is said, and words do."""
+    (tmp_path / "rent.txt").write_text("The rent is due on the first day of the month.")
+    (tmp_path / "dogs.txt").write_text("Dogs must be kept on a lead in the garden.")
+    where = ["--library", str(tmp_path / "library.db")]
+    assert main(["doc", "meaning", *where]) == 2
+    assert "finds by words only" in capsys.readouterr().err
+    assert main(["doc", "meaning", str(tiny_bundle), *where]) == 2
+    assert "has no embeddings" in capsys.readouterr().err
+    files = [str(tmp_path / name) for name in ("rent.txt", "missing.txt", "dogs.txt")]
+    assert main(["doc", "add", *files, *where]) == 2
+    said = capsys.readouterr().err
+    assert "2: dogs" in said
+    assert "missing.txt" in said
+    with Library(tmp_path / "library.db") as library:
+        library.set("embeddings", str(tmp_path / "gone"))
+    ask = ["doc", "ask", str(tiny_bundle), "Where must dogs be kept?", "-n", "4", *where]
+    assert main(ask) == 0
+    out, said = capsys.readouterr()
+    assert "“Dogs must be kept on a lead in the garden.” (dogs)" in out
+    assert "in: 2 documents" in said
+    assert "found by words only" in said
+    assert main(["doc", "history", *where]) == 0
+    assert "Where must dogs be kept?" in capsys.readouterr().out
+    assert main([*ask, "--document", "dogs", "--json"]) == 0
+    (answer,) = json.loads(capsys.readouterr().out)
+    (citation,) = answer["citations"]
+    assert citation["quote"] == "Dogs must be kept on a lead in the garden."
+    assert citation["title"] == "dogs"
+    assert main(["doc", "show", "dogs", *where]) == 0
+    assert capsys.readouterr().out == "Dogs must be kept on a lead in the garden.\n"
+
+
+@pytest.mark.real
+def test_minilm_finds_by_meaning(tmp_path: Path, library: Library) -> None:
+    export_bundle(open_checkpoint(fetch("all-minilm-l6-v2")), tmp_path / "minilm")
+    texts = ("Hens may be kept.", "The rent is 85 pounds.", "Taps close in winter.")
+    document = library.add(make_source("rules", "txt", [Block(text * 12) for text in texts]))
+    meanings = Meanings(library, Model.load(tmp_path / "minilm"))
+    list(meanings.index())
+    hits = search(document, "What do I have to pay?", meanings=meanings)
+    assert "85 pounds" in document.passage(hits[0].chunk)

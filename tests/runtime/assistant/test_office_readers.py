@@ -1,0 +1,175 @@
+"""Readers of mails, slides, tables and office texts, and what they refuse."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+
+import pytest
+
+from pocketslm.errors import DocumentError
+from pocketslm.profiling.brought import brought_questions, written
+from pocketslm.profiling.render import pdf, render
+from pocketslm.runtime.assistant import readers
+from pocketslm.runtime.assistant.readers import limits
+from support_documents import pdf_file, zipped
+
+TABLE = "# Tools\n\n| Tool | Bought | Price |\n|---|---|---|\n| Saw | 2020-02-03 | 780.00 |"
+
+
+def text_of(data: bytes, name: str) -> str:
+    return readers.read_bytes(data, name).text
+
+
+def test_every_document_of_the_benchmark_holds_its_answers() -> None:
+    """What was written in one notation is found in each kind of file."""
+    files = {
+        name: readers.read_bytes(data, name.replace(".2pdf", ".pdf"))
+        for name, data in written().items()
+    }
+    assert len(files) >= 25
+    assert len({source.kind for source in files.values()}) >= 10
+    assert {source.language for source in files.values()} >= {"en", "de", "fr", "es", "ar", "zh"}
+    asked = [question for question in brought_questions() if question.document in files]
+    assert len(asked) >= 200
+    for question in asked:
+        if question.answerable:
+            text = files[question.document].text
+            assert question.is_answer(text), question
+            assert question.stands_in(text), question
+    apart = sum(question.apart for question in brought_questions())
+    assert 0.4 < apart / len(brought_questions()) < 0.6
+
+
+def test_rows_say_their_columns() -> None:
+    row = "Tool: Saw | Bought: 2020-02-03 | Price: 780"
+    assert text_of(render(TABLE, "xlsx"), "a.xlsx").endswith(row)
+    assert text_of(render(TABLE, "csv"), "a.csv").endswith(row + ".00")
+    assert text_of(b"a;b\n1;2\n\n3;4\n", "a.csv") == "a | b\n\na: 1 | b: 2\n\na: 3 | b: 4"
+    assert text_of(b"1,2\n3,4\n", "a.csv") == "1 | 2\n\n3 | 4"  # no row of names
+    assert text_of(b"one column\nof text\n", "a.csv") == "one column\nof text"
+    assert text_of(b'name,what\nA,"two\nlines"\n', "a.csv").endswith("name: A | what: two lines")
+
+
+def test_slides_are_pages_with_titles() -> None:
+    source = readers.read_bytes(render("# One\n\nText\n\n# Two\n\n- a", "pptx"), "a.pptx")
+    assert [(c.page, c.heading) for c in source.chunks] == [(1, "One"), (2, "Two")]
+    assert source.text == "One\n\nText\n\nTwo\n\na"
+
+
+def test_opendocument_has_headings_tables_and_spaces() -> None:
+    assert text_of(render(TABLE, "odt"), "a.odt").endswith("Saw | 2020-02-03 | 780.00")
+    spaces = "urn:oasis:names:tc:opendocument:xmlns"
+    body = (
+        f'<d xmlns:text="{spaces}:text:1.0" xmlns:office="{spaces}:office:1.0">'
+        "<text:tracked-changes><text:p>gone</text:p></text:tracked-changes>"
+        '<text:h text:outline-level="2">Head</text:h><text:p>a<text:s text:c="3"/>b<text:tab/>c'
+        '<text:s text:c="999999999"/>d<office:annotation><text:p>note</text:p></office:annotation>'
+        "</text:p></d>"
+    )
+    source = readers.read_bytes(zipped({"content.xml": body}), "a.odt")
+    assert source.text == "Head\n\na   b\tc d"
+    assert source.chunks[0].heading == "Head"
+
+
+def test_rtf_is_its_text() -> None:
+    rtf = (
+        rb"{\rtf1\ansi\ansicpg1252{\fonttbl{\f0 Arial;}}{\*\generator X;}{\info{\author A}}"
+        rb"\pard\outlinelevel0 Title\par\pard Gr\'fc\'dfe \u8364?5 {\b bold} \{x\}\par "
+        rb"\trowd a\cell b\cell\row {\pict 0102}end}"
+    )
+    source = readers.read_bytes(rtf, "a.rtf")
+    assert source.text == "Title\n\nGrüße €5 bold {x}\n\na | b\n\nend"
+    assert source.chunks[0].heading == "Title"
+    with pytest.raises(DocumentError, match="deeper than 1000"):
+        readers.read_bytes(b"{\\rtf1" + b"{" * 2000, "a.rtf")
+    with pytest.raises(DocumentError, match="is no RTF"):
+        readers.read_bytes(b"hello", "a.rtf")
+
+
+def test_a_mail_is_read_without_its_coding() -> None:
+    mail = render("From: =?utf-8?q?J=C3=B6rg?= <j@x.y>\nSubject: Hi\n\nGrüße für €5", "eml")
+    text = text_of(mail, "a.eml")
+    assert text == "Hi\n\nFrom: Jörg <j@x.y>\n\nGrüße für €5\n\nAttachment: map.png"
+    page = b"Subject: S\nContent-Type: text/html; charset=iso-8859-1\n\n<p>Gr\xfc\xdfe<p>two"
+    assert text_of(page, "a.eml") == "S\n\nGrüße\n\ntwo"
+    box = b"From a\nSubject: One\n\nfirst\n\nFrom b\nSubject: Two\n\nsecond\n"
+    source = readers.read_bytes(box, "a.mbox")
+    assert [c.heading for c in source.chunks] == ["One", "Two"]
+    with pytest.raises(DocumentError, match="no file of mails"):
+        readers.read_bytes(b"hello", "a.mbox")
+
+
+def test_hostile_mails_are_refused() -> None:
+    header = b"Content-Type: multipart/mixed; " + b";" * (1 << 20) + b"\n\nx"
+    with pytest.raises(DocumentError, match="header of more than"):
+        readers.read_bytes(header, "a.eml")
+    folded = b"Content-Type: text/plain;\n" + b" a=b;\n" * 20_000 + b"\n\nx"
+    with pytest.raises(DocumentError, match="header of more than"):
+        readers.read_bytes(folded, "a.eml")
+    nested = b"".join(
+        b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (n, n) for n in range(900)
+    )
+    with pytest.raises(DocumentError, match="parts within each other"):
+        readers.read_bytes(nested, "a.eml")
+
+
+def test_hostile_workbooks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long text that is shared by many cells is counted each time."""
+    monkeypatch.setattr(limits, "MAX_TEXT_CHARACTERS", 100_000)
+    out = io.BytesIO(render(TABLE, "xlsx"))
+    files = {
+        name: zipfile.ZipFile(out).read(name).decode() for name in zipfile.ZipFile(out).namelist()
+    }
+    files["xl/sharedStrings.xml"] = files["xl/sharedStrings.xml"].replace("Saw", "S" * 5000)
+    row = "".join(f'<c r="A{n}" t="s"><v>3</v></c>' for n in range(1, 2))
+    rows = "".join(f"<row>{row}</row>" for _ in range(50))
+    sheet = "xl/worksheets/sheet0.xml"
+    files[sheet] = files[sheet].replace("</sheetData>", f"{rows}</sheetData>")
+    with pytest.raises(DocumentError, match="million characters"):
+        readers.read_bytes(zipped(files), "a.xlsx")
+    with pytest.raises(DocumentError, match="lacks xl/workbook.xml"):
+        readers.read_bytes(zipped({"a": "b"}), "a.xlsx")
+
+
+def test_words_of_a_font_without_a_space_stand_apart() -> None:
+    """Justified text moves the pen by a fifth of an em and draws no space."""
+    page = b"BT /F1 10 Tf 40 800 Td [(Among) -190 (those) -190 (fi) 20 (les)] TJ ET"
+    assert text_of(pdf_file([page]), "a.pdf") == "Among those files"
+    # Where the letters of a font are broad, pypdf wants a wider gap than typesetters leave. Once it
+    # does not, our change can go.
+    from pypdf._text_extraction._text_extractor import TextExtraction
+
+    ours = TextExtraction.process_tj_offset
+    assert ours.sees_narrow_gaps  # type: ignore[attr-defined]
+    theirs = ours.__closure__[0].cell_contents  # type: ignore[attr-defined]
+    for process, seen in ((ours, True), (theirs, False)):
+        page_of_words = TextExtraction()
+        page_of_words.text = "Among"
+        process(page_of_words, -190.0, 267.9)
+        assert (page_of_words.text + page_of_words.output).endswith(" ") == seen
+
+
+def test_a_pdf_has_headings_by_size_and_paragraphs_by_space() -> None:
+    prose = "This is a sentence of some words that fills the line until its very end in 1965. " * 3
+    text = f"# Title\n\n## 1. First\n\n{prose}\n\n{prose}\n\n## 2. Second\n\nEnd."
+    for columns in (1, 2):
+        source = readers.read_bytes(pdf(text, columns), "a.pdf")
+        paragraph = " ".join(prose.split())
+        assert source.text.split("\n\n") == [
+            *("Title", "1. First", paragraph, paragraph, "2. Second", "End."),
+        ]
+        assert source.chunks[-1].heading == "Title › 2. Second"
+
+
+def test_logs_and_code_keep_their_lines() -> None:
+    log = "2024-05-02 06:00:01 INFO a long line of a log that no editor has ever wrapped\n" * 3
+    assert text_of(log.encode(), "a.log") == log.strip()
+    assert (
+        text_of(b"def f():\n    return 1\n\nx = 2\n", "a.py") == "def f():\n    return 1\n\nx = 2"
+    )
+
+
+def test_a_short_line_above_a_paragraph_is_its_heading() -> None:
+    source = readers.read_bytes(b"Rent\n\nIt is due on the first day.", "a.txt")
+    assert source.chunks[0].heading == "Rent"
