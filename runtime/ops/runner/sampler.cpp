@@ -82,12 +82,12 @@ void Sampler::weigh(const std::vector<float>& logits) {
   weights_.resize(n);
   float* x = weights_.data();
   for (size_t i = 0; i < n; ++i) x[i] = logits[i] / sampling_.temperature;
-  float threshold = -std::numeric_limits<float>::infinity();
+  float threshold = std::numeric_limits<float>::lowest();  // what is ruled out is below
   if (k && k < n) {
     sorted_ = weights_;
     const auto last = sorted_.begin() + static_cast<std::ptrdiff_t>(k - 1);
     std::nth_element(sorted_.begin(), last, sorted_.end(), std::greater<>());
-    threshold = *last;
+    threshold = std::max(threshold, *last);
   }
   const float top = *std::max_element(x, x + n);
   for (size_t i = 0; i < n; ++i) {
