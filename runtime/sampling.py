@@ -6,6 +6,7 @@ Names and meanings are those of Hugging Face's GenerationConfig, and so is their
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -55,10 +56,12 @@ def top_p(p: float) -> Processor:
     """Keep the smallest set of most probable tokens whose mass reaches p (nucleus sampling)."""
 
     def process(_: Sequence[int], logits: Array) -> Array:
-        order = np.argsort(-logits, kind="stable")
-        mass = np.cumsum(softmax(logits[order]))
+        weights = exp_weights(logits)
+        order = np.argsort(-weights, kind="stable")
+        mass = np.cumsum(weights[order], dtype=np.float64)
+        wanted = float(np.float32(p)) * np.cumsum(weights, dtype=np.float64)[-1]
         # Mass before a token decides, so that the first one is always kept.
-        logits[order[1:][mass[:-1] >= p]] = -np.inf
+        logits[order[1:][mass[:-1] >= wanted]] = -np.inf
         return logits
 
     return process
@@ -68,7 +71,7 @@ def min_p(p: float) -> Processor:
     """Drop tokens less probable than p times the most probable one."""
 
     def process(_: Sequence[int], logits: Array) -> Array:
-        logits[logits < logits.max() + np.log(np.float32(p))] = -np.inf
+        logits[exp_weights(logits) < np.float32(p)] = -np.inf
         return logits
 
     return process
@@ -80,13 +83,25 @@ def greedy(logits: Array) -> int:
 
 
 def multinomial(seed: int | None) -> Sampler:
-    """Draw from the softmax of the logits; the same seed draws the same tokens."""
-    rng = np.random.default_rng(seed)
+    """Draw from the softmax of the logits.
+
+    The same seed draws the same tokens from the same logits on every machine, and in
+    ``pocketslm-run`` (runtime/ops/runner/sampler.cpp): random numbers are those of SplitMix64, and
+    weights those of :func:`exp_weights`, added in the order of the vocabulary.
+    """
+    state = secrets.randbits(64) if seed is None else seed
+
+    def uniform() -> float:
+        nonlocal state
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return ((z ^ z >> 31) >> 11) * 2.0**-53
 
     def sample(logits: Array) -> int:
-        mass = np.cumsum(softmax(logits))
+        mass = np.cumsum(exp_weights(logits), dtype=np.float64)
         # Tokens of no mass are never drawn: the first index whose mass exceeds the draw has some.
-        index = np.searchsorted(mass, rng.random() * mass[-1], side="right")
+        index = np.searchsorted(mass, uniform() * mass[-1], side="right")
         return int(min(index, np.flatnonzero(np.isfinite(logits))[-1]))
 
     return sample
@@ -121,13 +136,27 @@ def highest_needed(config: GenerationConfig) -> int | None:
     return (config.top_k or None) if config.samples else 1
 
 
-def softmax(logits: Array) -> npt.NDArray[np.float64]:
-    """Probabilities in fp64, so that a cumulative sum over a vocabulary is exact enough."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max()
-    np.exp(wide, out=wide)
-    wide /= wide.sum()
-    return wide
+_TAYLOR = [np.float32(1) / np.float32(n) for n in (720, 120, 24, 6, 2, 1, 1)]
+
+
+def exp_weights(logits: Array) -> Array:
+    """The softmax without its division: exp of each logit less the highest, exact to about 10^-6.
+
+    In fp32, each operation rounded by itself, so that every machine gets the same bits; those of
+    the runner's ``exp_of``. Logits of minus infinity weigh 0.
+    """
+    x = np.maximum(logits - logits.max(), np.float32(-87))
+    shifted = x * np.float32(1.44269504) + np.float32(12582912)  # rounds to a whole number
+    n = shifted - np.float32(12582912)
+    r = x - n * np.float32(0.693359375)
+    r += n * np.float32(2.12194440e-4)
+    p: Array = np.full_like(x, _TAYLOR[0])
+    for term in _TAYLOR[1:]:
+        p *= r
+        p += term
+    p *= ((shifted.view(np.uint32) + np.uint32(127)) << np.uint32(23)).view(np.float32)
+    p[np.isneginf(logits)] = 0
+    return p
 
 
 def log_sum_exp(logits: Array) -> float:

@@ -129,7 +129,7 @@ class RunnerSession:
 
     def can_generate(self, config: GenerationConfig) -> bool:
         """Whether the child can follow this configuration by itself."""
-        return config.min_p == 0
+        return True
 
     def generate(
         self, ids: Sequence[int], config: GenerationConfig, eos: Collection[int], limit: int
@@ -159,7 +159,7 @@ class RunnerSession:
         if config.samples:
             request |= {"temperature": config.temperature, "top_k": config.top_k}
             seed = time.time_ns() % 10**15 if config.seed is None else config.seed
-            request |= {"top_p": config.top_p, "seed": seed}
+            request |= {"top_p": config.top_p, "min_p": config.min_p, "seed": seed}
         with self._asking:
             self._ready()
             self._ids = list(ids)

@@ -121,6 +121,14 @@ uint32_t default_threads() {
 }  // namespace
 
 uint32_t pslm_abi_version(void) { return PSLM_ABI_VERSION; }
+
+const char* pslm_compiler(void) {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "g++ " __VERSION__;
+#endif
+}
 const char* const* pslm_isa_names(void) { return available_isa_names(); }
 
 pslm_status pslm_model_open(const char* path, pslm_model** model, pslm_error error) {

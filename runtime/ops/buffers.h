@@ -84,7 +84,7 @@ struct PanelView {
   QuantizedRow row(size_t first, size_t token, size_t group) const {
     const size_t width = tile_size(tokens - first);
     const size_t at = first * (cols / kGroup) + group * width + token;
-    return {width, panel->codes_.data() + first * cols + (group * width + token) * kGroup,
+    return {width, token, panel->codes_.data() + first * cols + (group * width + token) * kGroup,
             panel->scales_.data() + at, panel->sums_.data() + at, panel->corrections_.data() + at,
             panel->upper_.data() + at};
   }

@@ -21,6 +21,31 @@ constexpr float kNibbleVariance = 255.0f / 12.0f;
 // A row is lost with a probability of 10^-12.
 constexpr float kDeviations = 7.0f;
 
+// The highest of a block's sixteen numbers, NaN where one is not finite. Compared as integers, which
+// compilers do in vectors.
+float highest_of(const float* x) {
+  int32_t highest = std::numeric_limits<int32_t>::min(), magnitude = 0;
+  for (size_t r = 0; r < kBlockRows; ++r) {
+    int32_t bits;
+    std::memcpy(&bits, x + r, sizeof bits);
+    magnitude = std::max(magnitude, bits & 0x7fffffff);
+    highest = std::max(highest, bits ^ (bits >> 31 & 0x7fffffff));
+  }
+  if (magnitude >= 0x7f800000) return std::numeric_limits<float>::quiet_NaN();
+  highest ^= highest >> 31 & 0x7fffffff;
+  float value;
+  std::memcpy(&value, &highest, sizeof value);
+  return value;
+}
+
+// The largest magnitude of a block's fp16 scales, never 0.
+uint16_t largest_half(const uint16_t* x) {
+  uint16_t largest = 1;
+  for (size_t r = 0; r < kBlockRows; ++r)
+    largest = std::max(largest, static_cast<uint16_t>(x[r] & 0x7fff));
+  return largest;
+}
+
 }  // namespace
 
 int32_t Session::forward_greedy(const int32_t* tokens, size_t count) {
@@ -182,34 +207,32 @@ void Session::Screen::prepare(const ActivationTile& input) {
   }
 }
 
-// highest_[block]: what the logits of these blocks may reach, judged by the high nibbles; NaN where
-// one of them is not finite.
+// The logits of these blocks by the high nibbles and the highest of each, NaN where one of them is
+// not finite; and spreads_, the largest scale of each block and group, which stays the same.
 void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end) {
   const Matrix& w = *program_.head().w[0];
-  const Screen& screen = members_[m].screen;
   ActivationTile tile = input;
-  tile.corrections = screen.corrections.data();
+  tile.corrections = members_[m].screen.corrections.data();
   tile.ahead = &members_[m].plan.ahead;
   const BlockLayout layout = block_layout(w.kind, w.cols);
   const MatmulFunction matmul = kernels_.matmul[kernel_of(WeightKind::q4_sym)];
-  alignas(64) float high[kBlockRows], variance[kBlockRows];
+  const size_t groups = w.cols / kGroup;
   for (size_t b = begin; b < end; ++b) {
     const Blocks block = w.from(b);
+    float* high = &screened_[b * kBlockRows];
     matmul(block, 1, w.cols, tile, high, kBlockRows);
-    kernels_.weigh_scales(reinterpret_cast<const uint16_t*>(block.data + layout.scales),
-                          screen.energies.data(), w.cols / kGroup, variance);
-    float highest = -std::numeric_limits<float>::infinity(), zero = 0;
-    for (size_t r = 0; r < kBlockRows; ++r) {
-      const float reach = 16.0f * high[r] + kDeviations * std::sqrt(kNibbleVariance * variance[r]);
-      highest = std::max(highest, reach);
-      zero += reach - reach;
-    }
-    highest_[b] = highest + zero;
+    highest_[b] = 16.0f * highest_of(high);
+    uint16_t* spreads = &spreads_[b / kBlockRows * kBlockRows * groups + b % kBlockRows];
+    if (*spreads) continue;
+    const auto* scales = reinterpret_cast<const uint16_t*>(block.data + layout.scales);
+    for (size_t g = 0; g < groups; ++g)
+      spreads[g * kBlockRows] = largest_half(scales + g * kBlockRows);
   }
 }
 
 // The greedy token: the most promising block first, then whatever may still exceed what was found,
-// or is not finite.
+// or is not finite. A bound on the deviations of a block passes over most; what it leaves is judged
+// row by row.
 void Session::settle(const ActivationTile& input) {
   const Matrix& w = *program_.head().w[0];
   const MatmulFunction matmul = kernels_.matmul[kernel_of(w.kind)];
@@ -221,12 +244,28 @@ void Session::settle(const ActivationTile& input) {
     const size_t first = b * kBlockRows;
     offer(member, logits, std::min<size_t>(kBlockRows, w.rows - first), first, false);
   };
+  const size_t groups = w.cols / kGroup, scales_at = block_layout(w.kind, w.cols).scales;
+  const auto deviations = [&](const void* scales, float (&out)[kBlockRows]) {
+    kernels_.weigh_scales(static_cast<const uint16_t*>(scales), member.screen.energies.data(),
+                          groups, out);
+    for (float& value : out) value = kDeviations * std::sqrt(kNibbleVariance * value);
+  };
+  alignas(64) float bounds[kBlockRows], own[kBlockRows];
+  const auto may_exceed = [&](size_t b, float found) {
+    if (highest_[b] + 1.001f * bounds[b % kBlockRows] < found) return false;  // for its rounding
+    deviations(w.from(b).data + scales_at, own);
+    for (size_t r = 0; r < kBlockRows; ++r)
+      if (!(16.0f * screened_[b * kBlockRows + r] + own[r] < found)) return true;
+    return false;
+  };
   const float* highest = highest_.data();
   const size_t likely = static_cast<size_t>(
       std::max_element(highest, highest + w.blocks()) - highest);
   compute(likely);
-  for (size_t b = 0; b < w.blocks(); ++b)
-    if (b != likely && member.finite && !(highest[b] < member.top.front().logit)) compute(b);
+  for (size_t b = 0; b < w.blocks() && member.finite; ++b) {
+    if (b % kBlockRows == 0) deviations(&spreads_[b * groups], bounds);
+    if (b != likely && may_exceed(b, member.top.front().logit)) compute(b);
+  }
 }
 
 }  // namespace pocketslm

@@ -1,24 +1,72 @@
-"""Instructions per decoded token on aarch64, counted by qemu: what a phone's CPU will be given.
+"""Instructions per token on aarch64, counted by qemu: what a phone's CPU will be given.
 
-``python -m pocketslm.runtime.ops.instructions MODEL.slm`` builds ``pocketslm-run`` for aarch64 and
-runs it on each kernel path. Needs ``qemu-aarch64`` with plugins (Debian: ``qemu-user``).
+``python -m pocketslm.runtime.ops.instructions Q4_0=MODEL.slm`` builds ``pocketslm-run`` for aarch64
+and runs it on each kernel path. It prints a table, beside the counts that are recorded for that
+name. Needs ``qemu-aarch64`` with plugins (Debian: ``qemu-user``).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pocketslm.errors import BackendError, PocketSlmError
 from pocketslm.runtime.ops import build
 
 PATHS = ("neon_i8mm", "neon_dotprod", "scalar")
-PROMPT = "Once upon a time"
+PROMPT = "Once upon a time"  # four tokens of most vocabularies
+RECORDED = Path(__file__).with_name("instruction_counts.json")
+# A count may exceed the recorded one by this part: compilers of other versions.
+TOLERANCE = 0.01
+
+# The rows of the table. All but prompts are of one further token.
+DECODE_4, DECODE_512 = "decode at 4", "decode at 512"
+PROMPT_16, PROMPT_128 = "prompt of 16", "prompt of 128"
+WHOLE_HEAD, SAMPLING = "greedy, whole head", "sampling"
+CASES = (DECODE_4, DECODE_512, PROMPT_16, PROMPT_128, WHOLE_HEAD, SAMPLING)
+
+Request = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A prompt of `prompt` tokens and `new` ones after it."""
+
+    prompt: int
+    new: int
+    options: tuple[tuple[str, float], ...] = ()
+
+    def request(self, number: int) -> Request:
+        # Prompts that differ in their first token share nothing in the cache.
+        tokens = [(911 * number + 101 * i) % 250 + 2 for i in range(self.prompt)]
+        prompt: Request = {"tokens": tokens} if self.prompt != 4 else {"prompt": PROMPT}
+        end = {"max_tokens": self.new, "ignore_eos": True}
+        return {"op": "generate", **prompt, **end, **dict(self.options)}
+
+
+_ONE = Generation(1, 1)
+_FEW = 8  # new tokens that a decoding count is the mean of
+_SAMPLED = (("temperature", 0.8), ("top_p", 0.95), ("seed", 1))
+# Penalties need all logits, and change few instructions else.
+_PENALIZED = (("repetition_penalty", 1.0001),)
+_GENERATIONS: Mapping[str, tuple[Generation, ...]] = {
+    DECODE_4: (Generation(4, 2 + _FEW),),
+    DECODE_512: (Generation(512, 6),),
+    PROMPT_16: (_ONE, Generation(17, 1)),
+    PROMPT_128: (_ONE, Generation(129, 1)),
+    WHOLE_HEAD: (_ONE, Generation(4, 2 + _FEW, _PENALIZED)),
+    SAMPLING: (_ONE, Generation(4, 2 + _FEW, _SAMPLED)),
+}
 
 
 def build_plugin(output: Path) -> Path:
@@ -28,49 +76,175 @@ def build_plugin(output: Path) -> Path:
     return output
 
 
-def count(runner: Path, plugin: Path, model: Path, isa: str, tokens: int) -> int:
-    """Instructions of a whole run that generates so many tokens."""
+def _counted(plugin: Path, command: Sequence[str], text: str = "") -> tuple[str, str]:
+    """What a program for aarch64 wrote to standard output and standard error."""
     qemu = shutil.which("qemu-aarch64")
     if qemu is None:
         raise BackendError("qemu-aarch64 is not installed; `apt-get install qemu-user`")
-    command = [qemu, "-cpu", "max", "-plugin", str(plugin), str(runner), str(model)]
-    options = ["-p", PROMPT, "-n", str(tokens), "-t", "1", "--context", "64", "--isa", isa]
-    done = subprocess.run([*command, *options], capture_output=True, check=False)
-    said = done.stderr.decode(errors="replace")
-    found = re.search(r"^instructions: (\d+)$", said, re.MULTILINE)
-    if done.returncode != 0 or found is None:
-        raise BackendError(f"{isa} under qemu failed: {said.strip()[-300:]}")
-    if f"{tokens} new at" not in said:
-        raise BackendError(f"the model did not generate {tokens} tokens after {PROMPT!r}: {said}")
-    return int(found[1])
+    done = subprocess.run(
+        [qemu, "-cpu", "max", "-plugin", str(plugin), *command],
+        input=text.encode(),
+        capture_output=True,
+        check=False,
+    )
+    said, output = (part.decode(errors="replace") for part in (done.stderr, done.stdout))
+    if done.returncode != 0 or "instructions: " not in said:
+        raise BackendError(f"{command[0]} under qemu failed: {(said or output).strip()[-300:]}")
+    return output, said
 
 
-def per_token(runner: Path, plugin: Path, model: Path, isa: str, more: int) -> float:
-    """Instructions that each further token costs."""
-    few, many = (count(runner, plugin, model, isa, tokens) for tokens in (1, 1 + more))
-    return (many - few) / more
+def count_cases(
+    runner: Path, plugin: Path, model: Path, isa: str, cases: Sequence[str] = CASES
+) -> dict[str, float]:
+    """Instructions a token of each case, from one run of the program.
+
+    It writes a line for each token, and the plugin says how many instructions came before that.
+    """
+    asked = [generation for case in cases for generation in _GENERATIONS[case]]
+    context = max(64, *(generation.prompt + generation.new for generation in asked))
+    load = {"op": "load", "path": str(model), "isa": isa, "threads": 1, "context": context}
+    requests: list[Request] = [load]
+    for generation in asked:
+        requests += [{"op": "reset"}, generation.request(len(requests))]
+    lines = "".join(json.dumps(request) + "\n" for request in requests)
+    output, said = _counted(plugin, [str(runner), "--json"], lines)
+    events = [json.loads(line) for line in output.splitlines()]
+    if wrong := [event["message"] for event in events if event["event"] == "error"]:
+        raise BackendError(f"{isa} under qemu failed: {wrong[0]}")
+    marks = [int(found) for found in re.findall(r"^written at: (\d+)$", said, re.MULTILINE)]
+    if len(marks) != len(events):
+        raise BackendError(f"{len(events)} events in {len(marks)} writes; is this an old runner?")
+    # Of each generation, where it began (the answer to reset) and where each of its tokens was.
+    starts = [mark for mark, event in zip(marks, events, strict=True) if event["event"] == "reset"]
+    tokens: list[list[int]] = []
+    for mark, event in zip(marks, events, strict=True):
+        if event["event"] == "reset":
+            tokens.append([])
+        elif event["event"] == "token":
+            tokens[-1].append(mark)
+    counts, at = {}, 0
+    for case in cases:
+        last = at + len(_GENERATIONS[case]) - 1
+        if _GENERATIONS[case][-1].new > 1:
+            counts[case] = (tokens[last][-1] - tokens[last][1]) / (len(tokens[last]) - 2)
+        else:
+            one, many = (tokens[i][0] - starts[i] for i in (at, last))
+            counts[case] = (many - one) / (asked[last].prompt - asked[at].prompt)
+        at = last + 1
+    return counts
+
+
+def count_peer(plugin: Path, command: str, cases: Sequence[str] = CASES) -> dict[str, float]:
+    """The same of any program for aarch64, from the difference of two runs.
+
+    command: of the program, where ``{prompt}`` and ``{new}`` stand for the numbers of tokens.
+    Cases that it cannot be asked for are left out.
+    """
+    if "{prompt}" not in command or "{new}" not in command:
+        raise BackendError(f"{command!r} must say {{prompt}} and {{new}}, the numbers of tokens")
+
+    def count(prompt: int, new: int) -> int:
+        words = shlex.split(command.replace("{prompt}", str(prompt)).replace("{new}", str(new)))
+        found = re.search(r"^instructions: (\d+)$", _counted(plugin, words)[1], re.MULTILINE)
+        assert found is not None
+        return int(found[1])
+
+    sizes = {
+        DECODE_4: ((4, 2), (4, 10), 8),
+        DECODE_512: ((512, 2), (512, 6), 4),
+        PROMPT_16: ((1, 1), (17, 1), 16),
+        PROMPT_128: ((1, 1), (129, 1), 128),
+    }
+    return {
+        case: (count(*sizes[case][1]) - count(*sizes[case][0])) / sizes[case][2]
+        for case in cases
+        if case in sizes
+    }
+
+
+def recorded() -> dict[str, dict[str, dict[str, float]]]:
+    """Millions of instructions a token by model, path and case, as they were when last recorded."""
+    if not RECORDED.exists():
+        return {}
+    table: dict[str, dict[str, dict[str, float]]] = json.loads(RECORDED.read_text())
+    return table
+
+
+def over_budget(name: str, isa: str, counts: Mapping[str, float]) -> list[str]:
+    """A line for each count that exceeds the recorded one by more than the tolerance."""
+    budgets = recorded().get(name, {}).get(isa, {})
+    return [
+        f"{name} {isa} {case}: {count / 1e6:.2f} M, recorded {budgets[case]:.2f} M"
+        for case, count in counts.items()
+        if case in budgets and count / 1e6 > budgets[case] * (1 + TOLERANCE)
+    ]
+
+
+def _print(label: str, counts: Mapping[str, float], before: Mapping[str, float]) -> None:
+    for case, count in counts.items():
+        change = f"   recorded {before[case]:8.2f}" if case in before else ""
+        if before.get(case):
+            change += f"   {count / 1e6 / before[case] - 1:+.1%}"
+        print(f"{label:<24}{case:<20}{count / 1e6:10.2f}{change}", flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__.splitlines()[0]} In millions.",
+        epilog="example: instructions Q4_0=q40/model.slm --peer "
+        "'llama.cpp=./llama-bench -m q40.gguf -t 1 -r 1 --no-warmup -p 0 -n 0 -pg {prompt},{new}'",
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="[NAME=]MODEL.slm",
+        help="the name, such as Q4_0, is that of recorded counts",
+    )
+    parser.add_argument("--isa", choices=PATHS, action="append", help="only these paths")
+    parser.add_argument("--case", choices=CASES, action="append", help="only these cases")
+    parser.add_argument("--runner", type=Path, help="count this pocketslm-run; default: build it")
+    parser.add_argument(
+        "--peer",
+        metavar="NAME=COMMAND",
+        action="append",
+        default=[],
+        help="also count a program for aarch64, given {prompt} and {new} as numbers of tokens",
+    )
+    parser.add_argument("--record", action="store_true", help="keep the counts as those to compare")
+    args = parser.parse_args()
+    if any("=" not in peer for peer in args.peer):
+        parser.error("--peer needs NAME=COMMAND")
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--tokens", type=int, default=2, help="tokens to count over (2)")
-    parser.add_argument("--isa", choices=PATHS, action="append", help="only these paths")
-    args = parser.parse_args()
+    args = _arguments()
+    table, over = recorded(), []
+    cases = args.case or CASES
     try:
         with tempfile.TemporaryDirectory() as folder:
-            runner = build.build_runner(Path(folder) / "pocketslm-run", "aarch64-linux")
+            runner = args.runner or build.runner("aarch64-linux")
             plugin = build_plugin(Path(folder) / "qemu_count.so")
-            paths = args.isa or PATHS
-            counts = {isa: per_token(runner, plugin, args.model, isa, args.tokens) for isa in paths}
+            for model in args.models:
+                name, _, path = model.rpartition("=")
+                for isa in args.isa or PATHS[:2]:
+                    counts = count_cases(runner, plugin, Path(path), isa, cases)
+                    _print(f"{name} {isa}", counts, table.get(name, {}).get(isa, {}))
+                    over += over_budget(name, isa, counts)
+                    kept = table.setdefault(name, {}).setdefault(isa, {})
+                    kept.update({case: round(count / 1e6, 3) for case, count in counts.items()})
+            for peer in args.peer:
+                name, _, command = peer.partition("=")
+                _print(name, count_peer(plugin, command, cases), {})
+        if args.record:
+            RECORDED.write_text(json.dumps(table, indent=1) + "\n")
+            return 0
     except (PocketSlmError, build.BuildError) as error:
         print(error, file=sys.stderr)
         return 2
-    most = max(counts.values())
-    for isa, instructions in counts.items():
-        part = f"1/{most / instructions:.1f} of the most"
-        print(f"{isa:<13}{instructions / 1e6:10.2f} M instructions a token   {part}")
-    return 0
+    for line in over:
+        print(f"over budget: {line}", file=sys.stderr)
+    return 1 if over else 0
 
 
 if __name__ == "__main__":

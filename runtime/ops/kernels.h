@@ -34,28 +34,67 @@ struct ReadAhead {
 };
 constexpr uint64_t kMaxLeadLines = 2048;  // 128 KB; a power of two
 
+static inline void next_span(ReadAhead& ahead) {
+  if (++ahead.span == ahead.end) ahead.span = ahead.begin;
+  ahead.line = ahead.span->data;
+  ahead.left = ahead.span->lines;
+}
+
 static inline void ask_lines(ReadAhead& ahead, size_t lines) {
   ahead.asked += lines;
   while (lines) {
-    if (!ahead.left) {
-      if (++ahead.span == ahead.end) ahead.span = ahead.begin;
-      ahead.line = ahead.span->data;
-      ahead.left = ahead.span->lines;
-    }
+    if (!ahead.left) next_span(ahead);
     const size_t run = lines < ahead.left ? lines : ahead.left;
     const uint8_t* line = ahead.line;
-    for (size_t i = 0; i < run; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
-    ahead.line += 64 * run;
+    size_t i = 0;
+    for (; i + 8 <= run; i += 8, line += 512)
+      for (size_t k = 0; k < 8; ++k) __builtin_prefetch(line + 64 * k, 0, 2);
+    for (; i < run; ++i, line += 64) __builtin_prefetch(line, 0, 2);
+    ahead.line = line;
     ahead.left -= run;
     lines -= run;
   }
 }
 
-// A kernel is about to read `lines`: ask for twice as many with no lead, for none with a full one.
-static inline void use_lines(ReadAhead& ahead, size_t lines) {
+// A kernel is about to read `lines`; how many it should ask for: twice as many with no lead, none
+// with a full one.
+static inline size_t lines_to_ask(ReadAhead& ahead, size_t lines) {
   const uint64_t lead = ahead.asked > ahead.used ? ahead.asked - ahead.used : 0;
   ahead.used += lines;
-  if (lead < kMaxLeadLines) ask_lines(ahead, lines * (kMaxLeadLines - lead) * 2 / kMaxLeadLines);
+  return lead < kMaxLeadLines ? lines * (kMaxLeadLines - lead) * 2 / kMaxLeadLines : 0;
+}
+
+// The same, asked for at once.
+static inline void use_lines(ReadAhead& ahead, size_t lines) {
+  if (const size_t wanted = lines_to_ask(ahead, lines)) ask_lines(ahead, wanted);
+}
+
+// For kernels that ask while they compute: what exceeds `lines` is asked for at once, and the rest,
+// whose number is returned, is to be taken from next_run.
+static inline size_t start_asking(ReadAhead& ahead, size_t lines) {
+  const size_t wanted = lines_to_ask(ahead, lines);
+  if (wanted <= lines) return wanted;
+  ask_lines(ahead, wanted - lines);
+  return lines;
+}
+
+// Lines that follow each other in memory, the same number in each of so many steps of a kernel.
+struct ReadRun {
+  const uint8_t* line;
+  size_t steps;
+};
+
+// The next lines that the kernel must ask for, in up to `steps` steps; the last of these may go past
+// the end of what is to be read in a row.
+static inline ReadRun next_run(ReadAhead& ahead, size_t lines, size_t steps) {
+  if (!ahead.left) next_span(ahead);
+  const size_t whole = (ahead.left + lines - 1) / lines;
+  const ReadRun run{ahead.line, whole < steps ? whole : steps};
+  const size_t asked = run.steps * lines < ahead.left ? run.steps * lines : ahead.left;
+  ahead.asked += asked;
+  ahead.line += asked * 64;
+  ahead.left -= asked;
+  return run;
 }
 
 // One tile of activations, both as floats and quantized to int8 in groups of 32 columns.
@@ -63,7 +102,7 @@ struct ActivationTile {
   size_t tokens = 0;
   const float* values = nullptr;  // [tokens][stride]
   size_t stride = 0;
-  const int8_t* codes = nullptr;         // [group][tokens][32]
+  const int8_t* codes = nullptr;         // [group][tokens][32], or as the path orders them
   const float* scales = nullptr;         // [group][tokens]
   const float* sums = nullptr;           // [group][tokens], scale * sum of the codes
   const int32_t* corrections = nullptr;  // [group][tokens], -8 * sum of the codes
@@ -71,9 +110,10 @@ struct ActivationTile {
   ReadAhead* ahead = nullptr;            // where reading the weights should also ask for more
 };
 
-// Where one token's quantized groups go in a tile; strides are those of ActivationTile.
+// Where one token's quantized groups go in a tile; strides are those of ActivationTile. A path may
+// order the codes of a tile of several tokens in its own way, within each group of two tokens.
 struct QuantizedRow {
-  size_t tokens;
+  size_t tokens, token;  // of the tile, and which of them
   int8_t* codes;
   float* scales;
   float* sums;

@@ -1,5 +1,5 @@
-// What the NEON paths share: sixteen floats in four registers, and the quantized matrix product
-// around group_dots, which each path defines. Include inside an anonymous namespace.
+// What the NEON paths share: sixteen floats in four registers, and the quantized matrix product of
+// any kind around group_dots, which each path defines. Include inside an anonymous namespace.
 
 struct V16 {
   float32x4_t v[4];
@@ -66,9 +66,13 @@ inline float reduce_magnitude(V16 peaks) { return reduce_max(peaks); }
 inline float32x4_t load_half4(const void* p) {
   return vcvt_f32_f16(vld1_f16(static_cast<const __fp16*>(p)));
 }
-inline V16 load_kv(const uint16_t* p) {
-  return map([&](int i) { return load_half4(p + 4 * i); });
+inline V16 load_half16(const void* p) {
+  const float16x8_t low = vld1q_f16(static_cast<const __fp16*>(p));
+  const float16x8_t high = vld1q_f16(static_cast<const __fp16*>(p) + 8);
+  return {{vcvt_f32_f16(vget_low_f16(low)), vcvt_high_f32_f16(low),
+           vcvt_f32_f16(vget_low_f16(high)), vcvt_high_f32_f16(high)}};
 }
+inline V16 load_kv(const uint16_t* p) { return load_half16(p); }
 inline V16 load_kv(const int8_t* p) {
   const int8x16_t bytes = vld1q_s8(p);
   const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
@@ -80,14 +84,43 @@ inline V16 load_kv(const float* p) { return load(p); }
 inline void store_f16(uint16_t* p, V16 x) {
   for (int i = 0; i < 4; ++i) vst1_f16(reinterpret_cast<__fp16*>(p + 4 * i), vcvt_f16_f32(x.v[i]));
 }
-inline int32_t store_i8(int8_t* p, V16 x) {
+// Rounds to int8, and adds the codes to four sums.
+inline int8x16_t round_i8(V16 x, int32x4_t& sums) {
   int32x4_t q[4];
   for (int i = 0; i < 4; ++i) q[i] = vcvtnq_s32_f32(x.v[i]);
   const int16x8_t low = vcombine_s16(vqmovn_s32(q[0]), vqmovn_s32(q[1]));
   const int16x8_t high = vcombine_s16(vqmovn_s32(q[2]), vqmovn_s32(q[3]));
-  vst1q_s8(p, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
-  return vaddvq_s32(vaddq_s32(vaddq_s32(q[0], q[1]), vaddq_s32(q[2], q[3])));
+  sums = vaddq_s32(sums, vaddq_s32(vaddq_s32(q[0], q[1]), vaddq_s32(q[2], q[3])));
+  return vcombine_s8(vqmovn_s16(low), vqmovn_s16(high));
 }
+inline int32_t store_i8(int8_t* p, V16 x) {
+  int32x4_t sums = vdupq_n_s32(0);
+  vst1q_s8(p, round_i8(x, sums));
+  return vaddvq_s32(sums);
+}
+#ifdef POCKETSLM_PAIRED_CODES
+// Codes of two tokens together, eight columns of one beside the same of the other, in the order of
+// unpack_pairs.
+inline int32_t store_group(const QuantizedRow& row, int8_t* codes, V16 lo, V16 hi,
+                           int32_t& upper) {
+  int32x4_t lower_sums = vdupq_n_s32(0), upper_sums = vdupq_n_s32(0);
+  const int8x16_t a = round_i8(lo, lower_sums), b = round_i8(hi, upper_sums);
+  upper = vaddvq_s32(upper_sums);
+  const int32_t sum = vaddvq_s32(vaddq_s32(lower_sums, upper_sums));
+  if (row.tokens == 1) {
+    vst1q_s8(codes, a), vst1q_s8(codes + 16, b);
+    return sum;
+  }
+  const int32x4_t x = vreinterpretq_s32_s8(a), y = vreinterpretq_s32_s8(b);
+  const int8x16_t even = vreinterpretq_s8_s32(vuzp1q_s32(x, y));
+  const int8x16_t odd = vreinterpretq_s8_s32(vuzp2q_s32(x, y));
+  const size_t second = row.token % 2;
+  int8_t* p = codes - second * kGroup + second * 8;
+  vst1_s8(p, vget_low_s8(even)), vst1_s8(p + 16, vget_low_s8(odd));
+  vst1_s8(p + 32, vget_high_s8(even)), vst1_s8(p + 48, vget_high_s8(odd));
+  return sum;
+}
+#endif
 constexpr size_t kMaxRegisterRows = 6;
 
 #include "kernels_vector.inl"
@@ -249,8 +282,8 @@ void matmul_part(const Blocks& block, size_t cols, const ActivationTile& tile, s
 }
 
 template <WeightKind K>
-void matmul(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
-            float* out, size_t out_stride) {
+void matmul_any(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
+                float* out, size_t out_stride) {
   const size_t lines = lines_read<K>(blocks, block_layout(K, cols));
   for (size_t b = 0; b < count; ++b, out += kBlockRows) {
     const Blocks block = blocks.from(b);
@@ -283,4 +316,15 @@ inline void dot_by_lanes(const GroupCodes& group, const int8_t* x, int32x4_t (&d
       }
     }
   });
+}
+
+#include "kernels_neon_half.inl"
+
+template <WeightKind K>
+void matmul(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
+            float* out, size_t out_stride) {
+  if constexpr (is_half_scaled(form_of(K)))
+    matmul_half<K>(blocks, count, cols, tile, out, out_stride);
+  else
+    matmul_any<K>(blocks, count, cols, tile, out, out_stride);
 }

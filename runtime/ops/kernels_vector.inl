@@ -111,6 +111,15 @@ void layer_norm(const float* x, const float* weight, const float* bias, size_t n
   for (size_t i = whole; i < n; ++i) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
 }
 
+// One group of one token as codes; the sum of these, and of the upper 16 alone. Paths whose products
+// take two tokens at a time have their own.
+#ifndef POCKETSLM_PAIRED_CODES
+inline int32_t store_group(const QuantizedRow&, int8_t* codes, V16 lo, V16 hi, int32_t& upper) {
+  upper = store_i8(codes + 16, hi);
+  return store_i8(codes, lo) + upper;
+}
+#endif
+
 void quantize(const float* x, size_t groups, const QuantizedRow& row) {
   const size_t stride = row.tokens;
   for (size_t g = 0; g < groups; ++g) {
@@ -119,15 +128,15 @@ void quantize(const float* x, size_t groups, const QuantizedRow& row) {
     const float scale = peak / 127.0f;
     int8_t* codes = row.codes + g * stride * kGroup;
     if (!has_codes(peak)) {
-      for (size_t k = 0; k < kGroup; k += 16) store_i8(codes + k, zero());
+      store_group(row, codes, zero(), zero(), row.upper[g * stride]);
       row.scales[g * stride] = scale;
       row.sums[g * stride] = scale * 0.0f;
       row.corrections[g * stride] = row.upper[g * stride] = 0;
       continue;
     }
     const V16 inverse = set1(127.0f / peak);
-    const int32_t upper = store_i8(codes + 16, mul(hi, inverse));
-    const int32_t sum = store_i8(codes, mul(lo, inverse)) + upper;
+    int32_t upper;
+    const int32_t sum = store_group(row, codes, mul(lo, inverse), mul(hi, inverse), upper);
     row.scales[g * stride] = scale;
     row.sums[g * stride] = scale * static_cast<float>(sum);
     row.corrections[g * stride] = -8 * sum;

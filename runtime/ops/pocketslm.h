@@ -93,6 +93,8 @@ typedef struct {
 } pslm_session_info;
 
 PSLM_API uint32_t pslm_abi_version(void);
+/* The compiler that built this, with its version: speed depends on it. */
+PSLM_API const char* pslm_compiler(void);
 /* Names of the kernel paths that this CPU can run, best first, null-terminated. */
 PSLM_API const char* const* pslm_isa_names(void);
 

@@ -70,6 +70,8 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   nibbles_ = Buffer<uint8_t>(nibbles);
   if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
     highest_ = Buffer<float>(head->blocks());
+    screened_ = Buffer<float>(head->blocks() * kBlockRows);
+    spreads_ = Buffer<uint16_t>(round_up(head->blocks(), kBlockRows) * (head->cols / kGroup));
     for (Member& member : members_) {
       member.screen.corrections.resize(hidden_size / kGroup);
       member.screen.energies.resize(hidden_size / kGroup);
@@ -304,8 +306,8 @@ void Session::project(unsigned m, const Step& step, const StepUpdates& updates) 
               const size_t width = blocks * kBlockRows;
               for (size_t i = 0; i < tokens; ++i) {
                 float* out = outputs[part] + (t + i) * w.rows + b * kBlockRows;
-                for (size_t j = 0; j < width; ++j)
-                  out[j] = y[i * width + j] + (bias ? bias[b * kBlockRows + j] : 0.0f);
+                std::memcpy(out, y + i * width, width * sizeof(float));
+                for (size_t j = 0; bias && j < width; ++j) out[j] += bias[b * kBlockRows + j];
                 if (low) update.add(low + (t + i) * ranks + rank, b * kBlockRows, width, out);
               }
             });

@@ -187,7 +187,10 @@ class Session {
   Buffer<float> piece_out_, piece_maximum_, piece_weight_;
 
   size_t top_count_ = 1;  // tokens wanted of the head
-  Buffer<float> highest_;  // what the logits of each block of a split head may reach
+  // Of a split head by its high nibbles: logits in parts of 16, and the highest of each block. fp16
+  // [16 blocks][group][of them]: the largest scale.
+  Buffer<float> screened_, highest_;
+  Buffer<uint16_t> spreads_;
   Buffer<uint8_t> nibbles_;  // of one block, read from the file
 
   std::vector<StepUpdates> updates_;

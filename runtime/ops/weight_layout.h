@@ -65,12 +65,14 @@ struct Form {
 constexpr size_t kWholeRow = SIZE_MAX / 2;  // all columns do
 
 // Functions here have internal linkage: files compiled for different instruction sets include them,
-// and the linker must not pick one file's copy for all.
-static constexpr Form rows_of(Form form) {
+// and the linker must not pick one file's copy for all. What kernels ask of their kind is inlined,
+// which Clang does not do by itself, so that it is a constant.
+#define POCKETSLM_FOLDED static constexpr inline __attribute__((always_inline))
+POCKETSLM_FOLDED Form rows_of(Form form) {
   form.factor_columns = kWholeRow;
   return form;
 }
-static constexpr Form form_of(WeightKind kind) {
+POCKETSLM_FOLDED Form form_of(WeightKind kind) {
   switch (kind) {
     case WeightKind::q4_sym: return {4};
     case WeightKind::q4_min: return {4, Offset::minimum};
@@ -157,7 +159,7 @@ struct BlockLayout {
   size_t scales, offsets, bytes;
 };
 
-static constexpr BlockLayout block_layout(WeightKind kind, size_t cols) {
+POCKETSLM_FOLDED BlockLayout block_layout(WeightKind kind, size_t cols) {
   if (!is_quantized(kind)) return {0, 0, cols * kBlockRows * (kind == WeightKind::f32 ? 4 : 2)};
   const Form form = form_of(kind);
   const size_t groups = cols / kGroup;

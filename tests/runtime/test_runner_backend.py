@@ -87,8 +87,37 @@ def test_sampling_follows_the_seed(child: Model) -> None:
         return [record.token for record in made]
 
     assert tokens(1) == tokens(1) != tokens(2)
-    # min_p is not known to the child: its logits come here and are sampled here.
-    assert tokens(1, min_p=0.01) == tokens(1, min_p=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 0},
+        {"top_k": 5},
+        {"top_k": 0, "top_p": 0.8},
+        {"top_k": 0, "min_p": 0.05},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
+        {"top_k": 0, "temperature": 0.7},
+    ],
+    ids=str,
+)
+def test_a_seed_draws_the_same_tokens_in_the_child_and_here(
+    child: Model, here: Model, options: dict[str, object]
+) -> None:
+    for seed in (1, 2, 10**15):
+        ours, theirs = (
+            [
+                record.token
+                for record in records(
+                    model,
+                    **{"do_sample": True, "temperature": 3.0, "seed": seed, "ignore_eos": True}
+                    | options,
+                )
+            ]
+            for model in (child, here)
+        )
+        assert ours == theirs
+        assert len(ours) == 24
 
 
 def test_logits_are_the_same_bits(child: Model, here: Model) -> None:

@@ -28,7 +28,7 @@ constexpr char kUsage[] =
     "  --context COUNT    positions to hold (the model's own)\n"
     "  --kv fp16|int8     type of cached keys and values (fp16)\n"
     "  --isa NAME         kernel path (the best of this CPU, or $POCKETSLM_ISA)\n"
-    "  --temperature X, --top-k N, --top-p X, --seed N   sampling (greedy)\n"
+    "  --temperature X, --top-k N, --top-p X, --min-p X, --seed N   sampling (greedy)\n"
     "  --json-schema FILE, --regex TEXT, --grammar FILE   what the answer must be\n";
 
 struct Arguments {
@@ -122,6 +122,9 @@ std::string parse(int count, char** values, Arguments& out) {
     } else if (name == "--top-p") {
       valid = parse_number(value, 0, 1, n);
       out.generation.sampling.top_p = static_cast<float>(n);
+    } else if (name == "--min-p") {
+      valid = parse_number(value, 0, 1, n);
+      out.generation.sampling.min_p = static_cast<float>(n);
     } else if (name == "--seed") {
       valid = parse_number(value, 0, 1e15, n);
       out.generation.sampling.seed = static_cast<uint64_t>(n);
@@ -154,8 +157,8 @@ int run(const Arguments& arguments) {
   if (const std::string failure = engine.load(arguments.load); !failure.empty())
     return fail(failure);
   const pslm_session_info info = engine.session_info();
-  std::fprintf(stderr, "%s, %u threads, context %u, loaded in %.1f ms\n", info.isa, info.threads,
-               info.context, engine.load_ms());
+  std::fprintf(stderr, "%s, %u threads, context %u, loaded in %.1f ms, built by %s\n", info.isa,
+               info.threads, info.context, engine.load_ms(), pslm_compiler());
   if (arguments.bench) {
     Times times;
     constexpr size_t prompt = 512, fresh = 128;

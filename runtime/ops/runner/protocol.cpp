@@ -293,12 +293,13 @@ class Server {
     const pslm_model_info& model = engine_.model_info();
     emit("loaded", ",\"isa\":\"%s\",\"threads\":%u,\"context\":%u,\"kv\":\"%s\","
          "\"vocab_size\":%u,\"layers\":%u,\"file_bytes\":%llu,\"bytes_per_token\":%llu,"
-         "\"macs_per_token\":%llu,\"tokenizer\":%s,\"load_ms\":%.3f",
+         "\"macs_per_token\":%llu,\"tokenizer\":%s,\"load_ms\":%.3f,\"compiler\":%s",
          session.isa, session.threads, session.context, kv.c_str(), model.vocab_size, model.layers,
          static_cast<unsigned long long>(model.file_bytes),
          static_cast<unsigned long long>(model.bytes_per_token),
          static_cast<unsigned long long>(model.macs_per_token),
-         engine_.has_tokenizer() ? "true" : "false", engine_.load_ms());
+         engine_.has_tokenizer() ? "true" : "false", engine_.load_ms(),
+         quote(pslm_compiler()).c_str());
     return "";
   }
 
@@ -356,6 +357,7 @@ class Server {
         static_cast<float>(request.number("temperature", 0, 0, 100));
     generation.sampling.top_k = request.count("top_k", 0, 0, 1 << 24);
     generation.sampling.top_p = static_cast<float>(request.number("top_p", 1, 0, 1));
+    generation.sampling.min_p = static_cast<float>(request.number("min_p", 0, 0, 1));
     generation.sampling.seed = static_cast<uint64_t>(request.number("seed", 0, 0, 1e15, true));
     generation.sampling.repetition_penalty =
         static_cast<float>(request.number("repetition_penalty", 1, 0.01, 100));

@@ -2,8 +2,38 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
 
 namespace pocketslm {
+namespace {
+
+// exp(x) for x <= 0, to about 10^-6. Every operation is rounded by itself, so that all machines get
+// the same bits, and Python too (runtime/sampling.py).
+inline float exp_of(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  float r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  uint32_t bits;  // of `shifted`: its low bits are n
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+}  // namespace
 
 // SplitMix64: any seed, zero too, gives a good sequence.
 double Sampler::uniform() {
@@ -29,33 +59,67 @@ int32_t Sampler::pick(std::vector<float>& logits, const std::vector<int32_t>& se
   const auto best = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) -
                                          logits.begin());
   if (greedy()) return best;
-  candidates_.clear();
-  for (size_t i = 0; i < logits.size(); ++i)
-    candidates_.emplace_back(logits[i], static_cast<int32_t>(i));
-  const auto higher = [](const auto& a, const auto& b) {
-    return a.first != b.first ? a.first > b.first : a.second < b.second;
-  };
-  if (sampling_.top_k && sampling_.top_k < candidates_.size()) {
-    std::nth_element(candidates_.begin(), candidates_.begin() + sampling_.top_k, candidates_.end(),
-                     higher);
-    candidates_.resize(sampling_.top_k);
-  }
-  std::sort(candidates_.begin(), candidates_.end(), higher);
-  const float top = candidates_.front().first;
+  weigh(logits);
   double total = 0;
-  for (auto& [value, token] : candidates_) {
-    value = std::exp((value - top) / sampling_.temperature);
-    total += value;
-  }
-  // The smallest set whose probability reaches top_p; the most probable token always stays.
+  for (const float weight : weights_) total += static_cast<double>(weight);
+  if (sampling_.top_p < 1) keep_nucleus(static_cast<double>(sampling_.top_p) * total, total);
+  if (sampling_.min_p > 0)
+    for (float& weight : weights_) weight = weight < sampling_.min_p ? 0.0f : weight;
+  // Drawn in the order of the vocabulary.
   double kept = 0;
-  size_t count = 0;
-  while (count < candidates_.size() && (count == 0 || kept < sampling_.top_p * total))
-    kept += candidates_[count++].first;
-  double point = uniform() * kept;
-  for (size_t i = 0; i < count; ++i)
-    if ((point -= candidates_[i].first) < 0) return candidates_[i].second;
+  for (const float weight : weights_) kept += static_cast<double>(weight);
+  const double point = uniform() * kept;
+  double mass = 0;
+  for (size_t i = 0; i < weights_.size(); ++i)
+    if ((mass += static_cast<double>(weights_[i])) > point) return static_cast<int32_t>(i);
   return best;
+}
+
+// The softmax without its division: the highest logit weighs 1. Of top_k, the k-th highest and
+// whatever equals it stay.
+void Sampler::weigh(const std::vector<float>& logits) {
+  const size_t n = logits.size(), k = sampling_.top_k;
+  weights_.resize(n);
+  float* x = weights_.data();
+  for (size_t i = 0; i < n; ++i) x[i] = logits[i] / sampling_.temperature;
+  float threshold = std::numeric_limits<float>::lowest();  // what is ruled out is below
+  if (k && k < n) {
+    sorted_ = weights_;
+    const auto last = sorted_.begin() + static_cast<std::ptrdiff_t>(k - 1);
+    std::nth_element(sorted_.begin(), last, sorted_.end(), std::greater<>());
+    threshold = std::max(threshold, *last);
+  }
+  const float top = *std::max_element(x, x + n);
+  for (size_t i = 0; i < n; ++i) {
+    const float weight = exp_of(x[i] - top);
+    x[i] = x[i] < threshold ? 0.0f : weight;
+  }
+}
+
+// The smallest set of the highest weights that reaches `wanted`, of equals the lower tokens first;
+// the highest one always stays.
+void Sampler::keep_nucleus(double wanted, double total) {
+  // All below this are together less than what may go, so sorting is for the others.
+  const auto little =
+      static_cast<float>(0.5 * (total - wanted) / static_cast<double>(weights_.size()));
+  candidates_.clear();
+  for (size_t i = 0; i < weights_.size(); ++i)
+    if (weights_[i] > 0 && !(weights_[i] < little))
+      candidates_.emplace_back(weights_[i], static_cast<int32_t>(i));
+  const auto lower = [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first < b.first : a.second > b.second;
+  };
+  std::make_heap(candidates_.begin(), candidates_.end(), lower);
+  double mass = 0;
+  size_t left = candidates_.size();
+  do {
+    std::pop_heap(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(left--),
+                  lower);
+    mass += static_cast<double>(candidates_[left].first);
+  } while (left && mass < wanted);
+  std::fill(weights_.begin(), weights_.end(), 0.0f);
+  for (size_t i = left; i < candidates_.size(); ++i)
+    weights_[static_cast<size_t>(candidates_[i].second)] = candidates_[i].first;
 }
 
 float log_probability(const std::vector<float>& logits, int32_t token) {

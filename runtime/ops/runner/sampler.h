@@ -12,6 +12,7 @@ struct Sampling {
   float temperature = 0;  // 0: the most probable token
   uint32_t top_k = 0;     // 0: all
   float top_p = 1;
+  float min_p = 0;  // of the highest probability
   uint64_t seed = 0;
   float repetition_penalty = 1;  // over the prompt and what was generated, or the latter alone
   bool penalize_prompt = true;
@@ -27,9 +28,12 @@ class Sampler {
 
  private:
   double uniform();
+  void weigh(const std::vector<float>& logits);
+  void keep_nucleus(double wanted, double total);
 
   Sampling sampling_;
   uint64_t state_;
+  std::vector<float> weights_, sorted_;  // by token; 0 where one is out
   std::vector<std::pair<float, int32_t>> candidates_;
 };
 

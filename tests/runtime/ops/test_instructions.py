@@ -1,4 +1,4 @@
-"""Counting the instructions of the aarch64 build under qemu."""
+"""Counting the instructions of the aarch64 build under qemu, and their budgets."""
 
 from __future__ import annotations
 
@@ -7,21 +7,88 @@ from pathlib import Path
 
 import pytest
 
+from pocketslm.cli import main
 from pocketslm.errors import BackendError
 from pocketslm.runtime.ops import instructions
 
 
-def test_paths_cost_fewer_instructions_the_more_the_cpu_has(
-    arm_runner_path: Path, chat_model: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("qemu-aarch64") is None:
         pytest.skip("needs qemu-user")
-    plugin = instructions.build_plugin(tmp_path / "qemu_count.so")
+    return instructions.build_plugin(tmp_path_factory.mktemp("plugin") / "qemu_count.so")
+
+
+def test_paths_cost_fewer_instructions_the_more_the_cpu_has(
+    arm_runner_path: Path, chat_model: Path, plugin: Path
+) -> None:
+    cases = (instructions.DECODE_4, instructions.PROMPT_16)
     counts = {
-        isa: instructions.per_token(arm_runner_path, plugin, chat_model, isa, 4)
+        isa: instructions.count_cases(arm_runner_path, plugin, chat_model, isa, cases)
         for isa in instructions.PATHS
     }
-    assert counts["neon_i8mm"] == pytest.approx(counts["neon_dotprod"], rel=0.02)  # one row
-    assert 0 < 2 * counts["neon_dotprod"] < counts["scalar"]
+    decode, prompt = ({isa: counts[isa][case] for isa in counts} for case in cases)
+    assert decode["neon_i8mm"] == pytest.approx(decode["neon_dotprod"], rel=0.02)  # one row
+    assert 0 < 2 * decode["neon_dotprod"] < decode["scalar"]
+    assert 0 < prompt["neon_i8mm"] < prompt["neon_dotprod"] < prompt["scalar"]
     with pytest.raises(BackendError, match="kernel path"):
-        instructions.count(arm_runner_path, plugin, chat_model, "avx2", 1)
+        instructions.count_cases(arm_runner_path, plugin, chat_model, "avx2", cases)
+
+
+def test_a_program_that_is_given_as_a_peer_counts_the_same(
+    arm_runner_path: Path, chat_model: Path, plugin: Path
+) -> None:
+    cases = (instructions.DECODE_4,)
+    own = instructions.count_cases(arm_runner_path, plugin, chat_model, "neon_dotprod", cases)
+    # Greedy, so that --top-k does nothing.
+    options = f"-p '{instructions.PROMPT}' -n {{new}} --top-k {{prompt}} -t 1 --isa neon_dotprod"
+    peer = instructions.count_peer(plugin, f"{arm_runner_path} {chat_model} {options}", cases)
+    # One ends at the end of an answer, the other writes JSON.
+    assert peer[instructions.DECODE_4] == pytest.approx(own[instructions.DECODE_4], rel=0.5)
+    with pytest.raises(BackendError, match="must say"):
+        instructions.count_peer(plugin, "program", cases)
+    with pytest.raises(BackendError, match="failed"):
+        instructions.count_peer(plugin, "/nonexistent {prompt} {new}", cases)
+
+
+def test_a_count_above_the_recorded_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"Q4_0": {"neon_i8mm": {"sampling": 10.0}}}
+    monkeypatch.setattr(instructions, "recorded", lambda: table)
+    limit = 10e6 * (1 + instructions.TOLERANCE)
+    counts = {"sampling": limit - 1, "decode at 4": 1e12}
+    assert instructions.over_budget("Q4_0", "neon_i8mm", counts) == []
+    counts["sampling"] = limit + 1
+    assert instructions.over_budget("Q4_0", "neon_i8mm", counts) == [
+        "Q4_0 neon_i8mm sampling: 10.10 M, recorded 10.00 M"
+    ]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Q4_0", ["--weights", "int4", "--grid", "sym"]), ("Q4_1", [])],
+    ids=["Q4_0", "Q4_1"],
+)
+def test_counts_are_within_their_budgets(
+    name: str,
+    options: list[str],
+    arm_runner_path: Path,
+    smollm2_gguf: Path,
+    plugin: Path,
+    tmp_path: Path,
+) -> None:
+    """Exact for one compiler, so a change that costs shows; recorded by `instructions --record`."""
+    assert (
+        main(["export", str(smollm2_gguf), str(tmp_path / "out"), "--target", "native", *options])
+        == 0
+    )
+    model = tmp_path / "out" / "model.slm"
+    over = []
+    for isa in instructions.PATHS[:2]:
+        # A prompt of 512 takes a minute; attention is the same code on both paths.
+        deep = (name, isa) == ("Q4_0", "neon_dotprod")
+        cases = [case for case in instructions.CASES if deep or case != instructions.DECODE_512]
+        counts = instructions.count_cases(arm_runner_path, plugin, model, isa, cases)
+        assert set(counts) <= set(instructions.recorded()[name][isa])
+        over += instructions.over_budget(name, isa, counts)
+    assert over == []
