@@ -228,7 +228,7 @@ def test_an_existing_folder_is_not_overwritten_unasked(tiny_hf: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int3"}, "weights is 'int3'"),
+        ({"weights": "int7"}, "weights is 'int7'"),
         ({"group_size": 48}, "group size 48"),
         ({"dtype": "bf16"}, "dtype 'bf16'"),
         ({"targets": ("onnx", "tflite")}, "tflite"),

@@ -138,7 +138,7 @@ def test_a_carried_adapter_is_the_merged_one(name: str, tmp_path: Path) -> None:
     assert not (plain - expected).std() / expected.std() <= MAX_MERGED_ERROR
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "mobillama"])  # refused there
 def test_awq_moves_factors_and_changes_nothing(name: str, tmp_path: Path) -> None:
     """Before anything is rounded: norms and matrices of any family make up for each other."""
     checkpoint = open_checkpoint(write_folder(tmp_path, ROWS[name])[0])

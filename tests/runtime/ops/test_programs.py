@@ -311,6 +311,10 @@ class Counted(NativeSession):
         self.ran += len(tokens)
         return super().forward_top(tokens, count)
 
+    def forward_greedy(self, tokens: np.ndarray) -> int:
+        self.ran += len(tokens)
+        return super().forward_greedy(tokens)
+
     def step_greedy(self, token: int) -> int:
         self.ran += 1
         return super().step_greedy(token)
