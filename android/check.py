@@ -39,13 +39,18 @@ IMPORTS = {
     "android": "android",
     "jinja2": "jinja2",
     "pypdf": "pypdf",
+    "snowballstemmer": "snowballstemmer",
+    "stop_words": "stop-words",
     "bidi": "python-bidi",
     "arabic_reshaper": "arabic-reshaper",
 }
 # Imported only where they are installed, and never needed on a phone.
 OPTIONAL = {"onnxruntime", "onnxruntime_genai", "tokenizers", "executorch", "torch"}
 # Pure Python, or with a fallback in pure Python: python-for-android installs them with no compiler.
-PURE = {"jinja2", "markupsafe", "pypdf", "python-bidi", "six", "arabic-reshaper"}
+PURE = {
+    *("jinja2", "markupsafe", "pypdf", "python-bidi", "six", "arabic-reshaper"),
+    *("snowballstemmer", "stop-words"),
+}
 NETWORK = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "asyncio"}
 
 

@@ -355,7 +355,9 @@ def _with_text(
         if not stop_strings:
             text, held = held, ""
         elif (end := _stop_at(held, stop_strings)) is not None:
-            text, finish = held[:end], "stop"
+            # The bytes of an unfinished character may wait before a token that is the stop.
+            rest = decoder.flush() if step.token in marks and end + 1 == len(held) else ""
+            text, finish = held[:end] + rest, "stop"
         elif finish:
             text = held
         else:

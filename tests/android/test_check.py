@@ -76,7 +76,7 @@ for name in {names!r}:
     sys.modules[name] = None
 import pocketslm
 assert pocketslm.__file__.startswith({str(folder)!r})
-from pocketslm.android.intents import grammar
+from pocketslm.android.intents import propose
 from pocketslm.android.engine import models, meter, worker, open_model
 from pocketslm.android import settings, strings
 from pocketslm.runtime.assistant import assistant, library, readers

@@ -28,7 +28,7 @@ def test_every_row_is_made_once(
 ) -> None:
     for name, few in (("GROUP_SIZES", (32,)), ("GRIDS", ("sym",)), ("METHODS", ("rtn", "gptq"))):
         monkeypatch.setattr(methods, name, few)
-    monkeypatch.setattr(bits, "BITS", (3.0, 5.0))
+    monkeypatch.setattr(bits, "BITS", (4.0, 6.0))
     monkeypatch.setattr(bits, "METHODS", ("search+gptq",))
     results, said = tmp_path / "rows.jsonl", list[str]()
     found = methods.rows(bench, results, methods.TABLES, said.append)
@@ -36,12 +36,12 @@ def test_every_row_is_made_once(
     assert {row.table for row in found} == set(methods.TABLES)
     plain = {(row.method, row.detail): row for row in found}
     assert plain["gptq", "sym g32"].kl < plain["rtn", "sym g32"].kl
-    few, many = (plain["search+gptq", f"{width} bits a weight"] for width in (3.0, 5.0))
-    assert few.kl > 2 * many.kl
-    assert 0.97 * 5 / 3 < many.size_mb / few.size_mb < 1.03 * 5 / 3
+    few, many = (plain["search+gptq", f"{width} bits a weight"] for width in (4.0, 6.0))
+    assert few.kl > many.kl
+    assert 0.95 * 6 / 4 < many.size_mb / few.size_mb < 1.05 * 6 / 4
     drawn = bits.chart(found)
     assert drawn.startswith("<svg")
-    assert drawn.count("search+gptq") == 1
+    assert drawn.count(">search+gptq</text>") == 1
     lines = results.read_text().splitlines()
     results.write_text("\n".join(lines[:5]) + "\n")
     again = list[str]()
