@@ -147,7 +147,7 @@ void Session::run_head(unsigned m, Head head, float* logits) {
     member.screen.prepare(tile);
     share_weights(m, w.blocks(), w.read_bytes(),
                   [&](size_t begin, size_t end) { screen_blocks(m, tile, begin, end); });
-    if (m == 0) settle(tile);
+    settle(m, tile);
   } else {
     multiply(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, float* y) {
       const size_t first = b * kBlockRows, width = blocks * kBlockRows;
@@ -233,13 +233,18 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
 // The greedy token: the most promising block first, then whatever may still exceed what was found,
 // or is not finite. A bound on the deviations of a block passes over most; what it leaves is judged
 // row by row.
-void Session::settle(const ActivationTile& input) {
+// Each thread does so for its own blocks, beside the most promising of all.
+void Session::settle(unsigned m, const ActivationTile& input) {
   const Matrix& w = *program_.head().w[0];
+  const size_t parts = (w.blocks() + kBlockRows - 1) / kBlockRows;  // that share a bound
+  const size_t begin = parts * m / threads() * kBlockRows;
+  const size_t end = std::min(parts * (m + 1) / threads() * kBlockRows, w.blocks());
+  if (begin >= end) return;
   const MatmulFunction matmul = kernels_.matmul[kernel_of(w.kind)];
-  Member& member = members_[0];
+  Member& member = members_[m];
   const auto compute = [&](size_t b) {
     float logits[kBlockRows];
-    const Blocks block = model_.read(w, b, nibbles_.data());
+    const Blocks block = model_.read(w, b, member.nibbles.data());
     matmul(block, 1, w.cols, input, logits, kBlockRows);
     const size_t first = b * kBlockRows;
     offer(member, logits, std::min<size_t>(kBlockRows, w.rows - first), first, false);
@@ -262,7 +267,7 @@ void Session::settle(const ActivationTile& input) {
   const size_t likely = static_cast<size_t>(
       std::max_element(highest, highest + w.blocks()) - highest);
   compute(likely);
-  for (size_t b = 0; b < w.blocks() && member.finite; ++b) {
+  for (size_t b = begin; b < end && member.finite; ++b) {
     if (b % kBlockRows == 0) deviations(&spreads_[b * groups], bounds);
     if (b != likely && may_exceed(b, member.top.front().logit)) compute(b);
   }

@@ -68,6 +68,7 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   for (const Matrix* w : {program_.embed().w[0], program_.embed().w[1], program_.head().w[0]})
     if (w) nibbles = std::max(nibbles, w->first.low_stride);
   nibbles_ = Buffer<uint8_t>(nibbles);
+  for (Member& member : members_) member.nibbles = Buffer<uint8_t>(nibbles);
   if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
     highest_ = Buffer<float>(head->blocks());
     screened_ = Buffer<float>(head->blocks() * kBlockRows);

@@ -86,6 +86,7 @@ class Session {
   };
   // What one thread needs for itself.
   struct Member {
+    Buffer<uint8_t> nibbles;  // of one block, read from the file
     Buffer<float> normed;     // one token's activations, up to the widest
     Panel panel;              // the same, quantized
     Buffer<float> outputs;    // [tile][blocks * 16] of a matmul, twice: gate and up
@@ -141,7 +142,7 @@ class Session {
   void finish_logits(Head head, float* logits, size_t count, size_t first_token) const;
   void write_output(unsigned m, Head head, float* output);
   void screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end);
-  void settle(const ActivationTile& input);
+  void settle(unsigned m, const ActivationTile& input);
 
   float* buffer(BufferId id) { return buffers_[static_cast<size_t>(id)].data(); }
   void apply(const Norm& norm, const float* x, size_t n, float* out) const;
