@@ -22,7 +22,7 @@ PARTS = (
 WITHOUT = (
     *("android/recipes", "android/manifest", "android/java", "android/cli.py"),
     *("android/stage.py", "android/check.py", "runtime/cli.py", "runtime/assistant/cli.py"),
-    "runtime/server",
+    *("runtime/server", "runtime/assistant/readers/wikipedia.py"),
 )
 ENDINGS = {".py", ".kv", ".json", ".txt", ".ttf", ".def"}
 MAIN = '''"""Where python-for-android starts the app."""

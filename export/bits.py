@@ -8,31 +8,32 @@ What is measured is the weights alone, dequantized, in the fp32 reference.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pocketslm.errors import UsageError
 from pocketslm.export.quantize.calibration import quantize_layers, run_layer
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.quantize.sensitivity import Sizes, sensitivities
 from pocketslm.export.quantize.tune import tune
 from pocketslm.export.recipe import Recipe
-from pocketslm.models.checkpoint import Checkpoint, GGUFCheckpoint, open_checkpoint
+from pocketslm.models.checkpoint import GGUFCheckpoint
+from pocketslm.models.reference import parameter_shapes
 from pocketslm.models.sites import LAYERS, Site
-from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.models.tensors import Weight, stored_bytes
 
 BITS = (2.75, 3.25, 4.0, 5.0)  # a weight, on average
 METHODS = ("search+gptq", "search+gptq+tune")
 TYPES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K")
+PLAIN, WITH_MATRIX = "llama.cpp", "llama.cpp, imatrix"
 _MEASURED_TOKENS = 1024
 
 
@@ -42,38 +43,42 @@ def points(bench: Any) -> Iterator[tuple[str, str, Any]]:
     llama.cpp's rows are there for a GGUF file where llama-cpp-python is installed.
     """
 
-    @functools.cache
-    def measured(method: str) -> tuple[Sizes, Any]:
-        sizes = Sizes(bench.checkpoint, _recipe(method))
+    @functools.cache  # the same for every size
+    def measured() -> tuple[Sizes, Any]:
+        sizes = Sizes(bench.checkpoint, _recipe("search"))
         ids = bench.calibration[: max(1, _MEASURED_TOKENS // bench.window)]
         found = sensitivities(bench.model(), ids, sizes.base, list(sizes.costs), sizes.widths)
         return sizes, found
 
+    @functools.cache  # and for every type
+    def importance() -> dict[str, np.ndarray]:
+        return _importance(bench)
+
     def ours(method: str, detail: str) -> Any:
         start = time.perf_counter()
-        sizes, losses = measured("search")
-        parameters = sum(p.numel() for p in bench.model().parameters())
+        sizes, losses = measured()
+        parameters = sum(map(prod, parameter_shapes(bench.checkpoint.config).values()))
         megabytes = float(detail.split()[0]) * parameters / 8e6
-        chosen = sizes.within(megabytes, losses).overrides
-        recipe = _recipe(method, chosen)
+        recipe = _recipe(method, sizes.within(megabytes, losses).overrides)
         model, stored = _rounded(bench, recipe)
         seconds = time.perf_counter() - start
-        size = sum(_bytes(stored.get(name), p) for name, p in model.named_parameters())
+        size = sum(stored_bytes(stored.get(n, p)) for n, p in model.named_parameters())
         about = {"table": "bits", "method": method, "detail": detail}
         return bench.measure(model, **about, size_mb=size / 1e6, seconds=seconds)
 
     def theirs(method: str, detail: str) -> Any:
+        from pocketslm.profiling.peers.llama_cpp import quantize
+
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.gguf"
-            with_matrix = method.endswith("imatrix")
-            importance = _importance(bench) if with_matrix else {}
-            llama_quantize(bench.checkpoint, detail, file, importance)
+            by_name = importance() if method == WITH_MATRIX else None
+            quantize(bench.checkpoint.path, detail, file, by_name)
             seconds = time.perf_counter() - start
-            checkpoint = open_checkpoint(file)
-            model = bench.model(checkpoint)
+            checkpoint = GGUFCheckpoint(file)
             about = {"table": "bits", "method": method, "detail": detail}
-            size = sum(info.nbytes for info in checkpoint.file.tensors.values())  # type: ignore[attr-defined]
+            size = sum(info.nbytes for info in checkpoint.file.tensors.values())
+            model = bench.model(checkpoint)
             return bench.measure(model, **about, size_mb=size / 1e6, seconds=seconds)
 
     for bits in BITS:
@@ -81,7 +86,7 @@ def points(bench: Any) -> Iterator[tuple[str, str, Any]]:
             yield method, f"{bits} bits a weight", ours
     if isinstance(bench.checkpoint, GGUFCheckpoint) and find_spec("llama_cpp") is not None:
         for kind in TYPES:
-            for method in ("llama.cpp", "llama.cpp, imatrix"):
+            for method in (PLAIN, WITH_MATRIX):
                 yield method, kind, theirs
 
 
@@ -131,10 +136,6 @@ def _rounded(bench: Any, recipe: Recipe) -> tuple[Any, dict[str, Weight]]:
     return model, stored
 
 
-def _bytes(weight: Weight | None, parameter: Any) -> int:
-    return weight.nbytes if isinstance(weight, QuantTensor) else parameter.numel() * 4
-
-
 @torch.no_grad()
 def _importance(bench: Any) -> dict[str, np.ndarray]:
     """The mean square of each input of a matrix, by the GGUF's name of it."""
@@ -150,30 +151,3 @@ def _importance(bench: Any) -> dict[str, np.ndarray]:
 
         x = run_layer(model, index, x, keep)
     return found
-
-
-def llama_quantize(
-    checkpoint: Checkpoint, kind: str, target: Path, importance: dict[str, np.ndarray]
-) -> None:
-    """Write ``target``, the GGUF of ``checkpoint`` as llama.cpp's type ``kind``.
-
-    ``importance``: mean squares of inputs by tensor name; empty: none. Raises UsageError where
-    llama.cpp cannot do it.
-    """
-    import llama_cpp
-
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    options.allow_requantize = True
-    entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
-    for entry, (name, values) in zip(entries, importance.items(), strict=False):
-        entry.name = name.encode()
-        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        entry.size = values.size
-    if importance:
-        options.imatrix = ctypes.cast(entries, type(options.imatrix))
-    status = llama_cpp.llama_model_quantize(
-        str(checkpoint.path).encode(), str(target).encode(), ctypes.byref(options)
-    )
-    if status:
-        raise UsageError(f"llama.cpp cannot round {checkpoint.path} to {kind}: status {status}")

@@ -290,12 +290,11 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The options as a recipe; some defaults follow the method."""
     from pocketslm.export.recipe import CALIBRATED, Recipe
 
-    sized = arguments.size_budget is not None
-    method = arguments.method or ("search+gptq" if sized else "rtn")
+    sized, method = arguments.size_budget is not None, _method(arguments)
     parts = set(method.split("+"))
-    grid: Kind = "sym"
-    if "hqq" in parts or sized:
-        grid = "min8" if sized and arguments.group_size == 32 else "min"
+    grid: Kind = "min" if "hqq" in parts or sized else "sym"
+    if sized and arguments.group_size == 32:
+        grid = "min8"
     return Recipe(
         weights=arguments.weights or ("int4" if arguments.method else "keep"),
         head=arguments.head,
@@ -311,6 +310,11 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     )
 
 
+def _method(arguments: argparse.Namespace) -> str:
+    unsaid = "rtn" if arguments.size_budget is None else "search+gptq"
+    return arguments.method or unsaid
+
+
 def _check_options(arguments: argparse.Namespace) -> None:
     """UsageError for an option that has no part in this export."""
     refuse(arguments, "without --fit", *plan_cli.SEARCH)
@@ -323,8 +327,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
         refuse(arguments, "with float weights and head", "grid", "group_size", "method")
     if arguments.size_budget is not None:
         refuse(arguments, "with --size, which chooses the bits", "weights", "head")
-    unsaid = "rtn" if arguments.size_budget is None else "search+gptq"
-    parts = set((arguments.method or unsaid).split("+"))
+    parts = set(_method(arguments).split("+"))
     if parts == {"rtn"} or parts == {"hqq"}:
         where = f"with the method {arguments.method or 'rtn'}, which reads no text"
         if arguments.size_budget is None:

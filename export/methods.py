@@ -29,7 +29,7 @@ from pocketslm.export.recipe import GROUP_SIZES, Recipe
 from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.reference import load_reference
-from pocketslm.models.tensors import QuantTensor
+from pocketslm.models.tensors import stored_bytes
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 TABLES = ("quantize", "depth", "width", "adaptive", "sparse", "bits")
@@ -191,11 +191,9 @@ def _quantized(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
             stored = tune(model, bench.model(), bench.calibration, stored, spec)
         seconds = time.perf_counter() - start
         size = 0
-        for name, parameter in model.named_parameters():
-            weight = stored.get(name)
-            if weight is None:
-                weight = bench.checkpoint.weight(name)
-            size += weight.nbytes if isinstance(weight, QuantTensor) else parameter.numel() * 4
+        for name, _ in model.named_parameters():
+            weight = stored[name] if name in stored else bench.checkpoint.weight(name)
+            size += stored_bytes(weight)
         about = {"table": "quantize", "method": method, "detail": detail}
         return bench.measure(model, **about, size_mb=size / 1e6, seconds=seconds)
 

@@ -139,8 +139,9 @@ class HFCheckpoint:
         files, note = _weight_files(path)
         self.notes += note
         self._where = _index(files)
-        names = self._packing.names(self._where) if self._packing else {}
-        self._packed = {whole for name, whole in names.items() if whole != name}
+        whole = self._packing.names(self._where) if self._packing else {}
+        self._names = {whole.get(name, name) for name in self._where}  # parts of a matrix as one
+        self._packed = self._names - self._where.keys()
         self._prefix = _prefix(self._where, self.architecture.hf.stored(EMBEDDING))
         self._check_tensors()
 
@@ -216,8 +217,7 @@ class HFCheckpoint:
             parameters += [HEAD] * ("lm_head" in self.architecture.hf.top)
         elif self.config.tie_word_embeddings:
             parameters.append(HEAD)
-        stored = self._packing.names(self._where).values() if self._packing else self._where
-        unread = self.architecture.hf.unread(set(stored), parameters, self._stored)
+        unread = self.architecture.hf.unread(self._names, parameters, self._stored)
         _refuse_unread(self.path, unread)
 
     def tokenizer_files(self) -> dict[str, bytes]:

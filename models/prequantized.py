@@ -56,6 +56,12 @@ class Packing:
         words, zeros, scales, order = (tensor(stem + part) for part in _PARTS)
         if words is None or zeros is None or scales is None:
             raise CheckpointError(f"{stem} has no {', '.join(_PARTS[:3])}; the file is incomplete")
+        for part in (words, zeros, scales):
+            if part.ndim != 2 or (part is not scales and part.dtype != np.int32):
+                raise CheckpointError(
+                    f"{stem} has a part of {part.dtype} {part.shape}, expected matrices, codes and "
+                    "zero points as int32"
+                )
         if self.method == "awq":
             codes, points = _awq(words).T, _awq(zeros).T
         else:

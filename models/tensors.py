@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,11 @@ def floats(weight: Weight) -> Array:
     """The weight as float32."""
     array: Array = weight.dequantize() if isinstance(weight, QuantTensor) else weight
     return array.astype(np.float32, copy=False)
+
+
+def stored_bytes(weight: Any) -> int:
+    """Bytes that a weight takes: what is not quantized, an array or a tensor, as float32."""
+    return weight.nbytes if isinstance(weight, QuantTensor) else 4 * prod(weight.shape)
 
 
 def concat_rows(parts: list[QuantTensor]) -> QuantTensor:

@@ -26,7 +26,7 @@ from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.assistant.meaning import Embedder, Meanings
 from pocketslm.runtime.assistant.readers.wikipedia import article
 from pocketslm.runtime.assistant.retrieval import search
-from pocketslm.runtime.assistant.support import ground_of, invented_names, numbers
+from pocketslm.runtime.assistant.support import common_words, ground_of, invented_names, numbers
 from pocketslm.runtime.assistant.words import sentences
 from pocketslm.runtime.model import TextModel
 
@@ -141,7 +141,6 @@ def _answers(
 ) -> list[Figure]:
     found: dict[str, list[bool]] = defaultdict(list)
     times: dict[str, list[float]] = defaultdict(list)
-    spoken = 0
     for at, question in enumerate(asked):
         step("ask", at / len(asked))
         alone = question.document != EVERYWHERE
@@ -168,7 +167,6 @@ def _answers(
         else:
             found["refused rightly (nothing answers)"].append(not quotes.found)
         if speak:
-            spoken += bool(own)
             found["the model's own sentence is shown"].append(bool(own))
         if own:
             found["own sentence right, of those shown"].append(
@@ -331,12 +329,7 @@ def rouge(text: str, reference: str) -> tuple[float, float, float]:
             Counter(zip(*(part[i:] for i in range(n)), strict=False)) for part in (ours, theirs)
         )
         scores.append(_f1((a & b).total(), a.total(), b.total()))
-    row = [0] * (len(theirs) + 1)  # longest common subsequence, row by row
-    for word in ours:
-        before = 0
-        for at, other in enumerate(theirs, 1):
-            before, row[at] = row[at], before + 1 if word == other else max(row[at], row[at - 1])
-    scores.append(_f1(row[-1], len(ours), len(theirs)))
+    scores.append(_f1(common_words(ours, theirs), len(ours), len(theirs)))
     return scores[0], scores[1], scores[2]
 
 

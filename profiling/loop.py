@@ -13,8 +13,6 @@ import statistics
 import time
 from pathlib import Path
 
-from pocketslm.errors import UsageError
-from pocketslm.runtime.backends import TopSession
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.generation import greedy_step
 from pocketslm.runtime.model import Model
@@ -53,8 +51,6 @@ def main() -> int:
     parser.add_argument("-t", "--threads", type=int)
     arguments = parser.parse_args()
     model = Model.load(arguments.bundle, "native", arguments.threads)
-    if not isinstance(model.engine.session, TopSession):
-        raise UsageError(f"{arguments.bundle} has no native graph")
     ids = model.tokenizer.encode("The history of Rome begins with")
     pairs = []
     for number in range(arguments.repetitions + 1):

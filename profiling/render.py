@@ -100,7 +100,7 @@ def _docx(text: str) -> bytes:
             made.append(paragraph(part.text, style))
     space = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
     body = f'<w:document xmlns:w="{space}"><w:body>{"".join(made)}</w:body></w:document>'
-    return _zipped({"word/document.xml": body})
+    return zipped({"word/document.xml": body})
 
 
 def _odt(text: str) -> bytes:
@@ -126,7 +126,7 @@ def _odt(text: str) -> bytes:
     oasis = "urn:oasis:names:tc:opendocument:xmlns"
     spaces = " ".join(f'xmlns:{name}="{oasis}:{name}:1.0"' for name in ("office", "text", "table"))
     body = f"<office:body><office:text>{''.join(made)}</office:text></office:body>"
-    return _zipped(
+    return zipped(
         {
             "mimetype": "application/vnd.oasis.opendocument.text",
             "content.xml": f"<office:document-content {spaces}>{body}</office:document-content>",
@@ -187,7 +187,7 @@ def _pptx(text: str) -> bytes:
     for at, shapes in enumerate(slides):
         tree = f"<p:cSld><p:spTree>{''.join(shapes)}</p:spTree></p:cSld>"
         files[f"ppt/slides/slide{at}.xml"] = f"<p:sld {spaces}>{tree}</p:sld>"
-    return _zipped(files)
+    return zipped(files)
 
 
 def _xlsx(text: str) -> bytes:
@@ -233,7 +233,7 @@ def _xlsx(text: str) -> bytes:
         files[f"xl/worksheets/sheet{at}.xml"] = (
             f"<worksheet {space}><sheetData>{''.join(rows)}</sheetData></worksheet>"
         )
-    return _zipped(files)
+    return zipped(files)
 
 
 def _csv(text: str) -> bytes:
@@ -301,12 +301,14 @@ def _epub(text: str) -> bytes:
         f'<package xmlns="http://www.idpf.org/2007/opf"><manifest>{items}</manifest>'
         f"<spine>{order}</spine></package>"
     )
-    return _zipped(files)
+    return zipped(files)
 
 
-def _zipped(files: Mapping[str, str]) -> bytes:
+def zipped(
+    files: Mapping[str, str] | Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED
+) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(out, "w", method) as archive:
         for name, text in files.items():
             archive.writestr(name, text)
     return out.getvalue()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,12 @@ class TokenTexts:
     def __del__(self) -> None:
         if getattr(self, "_handle", None):
             self._library.pslm_vocabulary_close(self._handle)
+
+
+@lru_cache(maxsize=16)
+def read_grammar(kind: ConstraintKind, text: str) -> Grammar:
+    """The grammar, of which the last few are kept. Raises UsageError as :class:`Grammar` does."""
+    return Grammar(kind, text)
 
 
 class Grammar:

@@ -47,8 +47,6 @@ class Step(NamedTuple):
 class SelfDriven(Protocol):
     """A session that can also pick tokens by itself, with no logits crossing its border."""
 
-    def can_generate(self, config: GenerationConfig) -> bool: ...
-
     def generate(
         self, ids: Sequence[int], config: GenerationConfig, eos: Collection[int], limit: int
     ) -> Generator[Step, None, None]:
@@ -198,9 +196,10 @@ class Engine:
         self._turns = Turns()
         self._closed = False
 
-    def follows_by_itself(self, config: GenerationConfig) -> bool:
-        """Whether the session generates so without this loop, and without a ``limiting``."""
-        return isinstance(self.session, SelfDriven) and self.session.can_generate(config)
+    @property
+    def follows_by_itself(self) -> bool:
+        """Whether the session generates without this loop, and without a ``limiting``."""
+        return isinstance(self.session, SelfDriven)
 
     def generate(
         self,
@@ -282,7 +281,7 @@ class Engine:
         limit: int,
         limiting: Callable[[], Limiting] | None,
     ) -> Generator[Step, None, None]:
-        if isinstance(self.session, SelfDriven) and self.session.can_generate(config):
+        if isinstance(self.session, SelfDriven):
             self.cached.clear()
             yield from self.session.generate(ids, config, eos, limit)
             return

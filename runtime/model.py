@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,8 @@ from pocketslm.runtime.tokenizer.vocabulary import any_of
 from pocketslm.runtime.tool_formats import Call
 
 if TYPE_CHECKING:  # it loads the native library
-    from pocketslm.runtime.constraint import Grammar, TokenTexts
+    from pocketslm.runtime.constraint import TokenTexts
 
-KEPT_GRAMMARS = 16
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that ask for drawing
 
 
@@ -110,7 +108,6 @@ class Model:
         self.tokenizer = tokenizer
         self.defaults = generation_defaults(bundle.path)
         self._token_texts: TokenTexts | None = None
-        self._grammars: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
 
     @classmethod
     def load(
@@ -319,16 +316,11 @@ class Model:
 
     def _limiting(self, config: GenerationConfig) -> Callable[[], Limiting] | None:
         """What makes the constraint that the configuration asks for; its grammar is read now."""
-        if config.constraint is None or self.engine.follows_by_itself(config):
+        if config.constraint is None or self.engine.follows_by_itself:
             return None
-        from pocketslm.runtime.constraint import Constraint, Grammar, TokenTexts
+        from pocketslm.runtime.constraint import Constraint, TokenTexts, read_grammar
 
-        asked = config.constraint
-        grammar = self._grammars.get(asked) or Grammar(*asked)
-        self._grammars[asked] = grammar
-        self._grammars.move_to_end(asked)
-        if len(self._grammars) > KEPT_GRAMMARS:
-            self._grammars.popitem(last=False)
+        grammar = read_grammar(*config.constraint)
         if self._token_texts is None:
             self._token_texts = TokenTexts.of(self.tokenizer, self.engine.session.vocab_size)
         texts = self._token_texts
@@ -348,16 +340,17 @@ def _with_text(
 ) -> Iterator[Record]:
     held, marks = "", marks or {}
     for step in steps:
-        if step.finish != "eos":
-            held += marks.get(step.token) or decoder.push(step.token)
-        held += decoder.flush() if step.finish else ""
+        mark = "" if step.finish == "eos" else marks.get(step.token, "")
+        if step.finish != "eos" and not mark:
+            held += decoder.push(step.token)
+        if step.finish or mark in stop_strings:  # what ends the text lets its last character out
+            held += decoder.flush()
+        held += mark
         finish = step.finish
         if not stop_strings:
             text, held = held, ""
         elif (end := _stop_at(held, stop_strings)) is not None:
-            # The bytes of an unfinished character may wait before a token that is the stop.
-            rest = decoder.flush() if step.token in marks and end + 1 == len(held) else ""
-            text, finish = held[:end] + rest, "stop"
+            text, finish = held[:end], "stop"
         elif finish:
             text = held
         else:

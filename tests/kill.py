@@ -52,7 +52,7 @@ class Lost(AssertionError):
 
 class Target:
     """A command. ``work`` runs in the process that is killed, ``check`` after it, in ours, and says
-    in a word what it found; ``last`` is at the end."""
+    in a word what it found."""
 
     name: str
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pocketslm.export.lower.native_layout import WHOLE_KINDS
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import ModelConfig, uniform
 from pocketslm.models.tensors import TABLES, QuantTensor, Weight, WholeScales, pack_codes
+from pocketslm.runtime.ops import build
 
 SEED = 7
 
@@ -25,6 +27,17 @@ PLAIN = [
 ]
 WHOLE = [name.replace("_", " ") for name in WHOLE_KINDS]  # scales are whole numbers
 SCHEMES = [*FLOATS, *PLAIN, *WHOLE]
+
+
+def need_sanitizers(names: str, folder: Path) -> None:
+    """Skip the test where the compiler has none of these."""
+    import pytest  # the campaigns, which use this file, run without it
+
+    (folder / "empty.cpp").write_text("int main() {}\n")
+    flags = [f"-fsanitize={names}", "-o", str(folder / "empty")]
+    command = [*build.find_toolchain().command, str(folder / "empty.cpp"), *flags]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip(f"the compiler has no {names} sanitizer")
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

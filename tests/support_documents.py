@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-_WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+from pocketslm.profiling.render import zipped
+
+WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 DOCX_XML = (
-    f'<?xml version="1.0"?><w:document xmlns:w="{_WORD}"><w:body>'
+    f'<?xml version="1.0"?><w:document xmlns:w="{WORD}"><w:body>'
     '<w:p><w:pPr><w:pStyle w:val="Heading1"/></w:pPr><w:r><w:t>Report</w:t></w:r></w:p>'
     "<w:p><w:r><w:t>First</w:t><w:tab/><w:t>part.</w:t></w:r></w:p>"
     "<w:tbl><w:tr><w:tc><w:p><w:r><w:t>a</w:t></w:r></w:p></w:tc>"
@@ -16,14 +16,6 @@ DOCX_XML = (
     "<w:p><w:r><w:lastRenderedPageBreak/><w:t>Second page.</w:t></w:r></w:p>"
     "</w:body></w:document>"
 )
-
-
-def zipped(files: Mapping[str, str]) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    return out.getvalue()
 
 
 def docx(xml: str = DOCX_XML) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import pytest
 from fuzz import campaign, lines, mutate
 from fuzz.target import Target
 from fuzz.worker import TARGETS, Feeder
+from native_support import need_sanitizers
 
 from pocketslm.errors import UsageError
-from pocketslm.runtime.ops import build
 
 INPUTS = {"command": 60, "checkpoint": 150, "template": 150, "tokenizer": 150}  # the slower ones
 FAST, NATIVE = 400, 1500
@@ -22,11 +21,7 @@ FAST, NATIVE = 400, 1500
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "empty.cpp").write_text("int main() {}\n")
-    flags = [f"-fsanitize={campaign.SANITIZERS}", "-o", str(folder / "empty")]
-    command = [*build.find_toolchain().command, str(folder / "empty.cpp"), *flags]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("the compiler has no sanitizers")
+    need_sanitizers(campaign.SANITIZERS, folder)
     campaign.prepare(folder)
     return folder
 

@@ -10,7 +10,6 @@ refused counts as read.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import resource
@@ -30,12 +29,14 @@ import support_documents
 from pocketslm.errors import PocketSlmError
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.profiling.llama_bench import read_rows
+from pocketslm.profiling.memory import parse_status
 from pocketslm.profiling.report import write_report
 from pocketslm.runtime.adapters import read_updates
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.assistant.readers import docx, epub, html, markdown, pdf, read_bytes, text
 from pocketslm.runtime.bundle import open_bundle
 from pocketslm.runtime.tokenizer import load_tokenizer_files
+from support_documents import WORD, zipped
 
 MB = 1 << 20
 MOST_SECONDS, MOST_BYTES, LOG_SECONDS = 2.0, 300 * MB, 10.0
@@ -48,14 +49,6 @@ def full(piece: str, before: str = "", after: str = "", size: int = MB) -> bytes
     data = piece.encode()
     room = size - len(before.encode()) - len(after.encode())
     return before.encode() + data * (room // len(data)) + after.encode()
-
-
-def packed(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return out.getvalue()
 
 
 TEXTS = {
@@ -153,14 +146,16 @@ PARTS = {
     "boxes": "<w:txbxContent><w:p><w:t>a</w:t></w:p></w:txbxContent>",
     "text": "word ",
 }
-_WORD = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 
 
 def _documents() -> Iterator[Case]:
     for kind, pieces in (("txt", TEXTS), ("md", MARKS | TEXTS), ("html", TAGS)):
         for name, piece in pieces.items():
             yield f"{kind} {name}", lambda k=kind, p=piece: read_bytes(full(p), f"a.{k}")
-    before, after = f'<w:document xmlns:w="{_WORD}"><w:body>', "</w:body></w:document>"
+    before, after = (
+        f'<w:document xmlns:w="{WORD}"><w:body>',
+        "</w:body></w:document>",
+    )
     for name, piece in PARTS.items():
         # MB, of which the file is a thousandth or so.
         for size in (8, 120):
@@ -175,7 +170,8 @@ def _documents() -> Iterator[Case]:
     yield (
         "docx of 9,999 members",
         lambda: read_bytes(
-            packed({"word/document.xml": b"<a/>"} | {f"{n}": b"" for n in range(9998)}), "a.docx"
+            zipped({"word/document.xml": b"<a/>"} | {f"{n}": b"" for n in range(9998)}),
+            "a.docx",
         ),
     )
     for name, piece in TAGS.items():
@@ -196,7 +192,7 @@ def _documents() -> Iterator[Case]:
 
 
 def _docx(xml: bytes, method: int) -> object:
-    return read_small(packed({"word/document.xml": xml}, method), "a.docx")
+    return read_small(zipped({"word/document.xml": xml}, method), "a.docx")
 
 
 def _epub(chapters: list[bytes], more: bytes = b"") -> object:
@@ -213,7 +209,7 @@ def _epub(chapters: list[bytes], more: bytes = b"") -> object:
         ),
     }
     files |= {f"c{n}": chapter for n, chapter in enumerate(chapters)}
-    return read_small(packed(files), "a.epub")
+    return read_small(zipped(files), "a.epub")
 
 
 def read_small(data: bytes, name: str) -> object:
@@ -407,14 +403,11 @@ def _begin() -> None:
     global _started
     with Path("/proc/self/clear_refs").open("w") as file:
         file.write("5")  # the greatest resident size is that of now
-    _started = time.process_time(), _resident("VmHWM")
+    _started = time.process_time(), _peak()
 
 
-def _resident(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
+def _peak() -> int:
+    return parse_status(Path("/proc/self/status").read_text()).peak_rss_bytes
 
 
 def measure(run: Callable[[], object]) -> tuple[float, int, str]:
@@ -430,7 +423,7 @@ def measure(run: Callable[[], object]) -> tuple[float, int, str]:
             what = f"refused: {error}"
         except BaseException as error:
             what = f"FAILED: {error!r}"
-        seconds, size = time.process_time() - _started[0], _resident("VmHWM") - _started[1]
+        seconds, size = time.process_time() - _started[0], _peak() - _started[1]
         os.write(told, json.dumps([seconds, size, what[:150]]).encode())
         os._exit(0)
     os.close(told)

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocketslm.errors import ExportError
-from pocketslm.export.quantize.grid import round_to_grid
+from pocketslm.export.quantize.grid import Spec, round_to_grid
 from pocketslm.export.recipe import Recipe, Scheme
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint
 from pocketslm.models.reference import load_reference, parameter_shapes
 from pocketslm.models.sites import LAYERS, layer_matrices
-from pocketslm.models.tensors import QuantTensor, floats
+from pocketslm.models.tensors import stored_bytes
 
 Site = tuple[str, ...]  # names of matrices
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -63,7 +63,7 @@ class Sizes:
         tops = [(name,) for name in (EMBEDDING, HEAD) if name in shapes]
         sites = [*layer_matrices(checkpoint.config), *tops]
         rest = shapes.keys() - {name for site in sites for name in site}
-        self.fixed = sum(_stored_bytes(checkpoint, self.base, name) for name in rest)
+        self.fixed = sum(stored_bytes(self.base.apply(n, checkpoint.weight(n))) for n in rest)
         self.costs: dict[Site, dict[int, int]] = {
             site: {b: sum(_bytes(self.base, n, shapes[n], b) for n in site) for b in self.widths}
             for site in sites
@@ -173,8 +173,7 @@ def sensitivities(
         for bits in widths:
             errors[bits] = 0.0
             for name, parameter, original in zip(site, parameters, originals, strict=True):
-                spec = replace(recipe, overrides={name: _scheme(bits)}).spec(name, quantized=False)
-                assert spec is not None
+                spec = _spec(recipe, name, bits)
                 rounded = torch.from_numpy(round_to_grid(original, spec, recipe.fit).dequantize())
                 errors[bits] += float((rounded - original).square().sum())
                 parameter.copy_(rounded)
@@ -213,19 +212,16 @@ def _scheme(bits: int) -> Scheme:
     return scheme
 
 
-def _bytes(recipe: Recipe, name: str, shape: tuple[int, ...], bits: int) -> int:
-    """Bytes of a matrix rounded to so many bits as the recipe says."""
+def _spec(recipe: Recipe, name: str, bits: int) -> Spec:
     spec = replace(recipe, overrides={name: _scheme(bits)}).spec(name, quantized=False)
     assert spec is not None
+    return spec
+
+
+def _bytes(recipe: Recipe, name: str, shape: tuple[int, ...], bits: int) -> int:
+    """Bytes of a matrix rounded to so many bits as the recipe says."""
+    spec = _spec(recipe, name, bits)
     rows, columns = shape
     groups = columns // spec.size(columns)
     scales = {"sym": 2 * groups, "zp": 3 * groups, "min": 4 * groups, "min8": 2 * groups + 4}
     return rows * columns * spec.bits // 8 + rows * scales[spec.kind]
-
-
-def _stored_bytes(checkpoint: Checkpoint, recipe: Recipe, name: str) -> int:
-    weight = recipe.apply(name, checkpoint.weight(name))
-    if isinstance(weight, QuantTensor):
-        return weight.nbytes
-    size: int = floats(weight).size
-    return size * 4

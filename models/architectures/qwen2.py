@@ -18,17 +18,14 @@ class Qwen2(Architecture):
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         """With ``use_sliding_window``, layers from ``max_window_layers`` on have a window."""
-        layers = [Layer(self.hf_attention(f), self.hf_mlp(f))] * count
+        full, mlp = self.hf_attention(f), self.hf_mlp(f)
         window, first = f("sliding_window"), f.integer("max_window_layers", 0, least=0)
         pattern = [SLIDING if index >= first else FULL for index in range(count)]
         kinds = layer_types(f, count, pattern, (SLIDING, FULL))
         if not f.flag("use_sliding_window") or window is None:
-            return layers
-        windowed = replace(self.hf_attention(f), window=f.integer("sliding_window"))
-        return [
-            replace(layer, mixer=windowed) if kind == SLIDING else layer
-            for layer, kind in zip(layers, kinds, strict=True)
-        ]
+            return [Layer(full, mlp)] * count
+        mixers = {FULL: full, SLIDING: replace(full, window=f.integer("sliding_window"))}
+        return [Layer(mixers[kind], mlp) for kind in kinds]
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         data = written_windows(c) | {"attention_out_bias": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,24 +50,42 @@ class LlamaCpp:
 
 def _rounded(source: Path, kind: str, cache: Path) -> Path:
     """What ``llama-quantize --allow-requantize SOURCE OUT KIND`` writes, once for a checkpoint."""
-    import llama_cpp
-
     target = cache / f"{source.stem.rpartition('.')[0] or source.stem}.{kind}.gguf"
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".rounding.", dir=cache) as aside:
+        file = Path(aside, target.name)
+        quantize(source, kind, file)
+        file.replace(target)
+    return target
+
+
+def quantize(
+    source: Path, kind: str, target: Path, importance: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Write ``target``, the GGUF ``source`` rounded again to llama.cpp's type ``kind``.
+
+    ``importance``: float32 mean squares of the inputs of tensors, by their names in the file.
+    Raises BackendError where llama.cpp cannot do it.
+    """
+    import llama_cpp
+
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     options.allow_requantize = True
-    with tempfile.TemporaryDirectory(prefix=".rounding.", dir=cache) as aside:
-        file = Path(aside, target.name)
-        status = llama_cpp.llama_model_quantize(
-            str(source).encode(), str(file).encode(), ctypes.byref(options)
-        )
-        if status:
-            raise BackendError(f"llama.cpp cannot round {source} to {kind}: status {status}")
-        file.replace(target)
-    return target
+    if importance:
+        entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+        for entry, (name, values) in zip(entries, importance.items(), strict=False):
+            entry.name = name.encode()
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entry.size = values.size
+        options.imatrix = ctypes.cast(entries, type(options.imatrix))
+    status = llama_cpp.llama_model_quantize(
+        str(source).encode(), str(target).encode(), ctypes.byref(options)
+    )
+    if status:
+        raise BackendError(f"llama.cpp cannot round {source} to {kind}: status {status}")
 
 
 class _Engine:

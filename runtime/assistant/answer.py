@@ -23,14 +23,6 @@ class Citation:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Of a task in several steps: ``done`` of ``total``."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """The end of a task.
 
@@ -58,4 +50,4 @@ class Answer:
 
 
 # What a task's generator yields; exactly one Answer, as the last.
-Event = str | Progress | Answer
+Event = str | Answer

@@ -98,11 +98,11 @@ class Assistant:
         lead = self._prompt("key" if prose else "begins", document.language)
         quotes = [_line(document.text[c.start : c.end]) for c in citations]
         yield run.add("\n".join([lead, *(f"- {quote}" for quote in quotes)]))
-        if prose and speaks(self.model.name, document.language) and not run.cancelled():
-            read = self._parts(
-                "\n".join(quotes), self._budget("summarize", self._prompt("summarize"))
-            )
-            said = run.take(self._ids(read[0], self._prompt("summarize")))
+        speaking = prose and quotes and speaks(self.model.name, document.language)
+        if speaking and not run.cancelled():
+            request = self._prompt("summarize")
+            read = self._head("\n".join(quotes), self._budget("summarize", request))
+            said = run.take(self._ids(read, request))
             kept = [
                 said[a:b]
                 for a, b in sentences(said)
@@ -238,7 +238,7 @@ class Assistant:
                 break
             kept = more
         # Even one may be too long for a tiny context.
-        return _join(kept) if kept else self._parts(_join(hits[:1]), budget)[0]
+        return _join(kept) if kept else self._head(_join(hits[:1]), budget)
 
     def _question(self, run: _Run, sentence: str, begin: str) -> str:
         """The rest of a question that a sentence answers."""
@@ -254,21 +254,17 @@ class Assistant:
     def _fits(self, text: str, budget: int) -> bool:
         return len(text) <= budget * MOST_CHARACTERS_A_TOKEN and self._tokens(text) <= budget
 
-    def _parts(self, text: str, budget: int) -> list[str]:
-        """The text in parts of at most ``budget`` tokens, cut between paragraphs or words."""
-        parts: list[str] = []
-        while text:
-            end = min(len(text), budget * MOST_CHARACTERS_A_TOKEN)
-            while (tokens := self._tokens(text[:end])) > budget:
-                end = min(end - 1, int(end * budget / tokens))
-            if end < len(text):
-                for mark in ("\n\n", "\n", ". ", " "):
-                    if (at := text.rfind(mark, end // 2, end)) > 0:
-                        end = at + len(mark)
-                        break
-            parts.append(text[:end].strip())
-            text = text[end:].strip()
-        return parts
+    def _head(self, text: str, budget: int) -> str:
+        """The beginning of a text of at most ``budget`` tokens, cut between paragraphs or words."""
+        end = min(len(text), budget * MOST_CHARACTERS_A_TOKEN)
+        while (tokens := self._tokens(text[:end])) > budget:
+            end = min(end - 1, int(end * budget / tokens))
+        if end < len(text):
+            for mark in ("\n\n", "\n", ". ", " "):
+                if (at := text.rfind(mark, end // 2, end)) > 0:
+                    end = at + len(mark)
+                    break
+        return text[:end].strip()
 
     def _tokens(self, text: str) -> int:
         return len(self.model.tokenizer.encode(text))

@@ -146,18 +146,19 @@ def _add(arguments: argparse.Namespace) -> None:
         refuse(arguments, "for several files", "title")
     failed = []
     with _library(arguments) as library:
+        before = {entry.id for entry in library.entries()}
         for file in arguments.file:
             try:
                 source = _read(file)
             except DocumentError as error:
                 failed.append(str(error))
                 continue
-            before = {entry.id for entry in library.entries()}
             document = library.add(source)
             if arguments.title:
                 library.rename(document.id, arguments.title)
             title, size = arguments.title or document.title, len(document.text)
             there = ", was there already" if document.id in before else ""
+            before.add(document.id)
             say(f"{document.id}: {title}, {size} characters{there}")
         if meanings := _meanings(library):
             _index(meanings)
@@ -315,13 +316,13 @@ def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> 
         elif which is not None:
             shelf = [library.find(which)]
         else:
-            shelf = [library.open(entry.id) for entry in library.entries()]
+            entries = library.entries()  # the newest first
+            shelf = [library.open(entry.id) for entry in (entries if whole else entries[:1])]
         kept: int | None = shelf[0].id if shelf else None
         if which is None and whole and len(shelf) > 1:
             kept = None
             say(f"in: {len(shelf)} documents")
         elif which is None and shelf:
-            shelf = shelf[:1]
             say(f"in: {shelf[0].title}")
         with Library(":memory:") as aside:
             if not shelf:
@@ -349,7 +350,7 @@ def _show(
     shelf: Sequence[Document] = (),
 ) -> Answer:
     """Print an answer as it comes, unless as JSON; Ctrl-C sets ``cancel`` and keeps the rest."""
-    from pocketslm.runtime.assistant.answer import Answer, Progress
+    from pocketslm.runtime.assistant.answer import Answer
     from pocketslm.runtime.assistant.assistant import quoted
 
     def stop(*_: object) -> None:
@@ -362,7 +363,7 @@ def _show(
         for event in events:
             if isinstance(event, Answer):
                 answer = event
-            elif not isinstance(event, Progress) and not arguments.json:
+            elif not arguments.json:
                 show(event, end="")
     finally:
         signal.signal(signal.SIGINT, before)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
-import snowballstemmer
-from stop_words import StopWordError, get_stop_words
+if TYPE_CHECKING:
+    from snowballstemmer.basestemmer import BaseStemmer
 
 # Codes of ISO 639-1 by the names that Snowball and the stop words have.
 NAMES = {
@@ -122,6 +123,8 @@ def stop_words(language: str) -> frozenset[str]:
         return _ENGLISH
     if language in UNSPACED:
         return frozenset()
+    from stop_words import StopWordError, get_stop_words
+
     try:
         listed = frozenset(get_stop_words(language))
     except StopWordError:
@@ -139,7 +142,9 @@ def stem(word: str, language: str = "en") -> str:
 
 
 @cache
-def _stemmer(language: str) -> snowballstemmer.basestemmer.BaseStemmer | None:
+def _stemmer(language: str) -> BaseStemmer | None:
+    import snowballstemmer  # which reads the rules of every language
+
     name = NAMES.get(language)
     return snowballstemmer.stemmer(name) if name in snowballstemmer.algorithms() else None
 

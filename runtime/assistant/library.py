@@ -373,6 +373,15 @@ class Library:
         if self._database.in_transaction:
             self._database.execute("ROLLBACK")
 
+    def without_meanings(self) -> list[int]:
+        """The documents with passages that have no vectors yet, the newest first."""
+        rows = self._rows(
+            "SELECT DISTINCT document FROM chunks WHERE NOT EXISTS (SELECT 1 FROM meanings WHERE "
+            "meanings.document = chunks.document AND meanings.chunk = chunks.chunk) "
+            "ORDER BY document DESC"
+        )
+        return [number for (number,) in rows]
+
     def _rows(self, statement: str, *values: Any) -> list[Any]:
         with self._lock:
             try:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.runtime.assistant.answer import Progress
 from pocketslm.runtime.assistant.document import Chunk, Document
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.assistant.words import sentences
@@ -23,6 +23,14 @@ BATCH = 16
 MOST_SENTENCES = 40  # of a chunk: a table of single words has no more meaning than its first rows
 _SETTING = "embedder"
 Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """``done`` of ``total`` passages of a document."""
+
+    done: int
+    total: int
 
 
 class Embedder(Protocol):
@@ -68,7 +76,7 @@ class Meanings:
     ) -> Iterator[Progress]:
         """Compute what is missing, of some documents or of all; a step a batch."""
         if documents is None:
-            documents = [entry.id for entry in self.library.entries()]
+            documents = self.library.without_meanings()
         for number in documents:
             document = self.library.open(number)
             have = {chunk for chunk, _ in self.library.meanings(number)}

@@ -56,20 +56,19 @@ def ground_of(
     model's does. A sentence that says nothing which the question does not say is not supported,
     nor is one with half a quotation.
     """
-    ours, asked = set(terms(sentence, language)), set(terms(question, language))
-    if sentence.count('"') % 2:
+    ours, said_no = set(terms(sentence, language)), bool(_NEGATIONS.search(sentence))
+    new = ours - set(terms(question, language))
+    if not new or sentence.count('"') % 2 or (said_no and _YES.match(sentence)):
         return None
-    spelled = {term for term in ours if term[0].isdigit() or term in _SPELLED}
-    said_no = bool(_NEGATIONS.search(sentence))
+    rest = {term for term in new if not term[0].isdigit() and term not in _SPELLED}
+    figures = numbers(sentence)
     for at, ground in enumerate(grounds):
-        said = f"{ground}\n{question}"
+        known = f"{ground}\n{question}"
         if (
             bool(_NEGATIONS.search(ground)) == said_no
-            and not (_YES.match(sentence) and said_no)
-            and numbers(sentence) <= numbers(said)
-            and not invented_names(sentence, said, language)
-            and (new := ours - asked)
-            and len((rest := new - spelled) & set(terms(ground, language))) >= HELD * len(rest)
+            and figures <= numbers(known)
+            and not invented_names(sentence, known, language)
+            and len(rest & set(terms(ground, language))) >= HELD * len(rest)
             and in_order(sentence, ground) >= ORDER
         ):
             return at
@@ -79,12 +78,17 @@ def ground_of(
 def in_order(sentence: str, ground: str) -> float:
     """The part of a sentence's words that stand in another in the same order."""
     ours, theirs = ([word.lower() for word in _TOKEN.findall(part)] for part in (sentence, ground))
-    row = [0] * (len(theirs) + 1)  # longest common subsequence, row by row
+    return common_words(ours, theirs) / max(1, len(ours))
+
+
+def common_words(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(theirs) + 1)
     for word in ours:
         before = 0
         for at, other in enumerate(theirs, 1):
             before, row[at] = row[at], before + 1 if word == other else max(row[at], row[at - 1])
-    return row[-1] / max(1, len(ours))
+    return row[-1]
 
 
 def numbers(text: str) -> set[str]:

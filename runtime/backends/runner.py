@@ -127,10 +127,6 @@ class RunnerSession:
                 raise UsageError(f"cannot truncate {len(self._ids)} cached tokens to {length}")
             del self._ids[length:]
 
-    def can_generate(self, config: GenerationConfig) -> bool:
-        """Whether the child can follow this configuration by itself."""
-        return True
-
     def generate(
         self, ids: Sequence[int], config: GenerationConfig, eos: Collection[int], limit: int
     ) -> Generator[Step, None, None]:

@@ -48,15 +48,20 @@ uint16_t largest_half(const uint16_t* x) {
 
 }  // namespace
 
-int32_t Session::forward_greedy(const int32_t* tokens, size_t count) {
+// Runs tokens, so that each member has the highest of its logits.
+void Session::find_top(const int32_t* tokens, size_t count, size_t top, Head head) {
   trust_logits();
-  top_count_ = 1;
-  for (Member& member : members_) member.top.reserve(1);
+  top_count_ = top;
+  for (Member& member : members_) member.top.reserve(top);
   for (size_t done = 0; done < count;) {
     const size_t part = std::min(batch_, count - done);
-    run(tokens + done, part, done + part == count ? Head::greedy : Head::none, nullptr);
+    run(tokens + done, part, done + part == count ? head : Head::none, nullptr);
     done += part;
   }
+}
+
+int32_t Session::forward_greedy(const int32_t* tokens, size_t count) {
+  find_top(tokens, count, 1, Head::greedy);
   Candidate best{-std::numeric_limits<float>::infinity(), 0};
   for (const Member& member : members_)
     for (const Candidate& found : member.top) best = std::min(best, found);
@@ -69,14 +74,7 @@ bool Session::finite() const {
 
 double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best,
                             float* logits) {
-  trust_logits();
-  top_count_ = top;
-  for (Member& member : members_) member.top.reserve(top);
-  for (size_t done = 0; done < count;) {
-    const size_t part = std::min(batch_, count - done);
-    run(tokens + done, part, done + part == count ? Head::top : Head::none, nullptr);
-    done += part;
-  }
+  find_top(tokens, count, top, Head::top);
   if (!finite()) return std::numeric_limits<double>::quiet_NaN();
   std::vector<Candidate> found;
   float peak = -std::numeric_limits<float>::infinity();
@@ -232,8 +230,7 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
 
 // The greedy token: the most promising block first, then whatever may still exceed what was found,
 // or is not finite. A bound on the deviations of a block passes over most; what it leaves is judged
-// row by row.
-// Each thread does so for its own blocks, beside the most promising of all.
+// row by row. Each thread does so for its own blocks, beside the most promising of all.
 void Session::settle(unsigned m, const ActivationTile& input) {
   const Matrix& w = *program_.head().w[0];
   const size_t parts = (w.blocks() + kBlockRows - 1) / kBlockRows;  // that share a bound

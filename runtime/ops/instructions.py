@@ -149,17 +149,15 @@ def count_peer(plugin: Path, command: str, cases: Sequence[str] = CASES) -> dict
         assert found is not None
         return int(found[1])
 
-    sizes = {
-        DECODE_4: ((4, 2), (4, 10), 8),
-        DECODE_512: ((512, 2), (512, 6), 4),
-        PROMPT_16: ((1, 1), (17, 1), 16),
-        PROMPT_128: ((1, 1), (129, 1), 128),
-    }
-    return {
-        case: (count(*sizes[case][1]) - count(*sizes[case][0])) / sizes[case][2]
-        for case in cases
-        if case in sizes
-    }
+    counts = {}
+    for case in cases:
+        last = _GENERATIONS[case][-1]
+        if last.options:
+            continue
+        few = (last.prompt, 2) if last.new > 1 else (_ONE.prompt, 1)
+        more = last.new - 2 if last.new > 1 else last.prompt - _ONE.prompt
+        counts[case] = (count(last.prompt, last.new) - count(*few)) / more
+    return counts
 
 
 def recorded() -> dict[str, dict[str, dict[str, float]]]:

@@ -125,11 +125,6 @@ constexpr size_t kMaxRegisterRows = 6;
 
 #include "kernels_vector.inl"
 
-// The codes of one group, from some row on; split ones have their low nibbles elsewhere.
-struct GroupCodes {
-  const uint8_t *codes, *low;
-};
-
 // Bits to the left, or to the right where By is negative; what crosses into the next byte is lost.
 template <int By>
 inline uint8x16_t moved(uint8x16_t v) {
@@ -155,30 +150,17 @@ inline uint8x16_t load_quad(const uint8_t* p) {
   return code;
 }
 
-// A line's part for four rows and two quads of columns, as signed bytes. 8-bit codes lose 128 here,
-// which start_dot makes up for.
+// The values of four rows and two quads of columns of a group, as signed bytes.
 template <WeightKind K, int pair>
-inline void load_quads(const GroupCodes& at, int rows, int8x16_t& even, int8x16_t& odd) {
+inline void load_quads(const uint8_t* group, int rows, int8x16_t& even, int8x16_t& odd) {
   constexpr Form form = form_of(K);
-  const uint8_t* group = at.codes + rows * 16;
-  if constexpr (form.split) {
-    const uint8x16_t flip = vdupq_n_u8(128);
-    const uint8x16_t high = vld1q_u8(group + pair * 64);
-    const uint8x16_t low = vld1q_u8(at.low + pair * 64 + rows * 16);
-    even = vreinterpretq_s8_u8(veorq_u8(vsliq_n_u8(low, high, 4), flip));
-    odd = vreinterpretq_s8_u8(veorq_u8(vsriq_n_u8(high, low, 4), flip));
-  } else if constexpr (form.bits == 8) {
-    const uint8x16_t flip = vdupq_n_u8(128);
-    even = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(group + pair * 128), flip));
-    odd = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(group + pair * 128 + 64), flip));
+  const uint8_t* p = group + rows * 16;
+  const uint8x16_t first = load_quad<K, 2 * pair>(p), second = load_quad<K, 2 * pair + 1>(p);
+  if constexpr (form.table == Table::none) {
+    even = vreinterpretq_s8_u8(first), odd = vreinterpretq_s8_u8(second);
   } else {
-    const uint8x16_t first = load_quad<K, 2 * pair>(group), second = load_quad<K, 2 * pair + 1>(group);
-    if constexpr (form.table == Table::none) {
-      even = vreinterpretq_s8_u8(first), odd = vreinterpretq_s8_u8(second);
-    } else {
-      const int8x16_t table = vld1q_s8(form.table == Table::iq4 ? kIq4Values : kFp4Values);
-      even = vqtbl1q_s8(table, first), odd = vqtbl1q_s8(table, second);
-    }
+    const int8x16_t table = vld1q_s8(form.table == Table::iq4 ? kIq4Values : kFp4Values);
+    even = vqtbl1q_s8(table, first), odd = vqtbl1q_s8(table, second);
   }
 }
 
@@ -187,7 +169,6 @@ inline void load_quads(const GroupCodes& at, int rows, int8x16_t& even, int8x16_
 template <WeightKind K>
 inline int32_t start_dot(const ActivationTile& tile, size_t at, int part) {
   constexpr Form form = form_of(K);
-  if constexpr (form.bits == 8) return form.offset == Offset::none ? 0 : -16 * tile.corrections[at];
   if constexpr (form.offset != Offset::none || form.table != Table::none) return 0;
   return zero_correction<K>(tile, at, part);
 }
@@ -209,8 +190,6 @@ inline void load_scales(const uint8_t* scales, const uint8_t* offsets, size_t g,
     scale[0] = load_half4(scales + g * 32 + row * 2);
     if constexpr (form.offset == Offset::minimum)
       minimum[0] = load_half4(offsets + g * 32 + row * 2);
-    if constexpr (form.offset == Offset::zero_point)
-      minimum[0] = vmulq_f32(vnegq_f32(scale[0]), widened(four_bytes(offsets + g * 16 + row)));
   } else {
     constexpr Factored parts = factored(form);
     constexpr size_t groups = form.factor_columns / kGroup;
@@ -236,7 +215,7 @@ inline void load_scales(const uint8_t* scales, const uint8_t* offsets, size_t g,
 
 // dot[t][i] += rows 4i..4i+3 of the group's quads [begin, end) times token t, for eight rows.
 template <WeightKind K, int M, int begin, int end>
-inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]);
+inline void group_dots(const uint8_t* group, const int8_t* x, int32x4_t (&dot)[M][2]);
 
 // Tokens [first, first + M) of the tile for one block, eight rows at a time.
 template <WeightKind K, int M>
@@ -250,8 +229,7 @@ void matmul_part(const Blocks& block, size_t cols, const ActivationTile& tile, s
     for (auto& pair : acc) pair[0] = pair[1] = vdupq_n_f32(0.0f);
     for (size_t g = 0; g < cols / kGroup; ++g) {
       const size_t at = g * tile.tokens + first;
-      const GroupCodes group{block.data + half * 32 + g * group_bytes(form),
-                             low_of<K>(block, g, half * 32)};
+      const uint8_t* group = block.data + half * 32 + g * group_bytes(form);
       int32x4_t dot[S][M][2];
       unrolled<S>([&](auto index) {
         constexpr int part = index;
@@ -281,6 +259,7 @@ void matmul_part(const Blocks& block, size_t cols, const ActivationTile& tile, s
   }
 }
 
+// The kinds that kernels_neon_half.inl leaves: codes below 8 bits without zero points.
 template <WeightKind K>
 void matmul_any(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
                 float* out, size_t out_stride) {
@@ -297,7 +276,7 @@ void matmul_any(const Blocks& blocks, size_t count, size_t cols, const Activatio
 
 // Four rows times sixteen columns of one token: the lanes of x are its four quads.
 template <WeightKind K, int M, int begin, int end>
-inline void dot_by_lanes(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
+inline void dot_by_lanes(const uint8_t* group, const int8_t* x, int32x4_t (&dot)[M][2]) {
   unrolled<(end - begin) / 4>([&](auto index) {
     constexpr int half = begin / 4 + index;
     int8x16_t columns[M];

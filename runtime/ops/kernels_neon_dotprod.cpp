@@ -11,7 +11,7 @@ constexpr size_t kMostTokens = 16;
 #include "kernels_neon.inl"
 
 template <WeightKind K, int M, int begin, int end>
-inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
+inline void group_dots(const uint8_t* group, const int8_t* x, int32x4_t (&dot)[M][2]) {
   dot_by_lanes<K, M, begin, end>(group, x, dot);
 }
 

@@ -7,6 +7,11 @@ static constexpr bool is_half_scaled(const Form& form) {
          form.table == Table::none && (form.bits == 4 || form.bits == 8);
 }
 
+// The codes of one group, from some row on; split ones have their low nibbles elsewhere.
+struct GroupCodes {
+  const uint8_t *codes, *low;
+};
+
 // Sixteen columns of a group lie in so many 64-byte lines, from column 16 * half on. This, line_of
 // and codes_of are what a kind of weights must define for every kernel here.
 template <WeightKind K>

@@ -13,7 +13,7 @@ constexpr size_t kMostTokens = 16;
 
 // smmla multiplies two rows of eight columns by two tokens: {r0t0, r0t1, r1t0, r1t1}.
 template <WeightKind K, int M, int begin, int end>
-inline void group_dots(const GroupCodes& group, const int8_t* x, int32x4_t (&dot)[M][2]) {
+inline void group_dots(const uint8_t* group, const int8_t* x, int32x4_t (&dot)[M][2]) {
   if constexpr (M == 1) {
     dot_by_lanes<K, M, begin, end>(group, x, dot);
   } else {

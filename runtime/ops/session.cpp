@@ -67,7 +67,6 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   size_t nibbles = 0;
   for (const Matrix* w : {program_.embed().w[0], program_.embed().w[1], program_.head().w[0]})
     if (w) nibbles = std::max(nibbles, w->first.low_stride);
-  nibbles_ = Buffer<uint8_t>(nibbles);
   for (Member& member : members_) member.nibbles = Buffer<uint8_t>(nibbles);
   if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
     highest_ = Buffer<float>(head->blocks());
@@ -156,7 +155,7 @@ void Session::balance() {
 }
 
 void Session::embed_row(const Matrix& w, size_t row, float* out) {
-  dequantize_row(w, model_.read(w, row / kBlockRows, nibbles_.data()), row, out);
+  dequantize_row(w, model_.read(w, row / kBlockRows, members_[0].nibbles.data()), row, out);
 }
 
 void Session::embed(const int32_t* tokens) {

@@ -142,6 +142,7 @@ class Session {
   void finish_logits(Head head, float* logits, size_t count, size_t first_token) const;
   void write_output(unsigned m, Head head, float* output);
   void screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end);
+  void find_top(const int32_t* tokens, size_t count, size_t top, Head head);
   void settle(unsigned m, const ActivationTile& input);
 
   float* buffer(BufferId id) { return buffers_[static_cast<size_t>(id)].data(); }
@@ -192,7 +193,6 @@ class Session {
   // [16 blocks][group][of them]: the largest scale.
   Buffer<float> screened_, highest_;
   Buffer<uint16_t> spreads_;
-  Buffer<uint8_t> nibbles_;  // of one block, read from the file
 
   std::vector<StepUpdates> updates_;
   bool updates_hidden_ = false;  // products of hidden have updates, which read floats

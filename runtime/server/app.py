@@ -144,7 +144,6 @@ class _Server:
     def __init__(self, models: Mapping[str, Model], limits: Limits, key: str | None) -> None:
         self.limits = limits
         self.key = key
-        self.models = dict(models)
         self.lines = {name: Line(model, limits) for name, model in models.items()}
 
     async def health(self, _: Request) -> Response:
@@ -162,11 +161,12 @@ class _Server:
     async def embed(self, request: Request) -> Response:
         name, texts, encoding = read_embeddings(await self._body(request))
         line, name = self._line(name)
+
+        def embedded() -> tuple[Any, int]:
+            return line.model.embed(texts), sum(len(line.model.tokenize(text)) for text in texts)
+
         async with line.turn():
-            vectors = await asyncio.get_running_loop().run_in_executor(
-                None, lambda: line.model.embed(texts)
-            )
-        count = sum(len(line.model.tokenize(text)) for text in texts)
+            vectors, count = await asyncio.get_running_loop().run_in_executor(None, embedded)
         data = [
             {
                 "object": "embedding",
@@ -312,7 +312,8 @@ class _Answer:
         self.texts.append(record.text)
         self.finish = record.finish
         self.made += 1
-        self.scores.append(self._score(record))
+        if self.config.logprobs:
+            self.scores.append(self._score(record))
 
     def _score(self, record: Record) -> dict[str, Any]:
         data = self.model.tokenizer.token_bytes(record.token)
@@ -335,7 +336,7 @@ class _Answer:
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
         if not self.chat:
             return self._body("text_completion", {**choice, "text": text, "logprobs": None})
-        scores = {"content": self.scores} if self.asked.logprobs else None
+        scores = {"content": self.scores} if self.config.logprobs else None
         message = {"role": "assistant", "content": text}
         return self._body("chat.completion", {**choice, "message": message, "logprobs": scores})
 
@@ -373,8 +374,8 @@ class _Answer:
             choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
             if self.chat:
                 choice["delta"] = delta
-                if record and self.asked.logprobs:
-                    choice["logprobs"] = {"content": [self._score(record)]}
+                if record and self.config.logprobs:
+                    choice["logprobs"] = {"content": self.scores[-1:]}
             else:
                 choice["text"] = delta.get("content", "")
             choices.append(choice)

@@ -38,7 +38,6 @@ class Asked:
     tool_choice: str = "auto"
     stream: bool = False
     usage: bool = False  # also at the end of a stream
-    logprobs: bool = False
 
 
 class _Fields:
@@ -84,7 +83,6 @@ def read_chat(body: Mapping[str, Any]) -> Asked:
         options=options,
         tools=tools,
         tool_choice=choice,
-        logprobs=logprobs,
         **common,
     )
 

@@ -17,7 +17,7 @@ from pocketslm.errors import PocketSlmError
 from pocketslm.runtime.ops.ids import ROLE
 
 from . import mutate
-from .target import Target
+from .target import Mutators, Target
 
 ENGINE = ("runtime/ops/*.cpp", "runtime/ops/*.h", "runtime/ops/*.inl")
 CONTEXT = 48
@@ -64,14 +64,13 @@ class OfModels(Target):
 
     def mutate(self, data: bytes, rng: Random) -> bytes:
         name, _, content = data.partition(b"\0")
-        table = (8, 120 + 32 * len(sections(content)))
-        parts = [(at, size) for role, at, size in sections(content) if self.wants(role)]
+        found = sections(content)
+        table = (8, 120 + 32 * len(found))
+        parts = [(at, size) for role, at, size in found if self.wants(role)]
         spans = [table, *parts] if parts else [table]
         # As often in the program and its states as in all the rest.
         first = [
-            (at, size)
-            for role, at, size in sections(content)
-            if role in (ROLE["program"], ROLE["states"])
+            (at, size) for role, at, size in found if role in (ROLE["program"], ROLE["states"])
         ]
         return name + b"\0" + within(content, rng, first if first and rng.random() < 0.5 else spans)
 
@@ -131,7 +130,10 @@ class TokenizerSections(OfModels):
         "runtime/ops/runner/bert.cpp",
         "runtime/ops/runner/unicode.cpp",
     )
-    texts: ClassVar[list[str]] = []
+
+    def __init__(self, home: Path, scratch: Path) -> None:
+        super().__init__(home, scratch)
+        self.texts = (home / "texts").read_text("utf-8").split("\x1e")
 
     def wants(self, role: int) -> bool:
         return role == ROLE["tokenizer"]
@@ -148,9 +150,8 @@ class TokenizerSections(OfModels):
 
         tokenizer = NativeTokenizer(self.model(content))
         rng = Random(len(content) ^ content[-200])
-        texts = (self.home / "texts").read_text("utf-8").split("\x1e")
         for special in (False, True):
-            text = "".join(rng.choice(texts) for _ in range(3))
+            text = "".join(rng.choice(self.texts) for _ in range(3))
             ids = tokenizer.encode(text, parse_special=special, add_special_tokens=special)
             with suppress(PocketSlmError):
                 tokenizer.decode(ids, goes_on=special)
@@ -347,4 +348,46 @@ def _no_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-TARGETS = (ModelFiles, TokenizerSections, States, Adapters, Protocol, RunnerFiles)
+class Grammars(Target):
+    """Schemas, expressions and grammars: what one allows is walked, and a mask must agree with
+    what a single token is told."""
+
+    name = "grammar"
+    covers = ("runtime/ops/grammar/*.cpp", "runtime/ops/grammar/*.h")
+    sanitized = True
+    mutators: ClassVar[Mutators] = {"json_schema": mutate.json_tree, "": mutate.text}
+
+    def __init__(self, home: Path, scratch: Path) -> None:
+        from pocketslm.runtime.constraint import TokenTexts
+
+        super().__init__(home, scratch)
+        whole = [b"", b'": "', b'"}', b'",', b"true", b" a", b"12", b"\xc3\xa9", b"aaaa"]
+        self.texts = [
+            TokenTexts([*(bytes([n]) for n in range(256)), *whole], (256,), strip=strip)
+            for strip in (False, True)
+        ]
+
+    def feed(self, name: str, content: bytes) -> None:
+        from pocketslm.runtime.constraint import KINDS, Constraint, Grammar
+
+        kind = next((one for one in KINDS if one == name), "regex")
+        rng = Random(content)
+        grammar = Grammar(kind, content.decode("utf-8", "surrogateescape"))
+        constraint = Constraint(grammar, rng.choice(self.texts))
+        for _ in range(24):
+            allowed = constraint.allowed()
+            tokens = np.flatnonzero(allowed)
+            if constraint.must_end or not tokens.size:
+                return
+            token = int(rng.choice(tokens))
+            if (other := rng.randrange(allowed.size)) and not allowed[other]:
+                with suppress(PocketSlmError):
+                    constraint.advance(other)
+                    raise AssertionError(f"{other} is taken, and was not allowed")
+            try:
+                constraint.advance(token)
+            except PocketSlmError as error:
+                raise AssertionError(f"{token} was allowed: {error}") from None
+
+
+TARGETS = (ModelFiles, TokenizerSections, States, Adapters, Grammars, Protocol, RunnerFiles)

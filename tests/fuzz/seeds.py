@@ -100,10 +100,10 @@ def _templates(home: Path) -> None:
         _seed(home, "t", path.read_text("utf-8"))
 
 
-def make_rows() -> list[Any]:
-    """Measurements with every field: of a prompt, of decoding, of a phone, of another runtime."""
-    from pocketslm.profiling.machine import Cluster, Limits, Machine
-    from pocketslm.profiling.records import Energy, Measurement, TracePoint
+def make_row(**changes: Any) -> Any:
+    """A pp512 row of two repetitions at 1000 and 500 tokens/s, with fields changed."""
+    from pocketslm.profiling.machine import Machine
+    from pocketslm.profiling.records import Measurement
 
     fields: dict[str, Any] = {
         "run": "r1",
@@ -128,9 +128,19 @@ def make_rows() -> list[Any]:
         "load_ns": 120_400_000,
         "base_rss_bytes": 60_000_000,
         "peak_rss_bytes": 205_600_000,
+        "rss_anon_bytes": 100_000_000,
+        "rss_file_bytes": 90_000_000,
         "quality": {"perplexity": 29.07},
     }
-    plain = Measurement(**fields)
+    return Measurement(**(fields | changes))
+
+
+def make_rows() -> list[Any]:
+    """Measurements with every field: of a prompt, of decoding, of a phone, of another runtime."""
+    from pocketslm.profiling.machine import Cluster, Limits, Machine
+    from pocketslm.profiling.records import Energy, TracePoint
+
+    plain = make_row()
     decode = replace(
         plain,
         **{"n_prompt": 0, "n_gen": 2, "n_depth": 9, "step_ns": (3000, 4000, 5000, 6000)},
@@ -223,14 +233,13 @@ def _bundles(home: Path) -> None:
     (home / "whole" / "genai").mkdir()
     (home / "whole" / "genai" / "model.onnx").write_bytes(b"")
     listed = home / "whole" / "genai_config.json"
-    if not listed.exists():
-        listed.write_text(json.dumps({"model": model}))
-        manifest = home / "whole" / "pocketslm.json"
-        data = json.loads(manifest.read_text())
-        data["files"]["genai_config.json"] = data["files"]["tokenizer.json"] | {
-            "bytes": listed.stat().st_size
-        }
-        manifest.write_text(json.dumps(data))
+    listed.write_text(json.dumps({"model": model}))
+    manifest = home / "whole" / "pocketslm.json"
+    data = json.loads(manifest.read_text())
+    data["files"]["genai_config.json"] = data["files"]["tokenizer.json"] | {
+        "bytes": listed.stat().st_size
+    }
+    manifest.write_text(json.dumps(data))
     shutil.rmtree(hf)
 
 
@@ -415,6 +424,27 @@ def _commands(home: Path) -> None:
     """Its inputs are those of other targets."""
 
 
+def _grammars(home: Path) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 1, "maxLength": 9, "pattern": "^a.b$"},
+            "day": {"enum": ["today", "tomorrow", 3, None]},
+            "when": {"type": "string", "format": "date"},
+            "all": {"type": "array", "items": {"$ref": "#/$defs/n"}, "minItems": 1, "maxItems": 3},
+        },
+        "required": ["name", "all"],
+        "additionalProperties": False,
+        "$defs": {
+            "n": {"anyOf": [{"type": "integer", "minimum": -5, "maximum": 120}, {"const": 1.5}]}
+        },
+    }
+    _seed(home, "json_schema", json.dumps(schema))
+    _seed(home, "json_schema", '{"type": ["number", "boolean"]}')
+    _seed(home, "regex", r"(ab|c)*[^x-z\d]{2,5}(?:\u00e9|\.)+?$")
+    _seed(home, "grammar", 'root ::= item ("," item){0,3}\nitem ::= [a-z]+ | "\\"" [^"]* "\\""\n')
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
     "documents": _documents,
     "tokenizer": _tokenizers,
@@ -433,6 +463,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "packed": _packed,
     "state": _states,
     "adapter": _adapters,
+    "grammar": _grammars,
     "protocol": _protocol,
     "runner_model": _runner_models,
     "command": _commands,

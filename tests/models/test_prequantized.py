@@ -163,6 +163,20 @@ def test_columns_in_another_order_become_floats(tiny_hf: Path, tmp_path: Path) -
         np.testing.assert_allclose(weight, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+@pytest.mark.parametrize("damaged", [torch.zeros(3), torch.zeros(4, 4, dtype=torch.int64)])
+def test_parts_of_another_kind_are_refused(
+    part: str, damaged: torch.Tensor, tiny_hf: Path, tmp_path: Path
+) -> None:
+    make, config, _ = FORMS["gptq"]
+    name = next(iter(folder(tiny_hf, tmp_path / "q", make, **config)))
+    state = load_file(tmp_path / "q" / "model.safetensors")
+    state[name.replace("weight", part)] = damaged
+    save_file(state, tmp_path / "q" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="expected matrices|do not belong together"):
+        open_checkpoint(tmp_path / "q").weight(name)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

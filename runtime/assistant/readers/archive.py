@@ -114,6 +114,11 @@ def parse_xml(
         raise DocumentError("is XML in an unknown encoding; save it as UTF-8") from None
 
 
+def relation_of(attributes: dict[str, str]) -> str:
+    """The id by which an element names a part."""
+    return next((value for key, value in attributes.items() if key.endswith(" id")), "")
+
+
 def relations(archive: Archive, part: str) -> dict[str, str]:
     """The parts of an office file that one of them names: id -> path."""
     folder, name = posixpath.split(part)
@@ -122,7 +127,8 @@ def relations(archive: Archive, part: str) -> dict[str, str]:
     def start(tag: str, attributes: dict[str, str]) -> None:
         if tag.endswith("Relationship") and attributes.get("TargetMode") != "External":
             target = attributes.get("Target", "")
-            found[attributes.get("Id", "")] = posixpath.join("/", folder, target).lstrip("/")
+            path = posixpath.join("/", folder, target).lstrip("/")
+            found[attributes.get("Id", "")] = posixpath.normpath(path)
 
     parse_xml(archive.read(f"{folder}/_rels/{name}.rels"), start, count=archive.elements)
     return found

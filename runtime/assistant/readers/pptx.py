@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator
 
 from pocketslm.runtime.assistant.document import Block
-from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml, relations
+from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml, relation_of, relations
 from pocketslm.runtime.assistant.readers.limits import BlockCount
 
 _SHOW = "ppt/presentation.xml"
@@ -19,12 +18,12 @@ def read(data: bytes) -> Iterator[Block]:
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         if tag.rpartition(" ")[2] == "sldId":
-            order.append(next((v for key, v in attributes.items() if key.endswith(" id")), ""))
+            order.append(relation_of(attributes))
 
     parse_xml(archive.read(_SHOW), start, count=archive.elements)
     targets, names = relations(archive, _SHOW), set(archive.names())
     count = BlockCount()
-    files = [posixpath.normpath(targets[part]) for part in dict.fromkeys(order) if part in targets]
+    files = [targets[part] for part in dict.fromkeys(order) if part in targets]
     for page, file in enumerate((file for file in files if file in names), 1):
         yield from _Slide(archive, file, page, count).blocks
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import posixpath
 import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block
-from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml, relations
+from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml, relation_of, relations
 from pocketslm.runtime.assistant.readers.limits import check_characters
 from pocketslm.runtime.assistant.readers.tables import MOST_COLUMNS, named_rows
 
@@ -32,8 +31,7 @@ def read(data: bytes) -> Iterator[Block]:
         nonlocal later
         name = tag.rpartition(" ")[2]
         if name == "sheet":
-            part = next((v for key, v in attributes.items() if key.endswith(" id")), "")
-            sheets.append((attributes.get("name", ""), part))
+            sheets.append((attributes.get("name", ""), relation_of(attributes)))
         elif name == "workbookPr" and attributes.get("date1904") in ("1", "true"):
             later = 1462
 
@@ -42,7 +40,7 @@ def read(data: bytes) -> Iterator[Block]:
     strings = _strings(archive) if _has(names, "sharedStrings") else []
     dates = _date_styles(archive) if _has(names, "styles") else set()
     for title, part in sheets:
-        file = posixpath.normpath(targets.get(part, ""))
+        file = targets.get(part)
         if file in names:
             yield Block(title, 1)
             yield from named_rows(_Sheet(archive, file, strings, dates, later).rows)

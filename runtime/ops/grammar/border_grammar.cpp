@@ -40,10 +40,6 @@ pslm_status null_argument(pslm_error error) {
   return report(error, PSLM_ERROR_ARGUMENT, "null argument");
 }
 
-pslm_status nothing_follows(pslm_error error) {
-  return report(error, PSLM_ERROR_GRAMMAR, "no token of the vocabulary may follow this text");
-}
-
 }  // namespace
 
 pslm_status pslm_vocabulary_open(const char* bytes, const uint64_t* offsets, size_t count,
@@ -113,7 +109,7 @@ pslm_status pslm_constraint_apply(pslm_constraint* constraint, float* logits, si
     return report(error, PSLM_ERROR_ARGUMENT,
                   std::to_string(count) + " logits for a vocabulary of " + std::to_string(known));
   return checked(error, [&] {
-    if (!constraint->constraint.apply(logits)) return nothing_follows(error);
+    constraint->constraint.apply(logits);
     std::fill(logits + known, logits + count, -std::numeric_limits<float>::infinity());
     return PSLM_OK;
   });

@@ -121,7 +121,7 @@ const TokenSet& Constraint::mask() {
   return mask_;
 }
 
-bool Constraint::apply(float* logits) {
+void Constraint::apply(float* logits) {
   constexpr float kNever = -std::numeric_limits<float>::infinity();
   const TokenSet& allowed = mask();
   bool any = false;
@@ -136,12 +136,12 @@ bool Constraint::apply(float* logits) {
       for (size_t i = 0; i < count; ++i)
         if (!(bits >> i & 1)) from[i] = kNever;
   }
-  return any;
+  if (!any) throw GrammarError("no token of the vocabulary may follow this text");
 }
 
 uint32_t Constraint::behind(uint32_t token) {
   std::string_view text = trie_->text(token);
-  if (ended_ || text.empty()) return Machine::kDead;
+  if (text.empty()) return Machine::kDead;
   if (first_ && strip_ && text[0] == ' ') text.remove_prefix(1);
   uint32_t state = state_;
   for (const char byte : text) {
@@ -151,18 +151,12 @@ uint32_t Constraint::behind(uint32_t token) {
   return state;
 }
 
-bool Constraint::allows(uint32_t token) {
-  if (token >= trie_->count() || ended_) return false;
-  return is_end(token) ? may_end() : behind(token) != Machine::kDead;
-}
-
 bool Constraint::advance(uint32_t token) {
-  if (!allows(token)) return false;
-  if (is_end(token)) {
-    ended_ = true;
-    return true;
-  }
-  state_ = behind(token);
+  if (token >= trie_->count() || ended_) return false;
+  if (is_end(token)) return ended_ = may_end();
+  const uint32_t state = behind(token);
+  if (state == Machine::kDead) return false;
+  state_ = state;
   first_ = false;
   tidy();
   return true;

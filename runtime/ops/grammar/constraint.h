@@ -24,10 +24,8 @@ class Constraint {
   // The next token may be one of these; valid until the next call. Throws GrammarError where what
   // may follow costs too much to say.
   const TokenSet& mask();
-  // Sets the logits of all others to minus infinity; false where no token may follow.
-  bool apply(float* logits);
-  // Whether `token` may be next, without all the others.
-  bool allows(uint32_t token);
+  // Sets the logits of all others to minus infinity. Throws GrammarError where no token may follow.
+  void apply(float* logits);
   // Goes on behind a token that may be next; false, and nothing changes, where it may not.
   bool advance(uint32_t token);
   // Begins a new text; what was learnt about the grammar stays.

@@ -39,7 +39,6 @@ class Machine {
   // Forget all states but one, which gets a new number; costs less memory later.
   uint32_t restart_from(uint32_t state);
   size_t memory() const;
-  size_t state_count() const { return states_.size(); }
   uint64_t work() const { return work_; }
 
  private:

@@ -261,8 +261,7 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   std::vector<float> raw;
   const auto pick = [&](float& logprob) {
     if (generation.logprobs) raw = logits;
-    if (constraint && !constraint->apply(logits.data()))
-      throw grammar::GrammarError("no token of the vocabulary may follow this text");
+    if (constraint) constraint->apply(logits.data());
     const int32_t token = sampler.pick(logits, cached_, prompt.size());
     logprob = generation.logprobs ? log_probability(raw, token) : 0;
     if (constraint) constraint->advance(static_cast<uint32_t>(token));

@@ -60,9 +60,7 @@ int32_t Sampler::pick(std::vector<float>& logits, const std::vector<int32_t>& se
                                          logits.begin());
   if (greedy()) return best;
   weigh(logits);
-  double total = 0;
-  for (const float weight : weights_) total += static_cast<double>(weight);
-  if (sampling_.top_p < 1) keep_nucleus(static_cast<double>(sampling_.top_p) * total, total);
+  if (sampling_.top_p < 1) keep_nucleus();
   if (sampling_.min_p > 0)
     for (float& weight : weights_) weight = weight < sampling_.min_p ? 0.0f : weight;
   // Drawn in the order of the vocabulary.
@@ -96,9 +94,12 @@ void Sampler::weigh(const std::vector<float>& logits) {
   }
 }
 
-// The smallest set of the highest weights that reaches `wanted`, of equals the lower tokens first;
-// the highest one always stays.
-void Sampler::keep_nucleus(double wanted, double total) {
+// The smallest set of the highest weights that reaches top_p of all, of equals the lower tokens
+// first; the highest one always stays.
+void Sampler::keep_nucleus() {
+  double total = 0;
+  for (const float weight : weights_) total += static_cast<double>(weight);
+  const double wanted = static_cast<double>(sampling_.top_p) * total;
   // All below this are together less than what may go, so sorting is for the others.
   const auto little =
       static_cast<float>(0.5 * (total - wanted) / static_cast<double>(weights_.size()));

@@ -29,7 +29,7 @@ class Sampler {
  private:
   double uniform();
   void weigh(const std::vector<float>& logits);
-  void keep_nucleus(double wanted, double total);
+  void keep_nucleus();
 
   Sampling sampling_;
   uint64_t state_;

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from native_runner import Runner, running, running_with
-from native_support import mixed_kinds, tiny_config, tiny_weights
+from native_support import mixed_kinds, need_sanitizers, tiny_config, tiny_weights
 from program_cases import CASES, ENCODERS, program
 
 import tokenizer_support
@@ -23,11 +22,7 @@ TOKENS = [i * 37 % 264 for i in range(290)]  # more than one batch, with a tail 
 @pytest.fixture(scope="module", params=["address,undefined", "thread"])
 def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     probe = tmp_path_factory.mktemp(request.param.partition(",")[0])
-    (probe / "empty.cpp").write_text("int main() {}\n")
-    flags = [f"-fsanitize={request.param}", "-o", str(probe / "empty")]
-    command = [*build.find_toolchain().command, str(probe / "empty.cpp"), *flags]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip(f"the compiler has no {request.param} sanitizer")
+    need_sanitizers(request.param, probe)
     return build.build_runner(probe / "pocketslm-run", sanitize=request.param)
 
 
