@@ -229,7 +229,8 @@ def check_imports() -> str:
                 if top in sys.stdlib_module_names or top in OPTIONAL:
                     continue
                 assert top in IMPORTS, f"{path.name} imports {module}, which no requirement brings"
-                assert not IMPORTS[top] or IMPORTS[top] in names, f"{module} is not required"
+                needed = IMPORTS[top]
+                assert not needed or needed in names, f"{needed} is not required: {path.name}"
     return f"{len(files)} files"
 
 

@@ -72,9 +72,13 @@ class TapCard(Labelled, Card):
 
 
 class Push(Tap):
-    """A button with a text and perhaps an icon; ``kind``: filled, soft or plain."""
+    """A button with a text and perhaps an icon; ``kind``: filled, soft or plain.
+
+    ``spoken``: what a screen reader says where the text alone does not tell.
+    """
 
     text = StringProperty("")
+    spoken = StringProperty("")
     icon = StringProperty("")
     kind = StringProperty("soft")
 

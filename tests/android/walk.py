@@ -212,9 +212,9 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         """A long table is shown in pieces; a question on the library's screen asks all documents;
         what is shared is whole; a document may go while it is read."""
         yield 0.5  # until the narrow layout has its place
-        yield from me.tap("Library")
-        yield from me.wait(lambda: me.says("Your documents"), "the library")
         for at in range(2):
+            yield from me.tap("Library")
+            yield from me.wait(lambda: me.says("Your documents"), "the library")
             (files / f"expenses {at}.log").write_text(
                 "\n".join(f"2024-01-01 entry {at} {n} costs {n * 7} euros" for n in range(1500))
             )
