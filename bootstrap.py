@@ -79,13 +79,15 @@ def test() -> None:
     names += [f"-mpocketslm.{name}" for name in MODULES]
     run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=home)
     # Two processes: the tests of one file stay together, since they share what is costly to make.
-    run("pytest", "-n", "2", "--dist", "loadfile", "--durations=10")
+    # PyTorch takes one thread in each: threads of two that wait for each other cost minutes.
+    command = ("pytest", "-n", "2", "--dist", "loadfile", "--durations=10")
+    run(*command, OMP_NUM_THREADS="1")
 
 
-def run(*command: str, cwd: Path = ROOT) -> None:
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
     path = f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(command, check=True, cwd=cwd, env=os.environ | {"PATH": path})
+    subprocess.run(command, check=True, cwd=cwd, env=os.environ | {"PATH": path, **environment})
 
 
 if __name__ == "__main__":

@@ -222,7 +222,8 @@ class Compile(Target):
         self.environment = {"CXX": str(compiler), "POCKETSLM_CACHE": str(self.cache)}
 
     def prepare(self) -> None:
-        for path in (self.cache / "native").glob("*.so"):
+        native = self.cache / "native"
+        for path in [*native.glob("*.so"), *native.glob("objects/*")]:
             path.unlink()
 
     def work(self) -> None:
@@ -233,13 +234,14 @@ class Compile(Target):
         found = list((self.cache / "native").glob("lib*.so"))
         for path in found:
             require(build.is_whole(path), f"{path.name} is half a file")
+        for path in (self.cache / "native" / "objects").glob("*"):
+            require(path.stat().st_size == 100000, f"{path.name} is half a file")
         return "new" if found else "none"
 
     def left(self) -> list[Path]:
         folder = self.cache / "native"
-        return (
-            [path for path in folder.iterdir() if path.suffix != ".so"] if folder.exists() else []
-        )
+        kept = [*folder.glob("*.so"), folder / "objects"]
+        return [path for path in folder.glob("*") if path not in kept]
 
 
 class Fetch(Target):

@@ -44,7 +44,8 @@ def runner_for(machine: Machine) -> Path:
             "install a 64-bit system on it"
         )
     try:
-        return build.runner(f"{arch}-linux")
+        # This machine's own compiler made the program that the runner backend starts.
+        return build.runner(None if machine.kind == "local" else f"{arch}-linux")
     except build.BuildError as error:
         last = str(error).splitlines()[-1]
         raise DeviceError(f"cannot build the runner for {arch}: {last}") from None

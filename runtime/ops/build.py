@@ -9,27 +9,30 @@ use where no library for these sources lies in the package or the cache.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
 
 COMMON = (
-    *("api", "attention", "cpu", "head", "model_file", "probes", "program", "program_llama"),
-    *("read_plan", "session", "state", "thread_pool"),
+    *("api", "attention", "cpu", "head", "lookup", "model_file", "probes", "program"),
+    *("program_llama", "read_plan", "session", "state", "thread_pool"),
     *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
     *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
     *(f"grammar/{name}" for name in ("machine", "numbers", "regex", "token_trie")),
@@ -154,7 +157,8 @@ def compile_and_link(
 ) -> Path:
     """Compile ``names`` and the kernels side by side, link them, and move the result into place.
 
-    ``keep``: a folder in which what was compiled stays, beside which gcov writes.
+    What was compiled is kept in the cache, for other programs of the same sources and flags; with
+    ``keep``, in that folder, beside which gcov writes.
     """
     warnings: tuple[str, ...] = (
         "-Wno-maybe-uninitialized",
@@ -164,15 +168,25 @@ def compile_and_link(
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
     if kernels:
         units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
-    with _scratch(output.parent) if keep is None else nullcontext(keep) as scratch:
+    with (
+        _scratch(output.parent) if keep is None else nullcontext(keep) as scratch,
+        nullcontext() if keep or "-isystem" in flags else _objects() as objects_folder,
+    ):
         Path(scratch).mkdir(parents=True, exist_ok=True)
 
         def compile_unit(unit: tuple[str, tuple[str, ...]]) -> str:
             name, extra = unit
             target = Path(scratch) / f"{Path(name).name}.o"
             source = SOURCES / f"{name}.cpp"
-            base = [*toolchain.command, *FLAGS, *warnings, *flags, *extra]
-            run([*base, "-I", str(SOURCES), "-c", str(source), "-o", str(target)])
+            options = (*FLAGS, *warnings, *flags, *extra)
+            kept = objects_folder and objects_folder / f"{_key(source, toolchain, options)}.o"
+            if kept and kept.exists():
+                os.utime(kept)
+                return str(kept)
+            compiler = [*toolchain.command, *options, "-I", str(SOURCES)]
+            run([*compiler, "-c", str(source), "-o", str(target)])
+            if kept:
+                target = target.replace(kept)
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -192,6 +206,52 @@ def _scratch(folder: Path) -> AbstractContextManager[str | Path]:
     except ImportError:  # the package itself is being built
         return tempfile.TemporaryDirectory(dir=folder)
     return aside(folder)
+
+
+OBJECT_DAYS = 14  # an object that was not asked for since goes
+
+
+@contextmanager
+def _objects() -> Iterator[Path | None]:
+    """The folder of compiled objects, for one process at a time: others find what it made."""
+    try:
+        folder = cache_directory() / "objects"
+    except ImportError:  # the package itself is being built
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        oldest = time.time() - OBJECT_DAYS * 86400
+        for path in folder.iterdir():
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+        yield folder
+    finally:
+        os.close(handle)
+
+
+def _key(source: Path, toolchain: Toolchain, options: Sequence[str]) -> str:
+    """What an object depends on: its source, every header, the compiler and its options."""
+    name = os.path.relpath(source, SOURCES)
+    said = json.dumps([name, _version(toolchain.command), toolchain.command[1:], options])
+    return hashlib.sha256(said.encode() + _headers() + source.read_bytes()).hexdigest()[:32]
+
+
+@functools.cache
+def _version(command: tuple[str, ...]) -> str:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+@functools.cache
+def _headers() -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.rglob("*")):
+        if path.suffix in (".def", ".h", ".inl"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.digest()
 
 
 # A program or library ends with this and the SHA-256 of all before it, which loaders do not read:
