@@ -344,7 +344,7 @@ class ModelConfig:
                 continue
             kept = tokens
             if batch and a.window is not None:
-                kept = min(tokens, -(-(a.window + batch) // 16) * 16)
+                kept = min(tokens, -(-(a.window + batch) // 64) * 64)
             total += 2 * kept * (a.kv_width * bytes_per_value + a.kv_heads * scale_bytes)
         return round(total)
 

@@ -35,7 +35,8 @@ def generated(model: Model, ids: list[int], count: int) -> float:
     """The same by :meth:`Model.generate`."""
     with model.engine.exclusive():
         model.engine.session.truncate(0)
-    records = model.generate(ids, GenerationConfig(max_new_tokens=count + 1, ignore_eos=True))
+    config = GenerationConfig(max_new_tokens=count + 1, ignore_eos=True, prompt_lookup_num_tokens=0)
+    records = model.generate(ids, config)
     next(records)
     start = time.perf_counter()
     for _ in records:

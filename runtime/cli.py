@@ -90,6 +90,13 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-p", type=float)
     group.add_argument("--repetition-penalty", type=float)
     group.add_argument("--seed", type=int)
+    group.add_argument(
+        "--prompt-lookup",
+        type=int,
+        metavar="N",
+        help="tokens guessed at a time from where the last ones stood before (native, greedy; the "
+        "answer is the same): at most N, 0 for none, by default as many as pay",
+    )
     group.add_argument("--stop", action="append", default=[], help="text that ends generation")
     add_backend(parser)
     add_threads(parser)
@@ -252,6 +259,7 @@ def generation_config(
     return (base or model.defaults).but(
         max_new_tokens=arguments.max_new_tokens,
         repetition_penalty=arguments.repetition_penalty,
+        prompt_lookup_num_tokens=arguments.prompt_lookup,
         stop_strings=tuple(arguments.stop) or None,  # given ones replace the defaults
         **sampling,
     )

@@ -40,6 +40,9 @@ class GenerationConfig:
     in transformers. stop_strings: text that ends generation and is not returned. seed: None draws
     differently each time. ignore_eos: go on after an end-of-sequence token, as benchmarks do.
     logprobs: say how probable each token was, which takes the logits of the whole vocabulary.
+    prompt_lookup_num_tokens: the native engine guesses at most so many tokens from where the last
+    ones stood before in the prompt or answer, and checks them in one step. The tokens are the same.
+    None guesses as many as pay, 0 none; with sampling or logprobs none are.
     json_schema, regex, grammar: what the answer must be (docs/structure.md), one of them at most: a
     JSON schema, as its text or as the value that it stands for; an expression that the whole answer
     matches; a grammar in GBNF. The answer ends where nothing may follow; one that max_new_tokens or
@@ -59,12 +62,13 @@ class GenerationConfig:
     stop_strings: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    prompt_lookup_num_tokens: int | None = None
     json_schema: str | Mapping[str, Any] | bool | None = None
     regex: str | None = None
     grammar: str | None = None
 
     def __post_init__(self) -> None:
-        count, seed = self.max_new_tokens, self.seed
+        count, seed, guesses = self.max_new_tokens, self.seed, self.prompt_lookup_num_tokens
         held = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         rules = {
             "max_new_tokens": (count is None or (_whole(count) and count >= 1), "1 or more"),
@@ -79,6 +83,10 @@ class GenerationConfig:
             "repetition_penalty": (
                 _number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
                 "from 0.01 to 100",
+            ),
+            "prompt_lookup_num_tokens": (
+                guesses is None or (_whole(guesses) and guesses >= 0),
+                "0 (off) or more",
             ),
             "seed": (seed is None or (_whole(seed) and 0 <= seed <= MOST_SEED), "0 to 10^15"),
             "stop_strings": (all(self.stop_strings), "non-empty texts"),

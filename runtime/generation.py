@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from operator import index
@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.runtime import forks
-from pocketslm.runtime.backends import ForgettingSession, Logits, SavingSession, Session, TopSession
+from pocketslm.runtime.backends import (
+    ForgettingSession,
+    GuessingSession,
+    Logits,
+    Lookup,
+    SavingSession,
+    Session,
+    TopSession,
+)
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.sampling import (
     highest_needed,
@@ -84,8 +92,16 @@ class Limiting(Protocol):
         ...
 
 
-Pick = Callable[[Sequence[int]], tuple[int, float | None]]
-"""Appends tokens; the one that comes next, and its log-probability where wanted."""
+class Made(NamedTuple):
+    """A token that was picked; ``whole``: nothing may follow it."""
+
+    token: int
+    logprob: float | None = None
+    whole: bool = False
+
+
+Pick = Callable[[Sequence[int]], list[Made]]
+"""Appends tokens; those that come next, of which the cache holds all but the last."""
 
 
 def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
@@ -101,7 +117,7 @@ def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
     def step(tokens: Sequence[int]) -> int:
         if len(tokens) == 1:
             return fused.step_greedy(tokens[0])
-        return fused.forward_greedy(np.asarray(tokens, np.int64))
+        return int(fused.forward_greedy(np.asarray(tokens, np.int64))[0])
 
     return step
 
@@ -176,6 +192,41 @@ class Closing(Protocol):
     def close(self) -> None: ...
 
 
+class _Guesses:
+    """What may follow the ids of a generation, from where the last of them stood before.
+
+    ids: grow up to ``end`` of them. most: how many are guessed at a time; None: as many as pay.
+    """
+
+    def __init__(
+        self, session: GuessingSession, ids: Sequence[int], end: int, most: int | None
+    ) -> None:
+        self._session, self._ids, self._end = session, ids, end
+        self._most = end if most is None else most
+        self._prompt = len(ids)
+        self._lookup: Lookup | None = None
+        self._told = 0  # how many of the ids the lookup knows
+
+    def next(self) -> list[int]:
+        """The guesses; none behind the prompt."""
+        count = len(self._ids)
+        if count == self._prompt or self._most == 0:
+            return []
+        if not self._told:
+            self._lookup = self._session.lookup()
+        if self._lookup is None:
+            self._most = 0
+            return []
+        self._lookup.push(self._ids[self._told :])
+        self._told = count
+        return self._lookup.guess(min(self._most, self._end - count - 1))
+
+    def judge(self, right: int) -> None:
+        """Tell how many of the last guesses, also of none, were right."""
+        if self._lookup is not None:
+            self._lookup.judge(right)
+
+
 class Engine:
     """A session that remembers which tokens its cache holds, and reuses them.
 
@@ -223,7 +274,10 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> Logits:
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
         with self._turns.turn():
-            return self._scorer(None)(self._rewind(_whole(ids))).logits
+            new = self._rewind(_whole(ids))
+            (scores,) = self._scorer(None)(new, ())
+            self.cached.extend(new)
+            return scores.logits
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -287,57 +341,99 @@ class Engine:
             return
         start = time.perf_counter_ns()
         limits = limiting() if limiting and config.constraint else None
-        pick = self._picker(config, ids, limits)
-        token, logprob = pick(self._rewind(ids))
-        for count in range(1, limit + 1):
-            finish: Finish | None = None
-            if token in eos and not config.ignore_eos:
-                finish = "eos"
-            elif limits is not None and limits.must_end:
-                finish = "stop"
-            elif count == limit:
-                finish = "length" if config.max_new_tokens else "context"
-            yield Step(token, logprob, time.perf_counter_ns() - start, finish)
-            if finish:
-                return
-            if count == 1:
-                self._remember()
-            ids.append(token)
-            token, logprob = pick([token])
+        end = len(ids) + limit
+        pick = self._picker(config, ids, end, limits)
+        new = self._rewind(ids)
+        while True:
+            for token, logprob, whole in pick(new):
+                finish: Finish | None = None
+                if token in eos and not config.ignore_eos:
+                    finish = "eos"
+                elif whole:
+                    finish = "stop"
+                elif len(ids) + 1 == end:
+                    finish = "length" if config.max_new_tokens else "context"
+                yield Step(token, logprob, time.perf_counter_ns() - start, finish)
+                if finish:
+                    return
+                if len(ids) + limit == end:
+                    self._remember()
+                ids.append(token)
+            new = [token]
 
     def _picker(
-        self, config: GenerationConfig, ids: Sequence[int], limits: Limiting | None
+        self, config: GenerationConfig, ids: Sequence[int], end: int, limits: Limiting | None
     ) -> Pick:
-        """What picks tokens after ``ids``, which grow with them."""
+        """What picks tokens after ``ids``, which grow with them, up to ``end`` of them."""
         if config.constraint and limits is None:
             raise UsageError("an answer that is held to something needs Model.generate")
+        session = self.session
+        guesses = None
+        # What is drawn is seldom what was guessed; a fused head scores one token at a time.
+        plain = not config.samples and not config.logprobs
+        if plain and isinstance(session, GuessingSession):
+            guesses = _Guesses(session, ids, end, config.prompt_lookup_num_tokens)
+        follow = self._follower(config, ids, limits)
+
+        def pick(new: Sequence[int]) -> list[Made]:
+            guessed = guesses.next() if guesses else []
+            made = follow(new, guessed)
+            right = len(made) - 1
+            if guesses:
+                if guessed:
+                    session.truncate(session.length - len(guessed) + right)
+                guesses.judge(right)
+            self.cached.extend([*new, *guessed[:right]])
+            return made
+
+        return pick
+
+    def _follower(
+        self, config: GenerationConfig, ids: Sequence[int], limits: Limiting | None
+    ) -> Callable[[Sequence[int], Sequence[int]], list[Made]]:
+        """What appends tokens and guesses at the ones behind them; it gives the tokens that follow,
+        up to the first that was not guessed."""
+        session = self.session
         highest = highest_needed(config) if limits is None else None
         if highest == 1 and not config.logprobs:
-            step = greedy_step(self.session)
+            step = greedy_step(session)
 
-            def most_probable(new: Sequence[int]) -> tuple[int, None]:
-                token = step(new)
-                self.cached.extend(new)
-                return token, None
+            def most_probable(new: Sequence[int], guessed: Sequence[int]) -> list[Made]:
+                if not guessed:
+                    return [Made(step(new))]
+                assert isinstance(session, TopSession)
+                tokens = np.asarray([*new, *guessed], np.int64)
+                found = session.forward_greedy(tokens, len(guessed) + 1).tolist()
+                right = 0
+                while right < len(guessed) and guessed[right] == found[right]:
+                    right += 1
+                return [Made(token) for token in found[: right + 1]]
 
             return most_probable
         processors, sample = processors_for(config, len(ids)), sampler_for(config)
         score = self._scorer(highest, log_total=config.logprobs)
 
-        def sampled(new: Sequence[int]) -> tuple[int, float | None]:
-            scores = score(new)
-            processed = scores.logits.copy() if processors or limits else scores.logits
-            if limits:
-                limits.apply(processed)
-            for process in processors:
-                processed = process(ids, processed)
-            choice = sample(processed)
-            token = choice if scores.tokens is None else int(scores.tokens[choice])
-            if limits:
-                limits.advance(token)
-            if scores.log_total is None:
-                return token, None
-            return token, float(scores.logits[choice]) - scores.log_total
+        def sampled(new: Sequence[int], guessed: Sequence[int]) -> list[Made]:
+            made: list[Made] = []
+            seen = [*ids]
+            for at, scores in enumerate(score(new, guessed)):
+                # The raw ones say how probable the token was.
+                processed = scores.logits.copy() if config.logprobs else scores.logits
+                if limits:
+                    limits.apply(processed)
+                for process in processors:
+                    processed = process(seen, processed)
+                choice = sample(processed)
+                token = choice if scores.tokens is None else int(scores.tokens[choice])
+                if limits:
+                    limits.advance(token)
+                total = scores.log_total
+                logprob = None if total is None else float(scores.logits[choice]) - total
+                made.append(Made(token, logprob, limits is not None and limits.must_end))
+                if at == len(guessed) or token != guessed[at] or made[-1].whole:
+                    break
+                seen.append(token)
+            return made
 
         return sampled
 
@@ -377,23 +473,23 @@ class Engine:
 
     def _scorer(
         self, highest: int | None, *, log_total: bool = False
-    ) -> Callable[[Sequence[int]], Scores]:
-        """A function that appends tokens and scores the next one, by the ``highest`` logits only
-        where that is enough and the session's head picks them out by itself."""
+    ) -> Callable[[Sequence[int], Sequence[int]], Iterable[Scores]]:
+        """A function that appends tokens and guesses at those behind them, and scores what follows
+        the last token and each guess: by the ``highest`` logits only where that is enough and the
+        session's head picks them out by itself."""
         session = self.session
 
-        def all_of_them(ids: Sequence[int]) -> Scores:
-            logits = session.forward(np.asarray(ids, np.int64))[0]
-            self.cached.extend(ids)
-            return Scores(logits, None, log_sum_exp(logits) if log_total else None)
+        def all_of_them(new: Sequence[int], guessed: Sequence[int]) -> Iterable[Scores]:
+            tokens = np.asarray([*new, *guessed], np.int64)
+            rows = session.forward(tokens, all_logits=bool(guessed))[-1 - len(guessed) :]
+            return (Scores(row, None, log_sum_exp(row) if log_total else None) for row in rows)
 
-        def top(ids: Sequence[int]) -> Scores:
+        def top(new: Sequence[int], _: Sequence[int]) -> Iterable[Scores]:
             assert isinstance(session, TopSession)
             assert highest is not None
-            tokens, logits, total = session.forward_top(np.asarray(ids, np.int64), highest)
-            self.cached.extend(ids)
+            tokens, logits, total = session.forward_top(np.asarray(new, np.int64), highest)
             order = np.argsort(tokens)  # as in the vocabulary, so that a seed draws the same
-            return Scores(logits[order], tokens[order], total if log_total else None)
+            return [Scores(logits[order], tokens[order], total if log_total else None)]
 
         fused = isinstance(session, TopSession) and highest is not None
         return top if fused else all_of_them

@@ -109,8 +109,36 @@ class TopSession(Session, Protocol):
         """Append one token; the most probable next one, as soon as that is certain."""
         ...
 
-    def forward_greedy(self, tokens: npt.NDArray[np.int64]) -> int:
-        """The same for tokens [n]."""
+    def forward_greedy(
+        self, tokens: npt.NDArray[np.int64], following: int = 1
+    ) -> npt.NDArray[np.int32]:
+        """The same for tokens [n]: what follows each of the last ``following`` of them."""
+        ...
+
+
+class Lookup(Protocol):
+    """Guesses what follows in a text, from where its last tokens stood before."""
+
+    def push(self, tokens: Sequence[int]) -> None:
+        """Append to the text."""
+        ...
+
+    def guess(self, most: int) -> list[int]:
+        """At most ``most`` tokens that may follow, or none where that is not worth it."""
+        ...
+
+    def judge(self, right: int) -> None:
+        """Tell how many of the last guesses, also of none, were right, from the first on."""
+        ...
+
+
+@runtime_checkable
+class GuessingSession(TopSession, Protocol):
+    """A session whose tokens get the same bits together as one by one: guesses can be checked in
+    one call."""
+
+    def lookup(self) -> Lookup | None:
+        """For a new text; None where wrong guesses cannot be taken back."""
         ...
 
 

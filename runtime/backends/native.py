@@ -28,7 +28,7 @@ from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
 from pocketslm.runtime.ops.ids import ROLE
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
 # Of the matrices that an adapter may update, in a model.slm.
@@ -175,8 +175,13 @@ def load_library() -> ctypes.CDLL:
         "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), NativeError)),
         "forward_greedy": (
             ctypes.c_int,
-            (pointer, pointer, _size, p(ctypes.c_int32), NativeError),
+            (pointer, pointer, _size, _size, pointer, NativeError),
         ),
+        "lookup_open": (ctypes.c_int, (p(pointer), NativeError)),
+        "lookup_close": (None, (pointer,)),
+        "lookup_push": (ctypes.c_int, (pointer, pointer, _size, NativeError)),
+        "lookup_guess": (ctypes.c_int, (pointer, pointer, _size, p(_size), NativeError)),
+        "lookup_judge": (ctypes.c_int, (pointer, _size, NativeError)),
         "set_updates": (ctypes.c_int, (pointer, p(_Update), _size, NativeError)),
         "set_profiling": (ctypes.c_int, (pointer, _u32)),
         "read_times": (ctypes.c_int, (pointer, p(_Times))),
@@ -317,6 +322,48 @@ class NativeModel:
             self._library.pslm_model_close(self._handle)
 
 
+class NativeLookup:
+    """See :class:`pocketslm.runtime.backends.Lookup`; ``runtime/ops/lookup.h`` says how."""
+
+    MOST = 7  # guesses that a call gives
+
+    def __init__(self) -> None:
+        self._library = load_library()
+        self._handle = ctypes.c_void_p()
+        self._error = ErrorText()
+        self._found = (ctypes.c_int32 * self.MOST)()
+        self._count = ctypes.c_size_t()
+        self._error.check(
+            self._library.pslm_lookup_open(ctypes.byref(self._handle), self._error.argument)
+        )
+
+    def push(self, tokens: Sequence[int]) -> None:
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        self._error.check(
+            self._library.pslm_lookup_push(self._handle, ids, len(ids), self._error.argument)
+        )
+
+    def guess(self, most: int) -> list[int]:
+        status = self._library.pslm_lookup_guess(
+            self._handle,
+            self._found,
+            min(most, self.MOST),
+            ctypes.byref(self._count),
+            self._error.argument,
+        )
+        self._error.check(status)
+        return self._found[: self._count.value]
+
+    def judge(self, right: int) -> None:
+        self._error.check(
+            self._library.pslm_lookup_judge(self._handle, right, self._error.argument)
+        )
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.pslm_lookup_close(self._handle)
+
+
 class NativeSession:
     """A context over a model: tokens go in, logits come out, keys and values stay.
 
@@ -433,21 +480,32 @@ class NativeSession:
             self._error.check(status)
             return self._next.value
 
-    def forward_greedy(self, tokens: npt.NDArray[np.integer[Any]]) -> int:
+    def forward_greedy(
+        self, tokens: npt.NDArray[np.integer[Any]], following: int = 1
+    ) -> npt.NDArray[np.int32]:
         """See :class:`pocketslm.runtime.backends.TopSession`."""
         ids = np.asarray(tokens)
         check_tokens(self, ids)
+        if not 1 <= following <= ids.size:
+            raise UsageError(f"what follows {following} tokens of {ids.size} was asked for")
         ids = np.ascontiguousarray(ids, dtype=np.int32)
+        found = np.empty(following, np.int32)
         with self._lock:
             status = self._library.pslm_forward_greedy(
                 self._open(),
                 ids.ctypes.data,
                 ids.size,
-                ctypes.byref(self._next),
+                following,
+                found.ctypes.data,
                 self._error.argument,
             )
             self._error.check(status)
-            return self._next.value
+        return found
+
+    def lookup(self) -> NativeLookup | None:
+        """See :class:`pocketslm.runtime.backends.GuessingSession`."""
+        # A convolution's state goes forward only.
+        return None if self.length and self.rewind_limit == self.length else NativeLookup()
 
     @property
     def rewind_limit(self) -> int:

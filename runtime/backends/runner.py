@@ -146,6 +146,8 @@ class RunnerSession:
             "spare_prompt": not config.penalize_prompt,
             "logprobs": config.logprobs,
         }
+        if config.prompt_lookup_num_tokens is not None:
+            request["prompt_lookup"] = config.prompt_lookup_num_tokens
         if config.constraint is not None:
             kind, text = config.constraint
             try:

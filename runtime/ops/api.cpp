@@ -13,6 +13,7 @@
 #include "border.h"
 #include "cpu.h"
 #include "finite.h"
+#include "lookup.h"
 #include "model_file.h"
 #include "pocketslm.h"
 #include "runner/tokenizer.h"
@@ -31,6 +32,9 @@ struct pslm_session {
 
   // After a fork the child has the calling thread and none of the others.
   bool lost_threads() const { return engine.threads() > 1 && process != getpid(); }
+};
+struct pslm_lookup {
+  PromptLookup lookup;
 };
 struct pslm_tokenizer {
   Tokenizer tokenizer;
@@ -355,19 +359,57 @@ pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t co
 
 pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                              pslm_error error) {
-  return pslm_forward_greedy(session, &token, 1, next, error);
+  return pslm_forward_greedy(session, &token, 1, 1, next, error);
 }
 
 pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, size_t count,
-                                int32_t* next, pslm_error error) {
+                                size_t following, int32_t* next, pslm_error error) {
   if (!session || !tokens || !next) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no tokens");
+  if (following == 0 || following > count)
+    return report(error, PSLM_ERROR_ARGUMENT,
+                  "what follows " + std::to_string(following) + " tokens of " +
+                      std::to_string(count));
   if (const pslm_status status = check_head(session->engine, error)) return status;
   return enter(session, error, [&](Session& engine) {
     if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
-    *next = engine.forward_greedy(tokens, count);
+    engine.forward_greedy(tokens, count, following, next);
     return check_logits(engine, error);
   });
+}
+
+pslm_status pslm_lookup_open(pslm_lookup** lookup, pslm_error error) {
+  if (!lookup) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  *lookup = nullptr;
+  return guarded(error, [&] {
+    *lookup = new pslm_lookup();
+    return PSLM_OK;
+  });
+}
+
+void pslm_lookup_close(pslm_lookup* lookup) { delete lookup; }
+
+pslm_status pslm_lookup_push(pslm_lookup* lookup, const int32_t* tokens, size_t count,
+                             pslm_error error) {
+  if (!lookup || (count && !tokens)) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  return guarded(error, [&] {
+    lookup->lookup.push(tokens, count);
+    return PSLM_OK;
+  });
+}
+
+pslm_status pslm_lookup_guess(pslm_lookup* lookup, int32_t* tokens, size_t most, size_t* count,
+                              pslm_error error) {
+  if (!lookup || !count || (most && !tokens))
+    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  *count = lookup->lookup.guess(tokens, most);
+  return PSLM_OK;
+}
+
+pslm_status pslm_lookup_judge(pslm_lookup* lookup, size_t right, pslm_error error) {
+  if (!lookup) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  lookup->lookup.judge(right);
+  return PSLM_OK;
 }
 
 pslm_status pslm_set_profiling(pslm_session* session, uint32_t on) {

@@ -6,6 +6,54 @@
 #include "session.h"
 
 namespace pocketslm {
+namespace {
+
+// Pieces of attention over all positions: `length` each from `begin` to `end`, numbered from `first`.
+constexpr struct {
+  size_t begin, end, length, first;
+} kPieces[] = {
+    {0, 512, 64, 0},
+    {512, 2048, 128, 8},
+    {2048, 8192, 512, 20},
+    {8192, SIZE_MAX, 2048, 32},
+    {SIZE_MAX, SIZE_MAX, 0, SIZE_MAX},
+};
+
+// The same over a window.
+size_t window_piece(const Step& step) {
+  return round_up(std::max<size_t>(step.window / 8, 1), kScoreSpan);
+}
+
+// One query head's attention, as its pieces are added in order.
+class Joined {
+ public:
+  Joined() = default;
+  Joined(float* out, size_t dim) : out_(out), dim_(dim) {}
+  void add(const float* piece, float maximum, float weight) {
+    if (weight == 0) return;  // none of its positions is seen
+    if (weight_ == 0) {
+      maximum_ = maximum, weight_ = weight;
+      std::memcpy(out_, piece, dim_ * sizeof(float));
+      return;
+    }
+    const float peak = std::max(maximum_, maximum);
+    const float decay = std::exp(maximum_ - peak), factor = std::exp(maximum - peak);
+    maximum_ = peak;
+    weight_ = weight_ * decay + weight * factor;
+    for (size_t d = 0; d < dim_; ++d) out_[d] = out_[d] * decay + piece[d] * factor;
+  }
+  void finish() {
+    const float inverse = 1.0f / weight_;
+    for (size_t d = 0; d < dim_; ++d) out_[d] *= inverse;
+  }
+
+ private:
+  float* out_ = nullptr;
+  size_t dim_ = 0;
+  float maximum_ = 0, weight_ = 0;
+};
+
+}  // namespace
 
 // Rotates the pairs (i, i + rope_dim / 2) of one head.
 void Session::rotate(const Step& step, float* head, size_t token) const {
@@ -60,20 +108,40 @@ Session::Seen Session::seen_by(const Step& step, size_t token) const {
                                                : here + 1};
 }
 
-// Enough spans to keep every thread busy, few enough that joining them stays cheap.
-Session::Spans Session::spans_of(const Step& step) const {
-  const Seen seen = seen_by(step, 0);
-  const size_t begin = seen.begin / kPositionBlock * kPositionBlock, positions = seen.end - begin;
-  size_t length = std::max<size_t>(positions / (8 * pool_.size()), 64);
-  length = std::max(length, (positions - 1 + kMaxSpans) / kMaxSpans);
-  length = round_up(length, kPositionBlock);
-  return {begin, seen.end, length, (positions - 1 + length) / length};
+// Attention is summed up in pieces whose borders are the same positions for every token: one alone
+// gets the bits that it gets in a batch. They are small enough to keep all threads busy, and few
+// enough that joining them stays cheap.
+size_t Session::piece_at(const Step& step, size_t position) {
+  if (step.window) return position / window_piece(step);
+  const auto* part = kPieces;
+  while (position >= part->end) ++part;
+  return part->first + (position - part->begin) / part->length;
 }
 
-// The job's rows over positions [begin, end), whose begin is a multiple of 16; in two parts where a
-// ring is passed. `seen`: what each row sees.
-void Session::attend_over(const Step& step, size_t head, size_t begin, size_t end,
-                          const Seen* seen, AttentionJob& job) {
+size_t Session::piece_begin(const Step& step, size_t piece) {
+  if (step.window) return piece * window_piece(step);
+  const auto* part = kPieces;
+  while (piece >= part[1].first) ++part;
+  return part->begin + (piece - part->first) * part->length;
+}
+
+Session::Pieces Session::pieces_of(const Step& step, const Seen& seen) {
+  const size_t first = piece_at(step, seen.begin);
+  return {first, piece_at(step, seen.end - 1) + 1 - first};
+}
+
+// How many pieces one token sees at most.
+size_t Session::most_pieces(const Step& step, size_t context) {
+  const size_t all = piece_at(step, context) + 1;
+  return step.window ? std::min(all, step.window / window_piece(step) + 2) : all;
+}
+
+// The job's rows over a piece of `all` positions that one of them sees; in two parts where a ring is
+// passed. `seen`: what each row sees.
+void Session::attend_piece(const Step& step, size_t head, size_t piece, const Seen& all,
+                           const Seen* seen, AttentionJob& job) {
+  const size_t begin = std::max(piece_begin(step, piece), all.begin / kPositionBlock * kPositionBlock);
+  const size_t end = std::min(piece_begin(step, piece + 1), all.end);
   const auto kernel =
       states_.type() == PSLM_KV_I8 ? kernels_.attend_i8 : kernels_.attend_f16;
   const size_t room = states_.room(step.state);
@@ -96,105 +164,113 @@ void Session::attend_over(const Step& step, size_t head, size_t begin, size_t en
 }
 
 void Session::attend(unsigned m, const Step& step) {
-  count_ == 1 ? attend_one(m, step) : attend_many(m, step);
+  count_ <= kFewTokens ? attend_few(m, step) : attend_many(m, step);
 }
 
-// One token: (KV head, span of positions) pieces, joined by whoever reads them.
-void Session::attend_one(unsigned m, const Step& step) {
+// The job of `heads` query heads, from `query_head` on, of the tokens [first, last): rows by token.
+AttentionJob Session::job_of(unsigned m, const Step& step, size_t first, size_t last,
+                             size_t query_head, size_t heads, Rows& rows) {
+  Member& member = members_[m];
+  for (size_t t = first; t < last; ++t) {
+    const size_t row = (t - first) * heads;
+    prepare_queries(step, t,
+                    buffer(BufferId::query) + t * step.width + query_head * step.head_dim, heads,
+                    &member.queries[row * step.head_dim]);
+    std::fill_n(rows.seen + row, heads, seen_by(step, t));
+  }
+  AttentionJob job{};
+  job.rows = (last - first) * heads, job.queries = member.queries.data();
+  job.out = member.attended.data(), job.maximum = rows.maximum, job.weight = rows.weight;
+  return job;
+}
+
+// A token or a few: (KV head, tile of tokens, piece) items, joined when all are there; of one token
+// by whoever reads it, if `gathers` does not say otherwise.
+void Session::attend_few(unsigned m, const Step& step) {
   const size_t dim = step.head_dim, group = step.heads / step.kv_heads;
-  const Spans spans = spans_of(step);
-  Seen seen[kMaxQueryRows];
-  std::fill_n(seen, kMaxQueryRows, seen_by(step, 0));
-  share(m, step.kv_heads * spans.count, 1, [&](size_t first, size_t last) {
-    Member& member = members_[m];
-    for (size_t item = first; item < last; ++item) {
-      const size_t head = item / spans.count, span = item % spans.count;
-      if (span + 1 == spans.count && !step.has(AttendFlag::reads_only)) store(step, head, 0);
-      const size_t begin = spans.begin + span * spans.length;
+  const size_t tokens = std::max<size_t>(1, kMaxQueryRows / group);
+  const size_t tiles = (count_ + tokens - 1) / tokens;
+  const Seen all{seen_by(step, 0).begin, seen_by(step, count_ - 1).end};
+  const Pieces pieces = pieces_of(step, all);
+  const bool stores = !step.has(AttendFlag::reads_only);
+  if (stores && tiles > 1) store_all(m, step);
+  share(m, step.kv_heads * tiles * pieces.count, 1, [&](size_t begin, size_t end) {
+    for (size_t item = begin; item < end; ++item) {
+      // The longest pieces first.
+      const size_t head = item % step.kv_heads, tile = item / step.kv_heads % tiles;
+      const size_t at = pieces.count - 1 - item / step.kv_heads / tiles;
+      if (stores && tiles == 1)
+        for (size_t t = 0; t < count_; ++t)
+          if (piece_at(step, length_ + t) == pieces.first + at) store(step, head, t);
+      const size_t first = tile * tokens, last = std::min(first + tokens, count_);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
-        const size_t rows = std::min(kMaxQueryRows, group - r);
-        const size_t query_head = head * group + r;
-        prepare_queries(step, 0, buffer(BufferId::query) + query_head * dim, rows,
-                        member.queries.data());
-        float maximum[kMaxQueryRows], weight[kMaxQueryRows];
-        AttentionJob job{};
-        job.rows = rows, job.queries = member.queries.data();
-        job.out = member.attended.data(), job.maximum = maximum, job.weight = weight;
-        attend_over(step, head, begin, std::min(spans.end, begin + spans.length), seen, job);
-        for (size_t i = 0; i < rows; ++i) {
-          const size_t piece = (query_head + i) * spans.count + span;
-          std::memcpy(&piece_out_[piece * dim], job.out + i * dim, dim * sizeof(float));
-          piece_maximum_[piece] = maximum[i];
-          piece_weight_[piece] = weight[i];
+        const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
+        Rows rows;
+        AttentionJob job = job_of(m, step, first, last, query_head, heads, rows);
+        attend_piece(step, head, pieces.first + at, all, rows.seen, job);
+        for (size_t row = 0; row < job.rows; ++row) {
+          const size_t of = (first + row / heads) * step.heads + query_head + row % heads;
+          const size_t piece = of * pieces.count + at;
+          std::memcpy(&piece_out_[piece * dim], job.out + row * dim, dim * sizeof(float));
+          piece_maximum_[piece] = rows.maximum[row];
+          piece_weight_[piece] = rows.weight[row];
         }
       }
     }
   });
-  if (!step.gathers) return;
-  share(m, step.heads, 1, [&](size_t begin, size_t end) {
-    for (size_t head = begin; head < end; ++head)
-      join(step, spans, head, buffer(BufferId::attended) + head * dim);
+  if (count_ == 1 && !step.gathers) return;
+  share(m, count_ * step.heads, 1, [&](size_t begin, size_t end) {
+    for (size_t row = begin; row < end; ++row)
+      join(step, pieces.count, row,
+           buffer(BufferId::attended) + row / step.heads * step.width + row % step.heads * dim);
   });
 }
 
-// One head's attention of one token, from its pieces.
-void Session::join(const Step& step, const Spans& spans, size_t head, float* out) const {
-  const size_t dim = step.head_dim;
-  const float* maxima = piece_maximum_.data() + head * spans.count;
-  const float* weights = piece_weight_.data() + head * spans.count;
-  const float maximum = *std::max_element(maxima, maxima + spans.count);
-  std::fill_n(out, dim, 0.0f);
-  float total = 0;
-  for (size_t span = 0; span < spans.count; ++span) {
-    const float* piece = piece_out_.data() + (head * spans.count + span) * dim;
-    const float factor = std::exp(maxima[span] - maximum);
-    total += factor * weights[span];
-    for (size_t d = 0; d < dim; ++d) out[d] += factor * piece[d];
-  }
-  const float inverse = 1.0f / total;
-  for (size_t d = 0; d < dim; ++d) out[d] *= inverse;
+// One head's attention of one token, from its pieces; `row` counts heads, token after token.
+void Session::join(const Step& step, size_t count, size_t row, float* out) const {
+  Joined joined(out, step.head_dim);
+  for (size_t piece = row * count; piece < (row + 1) * count; ++piece)
+    joined.add(piece_out_.data() + piece * step.head_dim, piece_maximum_.data()[piece],
+               piece_weight_.data()[piece]);
+  joined.finish();
+}
+
+// All keys and values of the batch.
+void Session::store_all(unsigned m, const Step& step) {
+  share(m, step.kv_heads, 1, [&](size_t begin, size_t end) {
+    for (size_t head = begin; head < end; ++head)
+      for (size_t t = 0; t < count_; ++t) store(step, head, t);
+  });
 }
 
 // A batch: all keys and values first, then tiles of consecutive tokens of one KV head.
 void Session::attend_many(unsigned m, const Step& step) {
   const size_t dim = step.head_dim, group = step.heads / step.kv_heads;
-  if (!step.has(AttendFlag::reads_only))
-    share(m, step.kv_heads, 1, [&](size_t begin, size_t end) {
-      for (size_t head = begin; head < end; ++head)
-        for (size_t t = 0; t < count_; ++t) store(step, head, t);
-    });
-
+  if (!step.has(AttendFlag::reads_only)) store_all(m, step);
   const size_t tokens = std::max<size_t>(1, kMaxQueryRows / group);
   const size_t tiles = (count_ + tokens - 1) / tokens;
   share(m, tiles * step.kv_heads, 1, [&](size_t begin, size_t end) {
-    Member& member = members_[m];
     for (size_t item = begin; item < end; ++item) {
       // Longest first, so that the last items to be taken are short ones.
       const size_t tile = tiles - 1 - item / step.kv_heads, head = item % step.kv_heads;
       const size_t first = tile * tokens, last = std::min(first + tokens, count_);
-      const size_t from = seen_by(step, first).begin / kPositionBlock * kPositionBlock;
+      const Seen all{seen_by(step, first).begin, seen_by(step, last - 1).end};
+      const Pieces pieces = pieces_of(step, all);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
-        const size_t heads = std::min(kMaxQueryRows, group - r);
-        const size_t query_head = head * group + r;
-        Seen seen[kMaxQueryRows];
-        float maximum[kMaxQueryRows], weight[kMaxQueryRows];
-        for (size_t t = first; t < last; ++t) {
-          const size_t row = (t - first) * heads;
-          prepare_queries(step, t, buffer(BufferId::query) + t * step.width + query_head * dim,
-                          heads, &member.queries[row * dim]);
-          std::fill_n(seen + row, heads, seen_by(step, t));
+        const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
+        Rows rows;
+        AttentionJob job = job_of(m, step, first, last, query_head, heads, rows);
+        Joined joined[kMaxQueryRows];
+        for (size_t row = 0; row < job.rows; ++row)
+          joined[row] = Joined(buffer(BufferId::attended) + (first + row / heads) * step.width +
+                                   (query_head + row % heads) * dim,
+                               dim);
+        for (size_t piece = pieces.first; piece < pieces.first + pieces.count; ++piece) {
+          attend_piece(step, head, piece, all, rows.seen, job);
+          for (size_t row = 0; row < job.rows; ++row)
+            joined[row].add(job.out + row * dim, rows.maximum[row], rows.weight[row]);
         }
-        AttentionJob job{};
-        job.rows = (last - first) * heads, job.queries = member.queries.data();
-        job.out = member.attended.data(), job.maximum = maximum, job.weight = weight;
-        attend_over(step, head, from, seen_by(step, last - 1).end, seen, job);
-        for (size_t t = first; t < last; ++t)
-          for (size_t h = 0; h < heads; ++h) {
-            const size_t row = (t - first) * heads + h;
-            const float inverse = 1.0f / weight[row];
-            float* out = buffer(BufferId::attended) + t * step.width + (query_head + h) * dim;
-            for (size_t d = 0; d < dim; ++d) out[d] = job.out[row * dim + d] * inverse;
-          }
+        for (size_t row = 0; row < job.rows; ++row) joined[row].finish();
       }
     }
   });

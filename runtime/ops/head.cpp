@@ -48,24 +48,22 @@ uint16_t largest_half(const uint16_t* x) {
 
 }  // namespace
 
-// Runs tokens, so that each member has the highest of its logits.
-void Session::find_top(const int32_t* tokens, size_t count, size_t top, Head head) {
+void Session::forward_greedy(const int32_t* tokens, size_t count, size_t following,
+                             int32_t* next) {
   trust_logits();
-  top_count_ = top;
-  for (Member& member : members_) member.top.reserve(top);
   for (size_t done = 0; done < count;) {
-    const size_t part = std::min(batch_, count - done);
-    run(tokens + done, part, done + part == count ? head : Head::none, nullptr);
+    const size_t first = count - following;  // whose successor is wanted
+    size_t part = std::min(batch_, count - done);
+    if (following > 1) part = std::min(part, done < first ? first - done : kMaxTile);
+    following_ = done + part > first ? std::min(part, following) : 0;
+    run(tokens + done, part, following_ ? Head::greedy : Head::none, nullptr);
     done += part;
+    for (size_t t = 0; t < following_; ++t) {
+      Candidate best = members_[0].best[t];
+      for (const Member& member : members_) best = std::min(best, member.best[t]);
+      *next++ = best.token;
+    }
   }
-}
-
-int32_t Session::forward_greedy(const int32_t* tokens, size_t count) {
-  find_top(tokens, count, 1, Head::greedy);
-  Candidate best{-std::numeric_limits<float>::infinity(), 0};
-  for (const Member& member : members_)
-    for (const Candidate& found : member.top) best = std::min(best, found);
-  return best.token;
 }
 
 bool Session::finite() const {
@@ -74,7 +72,14 @@ bool Session::finite() const {
 
 double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best,
                             float* logits) {
-  find_top(tokens, count, top, Head::top);
+  trust_logits();
+  top_count_ = top;
+  for (Member& member : members_) member.top.reserve(top);
+  for (size_t done = 0; done < count;) {
+    const size_t part = std::min(batch_, count - done);
+    run(tokens + done, part, done + part == count ? Head::top : Head::none, nullptr);
+    done += part;
+  }
   if (!finite()) return std::numeric_limits<double>::quiet_NaN();
   std::vector<Candidate> found;
   float peak = -std::numeric_limits<float>::infinity();
@@ -90,10 +95,19 @@ double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int
   return peak + std::log(total);
 }
 
-// Keeps the highest of these logits and, where asked for, their part of the sum over all. What is not
-// finite is no candidate: NaN has no place in an order.
-void Session::offer(Member& member, const float* logits, size_t count, size_t first_token,
-                    bool total) {
+// Keeps the highest of a token's logits. What is not finite is no candidate.
+void Session::offer_best(Member& member, size_t token, const float* logits, size_t count,
+                         size_t first_token) {
+  member.finite &= all_finite(logits, count);
+  if (!member.finite) return;
+  for (size_t i = 0; i < count; ++i)
+    member.best[token] = std::min(member.best[token],
+                                  Candidate{logits[i], static_cast<int32_t>(first_token + i)});
+}
+
+// Keeps the highest of these logits and their part of the sum over all. What is not finite is no
+// candidate: NaN has no place in an order.
+void Session::offer(Member& member, const float* logits, size_t count, size_t first_token) {
   if (!all_finite(logits, count)) {
     member.finite = false;
     return;
@@ -109,7 +123,6 @@ void Session::offer(Member& member, const float* logits, size_t count, size_t fi
     member.top.push_back(found);
     std::push_heap(member.top.begin(), member.top.end());
   }
-  if (!total) return;
   const float peak = *std::max_element(logits, logits + count);
   if (peak > member.peak) {
     member.sum *= std::exp(member.peak - peak);
@@ -138,14 +151,11 @@ void Session::run_head(unsigned m, Head head, float* logits) {
   member.top.clear();
   member.peak = -std::numeric_limits<float>::infinity();
   member.sum = 0;
-  const PanelView input = head == Head::all_logits ? normalized(m, step.norm)
-                                                   : normalized_row(m, step.norm, last);
+  std::fill_n(member.best, kMaxTile, Candidate{-std::numeric_limits<float>::infinity(), 0});
+  const bool all = head == Head::all_logits || (head == Head::greedy && following_ > 1);
+  const PanelView input = all ? normalized(m, step.norm) : normalized_row(m, step.norm, last);
   if (screened) {
-    const ActivationTile tile = input.tile(0);
-    member.screen.prepare(tile);
-    share_weights(m, w.blocks(), w.read_bytes(),
-                  [&](size_t begin, size_t end) { screen_blocks(m, tile, begin, end); });
-    settle(m, tile);
+    screen(m, input, step.norm);
   } else {
     multiply(m, w, input, [&](size_t t, size_t tokens, size_t b, size_t blocks, float* y) {
       const size_t first = b * kBlockRows, width = blocks * kBlockRows;
@@ -153,8 +163,10 @@ void Session::run_head(unsigned m, Head head, float* logits) {
       for (size_t i = 0; i < tokens; ++i) {
         float* row = y + i * width;
         finish_logits(head, row, live, first);
-        if (head == Head::greedy || head == Head::top) {
-          offer(member, row, live, first, head == Head::top);
+        if (head == Head::greedy) {
+          offer_best(member, t + i, row, live, first);
+        } else if (head == Head::top) {
+          offer(member, row, live, first);
         } else {
           member.finite &= all_finite(row, live);
           std::memcpy(logits + (t + i) * w.rows + first, row, live * sizeof(float));
@@ -191,35 +203,58 @@ void Session::write_output(unsigned m, Head head, float* output) {
   });
 }
 
-// The zero point that makes up for the low nibbles' mean, and the squared lengths of the groups.
-void Session::Screen::prepare(const ActivationTile& input) {
-  for (size_t g = 0; g < energies.size(); ++g) {
-    int sum = 0, squares = 0;
-    for (size_t k = 0; k < kGroup; ++k) {
-      const int code = input.codes[g * kGroup + k];
-      sum += code, squares += code * code;
+// The greedy tokens of a split head. One token's activations are cheaper to quantize again in each
+// thread than to share, and screening weighs the codes as they lie there.
+void Session::screen(unsigned m, const PanelView& input, const Norm& norm) {
+  const Matrix& w = *program_.head().w[0];
+  Member& member = members_[m];
+  const size_t groups = w.cols / kGroup;
+  const float* rows = buffer(BufferId::residual) + (count_ - input.tokens) * w.cols;
+  const auto alone = [&](size_t t) {
+    return input.tokens == 1 ? input.tile(0) : normalized_row(m, norm, rows + t * w.cols).tile(0);
+  };
+  for (size_t first = 0; first < input.tokens; first += tile_size(input.tokens - first)) {
+    const size_t tokens = tile_size(input.tokens - first);
+    for (size_t i = 0; i < tokens; ++i) {
+      const ActivationTile tile = alone(first + i);
+      for (size_t g = 0; g < groups; ++g) {
+        int sum = 0, squares = 0;
+        for (size_t k = 0; k < kGroup; ++k) {
+          const int code = tile.codes[g * kGroup + k];
+          sum += code, squares += code * code;
+        }
+        // The zero point that makes up for the low nibbles' mean.
+        member.corrections[first * groups + g * tokens + i] = static_cast<int32_t>(
+            std::lrint(static_cast<float>(sum) * (kMeanNibble / 16.0f - 8.0f)));
+        member.energies[(first + i) * groups + g] =
+            tile.scales[g] * tile.scales[g] * static_cast<float>(squares);
+      }
     }
-    corrections[g] = static_cast<int32_t>(
-        std::lrint(static_cast<float>(sum) * (kMeanNibble / 16.0f - 8.0f)));
-    energies[g] = input.scales[g] * input.scales[g] * static_cast<float>(squares);
   }
+  share_weights(m, w.blocks(), w.read_bytes(),
+                [&](size_t begin, size_t end) { screen_blocks(m, input, begin, end); });
+  for (size_t t = 0; t < input.tokens; ++t) settle(m, t, alone(t));
 }
 
 // The logits of these blocks by the high nibbles and the highest of each, NaN where one of them is
 // not finite; and spreads_, the largest scale of each block and group, which stays the same.
-void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end) {
+void Session::screen_blocks(unsigned m, const PanelView& input, size_t begin, size_t end) {
   const Matrix& w = *program_.head().w[0];
-  ActivationTile tile = input;
-  tile.corrections = members_[m].screen.corrections.data();
-  tile.ahead = &members_[m].plan.ahead;
   const BlockLayout layout = block_layout(w.kind, w.cols);
   const MatmulFunction matmul = kernels_.matmul[kernel_of(WeightKind::q4_sym)];
-  const size_t groups = w.cols / kGroup;
+  const size_t groups = w.cols / kGroup, width = w.blocks() * kBlockRows;
   for (size_t b = begin; b < end; ++b) {
     const Blocks block = w.from(b);
-    float* high = &screened_[b * kBlockRows];
-    matmul(block, 1, w.cols, tile, high, kBlockRows);
-    highest_[b] = 16.0f * highest_of(high);
+    for (size_t t = 0; t < input.tokens;) {
+      ActivationTile tile = input.tile(t);
+      tile.corrections = &members_[m].corrections[t * groups];
+      if (t == 0) tile.ahead = &members_[m].plan.ahead;
+      float* high = &screened_[t * width + b * kBlockRows];
+      matmul(block, 1, w.cols, tile, high, width);
+      for (size_t i = 0; i < tile.tokens; ++i)
+        highest_[(t + i) * w.blocks() + b] = 16.0f * highest_of(high + i * width);
+      t += tile.tokens;
+    }
     uint16_t* spreads = &spreads_[b / kBlockRows * kBlockRows * groups + b % kBlockRows];
     if (*spreads) continue;
     const auto* scales = reinterpret_cast<const uint16_t*>(block.data + layout.scales);
@@ -228,10 +263,11 @@ void Session::screen_blocks(unsigned m, const ActivationTile& input, size_t begi
   }
 }
 
-// The greedy token: the most promising block first, then whatever may still exceed what was found,
-// or is not finite. A bound on the deviations of a block passes over most; what it leaves is judged
-// row by row. Each thread does so for its own blocks, beside the most promising of all.
-void Session::settle(unsigned m, const ActivationTile& input) {
+// The greedy token behind a token: the most promising block first, then whatever may still exceed
+// what was found, or is not finite. A bound on the deviations of a block passes over most; what it
+// leaves is judged row by row. Each thread does so for its own blocks, beside the most promising of
+// all.
+void Session::settle(unsigned m, size_t token, const ActivationTile& input) {
   const Matrix& w = *program_.head().w[0];
   const size_t parts = (w.blocks() + kBlockRows - 1) / kBlockRows;  // that share a bound
   const size_t begin = parts * m / threads() * kBlockRows;
@@ -244,29 +280,30 @@ void Session::settle(unsigned m, const ActivationTile& input) {
     const Blocks block = model_.read(w, b, member.nibbles.data());
     matmul(block, 1, w.cols, input, logits, kBlockRows);
     const size_t first = b * kBlockRows;
-    offer(member, logits, std::min<size_t>(kBlockRows, w.rows - first), first, false);
+    offer_best(member, token, logits, std::min<size_t>(kBlockRows, w.rows - first), first);
   };
   const size_t groups = w.cols / kGroup, scales_at = block_layout(w.kind, w.cols).scales;
+  const float* energies = &member.energies[token * groups];
+  const float* screened = &screened_[token * w.blocks() * kBlockRows];
+  const float* highest = &highest_[token * w.blocks()];
   const auto deviations = [&](const void* scales, float (&out)[kBlockRows]) {
-    kernels_.weigh_scales(static_cast<const uint16_t*>(scales), member.screen.energies.data(),
-                          groups, out);
+    kernels_.weigh_scales(static_cast<const uint16_t*>(scales), energies, groups, out);
     for (float& value : out) value = kDeviations * std::sqrt(kNibbleVariance * value);
   };
   alignas(64) float bounds[kBlockRows], own[kBlockRows];
   const auto may_exceed = [&](size_t b, float found) {
-    if (highest_[b] + 1.001f * bounds[b % kBlockRows] < found) return false;  // for its rounding
+    if (highest[b] + 1.001f * bounds[b % kBlockRows] < found) return false;  // for its rounding
     deviations(w.from(b).data + scales_at, own);
     for (size_t r = 0; r < kBlockRows; ++r)
-      if (!(16.0f * screened_[b * kBlockRows + r] + own[r] < found)) return true;
+      if (!(16.0f * screened[b * kBlockRows + r] + own[r] < found)) return true;
     return false;
   };
-  const float* highest = highest_.data();
   const size_t likely = static_cast<size_t>(
       std::max_element(highest, highest + w.blocks()) - highest);
   compute(likely);
   for (size_t b = begin; b < end && member.finite; ++b) {
     if (b % kBlockRows == 0) deviations(&spreads_[b * groups], bounds);
-    if (b != likely && may_exceed(b, member.top.front().logit)) compute(b);
+    if (b != likely && may_exceed(b, member.best[token].logit)) compute(b);
   }
 }
 

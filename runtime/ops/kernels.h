@@ -127,14 +127,17 @@ static constexpr bool has_codes(float peak) { return peak >= 4.0e-37f && peak <=
 
 // Query rows of one KV head against cached positions [begin, end).
 constexpr size_t kMaxQueryRows = 12;
-constexpr size_t kPositionBlock = 16;  // keys are stored [block][head_dim][16 positions]
+constexpr size_t kMaxHeadDim = 1024;
+constexpr size_t kPositionBlock = 16;  // keys are stored in blocks of so many positions
+constexpr float kMostWeight = 127 * 128;  // of attention over int8: two digits of 7 bits
+constexpr size_t kScoreSpan = 64;      // scores of [i * 64, i * 64 + 64) are weighed together
 struct AttentionJob {
   size_t rows, head_dim, begin, end;  // begin is a multiple of 16
   const float* queries;               // [rows][head_dim], scaled
   const uint32_t* limits;             // [rows]: the row sees positions below its limit
   const uint32_t* starts;             // [rows]: and from its start on; null: from 0 on
-  const void* keys;                   // fp16 or int8 [block][head_dim][16]
-  const void* values;                 // fp16 or int8 [position][head_dim]
+  const void* keys;    // fp16 [block][head_dim][16], int8 [block][head_dim / 4][16][4]
+  const void* values;  // fp16 [position][head_dim], int8 [position / 4][head_dim][4]
   const float* key_scales;            // int8 only: [position]
   const float* value_scales;
   float cap;     // scores become cap * tanh(score / cap); 0: they stay

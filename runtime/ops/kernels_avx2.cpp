@@ -72,7 +72,6 @@ inline __m256 load_bytes8(const int8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
-inline V16 load_kv(const int8_t* p) { return {load_bytes8(p), load_bytes8(p + 8)}; }
 inline V16 load_kv(const float* p) { return load(p); }
 inline void store_f16(uint16_t* p, V16 x) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -92,6 +91,51 @@ inline int32_t store_i8(int8_t* p, V16 x) {
   return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
 }
 constexpr size_t kMaxRegisterRows = 6;
+
+// Dot products of int8. One operand must be unsigned: magnitudes of the lines, whose signs the
+// factors take over, or the factors.
+struct I16 {
+  __m256i a, b;
+};
+struct Quad {
+  __m256i v;
+};
+inline I16 set1_i32(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Quad load_quad(const int8_t* p) {
+  int32_t quad;
+  __builtin_memcpy(&quad, p, 4);
+  return {_mm256_set1_epi32(quad)};
+}
+inline __m256i add_dots(__m256i acc, __m256i factors, __m256i codes) {
+  const __m256i pairs = _mm256_maddubs_epi16(factors, codes);
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+struct UnsignedLine {
+  __m256i a, b;
+  UnsignedLine() = default;
+  explicit UnsignedLine(const int8_t* p)
+      : a(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
+        b(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))) {}
+  I16 dot(I16 acc, Quad quad) const {
+    return {add_dots(acc.a, quad.v, a), add_dots(acc.b, quad.v, b)};
+  }
+};
+struct SignedLine : UnsignedLine {
+  static constexpr int32_t kBias = 0;
+  using UnsignedLine::UnsignedLine;
+  I16 dot(I16 acc, Quad quad) const {
+    return {add_dots(acc.a, _mm256_abs_epi8(a), _mm256_sign_epi8(quad.v, a)),
+            add_dots(acc.b, _mm256_abs_epi8(b), _mm256_sign_epi8(quad.v, b))};
+  }
+};
+inline __m256i join_digits(__m256i high, __m256i low) {
+  return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low);
+}
+inline I16 join_digits(I16 high, I16 low) {
+  return {join_digits(high.a, low.a), join_digits(high.b, low.b)};
+}
+inline V16 to_float(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+constexpr size_t kDotRows = 3, kDotAccumulators = 6, kMaxDotPanels = 1;
 
 #include "kernels_vector.inl"
 

@@ -54,10 +54,6 @@ inline float reduce_magnitude(V16 peaks) {
 inline V16 load_kv(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline V16 load_kv(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
-}
 inline V16 load_kv(const float* p) { return load(p); }
 inline void store_f16(uint16_t* p, V16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -71,13 +67,41 @@ inline int32_t store_i8(int8_t* p, V16 a) {
 }
 constexpr size_t kMaxRegisterRows = 12;
 
-#include "kernels_vector.inl"
-
+// Dot products of int8. One operand must be unsigned: lines with 128 added, or the factors.
+struct I16 {
+  __m512i v;
+};
+struct Quad {
+  __m512i v;
+};
 inline __m512i broadcast4(const int8_t* p) {
   int32_t quad;
   __builtin_memcpy(&quad, p, 4);
   return _mm512_set1_epi32(quad);
 }
+inline I16 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Quad load_quad(const int8_t* p) { return {broadcast4(p)}; }
+struct SignedLine {
+  static constexpr int32_t kBias = 128;
+  __m512i v;
+  SignedLine() = default;
+  explicit SignedLine(const int8_t* p)
+      : v(_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))) {}
+  I16 dot(I16 acc, Quad quad) const { return {_mm512_dpbusd_epi32(acc.v, v, quad.v)}; }
+};
+struct UnsignedLine {
+  __m512i v;
+  UnsignedLine() = default;
+  explicit UnsignedLine(const int8_t* p) : v(_mm512_loadu_si512(p)) {}
+  I16 dot(I16 acc, Quad quad) const { return {_mm512_dpbusd_epi32(acc.v, quad.v, v)}; }
+};
+inline I16 join_digits(I16 high, I16 low) {
+  return {_mm512_add_epi32(_mm512_slli_epi32(high.v, 7), low.v)};
+}
+inline V16 to_float(I16 x) { return {_mm512_cvtepi32_ps(x.v)}; }
+constexpr size_t kDotRows = 6, kDotAccumulators = 24, kMaxDotPanels = 4;
+
+#include "kernels_vector.inl"
 
 inline __m512 load_f16(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));

@@ -73,13 +73,6 @@ inline V16 load_half16(const void* p) {
            vcvt_f32_f16(vget_low_f16(high)), vcvt_high_f32_f16(high)}};
 }
 inline V16 load_kv(const uint16_t* p) { return load_half16(p); }
-inline V16 load_kv(const int8_t* p) {
-  const int8x16_t bytes = vld1q_s8(p);
-  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
-  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
-           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
-           vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
-}
 inline V16 load_kv(const float* p) { return load(p); }
 inline void store_f16(uint16_t* p, V16 x) {
   for (int i = 0; i < 4; ++i) vst1_f16(reinterpret_cast<__fp16*>(p + 4 * i), vcvt_f16_f32(x.v[i]));
@@ -122,6 +115,43 @@ inline int32_t store_group(const QuantizedRow& row, int8_t* codes, V16 lo, V16 h
 }
 #endif
 constexpr size_t kMaxRegisterRows = 6;
+
+// Dot products of int8.
+struct I16 {
+  int32x4_t v[4];
+};
+struct Quad {
+  int8x16_t v;
+};
+inline I16 set1_i32(int32_t x) {
+  const int32x4_t v = vdupq_n_s32(x);
+  return {{v, v, v, v}};
+}
+inline Quad load_quad(const int8_t* p) {
+  int32_t quad;
+  __builtin_memcpy(&quad, p, 4);
+  return {vreinterpretq_s8_s32(vdupq_n_s32(quad))};
+}
+struct SignedLine {
+  static constexpr int32_t kBias = 0;
+  int8x16_t v[4];
+  SignedLine() = default;
+  explicit SignedLine(const int8_t* p)
+      : v{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)} {}
+  I16 dot(I16 acc, Quad quad) const {
+    for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], v[i], quad.v);
+    return acc;
+  }
+};
+using UnsignedLine = SignedLine;  // factors of up to 127 are either
+inline I16 join_digits(I16 high, I16 low) {
+  for (int i = 0; i < 4; ++i) high.v[i] = vaddq_s32(vshlq_n_s32(high.v[i], 7), low.v[i]);
+  return high;
+}
+inline V16 to_float(I16 x) {
+  return map([&](int i) { return vcvtq_f32_s32(x.v[i]); });
+}
+constexpr size_t kDotRows = 3, kDotAccumulators = 6, kMaxDotPanels = 1;
 
 #include "kernels_vector.inl"
 

@@ -1,4 +1,5 @@
 // The reference: plain loops that say what every other path must compute.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels.h"
@@ -9,7 +10,6 @@ namespace {
 
 float load_element(const float* p) { return *p; }
 float load_element(const uint16_t* p) { return half_to_float(*p); }
-float load_element(const int8_t* p) { return *p; }
 
 template <typename T>
 void matmul_float(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
@@ -138,39 +138,88 @@ float sum_exp(const float* x, size_t n, float shift) {
   return sum;
 }
 
-template <typename T>
-void attend(const AttentionJob& job) {
-  const T* keys = static_cast<const T*>(job.keys);
-  const T* values = static_cast<const T*>(job.values);
+void begin_row(const AttentionJob& job, size_t r) {
+  if (job.resumes) return;
+  job.maximum[r] = -3.0e38f, job.weight[r] = 0;
+  std::fill_n(job.out + r * job.head_dim, job.head_dim, 0.0f);
+}
+
+bool is_seen(const AttentionJob& job, size_t r, size_t position) {
+  return position < job.limits[r] && (!job.starts || position >= job.starts[r]);
+}
+
+void attend_f16(const AttentionJob& job) {
+  const size_t dim = job.head_dim;
+  const uint16_t* keys = static_cast<const uint16_t*>(job.keys);
+  const uint16_t* values = static_cast<const uint16_t*>(job.values);
   for (size_t r = 0; r < job.rows; ++r) {
-    const float* query = job.queries + r * job.head_dim;
-    float* out = job.out + r * job.head_dim;
-    float maximum = job.resumes ? job.maximum[r] : -3.0e38f;
-    float weight = job.resumes ? job.weight[r] : 0.0f;
-    for (size_t d = 0; !job.resumes && d < job.head_dim; ++d) out[d] = 0;
-    for (size_t p = job.begin; p < job.end && p < job.limits[r]; ++p) {
-      if (job.starts && p < job.starts[r]) continue;
-      const T* key = keys + p / kPositionBlock * kPositionBlock * job.head_dim + p % kPositionBlock;
+    begin_row(job, r);
+    const float* query = job.queries + r * dim;
+    float* out = job.out + r * dim;
+    for (size_t p = job.begin; p < job.end; ++p) {
+      if (!is_seen(job, r, p)) continue;
+      const uint16_t* key = keys + p / kPositionBlock * kPositionBlock * dim + p % kPositionBlock;
       float score = 0;
-      for (size_t d = 0; d < job.head_dim; ++d)
-        score += query[d] * load_element(key + d * kPositionBlock);
-      if (job.key_scales) score *= job.key_scales[p];
+      for (size_t d = 0; d < dim; ++d) score += query[d] * load_element(key + d * kPositionBlock);
       if (job.cap > 0) score = job.cap * std::tanh(score / job.cap);
-      const float previous = maximum;
-      maximum = std::fmax(maximum, score);
-      const float decay = std::exp(previous - maximum), share = std::exp(score - maximum);
-      weight = weight * decay + share;
-      const float factor = job.value_scales ? share * job.value_scales[p] : share;
-      for (size_t d = 0; d < job.head_dim; ++d)
-        out[d] = out[d] * decay + factor * load_element(values + p * job.head_dim + d);
+      const float maximum = std::fmax(job.maximum[r], score);
+      const float decay = std::exp(job.maximum[r] - maximum), share = std::exp(score - maximum);
+      job.weight[r] = job.weight[r] * decay + share;
+      for (size_t d = 0; d < dim; ++d)
+        out[d] = out[d] * decay + share * load_element(values + p * dim + d);
+      job.maximum[r] = maximum;
     }
-    job.maximum[r] = maximum;
-    job.weight[r] = weight;
   }
 }
 
-void attend_f16(const AttentionJob& job) { attend<uint16_t>(job); }
-void attend_i8(const AttentionJob& job) { attend<int8_t>(job); }
+// Queries are rounded to int8, and the weights of a span, times the values' scales, to whole numbers
+// of kMostWeight at most.
+void attend_i8(const AttentionJob& job) {
+  const size_t dim = job.head_dim;
+  const int8_t* keys = static_cast<const int8_t*>(job.keys);
+  const int8_t* values = static_cast<const int8_t*>(job.values);
+  int8_t query[kMaxHeadDim];
+  for (size_t r = 0; r < job.rows; ++r) {
+    begin_row(job, r);
+    const float query_scale = to_i8(job.queries + r * dim, dim, query);
+    float* out = job.out + r * dim;
+    for (size_t first = job.begin, next; first < job.end; first = next) {
+      next = std::min((first / kScoreSpan + 1) * kScoreSpan, job.end);
+      float weights[kScoreSpan] = {}, maximum = job.maximum[r];
+      for (size_t p = first; p < next; ++p) {
+        if (!is_seen(job, r, p)) continue;
+        int32_t dot = 0;
+        for (size_t d = 0; d < dim; ++d)
+          dot += query[d] * keys[p / 16 * 16 * dim + d / 4 * 64 + p % 16 * 4 + d % 4];
+        float score = static_cast<float>(dot) * (job.key_scales[p] * query_scale);
+        if (job.cap > 0) score = job.cap * std::tanh(score / job.cap);
+        weights[p - first] = score;
+        maximum = std::fmax(maximum, score);
+      }
+      const float decay = std::exp(job.maximum[r] - maximum);
+      float total = 0, peak = 0, scaled = 0;
+      for (size_t p = first; p < next; ++p) {
+        float& weight = weights[p - first];
+        weight = is_seen(job, r, p) ? std::exp(weight - maximum) : 0.0f;
+        total += weight;
+        weight *= job.value_scales[p];
+        scaled += weight;
+        peak = std::fmax(peak, weight);
+      }
+      job.weight[r] = job.weight[r] * decay + total;
+      job.maximum[r] = maximum;
+      const float factor = has_codes(peak) ? kMostWeight / peak : 0.0f;
+      const float unit = peak / kMostWeight + 0.0f * scaled;  // not finite where one is not
+      for (size_t d = 0; d < dim; ++d) {
+        int32_t sum = 0;
+        for (size_t p = first; factor != 0 && p < next; ++p)
+          sum += static_cast<int32_t>(std::lrint(weights[p - first] * factor)) *
+                 values[(p / 4 * dim + d) * 4 + p % 4];
+        out[d] = out[d] * decay + unit * static_cast<float>(sum);
+      }
+    }
+  }
+}
 
 uint64_t int8_probe(size_t iterations) {
   int32_t sum = 0;

@@ -208,37 +208,33 @@ inline void rows_times_panels(const float* a, size_t a_stride, const T* b, size_
 template <size_t R>
 constexpr size_t kPanels = kMaxRegisterRows / R > 4 ? 4 : kMaxRegisterRows / R;
 
-constexpr size_t kSpan = 64;  // positions whose scores are held at a time
-
-template <size_t R, size_t W, typename T>
+template <size_t R, size_t W>
 inline void key_scores(const AttentionJob& job, size_t row, size_t position, float* scores) {
   V16 acc[R][W];
   for (auto& line : acc)
     for (V16& x : line) x = zero();
   rows_times_panels<R, W>(job.queries + row * job.head_dim, job.head_dim,
-                          static_cast<const T*>(job.keys) + position * job.head_dim,
+                          static_cast<const uint16_t*>(job.keys) + position * job.head_dim,
                           kPositionBlock, kPositionBlock * job.head_dim, job.head_dim,
-                          kSpan * job.head_dim, acc);
+                          kScoreSpan * job.head_dim, acc);
   for (size_t r = 0; r < R; ++r)
     for (size_t w = 0; w < W; ++w) {
-      const size_t p = w * kPositionBlock;
-      if (job.key_scales) acc[r][w] = mul(acc[r][w], load(job.key_scales + position + p));
-      store(scores + r * kSpan + p, acc[r][w]);
+      store(scores + r * kScoreSpan + w * kPositionBlock, acc[r][w]);
     }
 }
 
-template <size_t R, typename T>
+template <size_t R>
 void all_key_scores(const AttentionJob& job, size_t row, size_t first, size_t count,
-                    float (*scores)[kSpan]) {
+                    float (*scores)[kScoreSpan]) {
   constexpr size_t W = kPanels<R>;
   size_t p = 0;
   for (; p + W * kPositionBlock <= count; p += W * kPositionBlock)
-    key_scores<R, W, T>(job, row, first + p, scores[row] + p);
+    key_scores<R, W>(job, row, first + p, scores[row] + p);
   for (; p < count; p += kPositionBlock)
-    key_scores<R, 1, T>(job, row, first + p, scores[row] + p);
+    key_scores<R, 1>(job, row, first + p, scores[row] + p);
 }
 
-template <size_t R, size_t W, typename T>
+template <size_t R, size_t W>
 inline void add_values(const AttentionJob& job, size_t row, size_t first, size_t count,
                        const float* weights, const float* decay, size_t d) {
   V16 acc[R][W];
@@ -246,101 +242,252 @@ inline void add_values(const AttentionJob& job, size_t row, size_t first, size_t
   for (size_t r = 0; r < R; ++r)
     for (size_t w = 0; w < W; ++w)
       acc[r][w] = mul(load(out + r * job.head_dim + w * 16), set1(decay[r]));
-  rows_times_panels<R, W>(weights, kSpan,
-                          static_cast<const T*>(job.values) + first * job.head_dim + d,
-                          job.head_dim, 16, count, kSpan * job.head_dim, acc);
+  rows_times_panels<R, W>(weights, kScoreSpan,
+                          static_cast<const uint16_t*>(job.values) + first * job.head_dim + d,
+                          job.head_dim, 16, count, kScoreSpan * job.head_dim, acc);
   for (size_t r = 0; r < R; ++r)
     for (size_t w = 0; w < W; ++w) store(out + r * job.head_dim + w * 16, acc[r][w]);
 }
 
-template <size_t R, typename T>
+template <size_t R>
 void add_all_values(const AttentionJob& job, size_t row, size_t first, size_t count,
-                    const float (*weights)[kSpan], const float* decay) {
+                    const float (*weights)[kScoreSpan], const float* decay) {
   constexpr size_t W = kPanels<R>;
   size_t d = 0;
   for (; d + W * 16 <= job.head_dim; d += W * 16)
-    add_values<R, W, T>(job, row, first, count, weights[row], decay + row, d);
+    add_values<R, W>(job, row, first, count, weights[row], decay + row, d);
   for (; d < job.head_dim; d += 16)
-    add_values<R, 1, T>(job, row, first, count, weights[row], decay + row, d);
+    add_values<R, 1>(job, row, first, count, weights[row], decay + row, d);
 }
 
-// Calls `f<R>(row)` for row groups of 12, 6, 3 and 1, capped at what the register file holds.
-#define POCKETSLM_FOR_ROW_GROUPS(rows, call)                       \
-  for (size_t row = 0; row < (rows);) {                            \
-    const size_t left = (rows)-row;                                \
-    if (kMaxRegisterRows >= 12 && left >= 12) {                    \
-      constexpr size_t R = kMaxRegisterRows >= 12 ? 12 : 1;        \
-      call;                                                        \
-      row += R;                                                    \
-    } else if (kMaxRegisterRows >= 6 && left >= 6) {               \
-      constexpr size_t R = kMaxRegisterRows >= 6 ? 6 : 1;          \
-      call;                                                        \
-      row += R;                                                    \
-    } else if (left >= 3) {                                        \
-      constexpr size_t R = 3;                                      \
-      call;                                                        \
-      row += R;                                                    \
-    } else {                                                       \
-      constexpr size_t R = 1;                                      \
-      call;                                                        \
-      row += R;                                                    \
-    }                                                              \
+// Calls `f<R>(row)` for row groups of 12, 6, 3 and 1, at most `most`.
+#define POCKETSLM_FOR_ROW_GROUPS(most, rows, call)     \
+  for (size_t row = 0; row < (rows);) {                \
+    const size_t left = (rows)-row;                    \
+    if (most >= 12 && left >= 12) {                    \
+      constexpr size_t R = most >= 12 ? 12 : 1;        \
+      call;                                            \
+      row += R;                                        \
+    } else if (most >= 6 && left >= 6) {               \
+      constexpr size_t R = most >= 6 ? 6 : 1;          \
+      call;                                            \
+      row += R;                                        \
+    } else if (left >= 3) {                            \
+      constexpr size_t R = 3;                          \
+      call;                                            \
+      row += R;                                        \
+    } else {                                           \
+      constexpr size_t R = 1;                          \
+      call;                                            \
+      row += R;                                        \
+    }                                                  \
   }
 
-template <typename T>
-void attend(const AttentionJob& job) {
-  alignas(64) float scores[kMaxQueryRows][kSpan];
-  float decay[kMaxQueryRows];
+// A row's scores of `count` positions from `first` on to weights, and into its state; returns how the
+// result so far decays.
+inline float weigh(const AttentionJob& job, size_t r, size_t first, size_t count, float* s) {
+  if (job.cap > 0) soft_cap(s, count, job.cap);
+  const size_t visible = job.limits[r] <= first          ? 0
+                         : job.limits[r] - first < count ? job.limits[r] - first
+                                                         : count;
+  const size_t unseen = !job.starts || job.starts[r] <= first ? 0
+                        : job.starts[r] - first < visible     ? job.starts[r] - first
+                                                              : visible;
   const V16 lowest = set1(-3.0e38f);
+  for (size_t p = visible; p < count; ++p) s[p] = -3.0e38f;
+  for (size_t p = 0; p < unseen; ++p) s[p] = -3.0e38f;
+  V16 peaks = lowest;
+  for (size_t p = 0; p < count; p += 16) peaks = max(peaks, load(s + p));
+  const float peak = reduce_max(peaks);
+  const float maximum = peak > job.maximum[r] ? peak : job.maximum[r];
+  alignas(64) float decay[16];
+  store(decay, exp16(set1(job.maximum[r] - maximum)));
+  for (size_t p = 0; p < count; p += 16) store(s + p, exp16(sub(load(s + p), set1(maximum))));
+  for (size_t p = visible; p < count; ++p) s[p] = 0;
+  for (size_t p = 0; p < unseen; ++p) s[p] = 0;
+  V16 total = zero();
+  for (size_t p = 0; p < count; p += 16) total = add(total, load(s + p));
+  job.weight[r] = job.weight[r] * decay[0] + reduce_add(total);
+  job.maximum[r] = maximum;
+  return decay[0];
+}
+
+inline void begin_rows(const AttentionJob& job) {
   for (size_t r = 0; !job.resumes && r < job.rows; ++r) {
     job.maximum[r] = -3.0e38f;
     job.weight[r] = 0;
     for (size_t d = 0; d < job.head_dim; d += 16) store(job.out + r * job.head_dim + d, zero());
   }
-  for (size_t first = job.begin; first < job.end; first += kSpan) {
-    const size_t live = job.end - first < kSpan ? job.end - first : kSpan;
-    const size_t count = round_up(live, kPositionBlock);
-    POCKETSLM_FOR_ROW_GROUPS(job.rows, (all_key_scores<R, T>(job, row, first, count, scores)))
-    for (size_t r = 0; r < job.rows; ++r) {
-      float* s = scores[r];
-      if (job.cap > 0) soft_cap(s, count, job.cap);
-      const size_t visible = job.limits[r] <= first          ? 0
-                             : job.limits[r] - first < count ? job.limits[r] - first
-                                                             : count;
-      const size_t unseen = !job.starts || job.starts[r] <= first ? 0
-                            : job.starts[r] - first < visible     ? job.starts[r] - first
-                                                                  : visible;
-      for (size_t p = visible; p < count; ++p) s[p] = -3.0e38f;
-      for (size_t p = 0; p < unseen; ++p) s[p] = -3.0e38f;
-      V16 peaks = lowest;
-      for (size_t p = 0; p < count; p += 16) peaks = max(peaks, load(s + p));
-      const float peak = reduce_max(peaks);
-      const float maximum = peak > job.maximum[r] ? peak : job.maximum[r];
-      alignas(64) float factor[16];
-      store(factor, exp16(set1(job.maximum[r] - maximum)));
-      decay[r] = factor[0];
-      V16 total = zero();
-      for (size_t p = 0; p < count; p += 16) {
-        const V16 e = exp16(sub(load(s + p), set1(maximum)));
-        store(s + p, e);
-      }
-      for (size_t p = visible; p < count; ++p) s[p] = 0;
-      for (size_t p = 0; p < unseen; ++p) s[p] = 0;
-      for (size_t p = 0; p < count; p += 16) total = add(total, load(s + p));
-      job.weight[r] = job.weight[r] * decay[r] + reduce_add(total);
-      job.maximum[r] = maximum;
-      if (job.value_scales)
-        for (size_t p = 0; p < count; p += 16)
-          store(s + p, mul(load(s + p), load(job.value_scales + first + p)));
-    }
-    // Positions past `live` were never written: their weight is 0, but 0 * NaN is not.
-    POCKETSLM_FOR_ROW_GROUPS(job.rows,
-                             (add_all_values<R, T>(job, row, first, live, scores, decay)))
+}
+
+// Calls f(first position, positions, the same rounded up) for the spans of a job.
+template <typename F>
+inline void for_spans(const AttentionJob& job, F&& f) {
+  for (size_t first = job.begin, next; first < job.end; first = next) {
+    next = (first / kScoreSpan + 1) * kScoreSpan;
+    const size_t live = (job.end < next ? job.end : next) - first;
+    f(first, live, round_up(live, kPositionBlock));
   }
 }
 
-void attend_f16(const AttentionJob& job) { attend<uint16_t>(job); }
-void attend_i8(const AttentionJob& job) { attend<int8_t>(job); }
+void attend_f16(const AttentionJob& job) {
+  alignas(64) float scores[kMaxQueryRows][kScoreSpan];
+  float decay[kMaxQueryRows];
+  begin_rows(job);
+  for_spans(job, [&](size_t first, size_t live, size_t count) {
+    POCKETSLM_FOR_ROW_GROUPS(kMaxRegisterRows, job.rows,
+                             (all_key_scores<R>(job, row, first, count, scores)))
+    for (size_t r = 0; r < job.rows; ++r) decay[r] = weigh(job, r, first, count, scores[r]);
+    // Positions past `live` were never written: their weight is 0, but 0 * NaN is not.
+    POCKETSLM_FOR_ROW_GROUPS(kMaxRegisterRows, job.rows,
+                             (add_all_values<R>(job, row, first, live, scores, decay)))
+  });
+}
+
+// Attention over int8 keys and values takes dot products of int8: of the keys with queries that are
+// rounded to int8 as well, and of the values with weights of 14 bits, in two digits.
+
+// acc[r][w] += sum over i of a[r][4 i ..] times line i of panel w, which has four codes of each of 16
+// positions, or channels. L is how a path wants the lines for factors of this kind.
+template <typename L, size_t R, size_t W>
+inline void dot_panels(const int8_t* a, size_t a_stride, const int8_t* b, size_t b_step,
+                       size_t panel_stride, size_t count, size_t ahead, I16 (&acc)[R][W]) {
+  for (size_t i = 0; i < count; ++i) {
+    L lines[W];
+    for (size_t w = 0; w < W; ++w) {
+      const int8_t* line = b + w * panel_stride + i * b_step;
+      __builtin_prefetch(line + ahead, 0, 2);
+      lines[w] = L(line);
+    }
+    for (size_t r = 0; r < R; ++r) {
+      const Quad quad = load_quad(a + r * a_stride + 4 * i);
+      for (size_t w = 0; w < W; ++w) acc[r][w] = lines[w].dot(acc[r][w], quad);
+    }
+  }
+}
+
+template <size_t R>
+constexpr size_t kDotPanels = kDotAccumulators / (2 * R) > kMaxDotPanels
+                                  ? kMaxDotPanels
+                                  : kDotAccumulators / (2 * R);
+
+// The rows of a job as int8.
+struct QueryCodes {
+  alignas(64) int8_t codes[kMaxQueryRows * kMaxHeadDim];
+  float scales[kMaxQueryRows];
+  int32_t sums[kMaxQueryRows];
+};
+
+template <size_t R, size_t W>
+inline void key_dots(const AttentionJob& job, const QueryCodes& queries, size_t row,
+                     size_t position, float* scores) {
+  I16 acc[R][W];
+  const size_t dim = job.head_dim;
+  for (size_t r = 0; r < R; ++r)
+    for (size_t w = 0; w < W; ++w) acc[r][w] = set1_i32(-SignedLine::kBias * queries.sums[row + r]);
+  dot_panels<SignedLine>(queries.codes + row * dim, dim,
+                         static_cast<const int8_t*>(job.keys) + position * dim, 64,
+                         kPositionBlock * dim, dim / 4, kScoreSpan * dim, acc);
+  for (size_t r = 0; r < R; ++r)
+    for (size_t w = 0; w < W; ++w) {
+      const V16 scale = mul(load(job.key_scales + position + w * kPositionBlock),
+                            set1(queries.scales[row + r]));
+      store(scores + r * kScoreSpan + w * kPositionBlock, mul(to_float(acc[r][w]), scale));
+    }
+}
+
+template <size_t R>
+void all_key_dots(const AttentionJob& job, const QueryCodes& queries, size_t row, size_t first,
+                  size_t count, float (*scores)[kScoreSpan]) {
+  constexpr size_t W = kDotPanels<R>;
+  size_t p = 0;
+  for (; p + W * kPositionBlock <= count; p += W * kPositionBlock)
+    key_dots<R, W>(job, queries, row, first + p, scores[row] + p);
+  for (; p < count; p += kPositionBlock)
+    key_dots<R, 1>(job, queries, row, first + p, scores[row] + p);
+}
+
+// The weights of a span as whole numbers of `unit`, in a high and a low digit.
+struct WeightDigits {
+  alignas(64) int8_t digits[kMaxQueryRows][2][kScoreSpan];
+  float units[kMaxQueryRows];
+
+  // Scales past `live` were never written.
+  void set(size_t r, float* weights, const float* scales, size_t live, size_t count) {
+    for (size_t p = 0; p < count; p += 16)
+      store(weights + p, mul(load(weights + p), load(scales + p)));
+    for (size_t p = live; p < count; ++p) weights[p] = 0;
+    V16 peaks = zero(), total = zero();
+    for (size_t p = 0; p < count; p += 16)
+      peaks = max(peaks, load(weights + p)), total = add(total, load(weights + p));
+    const float peak = reduce_max(peaks);
+    const V16 factor = set1(has_codes(peak) ? kMostWeight / peak : 0.0f);
+    units[r] = peak / kMostWeight + 0.0f * reduce_add(total);  // not finite where one is not
+    for (size_t p = 0; p < count; p += 16) {
+      // The greater of NaN and 0 is 0 or, on NEON, has a code of 0: `unit` says what it was.
+      const V16 code = round_even(max(mul(load(weights + p), factor), zero()));
+      // Rounded down: what is left of a 128th, less this, is below a half.
+      const V16 high = round_even(sub(mul(code, set1(1.0f / 128)), set1(0.498046875f)));
+      store_i8(digits[r][0] + p, high);
+      store_i8(digits[r][1] + p, sub(code, mul(high, set1(128))));
+    }
+  }
+};
+
+template <size_t R, size_t W>
+inline void add_value_dots(const AttentionJob& job, const WeightDigits& weights, size_t row,
+                           size_t first, size_t quads, const float* decay, size_t d) {
+  I16 acc[2 * R][W];
+  for (auto& line : acc)
+    for (I16& x : line) x = set1_i32(0);
+  const size_t dim = job.head_dim;
+  dot_panels<UnsignedLine>(weights.digits[row][0], kScoreSpan,
+                           static_cast<const int8_t*>(job.values) + first * dim + 4 * d, 4 * dim,
+                           64, quads, kScoreSpan * dim, acc);
+  for (size_t r = 0; r < R; ++r)
+    for (size_t w = 0; w < W; ++w) {
+      float* out = job.out + (row + r) * dim + d + w * 16;
+      const V16 sum = to_float(join_digits(acc[2 * r][w], acc[2 * r + 1][w]));
+      store(out, fma(sum, set1(weights.units[row + r]), mul(load(out), set1(decay[row + r]))));
+    }
+}
+
+template <size_t R>
+void add_all_value_dots(const AttentionJob& job, const WeightDigits& weights, size_t row,
+                        size_t first, size_t quads, const float* decay) {
+  constexpr size_t W = kDotPanels<R>;
+  size_t d = 0;
+  for (; d + W * 16 <= job.head_dim; d += W * 16)
+    add_value_dots<R, W>(job, weights, row, first, quads, decay, d);
+  for (; d < job.head_dim; d += 16)
+    add_value_dots<R, 1>(job, weights, row, first, quads, decay, d);
+}
+
+void attend_i8(const AttentionJob& job) {
+  alignas(64) float scores[kMaxQueryRows][kScoreSpan];
+  float decay[kMaxQueryRows];
+  QueryCodes queries;
+  WeightDigits weights;
+  const size_t dim = job.head_dim;
+  for (size_t r = 0; r < job.rows; ++r) {
+    int8_t* codes = queries.codes + r * dim;
+    queries.scales[r] = to_i8(job.queries + r * dim, dim, codes);
+    queries.sums[r] = 0;
+    for (size_t d = 0; d < dim; ++d) queries.sums[r] += codes[d];
+  }
+  begin_rows(job);
+  for_spans(job, [&](size_t first, size_t live, size_t count) {
+    POCKETSLM_FOR_ROW_GROUPS(kDotRows, job.rows,
+                             (all_key_dots<R>(job, queries, row, first, count, scores)))
+    for (size_t r = 0; r < job.rows; ++r) {
+      decay[r] = weigh(job, r, first, count, scores[r]);
+      weights.set(r, scores[r], job.value_scales + first, live, count);
+    }
+    POCKETSLM_FOR_ROW_GROUPS(
+        kDotRows, job.rows,
+        (add_all_value_dots<R>(job, weights, row, first, (live + 3) / 4, decay)))
+  });
+}
 
 // Matrices kept as floats. OUTPUT rows are lanes; columns are added in order.
 template <typename T, size_t R>
@@ -360,7 +507,7 @@ void matmul_float(const Blocks& blocks, size_t count, size_t cols, const Activat
     const T* block = reinterpret_cast<const T*>(blocks.from(b).data);
     if (tile.ahead) use_lines(*tile.ahead, cols * kBlockRows * sizeof(T) / 64);
     POCKETSLM_FOR_ROW_GROUPS(
-        tile.tokens, (matmul_float_rows<T, R>(block, cols, tile, row, out + b * 16, out_stride)))
+        kMaxRegisterRows, tile.tokens, (matmul_float_rows<T, R>(block, cols, tile, row, out + b * 16, out_stride)))
   }
 }
 #undef POCKETSLM_FOR_ROW_GROUPS

@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 5
+#define PSLM_ABI_VERSION 6
 
 typedef enum {
   PSLM_OK = 0,
@@ -216,9 +216,27 @@ PSLM_API pslm_status pslm_forward_top(pslm_session* session, const int32_t* toke
  * split 8-bit head only the rows that may win are read in full. */
 PSLM_API pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                                       pslm_error error);
-/* The same for any number of tokens. */
+/* The same for any number of tokens; `next` receives what follows each of the last `following` of
+ * them, 1 to count. Tokens get the same bits together as one by one: what was guessed of a text can
+ * be checked in one call, and the wrong part taken back by pslm_truncate. */
 PSLM_API pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, size_t count,
-                                         int32_t* next, pslm_error error);
+                                         size_t following, int32_t* next, pslm_error error);
+
+/* Guesses of what follows in a text, from where its last tokens stood before: for greedy decoding by
+ * pslm_forward_greedy. It knows one text and serves one thread at a time. */
+typedef struct pslm_lookup pslm_lookup;
+PSLM_API pslm_status pslm_lookup_open(pslm_lookup** lookup, pslm_error error);
+PSLM_API void pslm_lookup_close(pslm_lookup* lookup);
+/* Appends to the text. */
+PSLM_API pslm_status pslm_lookup_push(pslm_lookup* lookup, const int32_t* tokens, size_t count,
+                                      pslm_error error);
+/* Writes at most `most` tokens; `count` becomes how many, 0 where nothing is worth a guess: it weighs
+ * how often guesses were right against the time that their check took. */
+PSLM_API pslm_status pslm_lookup_guess(pslm_lookup* lookup, int32_t* tokens, size_t most,
+                                       size_t* count, pslm_error error);
+/* Tells how many of the last guesses, also of none, were right, from the first on; as soon as that is
+ * known, since the time since then counts. */
+PSLM_API pslm_status pslm_lookup_judge(pslm_lookup* lookup, size_t right, pslm_error error);
 
 /* Where time goes, in nanoseconds of the calling thread with its waiting for others, summed over
  * the calls since profiling was turned on. Norms and quantization count to the product they feed. */

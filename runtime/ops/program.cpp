@@ -11,7 +11,7 @@
 namespace pocketslm {
 namespace {
 
-constexpr uint32_t kMaxHeads = 1024, kMaxHeadDim = 1024, kMaxTaps = 64;
+constexpr uint32_t kMaxHeads = 1024, kMaxTaps = 64;
 constexpr uint32_t kMaxWindow = 1u << 24;
 
 struct Fault {

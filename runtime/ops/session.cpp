@@ -51,7 +51,12 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   }
   panel_ = Panel(batch_, std::max(hidden_size, program_.width(BufferId::attended)));
   hidden_panel_ = Panel(batch_, program_.width(BufferId::hidden));
-  const size_t pieces = program_.widest_heads * kMaxSpans;
+  // A caller's memory may hold as much as the model reads.
+  const size_t most = kv_type == PSLM_KV_CALLER ? model.config.max_context : context;
+  size_t pieces = 0;
+  for (const Step& step : program_.steps)
+    if (step.code == Code::attend)
+      pieces = std::max(pieces, kFewTokens * step.heads * (most_pieces(step, most) + 1));
   piece_out_ = Buffer<float>(pieces * program_.widest_head_dim);
   piece_maximum_ = Buffer<float>(pieces);
   piece_weight_ = Buffer<float>(pieces);
@@ -69,12 +74,12 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
     if (w) nibbles = std::max(nibbles, w->first.low_stride);
   for (Member& member : members_) member.nibbles = Buffer<uint8_t>(nibbles);
   if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
-    highest_ = Buffer<float>(head->blocks());
-    screened_ = Buffer<float>(head->blocks() * kBlockRows);
+    highest_ = Buffer<float>(kMaxTile * head->blocks());
+    screened_ = Buffer<float>(kMaxTile * head->blocks() * kBlockRows);
     spreads_ = Buffer<uint16_t>(round_up(head->blocks(), kBlockRows) * (head->cols / kGroup));
     for (Member& member : members_) {
-      member.screen.corrections.resize(hidden_size / kGroup);
-      member.screen.energies.resize(hidden_size / kGroup);
+      member.corrections.resize(kMaxTile * hidden_size / kGroup);
+      member.energies.resize(kMaxTile * hidden_size / kGroup);
     }
   }
 }
@@ -328,9 +333,9 @@ PanelView Session::product_input(unsigned m, const Step& step) {
     return quantized(m, panel_, rows, width, [](size_t) {});
   const Step& source = program_.steps[step.source];
   float* joined = members_[m].normed.data();
-  const Spans spans = spans_of(source);
+  const size_t pieces = pieces_of(source, seen_by(source, 0)).count;
   for (size_t head = 0; head < source.heads; ++head)
-    join(source, spans, head, joined + head * source.head_dim);
+    join(source, pieces, head, joined + head * source.head_dim);
   return quantized(m, panel_, joined, width, [](size_t) {});
 }
 

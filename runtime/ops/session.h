@@ -18,8 +18,8 @@ namespace pocketslm {
 
 constexpr size_t kBatch = 256;         // tokens of a prompt that go through a layer together
 constexpr size_t kMaxWhole = 8192;     // the same where each of them sees all others
+constexpr size_t kFewTokens = 8;       // whose attention is cut into pieces for threads
 constexpr size_t kScratchBlocks = 16;  // blocks of 16 outputs that a matmul call may fill
-constexpr size_t kMaxSpans = 64;       // pieces that attention of one token is cut into
 
 struct Candidate {
   float logit;
@@ -45,8 +45,8 @@ class Session {
 
   // Arguments are checked by the caller; logits as in pslm_forward.
   void forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits);
-  // The most probable token after these.
-  int32_t forward_greedy(const int32_t* tokens, size_t count);
+  // The most probable token after each of the last `following` of these.
+  void forward_greedy(const int32_t* tokens, size_t count, size_t following, int32_t* next);
   // The `top` most probable tokens after these, with their logits; returns the logarithm of the sum
   // of exp over all logits.
   double forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best, float* logits);
@@ -78,12 +78,6 @@ class Session {
   void set_updates(std::vector<StepUpdates> updates);
 
  private:
-  // What screening a split head by its high nibbles takes of the activations, by group.
-  struct Screen {
-    std::vector<int32_t> corrections;
-    std::vector<float> energies;
-    void prepare(const ActivationTile& input);
-  };
   // What one thread needs for itself.
   struct Member {
     Buffer<uint8_t> nibbles;  // of one block, read from the file
@@ -97,9 +91,13 @@ class Session {
     uint64_t read_bytes = 0;  // of weights, since shares were balanced
     // Of the head: the highest logits that this thread saw, a heap, and the sum of all.
     std::vector<Candidate> top;
+    Candidate best[kMaxTile];  // greedy: of each token
     float peak = 0, sum = 0;  // sum of exp(logit - peak)
     bool finite = true;       // no logit was NaN or infinite
-    Screen screen;
+    // What screening a split head by its high nibbles takes of the activations: [group][token] of a
+    // tile, and [token][group].
+    std::vector<int32_t> corrections;
+    std::vector<float> energies;
   };
   enum class Head { none, last_logits, all_logits, greedy, top };
 
@@ -122,28 +120,40 @@ class Session {
   struct Seen {
     size_t begin, end;
   };
-  // How attention of one token is cut: `count` spans of `length` positions in [begin, end).
-  struct Spans {
-    size_t begin, end, length, count;
+  struct Pieces {
+    size_t first, count;
   };
   Seen seen_by(const Step& step, size_t token) const;
-  Spans spans_of(const Step& step) const;
-  void attend_one(unsigned m, const Step& step);
+  static size_t piece_at(const Step& step, size_t position);
+  static size_t piece_begin(const Step& step, size_t piece);
+  static Pieces pieces_of(const Step& step, const Seen& seen);
+  static size_t most_pieces(const Step& step, size_t context);
+  // Of the query rows of a job.
+  struct Rows {
+    Seen seen[kMaxQueryRows];
+    float maximum[kMaxQueryRows], weight[kMaxQueryRows];
+  };
+  AttentionJob job_of(unsigned m, const Step& step, size_t first, size_t last, size_t query_head,
+                      size_t heads, Rows& rows);
+  void store_all(unsigned m, const Step& step);
+  void attend_few(unsigned m, const Step& step);
   void attend_many(unsigned m, const Step& step);
-  void attend_over(const Step& step, size_t head, size_t begin, size_t end, const Seen* seen,
-                   AttentionJob& job);
-  void join(const Step& step, const Spans& spans, size_t head, float* out) const;
+  void attend_piece(const Step& step, size_t head, size_t piece, const Seen& all,
+                    const Seen* seen, AttentionJob& job);
+  void join(const Step& step, size_t count, size_t row, float* out) const;
   void rotate(const Step& step, float* head, size_t token) const;
   void prepare_head(const Step& step, const float* norm, float* head, size_t token) const;
   void prepare_queries(const Step& step, size_t token, const float* q, size_t heads, float* out);
   void store(const Step& step, size_t head, size_t token);
 
-  void offer(Member& member, const float* logits, size_t count, size_t first_token, bool total);
+  void offer(Member& member, const float* logits, size_t count, size_t first_token);
+  void offer_best(Member& member, size_t token, const float* logits, size_t count,
+                  size_t first_token);
   void finish_logits(Head head, float* logits, size_t count, size_t first_token) const;
   void write_output(unsigned m, Head head, float* output);
-  void screen_blocks(unsigned m, const ActivationTile& input, size_t begin, size_t end);
-  void find_top(const int32_t* tokens, size_t count, size_t top, Head head);
-  void settle(unsigned m, const ActivationTile& input);
+  void screen(unsigned m, const PanelView& input, const Norm& norm);
+  void screen_blocks(unsigned m, const PanelView& input, size_t begin, size_t end);
+  void settle(unsigned m, size_t token, const ActivationTile& input);
 
   float* buffer(BufferId id) { return buffers_[static_cast<size_t>(id)].data(); }
   void apply(const Norm& norm, const float* x, size_t n, float* out) const;
@@ -185,12 +195,13 @@ class Session {
   Buffer<float> projected_;  // before a norm, if any product has one
   std::vector<Buffer<float>> cosines_, sines_;  // by rotary table
   Panel panel_, hidden_panel_;
-  // Attention of one token, the pieces [head][span].
+  // Attention of a few tokens, [token][head][piece].
   Buffer<float> piece_out_, piece_maximum_, piece_weight_;
 
-  size_t top_count_ = 1;  // tokens wanted of the head
-  // Of a split head by its high nibbles: logits in parts of 16, and the highest of each block. fp16
-  // [16 blocks][group][of them]: the largest scale.
+  size_t top_count_ = 1;  // candidates wanted of the head
+  size_t following_ = 1;  // tokens of the batch, the last ones, whose best successors are wanted
+  // Of a split head by its high nibbles: [token] logits in parts of 16, and the highest of each
+  // block. fp16 [16 blocks][group][of them]: the largest scale.
   Buffer<float> screened_, highest_;
   Buffer<uint16_t> spreads_;
 

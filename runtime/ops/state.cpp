@@ -18,7 +18,7 @@ States::States(const Program& program, const Kernels& kernels, size_t context, p
       columns += s.sizes[0] * (s.sizes[1] - 1);
     } else {
       if (kept.window && type != PSLM_KV_CALLER)
-        kept.room = std::min(all, round_up(kept.window + batch, kPositionBlock));
+        kept.room = std::min(all, round_up(kept.window + batch, kScoreSpan));
       kept.offset = scales;
       scales += kept.heads * 2 * kept.room;
       bytes += 2 * kept.heads * head_elements(kept) * width_;
@@ -58,22 +58,25 @@ void States::store(size_t state, size_t head, size_t position, const float* key,
   const Kept& kept = kept_[state];
   const size_t dim = kept.head_dim;
   const size_t place = position < kept.room ? position : position % kept.room;
-  uint8_t* keys = kept.keys + head * head_elements(kept) * width_;
-  uint8_t* values = kept.values + (head * head_elements(kept) + place * dim) * width_;
-  const size_t at = place / kPositionBlock * kPositionBlock * dim + place % kPositionBlock;
+  const size_t block = place / kPositionBlock * kPositionBlock * dim, in_block = place % kPositionBlock;
+  uint8_t* keys = kept.keys + (head * head_elements(kept) + block) * width_;
+  uint8_t* values = kept.values + head * head_elements(kept) * width_;
   if (type_ != PSLM_KV_I8) {
-    uint16_t half[1024];  // head_dim is at most this
+    uint16_t half[kMaxHeadDim];
     kernels_.to_f16(key, dim, half);
-    uint16_t* column = reinterpret_cast<uint16_t*>(keys) + at;
+    uint16_t* column = reinterpret_cast<uint16_t*>(keys) + in_block;
     for (size_t d = 0; d < dim; ++d) column[d * kPositionBlock] = half[d];
-    kernels_.to_f16(value, dim, reinterpret_cast<uint16_t*>(values));
-  } else {
-    int8_t codes[1024];
-    float* scales = scales_.data() + kept.offset + head * 2 * kept.room;
-    scales[place] = kernels_.to_i8(key, dim, codes);
-    for (size_t d = 0; d < dim; ++d) keys[at + d * kPositionBlock] = static_cast<uint8_t>(codes[d]);
-    scales[kept.room + place] = kernels_.to_i8(value, dim, reinterpret_cast<int8_t*>(values));
+    kernels_.to_f16(value, dim, reinterpret_cast<uint16_t*>(values) + place * dim);
+    return;
   }
+  int8_t codes[kMaxHeadDim];
+  float* scales = scales_.data() + kept.offset + head * 2 * kept.room;
+  scales[place] = kernels_.to_i8(key, dim, codes);
+  for (size_t d = 0; d < dim; d += 4)
+    std::memcpy(keys + d * kPositionBlock + 4 * in_block, codes + d, 4);
+  scales[kept.room + place] = kernels_.to_i8(value, dim, codes);
+  values += place / 4 * 4 * dim + place % 4;
+  for (size_t d = 0; d < dim; ++d) values[4 * d] = static_cast<uint8_t>(codes[d]);
 }
 
 void States::describe(size_t state, size_t head, AttentionJob& job) const {
@@ -111,8 +114,8 @@ size_t States::saved_from(const Kept& kept, size_t count) {
 }
 
 // Calls copy(pointer, bytes) for every run of bytes that belongs to the first positions, or to the
-// last of these that a window needs. Whole key blocks are saved: what lies past the last position is
-// never read before it is overwritten.
+// last of these that a window needs. Whole blocks of keys, or fours of int8 values, are saved: what
+// lies past the last position counts for nothing until it is overwritten.
 template <typename Copy>
 void States::visit_saved(size_t count, Copy&& copy) const {
   if (!count) return;
@@ -130,7 +133,8 @@ void States::visit_saved(size_t count, Copy&& copy) const {
         const size_t place = at % kept.room, live = std::min(count - at, kept.room - place);
         copy(static_cast<const uint8_t*>(part.keys) + place * dim * width_,
              round_up(live, kPositionBlock) * dim * width_);
-        copy(static_cast<const uint8_t*>(part.values) + place * dim * width_, live * dim * width_);
+        copy(static_cast<const uint8_t*>(part.values) + place * dim * width_,
+             round_up(live, type_ == PSLM_KV_I8 ? 4 : 1) * dim * width_);
         if (part.key_scales) {
           copy(part.key_scales + place, live * sizeof(float));
           copy(part.value_scales + place, live * sizeof(float));

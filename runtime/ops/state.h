@@ -1,8 +1,10 @@
 // What a session keeps of the tokens before, as its program declares it: keys and values, of all
 // positions or of a window, and the last columns of convolutions.
 //
-// Keys lie in blocks of 16 positions, [head_dim][16], so that a query row meets 16 positions in one
-// vector; values lie by position. A window is kept in a ring: position p lies at p % room.
+// Keys lie in blocks of 16 positions, so that a query row meets 16 positions in one vector: fp16 as
+// [head_dim][16], int8 as [head_dim / 4][16][4], whose four products are added at once. Values lie by
+// position, of int8 four positions together, [head_dim][4]. A window is kept in a ring: position p lies
+// at p % room.
 #pragma once
 
 #include <cstdint>

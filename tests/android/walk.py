@@ -117,11 +117,12 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         yield from me.tap("Summarise")
         card = screen.ids.history.children[0]
         before = me.frames
-        yield from me.wait(lambda: len(card.body) > 20, "the first words")
-        assert me.frames > before + 3, "the window stood still while the model worked"
-        screen.stop()  # the model has little to say: a finger could be too late
+        while len(card.body) <= 20:  # its first words
+            yield 0.02
+        screen.stop()  # the model has little to say: a finger would be too late
         yield from me.wait(lambda: not screen.busy, "the stop")
-        assert _last(app).finish in ("cancelled", "stop", "eos")
+        assert me.frames > before + 3, "the window stood still while the model worked"
+        assert _last(app).finish in ("cancelled", "stop", "eos"), _last(app)
         assert app.settings["pending"] is None
 
     def actions() -> Walk:

@@ -110,6 +110,7 @@ class ModelFiles(OfModels):
         steps: list[Callable[[], Any]] = [
             lambda: session.forward(tokens, all_logits=True),
             lambda: session.step_greedy(1),
+            lambda: session.forward_greedy(tokens, 4),
             lambda: session.forward_top(tokens[:2], 7),
             lambda: session.restore(session.length, session.save()),
             lambda: session.truncate(max(session.rewind_limit, session.length - 2)),

@@ -245,7 +245,7 @@ def test_a_shared_prefix_is_not_prefilled_again(tiny_bundle: Path) -> None:
     counted("forward")
     counted("forward_greedy")
     counted("step_greedy")
-    config = GenerationConfig(max_new_tokens=3, ignore_eos=True)
+    config = GenerationConfig(max_new_tokens=3, ignore_eos=True, prompt_lookup_num_tokens=0)
     document = list(range(50))
     first = list(engine.generate([*document, 7], config, ()))
     assert runs == [51, 1, 1]
@@ -290,11 +290,102 @@ def test_generate_runs_what_bench_times(backend: str, tiny_hf: Path, tmp_path: P
     expected = [timed.prefill(PROMPT), *(timed.step() for _ in range(count - 1))]
     of_bench = calls.copy()
     calls.clear()
-    config = GenerationConfig(max_new_tokens=count, ignore_eos=True)
+    config = GenerationConfig(max_new_tokens=count, ignore_eos=True, prompt_lookup_num_tokens=0)
     steps = generation.Engine(session).generate(PROMPT, config, ())
     assert [step.token for step in steps] == expected
     assert calls == of_bench
     assert calls[1:] == [(names[backend][-1], 1)] * (count - 1)
+
+
+class Oracle:
+    """Guesses at a known answer, some of them wrong."""
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer, self.wrong = answer, 0
+        self.text: list[int] = []
+        self.right: list[int] = []
+
+    def push(self, tokens: Sequence[int]) -> None:
+        self.text.extend(tokens)
+
+    def guess(self, most: int) -> list[int]:
+        at = len(self.text) - len(PROMPT)
+        guessed = self.answer[at : at + min(most, 7)]
+        self.wrong = (self.wrong + 3) % 8
+        if self.wrong < len(guessed):
+            guessed[self.wrong] = (guessed[self.wrong] + 1) % 256
+        return guessed
+
+    def judge(self, right: int) -> None:
+        self.right.append(right)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"repetition_penalty": 1.3}, {"repetition_penalty": 1.3, "penalize_prompt": False}],
+    ids=str,
+)
+def test_guesses_change_no_token(
+    options: dict[str, Any], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Model.load(tiny_bundle, threads=2).engine
+    config = GenerationConfig(ignore_eos=True, **options)
+    off = config.but(prompt_lookup_num_tokens=0)
+    alone = list(engine.generate(PROMPT, off, ()))
+    answer = [step.token for step in alone]
+    assert alone[-1].finish == "context"
+    oracles: list[Oracle] = []
+
+    def lookup() -> Oracle:
+        oracles.append(Oracle(answer))
+        return oracles[-1]
+
+    monkeypatch.setattr(engine.session, "lookup", lookup)
+
+    def tokens(config: GenerationConfig, eos: Sequence[int] = ()) -> list[int]:
+        steps = list(engine.generate(PROMPT, config, eos))
+        made = [step.token for step in steps]
+        assert engine.session.length == len(engine.cached)
+        assert [*PROMPT, *answer][: len(engine.cached)] == engine.cached
+        finish = "eos" if eos else "length" if config.max_new_tokens else "context"
+        assert [step.finish for step in steps] == [None] * (len(made) - 1) + [finish]
+        assert [step.time_ns for step in steps] == sorted(step.time_ns for step in steps)
+        return made
+
+    assert tokens(config) == answer
+    assert oracles[0].text == [*PROMPT, *answer[:-1]][: len(oracles[0].text)]
+    assert {0, 1, 2, 7} <= {*oracles[0].right}
+    assert len(oracles[0].right) < 0.4 * len(answer)
+    for count in (1, 2, 9, 50, 51, 52, 53):
+        assert tokens(config.but(max_new_tokens=count)) == answer[:count]
+    for guesses in (1, 3, 100):
+        assert tokens(config.but(prompt_lookup_num_tokens=guesses)) == answer
+        assert max(oracles[-1].right) == min(guesses, 7)
+    end = answer[60]  # in the middle of what came together
+    assert tokens(config.but(ignore_eos=False), [end]) == answer[: answer.index(end) + 1]
+    made = len(oracles)
+    assert tokens(off) == answer
+    for more in ({"do_sample": True, "seed": 1}, {"logprobs": True}):
+        list(engine.generate(PROMPT, config.but(**more), ()))
+    assert len(oracles) == made
+
+
+def test_guesses_that_fail_become_rare(model: Model) -> None:
+    lookup = model.engine.session.lookup()  # type: ignore[attr-defined]
+    assert lookup.guess(7) == []
+    lookup.push([5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7])
+    guessed = lookup.guess(2)
+    assert guessed
+    assert guessed == [8, 9][: len(guessed)]
+    asked = []
+    for _ in range(200):
+        asked.append(len(lookup.guess(7)))
+        lookup.judge(0)
+    assert asked[0] >= 1
+    assert sum(asked[100:]) <= 7  # one chance of sixteen
+    for _ in range(400):
+        lookup.judge(len(lookup.guess(7)))
+    assert len(lookup.guess(7)) == 7
 
 
 def test_an_abandoned_generation_leaves_a_usable_engine(model: Model) -> None:

@@ -81,6 +81,25 @@ def test_greedy_records_are_those_of_the_library(
     ]
 
 
+def test_guesses_change_no_token(child: Model, here: Model) -> None:
+    """Hundreds of tokens that repeat themselves, up to a limit, an end and the context's end."""
+    options = {"ignore_eos": True, "max_new_tokens": 150}
+    alone = [r.token for r in records(here, prompt_lookup_num_tokens=0, **options)]
+    for guesses in (0, 1, 5, None):
+        assert [
+            r.token for r in records(child, prompt_lookup_num_tokens=guesses, **options)
+        ] == alone
+    assert [r.token for r in records(child, prompt_lookup_num_tokens=3, **options)] == alone
+    whole = [list(m.generate(PROMPT, GenerationConfig(ignore_eos=True))) for m in (child, here)]
+    ours, theirs = ([(r.token, r.text, r.finish) for r in made] for made in whole)
+    assert ours == theirs
+    assert ours[-1][2] == "context"
+    # What is cached after it is what was generated.
+    again = here.tokenizer.encode(PROMPT, add_special_tokens=True) + alone[:60]
+    config = GenerationConfig(max_new_tokens=20, ignore_eos=True)
+    assert [r.token for r in child.generate(again, config)] == alone[60:80]
+
+
 def test_sampling_follows_the_seed(child: Model) -> None:
     def tokens(seed: int, **options: object) -> list[int]:
         made = records(child, do_sample=True, temperature=3.0, seed=seed, **options)

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <initializer_list>
 #include <list>
 #include <optional>
@@ -19,6 +20,13 @@
 
 namespace pocketslm {
 namespace {
+
+// A token that was picked.
+struct Made {
+  int32_t token;
+  float logprob = 0;
+  bool whole = false;  // nothing may follow by the grammar
+};
 
 using Clock = std::chrono::steady_clock;
 
@@ -259,23 +267,66 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
   }
   // The probability is that before any penalty, which changes the logits.
   std::vector<float> raw;
-  const auto pick = [&](float& logprob) {
+  const auto pick = [&] {
     if (generation.logprobs) raw = logits;
     if (constraint) constraint->apply(logits.data());
-    const int32_t token = sampler.pick(logits, cached_, prompt.size());
-    logprob = generation.logprobs ? log_probability(raw, token) : 0;
-    if (constraint) constraint->advance(static_cast<uint32_t>(token));
-    return token;
+    Made made{sampler.pick(logits, cached_, prompt.size())};
+    if (generation.logprobs) made.logprob = log_probability(raw, made.token);
+    if (!constraint) return made;
+    constraint->advance(static_cast<uint32_t>(made.token));
+    made.whole = constraint->must_end();
+    return made;
   };
-  float logprob = 0;
-  int32_t token = pick(logprob);
+  Made next = pick();
   outcome.prefill_ms = milliseconds_since(started);
 
+  const bool needs_logits = sampler.needs_logits() || generation.logprobs || constraint;
+  // What is drawn is seldom what was guessed. A convolution's state goes forward only, so that wrong
+  // guesses could not be taken back.
+  const bool guesses = sampler.greedy() && !generation.logprobs && generation.guesses &&
+                       pslm_rewind_limit(session_) < cached_.size();
+  PromptLookup lookup;
+  if (guesses) lookup.push(prompt.data(), prompt.size());
+  std::vector<float> rows;
+  std::deque<Made> made;  // tokens that follow
+  // Makes the token behind this one, and more where guesses at them are right.
+  const auto go_on_behind = [&](int32_t token) {
+    int32_t tokens[1 + PromptLookup::kMost] = {token}, best[1 + PromptLookup::kMost];
+    size_t guessed = 0;
+    if (guesses) {
+      lookup.push(&token, 1);
+      const size_t left = std::min<size_t>(generation.max_tokens - outcome.new_tokens,
+                                           context - cached_.size());
+      guessed = lookup.guess(tokens + 1, std::min<size_t>(generation.guesses, left - 1));
+    }
+    rows.resize(needs_logits ? (1 + guessed) * logits.size() : 0);
+    const pslm_status status =
+        needs_logits ? pslm_forward(session_, tokens, 1 + guessed, PSLM_LOGITS_ALL, rows.data(),
+                                    rows.size(), error.argument())
+                     : pslm_forward_greedy(session_, tokens, 1 + guessed, 1 + guessed, best,
+                                           error.argument());
+    if (status != PSLM_OK) return status;
+    for (size_t at = 0; at <= guessed; ++at) {
+      cached_.push_back(tokens[at]);
+      if (needs_logits) {
+        logits.assign(rows.data() + at * logits.size(), rows.data() + (at + 1) * logits.size());
+        made.push_back(pick());
+      } else {
+        made.push_back({best[at]});
+      }
+      if (at == guessed || made.back().whole || made.back().token != tokens[at + 1]) break;
+    }
+    if (guesses) lookup.judge(made.size() - 1);
+    if (!guessed) return status;
+    lookup.push(tokens + 1, made.size() - 1);
+    return pslm_truncate(session_, cached_.size());
+  };
   const auto decode_started = Clock::now();
   std::string pending;  // the beginning of a character whose end is in the next token
   bool at_start = true;
   outcome.reason = "length";
   while (outcome.new_tokens < generation.max_tokens) {
+    const auto [token, logprob, whole] = next;
     if (!generation.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end()) {
       outcome.reason = "eos";
       outcome.last = token;
@@ -289,7 +340,6 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
       at_start = false;
     }
     pending += bytes;
-    const bool whole = constraint && constraint->must_end();
     const bool last = whole || outcome.new_tokens == generation.max_tokens;
     const size_t held = last ? 0 : incomplete_utf8(pending);
     on_token({token, std::string_view(pending).substr(0, pending.size() - held), logprob, whole});
@@ -300,19 +350,13 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
     }
     if (whole) outcome.reason = "stop";
     if (last) break;
-    if (cached_.size() == context) {
+    if (made.empty() && cached_.size() == context) {
       outcome.reason = "context";
       break;
     }
-    const int32_t previous = token;
-    const bool fast = !sampler.needs_logits() && !generation.logprobs && !constraint;
-    const pslm_status status =
-        fast ? pslm_step_greedy(session_, previous, &token, error.argument())
-             : pslm_forward(session_, &previous, 1, PSLM_LOGITS_LAST, logits.data(), logits.size(),
-                            error.argument());
-    if (status != PSLM_OK) return error.text;
-    cached_.push_back(previous);
-    if (!fast) token = pick(logprob);
+    if (made.empty() && go_on_behind(token) != PSLM_OK) return error.text;
+    next = made.front();
+    made.pop_front();
   }
   outcome.decode_ms = milliseconds_since(decode_started);
   return "";

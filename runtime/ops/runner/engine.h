@@ -12,6 +12,7 @@
 #include "chat.h"
 #include "grammar/grammar.h"
 #include "grammar/token_trie.h"
+#include "lookup.h"
 #include "pocketslm.h"
 #include "sampler.h"
 #include "tokenizer.h"
@@ -30,6 +31,7 @@ struct LoadOptions {
 struct Generation {
   uint32_t max_tokens = 128;
   bool ignore_eos = false, logprobs = false;
+  size_t guesses = PromptLookup::kMost;  // tokens that are guessed at a time at most, if greedy
   std::vector<int32_t> eos;  // empty: the model file's own
   Sampling sampling;
   std::shared_ptr<const grammar::Automaton> grammar;  // that holds the answer, where there is one

@@ -363,6 +363,7 @@ class Server {
         static_cast<float>(request.number("repetition_penalty", 1, 0.01, 100));
     generation.sampling.penalize_prompt = !request.flag("spare_prompt");
     generation.logprobs = request.flag("logprobs");
+    generation.guesses = request.count("prompt_lookup", PromptLookup::kMost, 0, 1 << 24);
     if (const Json* list = request.list("eos"))
       for (const Json& item : list->items) {
         if (!item.is_whole(0, std::numeric_limits<int32_t>::max()))

@@ -165,7 +165,13 @@ def test_screened_head_gives_the_greedy_token(isa: str, tied: bool, tmp_path: Pa
     for token in range(0, 4000, 40):
         assert screened.step_greedy(token) == int(whole.forward([token])[0].argmax())
     prompt = TOKENS[:300]  # more than a batch
-    assert screened.forward_greedy(prompt) == int(whole.forward(prompt)[0].argmax())
+    assert screened.forward_greedy(prompt)[0] == int(whole.forward(prompt)[0].argmax())
+    for count in (1, 2, 3, 8, 15, 16, 23, 40):
+        tokens = np.arange(count) * 97 % 4003
+        found = screened.forward_greedy(tokens, count)
+        np.testing.assert_array_equal(found, whole.forward(tokens, all_logits=True).argmax(axis=1))
+    with pytest.raises(UsageError, match="what follows 3 tokens of 2"):
+        screened.forward_greedy(TOKENS[:2], 3)
 
 
 def test_screening_test_can_fail(tmp_path: Path) -> None:

@@ -87,7 +87,11 @@ def test_quantized_weights_and_cache(name: str, isa: str, tmp_path: Path) -> Non
 def test_heads_agree(name: str, tmp_path: Path) -> None:
     """The greedy token and the most probable ones are those of the logits."""
     model = NativeModel(program(name, mixed).write(tmp_path / "m.slm"))
-    whole, greedy, top = (model.session(threads=2) for _ in range(3))
+    whole, greedy, top, several = (model.session(threads=2) for _ in range(4))
+    logits = whole.forward(TOKENS[:30], all_logits=True)
+    found = several.forward_greedy(TOKENS[:30], 21)  # more than a tile
+    np.testing.assert_array_equal(logits[-21:][np.arange(21), found], logits[-21:].max(axis=1))
+    whole.truncate(0)
     for token in TOKENS[:30]:
         logits = whole.forward(np.array([token]))[0]
         assert logits[greedy.step_greedy(int(token))] == logits.max()
@@ -104,6 +108,25 @@ def test_simd_paths_give_the_same_bits(tmp_path: Path) -> None:
         outputs = [model.session(isa=isa, threads=2).forward(TOKENS[:300]) for isa in paths]
         for other in outputs[1:]:
             np.testing.assert_array_equal(outputs[0], other)
+
+
+@pytest.mark.parametrize("isa", isa_names())
+@pytest.mark.parametrize("name", DECODERS)
+def test_tokens_get_the_same_bits_together_as_one_by_one(
+    name: str, isa: str, tmp_path: Path
+) -> None:
+    """Past the borders of all pieces of attention, windows and the ring of their keys."""
+    model = NativeModel(program(name, mixed).write(tmp_path / "m.slm"))
+    for kv_type in ("fp16", "int8"):
+        together = model.session(isa=isa, threads=3, kv_type=kv_type)
+        alone = model.session(isa=isa, threads=2, kv_type=kv_type)
+        for part in np.split(TOKENS[:620], [50, 53, 61, 66, 300, 303, 311, 505, 520, 523, 531]):
+            expected = together.forward(part, all_logits=True)
+            if len(part) > 20:  # a prompt
+                alone.forward(part)
+                continue
+            for token, logits in zip(part, expected, strict=True):
+                np.testing.assert_array_equal(alone.forward(np.array([token]))[0], logits)
 
 
 def test_thread_counts_give_the_same_bits(tmp_path: Path) -> None:
@@ -142,7 +165,7 @@ def test_a_window_takes_a_ring_not_the_context(tmp_path: Path) -> None:
     path = made.write(tmp_path / "m.slm")
     model = NativeModel(path)
     kept = {context: model.session(context=context).kv_bytes for context in (256, 2048, 8192)}
-    ring = [-(-(window + 256) // 16) * 16 for window in (5, WINDOW)]
+    ring = [-(-(window + 256) // 64) * 64 for window in (5, WINDOW)]
     assert kept[256] == 2 * 256 * 2 * 16 * 2
     assert kept[2048] == kept[8192] == sum(ring) * 2 * 16 * 2
 
@@ -191,7 +214,7 @@ def test_every_length_that_a_window_can_be_cut_back_to(name: str, tmp_path: Path
     session = model.session(threads=1)
     session.forward(TOKENS[:500])
     limit = session.rewind_limit
-    room = -(-(WINDOW + 256) // 16) * 16
+    room = -(-(WINDOW + 256) // 64) * 64
     if name != "mistral":  # its other window is shorter, and so is its ring
         assert limit == 500 - room + WINDOW - 1
     with pytest.raises(UsageError, match="truncate"):
@@ -311,9 +334,9 @@ class Counted(NativeSession):
         self.ran += len(tokens)
         return super().forward_top(tokens, count)
 
-    def forward_greedy(self, tokens: np.ndarray) -> int:
+    def forward_greedy(self, tokens: np.ndarray, following: int = 1) -> np.ndarray:
         self.ran += len(tokens)
-        return super().forward_greedy(tokens)
+        return super().forward_greedy(tokens, following)
 
     def step_greedy(self, token: int) -> int:
         self.ran += 1
@@ -326,8 +349,8 @@ def test_a_prompt_is_read_from_where_the_session_can_go_back_to(name: str, tmp_p
     model = NativeModel(program(name, mixed).write(tmp_path / "m.slm"))
     session = Counted(model, threads=1)
     engine = Engine(session)
-    config = GenerationConfig(max_new_tokens=5)
-    first = [int(token) for token in TOKENS[:300]]
+    config = GenerationConfig(max_new_tokens=5, prompt_lookup_num_tokens=0)
+    first = [int(token) for token in TOKENS[:360]]
 
     def answer(engine: Engine, prompt: list[int]) -> list[int]:
         return [step.token for step in engine.generate(prompt, config, [])]
@@ -339,12 +362,12 @@ def test_a_prompt_is_read_from_where_the_session_can_go_back_to(name: str, tmp_p
         return session.ran - before
 
     after = [(token + 1) % VOCABULARY for token in first[:20]]
-    assert ran(first) == 300 + 4
+    assert ran(first) == 360 + 4
     assert ran(first + after) == 20 + 4  # behind the prompt, but the answer was another
-    assert ran(first[:290] + after) == (310 if name == "lfm" else 20) + 4  # within the prompt
+    assert ran(first[:350] + after) == (370 if name == "lfm" else 20) + 4  # within the prompt
     assert ran(first[:30] + after) == (20 if name == "llama" else 50) + 4  # before the window
     engine.cached.clear()
-    assert ran(first + after) == 324
+    assert ran(first + after) == 384
 
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
