@@ -424,8 +424,9 @@ struct WeightDigits {
     const V16 factor = set1(has_codes(peak) ? kMostWeight / peak : 0.0f);
     units[r] = peak / kMostWeight + 0.0f * reduce_add(total);  // not finite where one is not
     for (size_t p = 0; p < count; p += 16) {
-      // The greater of NaN and 0 is 0 or, on NEON, has a code of 0: `unit` says what it was.
-      const V16 code = round_even(max(mul(load(weights + p), factor), zero()));
+      // Within bounds also where NaN hid the peak; `unit` is NaN then.
+      const V16 scaled = min(max(mul(load(weights + p), factor), zero()), set1(kMostWeight));
+      const V16 code = round_even(scaled);
       // Rounded down: what is left of a 128th, less this, is below a half.
       const V16 high = round_even(sub(mul(code, set1(1.0f / 128)), set1(0.498046875f)));
       store_i8(digits[r][0] + p, high);
