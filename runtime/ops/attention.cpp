@@ -196,9 +196,9 @@ void Session::attend_few(unsigned m, const Step& step) {
   if (stores && tiles > 1) store_all(m, step);
   share(m, step.kv_heads * tiles * pieces.count, 1, [&](size_t begin, size_t end) {
     for (size_t item = begin; item < end; ++item) {
-      // The longest pieces first.
-      const size_t head = item % step.kv_heads, tile = item / step.kv_heads % tiles;
-      const size_t at = pieces.count - 1 - item / step.kv_heads / tiles;
+      // In the order of memory, which kernels ask for ahead.
+      const size_t head = item / (tiles * pieces.count);
+      const size_t at = item / tiles % pieces.count, tile = item % tiles;
       if (stores && tiles == 1)
         for (size_t t = 0; t < count_; ++t)
           if (piece_at(step, length_ + t) == pieces.first + at) store(step, head, t);
