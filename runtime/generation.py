@@ -415,14 +415,14 @@ class Engine:
 
         def sampled(new: Sequence[int], guessed: Sequence[int]) -> list[Made]:
             made: list[Made] = []
-            seen = [*ids]
             for at, scores in enumerate(score(new, guessed)):
                 # The raw ones say how probable the token was.
-                processed = scores.logits.copy() if config.logprobs else scores.logits
+                keeps = config.logprobs and (processors or limits)
+                processed = scores.logits.copy() if keeps else scores.logits
                 if limits:
                     limits.apply(processed)
                 for process in processors:
-                    processed = process(seen, processed)
+                    processed = process([*ids, *guessed[:at]] if at else ids, processed)
                 choice = sample(processed)
                 token = choice if scores.tokens is None else int(scores.tokens[choice])
                 if limits:
@@ -432,7 +432,6 @@ class Engine:
                 made.append(Made(token, logprob, limits is not None and limits.must_end))
                 if at == len(guessed) or token != guessed[at] or made[-1].whole:
                     break
-                seen.append(token)
             return made
 
         return sampled

@@ -8,16 +8,11 @@
 namespace pocketslm {
 namespace {
 
-// Pieces of attention over all positions: `length` each from `begin` to `end`, numbered from `first`.
+// Pieces of attention over all positions: `length` each from `begin` on, numbered from `first`.
 constexpr struct {
-  size_t begin, end, length, first;
-} kPieces[] = {
-    {0, 512, 64, 0},
-    {512, 2048, 128, 8},
-    {2048, 8192, 512, 20},
-    {8192, SIZE_MAX, 2048, 32},
-    {SIZE_MAX, SIZE_MAX, 0, SIZE_MAX},
-};
+  size_t begin, length, first;
+} kPieces[] = {{0, 64, 0}, {512, 128, 8}, {2048, 512, 20}, {8192, 2048, 32},
+               {SIZE_MAX, 0, SIZE_MAX}};
 
 // The same over a window.
 size_t window_piece(const Step& step) {
@@ -114,7 +109,7 @@ Session::Seen Session::seen_by(const Step& step, size_t token) const {
 size_t Session::piece_at(const Step& step, size_t position) {
   if (step.window) return position / window_piece(step);
   const auto* part = kPieces;
-  while (position >= part->end) ++part;
+  while (position >= part[1].begin) ++part;
   return part->first + (position - part->begin) / part->length;
 }
 

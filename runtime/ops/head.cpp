@@ -51,8 +51,8 @@ uint16_t largest_half(const uint16_t* x) {
 void Session::forward_greedy(const int32_t* tokens, size_t count, size_t following,
                              int32_t* next) {
   trust_logits();
+  const size_t first = count - following;  // whose successor is wanted
   for (size_t done = 0; done < count;) {
-    const size_t first = count - following;  // whose successor is wanted
     size_t part = std::min(batch_, count - done);
     if (following > 1) part = std::min(part, done < first ? first - done : kMaxTile);
     following_ = done + part > first ? std::min(part, following) : 0;

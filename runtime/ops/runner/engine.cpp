@@ -287,7 +287,7 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
                        pslm_rewind_limit(session_) < cached_.size();
   PromptLookup lookup;
   if (guesses) lookup.push(prompt.data(), prompt.size());
-  std::vector<float> rows;
+  std::vector<float> rows;  // of logits, where there are guesses
   std::deque<Made> made;  // tokens that follow
   // Makes the token behind this one, and more where guesses at them are right.
   const auto go_on_behind = [&](int32_t token) {
@@ -299,17 +299,18 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
                                            context - cached_.size());
       guessed = lookup.guess(tokens + 1, std::min<size_t>(generation.guesses, left - 1));
     }
-    rows.resize(needs_logits ? (1 + guessed) * logits.size() : 0);
+    std::vector<float>& out = guessed ? rows : logits;
+    if (needs_logits) out.resize(std::max(out.size(), (1 + guessed) * logits.size()));
     const pslm_status status =
-        needs_logits ? pslm_forward(session_, tokens, 1 + guessed, PSLM_LOGITS_ALL, rows.data(),
-                                    rows.size(), error.argument())
+        needs_logits ? pslm_forward(session_, tokens, 1 + guessed, PSLM_LOGITS_ALL, out.data(),
+                                    out.size(), error.argument())
                      : pslm_forward_greedy(session_, tokens, 1 + guessed, 1 + guessed, best,
                                            error.argument());
     if (status != PSLM_OK) return status;
     for (size_t at = 0; at <= guessed; ++at) {
       cached_.push_back(tokens[at]);
       if (needs_logits) {
-        logits.assign(rows.data() + at * logits.size(), rows.data() + (at + 1) * logits.size());
+        if (guessed) std::copy_n(rows.data() + at * logits.size(), logits.size(), logits.data());
         made.push_back(pick());
       } else {
         made.push_back({best[at]});
