@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
+HEADERS = (".def", ".h", ".inl")
 
 COMMON = (
     *("api", "attention", "cpu", "head", "lookup", "model_file", "probes", "program"),
@@ -136,13 +137,18 @@ def run(command: Sequence[str]) -> None:
         raise BuildError(f"{command[0]} failed: {reason.strip()}; run `{' '.join(command)}`")
 
 
-@functools.cache
 def source_hash() -> str:
+    return _digest(*HEADERS, ".cpp", ".py")[:16]
+
+
+@functools.cache
+def _digest(*suffixes: str) -> str:
+    """The hash of the sources that end so."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
-        if path.suffix in (".cpp", ".def", ".h", ".inl", ".py") and path.name != "__init__.py":
+        if path.suffix in suffixes and path.name != "__init__.py":
             digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def compile_and_link(
@@ -236,22 +242,14 @@ def _key(source: Path, toolchain: Toolchain, options: Sequence[str]) -> str:
     """What an object depends on: its source, every header, the compiler and its options."""
     name = os.path.relpath(source, SOURCES)
     said = json.dumps([name, _version(toolchain.command), toolchain.command[1:], options])
-    return hashlib.sha256(said.encode() + _headers() + source.read_bytes()).hexdigest()[:32]
+    text = said + _digest(*HEADERS)
+    return hashlib.sha256(text.encode() + source.read_bytes()).hexdigest()[:32]
 
 
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     return done.stdout
-
-
-@functools.cache
-def _headers() -> bytes:
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.rglob("*")):
-        if path.suffix in (".def", ".h", ".inl"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.digest()
 
 
 # A program or library ends with this and the SHA-256 of all before it, which loaders do not read:
