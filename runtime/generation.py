@@ -20,6 +20,7 @@ from pocketslm.runtime.backends import (
     GuessingSession,
     Logits,
     Lookup,
+    Penalty,
     SavingSession,
     Session,
     TopSession,
@@ -227,6 +228,26 @@ class _Guesses:
             self._lookup.judge(right)
 
 
+class _Repeated:
+    """The penalty of a generation, for sessions that pick the most probable token themselves.
+
+    ids: grow up to ``end`` of them; those from ``start`` on count.
+    """
+
+    def __init__(self, factor: float, ids: Sequence[int], start: int, end: int) -> None:
+        self._factor, self._ids, self._start = factor, ids, start
+        self._seen = np.empty(end - start, np.int32)
+        self._told = 0  # how many of the ids stand there
+
+    def with_guesses(self, guessed: Sequence[int]) -> Penalty:
+        """The penalty at a call for the last of the ids and these guesses behind them."""
+        new = self._ids[self._start + self._told :]
+        self._seen[self._told : self._told + len(new)] = new
+        self._told += len(new)
+        self._seen[self._told : self._told + len(guessed)] = guessed
+        return Penalty(self._factor, self._seen[: self._told + len(guessed)])
+
+
 class Engine:
     """A session that remembers which tokens its cache holds, and reuses them.
 
@@ -373,7 +394,7 @@ class Engine:
         plain = not config.samples and not config.logprobs
         if plain and isinstance(session, GuessingSession):
             guesses = _Guesses(session, ids, end, config.prompt_lookup_num_tokens)
-        follow = self._follower(config, ids, limits)
+        follow = self._follower(config, ids, end, limits)
 
         def pick(new: Sequence[int]) -> list[Made]:
             guessed = guesses.next() if guesses else []
@@ -389,21 +410,28 @@ class Engine:
         return pick
 
     def _follower(
-        self, config: GenerationConfig, ids: Sequence[int], limits: Limiting | None
+        self, config: GenerationConfig, ids: Sequence[int], end: int, limits: Limiting | None
     ) -> Callable[[Sequence[int], Sequence[int]], list[Made]]:
         """What appends tokens and guesses at the ones behind them; it gives the tokens that follow,
         up to the first that was not guessed."""
         session = self.session
         highest = highest_needed(config) if limits is None else None
-        if highest == 1 and not config.logprobs:
+        factor = config.repetition_penalty
+        # A lower one makes tokens more probable, which a head that picks may have passed over.
+        repeated = None
+        if factor > 1 and limits is None and isinstance(session, TopSession):
+            start = 0 if config.penalize_prompt else len(ids)
+            repeated = _Repeated(factor, ids, start, end)
+        if (highest == 1 or (repeated and not config.samples)) and not config.logprobs:
             step = greedy_step(session)
 
             def most_probable(new: Sequence[int], guessed: Sequence[int]) -> list[Made]:
-                if not guessed:
+                if not guessed and not repeated:
                     return [Made(step(new))]
                 assert isinstance(session, TopSession)
                 tokens = np.asarray([*new, *guessed], np.int64)
-                found = session.forward_greedy(tokens, len(guessed) + 1).tolist()
+                penalty = repeated.with_guesses(guessed) if repeated else None
+                found = session.forward_greedy(tokens, len(guessed) + 1, penalty).tolist()
                 right = 0
                 while right < len(guessed) and guessed[right] == found[right]:
                     right += 1

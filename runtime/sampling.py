@@ -22,6 +22,8 @@ Sampler = Callable[[Array], int]
 def repetition_penalty(penalty: float, start: int = 0) -> Processor:
     """Divide positive and multiply negative logits of tokens seen from position ``start`` on.
 
+    The native engine does the same for greedy tokens (``penalized`` in runtime/ops/head.cpp).
+
     CTRL, https://arxiv.org/abs/1909.05858.
     """
 

@@ -14,7 +14,10 @@ from pocketslm.export.lower.native_layout import WHOLE_KINDS
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import ModelConfig, uniform
 from pocketslm.models.tensors import TABLES, QuantTensor, Weight, WholeScales, pack_codes
+from pocketslm.runtime.backends import Penalty
+from pocketslm.runtime.backends.native import NativeModel
 from pocketslm.runtime.ops import build
+from pocketslm.runtime.sampling import repetition_penalty
 
 SEED = 7
 
@@ -38,6 +41,28 @@ def need_sanitizers(names: str, folder: Path) -> None:
     command = [*build.find_toolchain().command, str(folder / "empty.cpp"), *flags]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
         pytest.skip(f"the compiler has no {names} sanitizer")
+
+
+def assert_penalized(model: NativeModel) -> None:
+    """What the head picks under a penalty is what the sampler picks from all logits."""
+    whole, greedy = model.session(threads=2), model.session(threads=2)
+    text = np.random.default_rng(6).integers(0, model.info.vocab_size, 40)
+    changed = 0
+    for factor in (1.0, 1.3, 100.0):
+        process = repetition_penalty(factor)
+        whole.truncate(0)
+        greedy.truncate(0)
+        for begin, end, following in ((0, 20, 1), (20, 31, 11), (31, 32, 1), (32, 40, 3)):
+            rows = whole.forward(text[begin:end], all_logits=True)[-following:]
+            # Some of the highest are seen, at their row or only later.
+            seen = np.concatenate([text[:begin], rows.argmax(axis=1)[::-1]])
+            found = greedy.forward_greedy(text[begin:end], following, Penalty(factor, seen))
+            for back, row, token in zip(range(following)[::-1], rows, found, strict=True):
+                highest = int(row.argmax())
+                logits = process(seen[: len(seen) - back].tolist(), row)
+                assert logits[token] == logits.max()  # a cap may have made several equal
+                changed += int(token != highest)
+    assert changed  # else nothing was tried
 
 
 def tiny_config(**changes: Any) -> ModelConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 
@@ -94,6 +95,17 @@ class SavingSession(Session, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Penalty:
+    """What a text repeats is less probable: see ``repetition_penalty`` in ``runtime.sampling``.
+
+    factor: 1 to 100. seen: the end of the text, of any length, with the tokens of the call.
+    """
+
+    factor: float
+    seen: npt.NDArray[np.int32]
+
+
 @runtime_checkable
 class TopSession(Session, Protocol):
     """A session whose output head picks out the most probable tokens by itself."""
@@ -110,9 +122,13 @@ class TopSession(Session, Protocol):
         ...
 
     def forward_greedy(
-        self, tokens: npt.NDArray[np.int64], following: int = 1
+        self,
+        tokens: npt.NDArray[np.int64],
+        following: int = 1,
+        penalty: Penalty | None = None,
     ) -> npt.NDArray[np.int32]:
-        """The same for tokens [n]: what follows each of the last ``following`` of them."""
+        """The same for tokens [n]: what follows each of the last ``following`` of them, penalized
+        by what was seen up to it."""
         ...
 
 

@@ -23,12 +23,12 @@ from pocketslm.errors import (
 )
 from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
-from pocketslm.runtime.backends import check_threads, check_tokens
+from pocketslm.runtime.backends import Penalty, check_threads, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
 from pocketslm.runtime.ops.ids import ROLE
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
 # Of the matrices that an adapter may update, in a model.slm.
@@ -83,6 +83,10 @@ class _Update(ctypes.Structure):
         *((name, _u32) for name in ("role", "layer", "rows", "cols", "rank")),
         *((name, ctypes.c_void_p) for name in ("a", "b")),
     )
+
+
+class _Penalty(ctypes.Structure):
+    _fields_ = (("factor", ctypes.c_float), ("seen", ctypes.c_void_p), ("count", _size))
 
 
 class _Times(ctypes.Structure):
@@ -175,7 +179,7 @@ def load_library() -> ctypes.CDLL:
         "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), NativeError)),
         "forward_greedy": (
             ctypes.c_int,
-            (pointer, pointer, _size, _size, pointer, NativeError),
+            (pointer, pointer, _size, _size, p(_Penalty), pointer, NativeError),
         ),
         "lookup_open": (ctypes.c_int, (p(pointer), NativeError)),
         "lookup_close": (None, (pointer,)),
@@ -481,7 +485,10 @@ class NativeSession:
             return self._next.value
 
     def forward_greedy(
-        self, tokens: npt.NDArray[np.integer[Any]], following: int = 1
+        self,
+        tokens: npt.NDArray[np.integer[Any]],
+        following: int = 1,
+        penalty: Penalty | None = None,
     ) -> npt.NDArray[np.int32]:
         """See :class:`pocketslm.runtime.backends.TopSession`."""
         ids = np.asarray(tokens)
@@ -490,12 +497,17 @@ class NativeSession:
             raise UsageError(f"what follows {following} tokens of {ids.size} was asked for")
         ids = np.ascontiguousarray(ids, dtype=np.int32)
         found = np.empty(following, np.int32)
+        penalized = None
+        if penalty:
+            seen = np.ascontiguousarray(penalty.seen, np.int32)
+            penalized = ctypes.byref(_Penalty(penalty.factor, seen.ctypes.data, seen.size))
         with self._lock:
             status = self._library.pslm_forward_greedy(
                 self._open(),
                 ids.ctypes.data,
                 ids.size,
                 following,
+                penalized,
                 found.ctypes.data,
                 self._error.argument,
             )

@@ -359,21 +359,29 @@ pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t co
 
 pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                              pslm_error error) {
-  return pslm_forward_greedy(session, &token, 1, 1, next, error);
+  return pslm_forward_greedy(session, &token, 1, 1, nullptr, next, error);
 }
 
 pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, size_t count,
-                                size_t following, int32_t* next, pslm_error error) {
-  if (!session || !tokens || !next) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+                                size_t following, const pslm_penalty* penalty, int32_t* next,
+                                pslm_error error) {
+  if (!session || !tokens || !next || (penalty && penalty->count && !penalty->seen))
+    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no tokens");
   if (following == 0 || following > count)
     return report(error, PSLM_ERROR_ARGUMENT,
                   "what follows " + std::to_string(following) + " tokens of " +
                       std::to_string(count));
+  if (penalty && !(penalty->factor >= 1 && penalty->factor <= 100))
+    return report(error, PSLM_ERROR_ARGUMENT, "a penalty's factor is 1 to 100");
   if (const pslm_status status = check_head(session->engine, error)) return status;
   return enter(session, error, [&](Session& engine) {
     if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
-    engine.forward_greedy(tokens, count, following, next);
+    const pslm_penalty known = penalty ? *penalty : pslm_penalty{1, nullptr, 0};
+    if (const pslm_status status = check_vocabulary(engine.model().config.vocab_size, known.seen,
+                                                    known.count, error))
+      return status;
+    engine.forward_greedy(tokens, count, following, known, next);
     return check_logits(engine, error);
   });
 }

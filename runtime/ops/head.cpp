@@ -49,13 +49,16 @@ uint16_t largest_half(const uint16_t* x) {
 }  // namespace
 
 void Session::forward_greedy(const int32_t* tokens, size_t count, size_t following,
-                             int32_t* next) {
+                             const pslm_penalty& penalty, int32_t* next) {
   trust_logits();
+  see(penalty);
   const size_t first = count - following;  // whose successor is wanted
   for (size_t done = 0; done < count;) {
     size_t part = std::min(batch_, count - done);
     if (following > 1) part = std::min(part, done < first ? first - done : kMaxTile);
     following_ = done + part > first ? std::min(part, following) : 0;
+    seen_before_ = static_cast<ptrdiff_t>(seen_.size() + done + part) -
+                   static_cast<ptrdiff_t>(following_ + count);
     run(tokens + done, part, following_ ? Head::greedy : Head::none, nullptr);
     done += part;
     for (size_t t = 0; t < following_; ++t) {
@@ -95,14 +98,33 @@ double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int
   return peak + std::log(total);
 }
 
+// Take note of the tokens that a penalty is for, in place of those before.
+void Session::see(const pslm_penalty& penalty) {
+  penalty_ = penalty.count ? penalty.factor : 1;
+  for (const int32_t token : seen_) seen_at_[static_cast<size_t>(token)] = 0;
+  seen_.assign(penalty.seen, penalty.seen + (penalized() ? penalty.count : 0));
+  if (penalized()) seen_at_.resize(model_.config.vocab_size);
+  for (size_t i = seen_.size(); i-- > 0;)
+    seen_at_[static_cast<size_t>(seen_[i])] = static_cast<uint32_t>(i + 1);
+}
+
+// The logit of a token behind a row of the batch.
+float Session::penalized(float logit, size_t row, size_t token) const {
+  const auto at = static_cast<ptrdiff_t>(seen_at_[token]);
+  if (!at || at > seen_before_ + 1 + static_cast<ptrdiff_t>(row)) return logit;
+  return logit < 0 ? logit * penalty_ : logit / penalty_;
+}
+
 // Keeps the highest of a token's logits. What is not finite is no candidate.
 void Session::offer_best(Member& member, size_t token, const float* logits, size_t count,
                          size_t first_token) {
   member.finite &= all_finite(logits, count);
   if (!member.finite) return;
-  for (size_t i = 0; i < count; ++i)
-    member.best[token] = std::min(member.best[token],
-                                  Candidate{logits[i], static_cast<int32_t>(first_token + i)});
+  for (size_t i = 0; i < count; ++i) {
+    const float logit = penalized() ? penalized(logits[i], token, first_token + i) : logits[i];
+    member.best[token] =
+        std::min(member.best[token], Candidate{logit, static_cast<int32_t>(first_token + i)});
+  }
 }
 
 // Keeps the highest of these logits and their part of the sum over all. What is not finite is no
@@ -142,8 +164,10 @@ void Session::run_head(unsigned m, Head head, float* logits) {
     return;
   }
   const Matrix& w = *step.w[0];
-  // A bias would have to be weighed against what screening leaves open.
-  const bool screened = head == Head::greedy && w.kind == WeightKind::q8_split && !step.bias[0];
+  // A bias would have to be weighed against what screening leaves open. A penalty only lowers logits,
+  // whose bounds hold, but it is that of logits with their factor and cap.
+  const bool plain = !step.bias[0] && !(penalized() && (step.scale != 1.0f || step.cap > 0));
+  const bool screened = head == Head::greedy && w.kind == WeightKind::q8_split && plain;
   if (screened || w.kind != WeightKind::q8_split)
     member.plan.start(index);
   else
@@ -181,7 +205,7 @@ void Session::run_head(unsigned m, Head head, float* logits) {
 void Session::finish_logits(Head head, float* logits, size_t count, size_t first_token) const {
   const Step& step = program_.head();
   for (size_t i = 0; step.bias[0] && i < count; ++i) logits[i] += step.bias[0][first_token + i];
-  if (head == Head::greedy) return;
+  if (head == Head::greedy && !penalized()) return;
   for (size_t i = 0; step.scale != 1.0f && i < count; ++i) logits[i] *= step.scale;
   if (step.cap > 0) kernels_.soft_cap(logits, count, step.cap);
 }

@@ -57,8 +57,8 @@ class Generation:
 _ONE = Generation(1, 1)
 _FEW = 8  # new tokens that a decoding count is the mean of
 _SAMPLED = (("temperature", 0.8), ("top_p", 0.95), ("seed", 1))
-# Penalties need all logits, and change few instructions else.
-_PENALIZED = (("repetition_penalty", 1.0001),)
+# A penalty below 1 needs all logits, and changes few instructions else.
+_PENALIZED = (("repetition_penalty", 0.9999),)
 _GENERATIONS: Mapping[str, tuple[Generation, ...]] = {
     DECODE_4: (Generation(4, 2 + _FEW),),
     DECODE_512: (Generation(512, 6),),

@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 6
+#define PSLM_ABI_VERSION 7
 
 typedef enum {
   PSLM_OK = 0,
@@ -216,11 +216,20 @@ PSLM_API pslm_status pslm_forward_top(pslm_session* session, const int32_t* toke
  * split 8-bit head only the rows that may win are read in full. */
 PSLM_API pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next,
                                       pslm_error error);
+/* What a text repeats is less probable: the logit of a token that was seen is divided by `factor`
+ * where it is positive, and multiplied elsewhere. */
+typedef struct {
+  float factor;        /* 1 to 100 */
+  const int32_t* seen; /* the end of the text, of any length, the call's tokens included */
+  size_t count;
+} pslm_penalty;
 /* The same for any number of tokens; `next` receives what follows each of the last `following` of
  * them, 1 to count. Tokens get the same bits together as one by one: what was guessed of a text can
- * be checked in one call, and the wrong part taken back by pslm_truncate. */
+ * be checked in one call, and the wrong part taken back by pslm_truncate. `penalty` may be null; what
+ * follows a token is penalized by what was seen up to it. */
 PSLM_API pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, size_t count,
-                                         size_t following, int32_t* next, pslm_error error);
+                                         size_t following, const pslm_penalty* penalty,
+                                         int32_t* next, pslm_error error);
 
 /* Guesses of what follows in a text, from where its last tokens stood before: for greedy decoding by
  * pslm_forward_greedy. It knows one text and serves one thread at a time. */

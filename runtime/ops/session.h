@@ -45,8 +45,9 @@ class Session {
 
   // Arguments are checked by the caller; logits as in pslm_forward.
   void forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits);
-  // The most probable token after each of the last `following` of these.
-  void forward_greedy(const int32_t* tokens, size_t count, size_t following, int32_t* next);
+  // The most probable token after each of the last `following` of these, as pslm_forward_greedy.
+  void forward_greedy(const int32_t* tokens, size_t count, size_t following,
+                      const pslm_penalty& penalty, int32_t* next);
   // The `top` most probable tokens after these, with their logits; returns the logarithm of the sum
   // of exp over all logits.
   double forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best, float* logits);
@@ -149,6 +150,9 @@ class Session {
   void offer(Member& member, const float* logits, size_t count, size_t first_token);
   void offer_best(Member& member, size_t token, const float* logits, size_t count,
                   size_t first_token);
+  bool penalized() const { return penalty_ > 1; }
+  void see(const pslm_penalty& penalty);
+  float penalized(float logit, size_t row, size_t token) const;
   void finish_logits(Head head, float* logits, size_t count, size_t first_token) const;
   void write_output(unsigned m, Head head, float* output);
   void screen(unsigned m, const PanelView& input, const Norm& norm);
@@ -200,6 +204,12 @@ class Session {
 
   size_t top_count_ = 1;  // candidates wanted of the head
   size_t following_ = 1;  // tokens of the batch, the last ones, whose best successors are wanted
+  // Of greedy tokens: the penalty, the tokens that it is for, by token its first place there, from 1
+  // on, or 0, and how many of them came before the first token whose successor is wanted.
+  float penalty_ = 1;
+  std::vector<int32_t> seen_;
+  std::vector<uint32_t> seen_at_;
+  ptrdiff_t seen_before_ = 0;
   // Of a split head by its high nibbles: [token] logits in parts of 16, and the highest of each
   // block. fp16 [16 blocks][group][of them]: the largest scale.
   Buffer<float> screened_, highest_;

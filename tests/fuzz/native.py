@@ -14,6 +14,7 @@ import numpy as np
 from native_runner import Runner
 
 from pocketslm.errors import PocketSlmError
+from pocketslm.runtime.backends import Penalty
 from pocketslm.runtime.ops.ids import ROLE
 
 from . import mutate
@@ -110,7 +111,7 @@ class ModelFiles(OfModels):
         steps: list[Callable[[], Any]] = [
             lambda: session.forward(tokens, all_logits=True),
             lambda: session.step_greedy(1),
-            lambda: session.forward_greedy(tokens, 4),
+            lambda: session.forward_greedy(tokens, 4, Penalty(1.5, tokens)),
             lambda: session.forward_top(tokens[:2], 7),
             lambda: session.restore(session.length, session.save()),
             lambda: session.truncate(max(session.rewind_limit, session.length - 2)),

@@ -334,6 +334,8 @@ def test_guesses_change_no_token(
     alone = list(engine.generate(PROMPT, off, ()))
     answer = [step.token for step in alone]
     assert alone[-1].finish == "context"
+    scored = engine.generate(PROMPT, off.but(logprobs=True), ())  # by all logits
+    assert [step.token for step in scored] == answer
     oracles: list[Oracle] = []
 
     def lookup() -> Oracle:

@@ -299,13 +299,19 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
                                            context - cached_.size());
       guessed = lookup.guess(tokens + 1, std::min<size_t>(generation.guesses, left - 1));
     }
+    // What a head that picks by itself penalizes: the text with the guesses.
+    const size_t known = cached_.size(), from = sampler.penalized_from(prompt.size());
+    cached_.insert(cached_.end(), tokens, tokens + 1 + guessed);
+    const pslm_penalty penalty{sampler.penalty(), cached_.data() + from, cached_.size() - from};
     std::vector<float>& out = guessed ? rows : logits;
     if (needs_logits) out.resize(std::max(out.size(), (1 + guessed) * logits.size()));
     const pslm_status status =
         needs_logits ? pslm_forward(session_, tokens, 1 + guessed, PSLM_LOGITS_ALL, out.data(),
                                     out.size(), error.argument())
-                     : pslm_forward_greedy(session_, tokens, 1 + guessed, 1 + guessed, best,
+                     : pslm_forward_greedy(session_, tokens, 1 + guessed, 1 + guessed,
+                                           sampler.penalty() > 1 ? &penalty : nullptr, best,
                                            error.argument());
+    cached_.resize(known);
     if (status != PSLM_OK) return status;
     for (size_t at = 0; at <= guessed; ++at) {
       cached_.push_back(tokens[at]);

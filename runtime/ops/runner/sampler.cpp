@@ -47,8 +47,8 @@ double Sampler::uniform() {
 int32_t Sampler::pick(std::vector<float>& logits, const std::vector<int32_t>& seen,
                       size_t prompt) {
   if (const float penalty = sampling_.repetition_penalty; penalty != 1) {
-    const size_t first = sampling_.penalize_prompt ? 0 : prompt;
-    std::vector<int32_t> tokens(seen.begin() + static_cast<std::ptrdiff_t>(first), seen.end());
+    const auto first = static_cast<std::ptrdiff_t>(penalized_from(prompt));
+    std::vector<int32_t> tokens(seen.begin() + first, seen.end());
     std::sort(tokens.begin(), tokens.end());
     tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
     for (const int32_t token : tokens) {

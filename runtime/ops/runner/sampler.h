@@ -22,7 +22,11 @@ class Sampler {
  public:
   explicit Sampler(const Sampling& sampling) : sampling_(sampling), state_(sampling.seed) {}
   bool greedy() const { return sampling_.temperature <= 0 || sampling_.top_k == 1; }
-  bool needs_logits() const { return !greedy() || sampling_.repetition_penalty != 1; }
+  // The engine's head picks the most probable token by itself, unless something makes one more so.
+  bool needs_logits() const { return !greedy() || sampling_.repetition_penalty < 1; }
+  float penalty() const { return sampling_.repetition_penalty; }
+  // Where the tokens that are penalized begin, in a text that goes on behind a prompt.
+  size_t penalized_from(size_t prompt) const { return sampling_.penalize_prompt ? 0 : prompt; }
   // A token from `logits`, which is changed where tokens from `seen` are to be penalized.
   int32_t pick(std::vector<float>& logits, const std::vector<int32_t>& seen, size_t prompt);
 

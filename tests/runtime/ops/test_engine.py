@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from native_support import (
+    assert_penalized,
     every_kind,
     every_kind_config,
     mixed_kinds,
@@ -23,6 +26,7 @@ from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import LayerSize
 from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.runtime.backends import Penalty
 from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
 
 # Root-mean-square error over the spread of the logits. Float weights leave the fp16 cache as the
@@ -172,6 +176,23 @@ def test_screened_head_gives_the_greedy_token(isa: str, tied: bool, tmp_path: Pa
         np.testing.assert_array_equal(found, whole.forward(tokens, all_logits=True).argmax(axis=1))
     with pytest.raises(UsageError, match="what follows 3 tokens of 2"):
         screened.forward_greedy(TOKENS[:2], 3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_tokens_are_penalized_by_what_came_before(tied: bool, tmp_path: Path) -> None:
+    config = tiny_config(vocab_size=4003, tie_word_embeddings=tied)
+    write_tiny(tmp_path / "m.slm", config, q4_min_8_head)
+    assert_penalized(NativeModel(tmp_path / "m.slm"))
+
+
+def test_a_penalty_is_checked(q4_model: Any) -> None:
+    session = q4_model[0].session()
+    for factor in (0.99, 100.5, math.nan):
+        with pytest.raises(UsageError, match="factor is 1 to 100"):
+            session.forward_greedy(TOKENS[:2], 1, Penalty(factor, TOKENS[:2]))
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        session.forward_greedy(TOKENS[:2], 1, Penalty(1.1, np.array([1, -1])))
+    assert session.length == 0
 
 
 def test_screening_test_can_fail(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from native_runner import running
-from native_support import quantize
+from native_support import assert_penalized, quantize
 from program_cases import CASES, DECODERS, ENCODERS, WINDOW, program
 from program_support import HIDDEN, VOCABULARY
 
@@ -91,6 +92,7 @@ def test_heads_agree(name: str, tmp_path: Path) -> None:
     logits = whole.forward(TOKENS[:30], all_logits=True)
     found = several.forward_greedy(TOKENS[:30], 21)  # more than a tile
     np.testing.assert_array_equal(logits[-21:][np.arange(21), found], logits[-21:].max(axis=1))
+    assert_penalized(model)
     whole.truncate(0)
     for token in TOKENS[:30]:
         logits = whole.forward(np.array([token]))[0]
@@ -334,9 +336,9 @@ class Counted(NativeSession):
         self.ran += len(tokens)
         return super().forward_top(tokens, count)
 
-    def forward_greedy(self, tokens: np.ndarray, following: int = 1) -> np.ndarray:
+    def forward_greedy(self, tokens: np.ndarray, *options: Any) -> np.ndarray:
         self.ran += len(tokens)
-        return super().forward_greedy(tokens, following)
+        return super().forward_greedy(tokens, *options)
 
     def step_greedy(self, token: int) -> int:
         self.ran += 1
