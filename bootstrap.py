@@ -80,7 +80,16 @@ def test() -> None:
     run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=home)
     # Two processes: the tests of one file stay together, since they share what is costly to make.
     # PyTorch takes one thread in each: threads of two that wait for each other cost minutes.
-    command = ("pytest", "-n", "2", "--dist", "loadfile", "--durations=10")
+    # tests/conftest.py says which files go first.
+    command = (
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        "--durations=10",
+    )
     run(*command, OMP_NUM_THREADS="1")
 
 

@@ -16,6 +16,17 @@ from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.gguf_reader import GGUFFile
 from pocketslm.models.tokenizer_files import tokenizer_files_from_gguf
 
+# The files that take longest, so that no process is left alone with one at the end.
+LONGEST = (
+    *("test_programs", "test_device_bench", "test_instructions", "test_gemma_real", "test_fuzz"),
+    *("test_app", "test_packaging", "test_runner", "test_sanitizers", "test_checkpoints"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"{name}.py": at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:

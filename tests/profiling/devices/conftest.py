@@ -15,6 +15,8 @@ from devices.adb_daemon import Daemon
 from devices.phone import Phone
 from devices.ssh_server import SSHD, SshServer
 
+from pocketslm.runtime.ops import build
+
 PhoneDaemon = Callable[..., Daemon]
 
 
@@ -71,12 +73,17 @@ def phone(
 
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SshServer]:
-    """A board that is this machine, behind ssh; its home is a folder of the test."""
+    """A board that is this machine, behind ssh; its home is a folder of the test.
+
+    Its program is that of this machine's compiler, which is there: zig's takes minutes.
+    """
     if SSHD is None or shutil.which("ssh") is None:
         pytest.skip("needs sshd: apt-get install openssh-server")
     folder = tmp_path / "sshd"
     folder.mkdir()
     server = SshServer(folder)
+    ours, here = build.runner, f"{build.host_machine()}-linux"
+    monkeypatch.setattr(build, "runner", lambda target: ours(None if target == here else target))
     monkeypatch.setenv("PATH", f"{server.wrapper}{os.pathsep}{os.environ['PATH']}")
     yield server
     server.close()
