@@ -1,9 +1,6 @@
 // The C border: arguments are checked before anything is touched, exceptions end here, and a session
 // is entered by one thread at a time.
-#include <unistd.h>
-
 #include <algorithm>
-#include <atomic>
 #include <map>
 #include <memory>
 #include <string>
@@ -13,26 +10,12 @@
 #include "border.h"
 #include "cpu.h"
 #include "finite.h"
+#include "held.h"
 #include "lookup.h"
-#include "model_file.h"
-#include "pocketslm.h"
 #include "runner/tokenizer.h"
-#include "session.h"
 
 using namespace pocketslm;
 
-struct pslm_model {
-  ModelFile file;
-};
-struct pslm_session {
-  Session engine;
-  mutable std::atomic<bool> entered{false};
-  mutable std::atomic<size_t> length{0};  // the engine's, for who asks while a call runs
-  const pid_t process = getpid();
-
-  // After a fork the child has the calling thread and none of the others.
-  bool lost_threads() const { return engine.threads() > 1 && process != getpid(); }
-};
 struct pslm_lookup {
   PromptLookup lookup;
 };

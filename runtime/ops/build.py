@@ -32,15 +32,15 @@ SOURCES = Path(__file__).resolve().parent
 HEADERS = (".def", ".h", ".inl")
 
 COMMON = (
-    *("api", "attention", "cpu", "head", "lookup", "model_file", "probes", "program"),
-    *("program_llama", "read_plan", "session", "state", "thread_pool"),
+    *("api", "attention", "cpu", "generator", "head", "lookup", "model_file", "probes"),
+    *("program", "program_llama", "read_plan", "sampler", "session", "state", "thread_pool"),
     *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
     *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
     *(f"grammar/{name}" for name in ("machine", "numbers", "regex", "token_trie")),
 )
 # What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
-RUNNER = ("chat", "engine", "main", "protocol", "sampler")
+RUNNER = ("chat", "engine", "main", "protocol")
 # Text to tokens and back, for both.
 TEXT = tuple(f"runner/{name}" for name in ("bert", "json", "tokenizer", "unicode", "words"))
 FLAGS = (

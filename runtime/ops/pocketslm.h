@@ -247,6 +247,47 @@ PSLM_API pslm_status pslm_lookup_guess(pslm_lookup* lookup, int32_t* tokens, siz
  * known, since the time since then counts. */
 PSLM_API pslm_status pslm_lookup_judge(pslm_lookup* lookup, size_t right, pslm_error error);
 
+/* A text that goes on token by token, drawn or the most probable ones. All zeros but for top_p and
+ * repetition_penalty, which are 1, is greedy to the end of the context. */
+typedef struct {
+  uint32_t max_tokens;         /* 0: as many as the context holds */
+  float temperature;           /* 0: the most probable token */
+  uint32_t top_k;              /* 0: all */
+  float top_p, min_p;          /* 1 and 0: all */
+  float repetition_penalty;    /* 0.01 to 100; 1: none */
+  uint32_t spare_prompt;       /* 1: only what follows the text is penalized */
+  uint32_t logprobs;           /* 1: say how probable each token was, before any penalty */
+  uint32_t guesses;            /* that prompt lookup makes at a time, at most, of greedy tokens */
+  uint64_t seed;               /* of what is drawn */
+  const int32_t* ends;         /* tokens that end the text */
+  size_t end_count;
+  pslm_constraint* constraint; /* null, or what the new text is held to, which is moved along */
+} pslm_generation;
+typedef enum {
+  PSLM_GOES_ON = 0,
+  PSLM_FINISH_END = 1,    /* the token is one of `ends` */
+  PSLM_FINISH_STOP = 2,   /* nothing may follow by the constraint */
+  PSLM_FINISH_LENGTH = 3, /* max_tokens were made */
+  PSLM_FINISH_CONTEXT = 4 /* the context is full */
+} pslm_finish;
+typedef struct {
+  int32_t token;   /* -1: a part of the text was read, and there is none yet */
+  uint32_t finish; /* pslm_finish */
+  double logprob;  /* natural; 0 where it was not asked for */
+} pslm_made;
+typedef struct pslm_generator pslm_generator;
+/* `text` has at least one token more than the session, whose tokens it begins with. Session and
+ * constraint must outlive the generator, and are its own until it is closed. */
+PSLM_API pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size_t count,
+                                         const pslm_generation* options, pslm_generator** generator,
+                                         pslm_error error);
+/* The next token, or the next part of reading the text, so that a caller can stop at any time. An
+ * error after a finish. */
+PSLM_API pslm_status pslm_generator_next(pslm_generator* generator, pslm_made* made,
+                                         pslm_error error);
+/* The session is cut back to the text and the tokens that were given, the last one apart. */
+PSLM_API void pslm_generator_close(pslm_generator* generator);
+
 /* Where time goes, in nanoseconds of the calling thread with its waiting for others, summed over
  * the calls since profiling was turned on. Norms and quantization count to the product they feed. */
 typedef struct {

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "border.h"
-#include "grammar/constraint.h"
+#include "grammar/held.h"
 #include "grammar/sources.h"
 
 using namespace pocketslm;
@@ -18,9 +18,6 @@ struct pslm_vocabulary {
 };
 struct pslm_grammar {
   std::shared_ptr<const Automaton> automaton;
-};
-struct pslm_constraint {
-  Constraint constraint;
 };
 
 namespace {

@@ -9,29 +9,18 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <deque>
 #include <initializer_list>
 #include <list>
 #include <optional>
 #include <tuple>
 
-#include "grammar/constraint.h"
+#include "grammar/held.h"
 #include "model_file.h"
 
 namespace pocketslm {
 namespace {
 
-// A token that was picked.
-struct Made {
-  int32_t token;
-  float logprob = 0;
-  bool whole = false;  // nothing may follow by the grammar
-};
-
 using Clock = std::chrono::steady_clock;
-
-// Between parts of a prompt a cancel is looked for.
-constexpr size_t kPrefillPart = 256;
 
 double milliseconds_since(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
@@ -226,13 +215,10 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
                              const std::function<void(const NewToken&)>& on_token,
                              const std::function<bool()>& go_on, Outcome& outcome) {
   if (prompt.empty()) return "the prompt is empty";
-  if (!model_info_.head_macs) return "the model is an encoder: it has no next token";
-  const size_t context = session_info().context;
-  if (prompt.size() > context)
-    return std::to_string(prompt.size()) + " tokens do not fit the context of " +
-           std::to_string(context);
+  pslm_generation options = generation.options;
   const std::vector<int32_t>& eos = generation.eos.empty() ? chat_.eos() : generation.eos;
-  std::optional<grammar::Constraint> constraint;
+  if (!generation.ignore_eos) options.ends = eos.data(), options.end_count = eos.size();
+  std::optional<pslm_constraint> constraint;
   if (generation.grammar) {
     if (!tokenizer_.loaded()) return "the model file has no tokenizer, whose tokens a grammar needs";
     if (generation.ignore_eos) return "'ignore_eos' with a grammar, which says where an answer ends";
@@ -240,132 +226,56 @@ std::string Engine::generate(const std::vector<int32_t>& prompt, const Generatio
     for (const int32_t token : eos)
       if (static_cast<uint32_t>(token) < model_info_.vocab_size)
         ends.push_back(static_cast<uint32_t>(token));
-    constraint.emplace(generation.grammar, token_trie(), ends, tokenizer_.strips_space());
+    constraint.emplace(pslm_constraint{
+        {generation.grammar, token_trie(), ends, tokenizer_.strips_space()}});
+    options.constraint = &*constraint;
   }
-  const auto started = Clock::now();
-  const size_t common = keep_common(prompt, prompt.size() - 1);  // the last one gives the logits
+  auto mark = Clock::now();
   outcome = {};
   outcome.prompt_tokens = prompt.size();
-  outcome.reused_tokens = common;
-
-  Sampler sampler(generation.sampling);
-  std::vector<float> logits(model_info_.vocab_size);
+  outcome.reused_tokens = keep_common(prompt, prompt.size() - 1);  // the last one gives the logits
   ErrorLine error;
-  const auto cancelled = [&] {
-    outcome.reason = "cancelled";
-    return std::string();
+  pslm_generator* opened = nullptr;
+  if (pslm_generator_open(session_, prompt.data(), prompt.size(), &options, &opened,
+                          error.argument()) != PSLM_OK)
+    return error.text;
+  cached_ = prompt;
+  const auto close = [this](pslm_generator* generator) {
+    pslm_generator_close(generator);
+    cached_.resize(std::min(cached_.size(), length()));
   };
-  while (cached_.size() < prompt.size()) {
-    if (!go_on()) return cancelled();
-    const size_t from = cached_.size();
-    const size_t count = std::min(kPrefillPart, prompt.size() - from);
-    if (pslm_forward(session_, prompt.data() + from, count, PSLM_LOGITS_LAST, logits.data(),
-                     logits.size(), error.argument()) != PSLM_OK)
-      return error.text;
-    cached_.insert(cached_.end(), prompt.begin() + static_cast<std::ptrdiff_t>(from),
-                   prompt.begin() + static_cast<std::ptrdiff_t>(from + count));
-  }
-  // The probability is that before any penalty, which changes the logits.
-  std::vector<float> raw;
-  const auto pick = [&] {
-    if (generation.logprobs) raw = logits;
-    if (constraint) constraint->apply(logits.data());
-    Made made{sampler.pick(logits, cached_, prompt.size())};
-    if (generation.logprobs) made.logprob = log_probability(raw, made.token);
-    if (!constraint) return made;
-    constraint->advance(static_cast<uint32_t>(made.token));
-    made.whole = constraint->must_end();
-    return made;
-  };
-  Made next = pick();
-  outcome.prefill_ms = milliseconds_since(started);
-
-  const bool needs_logits = sampler.needs_logits() || generation.logprobs || constraint;
-  // What is drawn is seldom what was guessed. A convolution's state goes forward only, so that wrong
-  // guesses could not be taken back.
-  const bool guesses = sampler.greedy() && !generation.logprobs && generation.guesses &&
-                       pslm_rewind_limit(session_) < cached_.size();
-  PromptLookup lookup;
-  if (guesses) lookup.push(prompt.data(), prompt.size());
-  std::vector<float> rows;  // of logits, where there are guesses
-  std::deque<Made> made;  // tokens that follow
-  // Makes the token behind this one, and more where guesses at them are right.
-  const auto go_on_behind = [&](int32_t token) {
-    int32_t tokens[1 + PromptLookup::kMost] = {token}, best[1 + PromptLookup::kMost];
-    size_t guessed = 0;
-    if (guesses) {
-      lookup.push(&token, 1);
-      const size_t left = std::min<size_t>(generation.max_tokens - outcome.new_tokens,
-                                           context - cached_.size());
-      guessed = lookup.guess(tokens + 1, std::min<size_t>(generation.guesses, left - 1));
-    }
-    // What a head that picks by itself penalizes: the text with the guesses.
-    const size_t known = cached_.size(), from = sampler.penalized_from(prompt.size());
-    cached_.insert(cached_.end(), tokens, tokens + 1 + guessed);
-    const pslm_penalty penalty{sampler.penalty(), cached_.data() + from, cached_.size() - from};
-    std::vector<float>& out = guessed ? rows : logits;
-    if (needs_logits) out.resize(std::max(out.size(), (1 + guessed) * logits.size()));
-    const pslm_status status =
-        needs_logits ? pslm_forward(session_, tokens, 1 + guessed, PSLM_LOGITS_ALL, out.data(),
-                                    out.size(), error.argument())
-                     : pslm_forward_greedy(session_, tokens, 1 + guessed, 1 + guessed,
-                                           sampler.penalty() > 1 ? &penalty : nullptr, best,
-                                           error.argument());
-    cached_.resize(known);
-    if (status != PSLM_OK) return status;
-    for (size_t at = 0; at <= guessed; ++at) {
-      cached_.push_back(tokens[at]);
-      if (needs_logits) {
-        if (guessed) std::copy_n(rows.data() + at * logits.size(), logits.size(), logits.data());
-        made.push_back(pick());
-      } else {
-        made.push_back({best[at]});
-      }
-      if (at == guessed || made.back().whole || made.back().token != tokens[at + 1]) break;
-    }
-    if (guesses) lookup.judge(made.size() - 1);
-    if (!guessed) return status;
-    lookup.push(tokens + 1, made.size() - 1);
-    return pslm_truncate(session_, cached_.size());
-  };
-  const auto decode_started = Clock::now();
+  const std::unique_ptr<pslm_generator, decltype(close)> generator(opened, close);
   std::string pending;  // the beginning of a character whose end is in the next token
-  bool at_start = true;
-  outcome.reason = "length";
-  while (outcome.new_tokens < generation.max_tokens) {
-    const auto [token, logprob, whole] = next;
-    if (!generation.ignore_eos && std::find(eos.begin(), eos.end(), token) != eos.end()) {
-      outcome.reason = "eos";
-      outcome.last = token;
+  outcome.reason = "cancelled";
+  while (go_on()) {
+    pslm_made made;
+    if (pslm_generator_next(opened, &made, error.argument()) != PSLM_OK) return error.text;
+    if (made.token < 0) continue;
+    if (cached_.size() == prompt.size()) {
+      outcome.prefill_ms = milliseconds_since(mark);
+      mark = Clock::now();
+    }
+    cached_.push_back(made.token);
+    outcome.decode_ms = milliseconds_since(mark);
+    static constexpr const char* kReasons[] = {"", "eos", "stop", "length", "context"};
+    const auto logprob = static_cast<float>(made.logprob);
+    if (made.finish) outcome.reason = kReasons[made.finish];
+    if (made.finish == PSLM_FINISH_END) {
+      outcome.last = made.token;
       outcome.last_logprob = logprob;
       break;
     }
-    ++outcome.new_tokens;
-    std::string_view bytes = tokenizer_.bytes(token);
-    if (at_start && !bytes.empty()) {
-      if (tokenizer_.strips_space() && bytes[0] == ' ') bytes.remove_prefix(1);
-      at_start = false;
-    }
+    std::string_view bytes = tokenizer_.bytes(made.token);
+    if (!outcome.new_tokens++ && tokenizer_.strips_space() && bytes.substr(0, 1) == " ")
+      bytes.remove_prefix(1);
     pending += bytes;
-    const bool last = whole || outcome.new_tokens == generation.max_tokens;
-    const size_t held = last ? 0 : incomplete_utf8(pending);
-    on_token({token, std::string_view(pending).substr(0, pending.size() - held), logprob, whole});
+    const size_t held = made.finish ? 0 : incomplete_utf8(pending);
+    const bool whole = made.finish == PSLM_FINISH_STOP;
+    on_token(
+        {made.token, std::string_view(pending).substr(0, pending.size() - held), logprob, whole});
     pending.erase(0, pending.size() - held);
-    if (!go_on()) {
-      outcome.reason = "cancelled";
-      break;
-    }
-    if (whole) outcome.reason = "stop";
-    if (last) break;
-    if (made.empty() && cached_.size() == context) {
-      outcome.reason = "context";
-      break;
-    }
-    if (made.empty() && go_on_behind(token) != PSLM_OK) return error.text;
-    next = made.front();
-    made.pop_front();
+    if (made.finish) break;
   }
-  outcome.decode_ms = milliseconds_since(decode_started);
   return "";
 }
 

@@ -14,7 +14,6 @@
 #include "grammar/token_trie.h"
 #include "lookup.h"
 #include "pocketslm.h"
-#include "sampler.h"
 #include "tokenizer.h"
 
 namespace pocketslm {
@@ -29,11 +28,14 @@ struct LoadOptions {
 };
 
 struct Generation {
-  uint32_t max_tokens = 128;
-  bool ignore_eos = false, logprobs = false;
-  size_t guesses = PromptLookup::kMost;  // tokens that are guessed at a time at most, if greedy
+  Generation() {
+    options.max_tokens = 128;
+    options.top_p = options.repetition_penalty = 1;
+    options.guesses = PromptLookup::kMost;
+  }
+  pslm_generation options{};  // but for ends and a constraint
+  bool ignore_eos = false;
   std::vector<int32_t> eos;  // empty: the model file's own
-  Sampling sampling;
   std::shared_ptr<const grammar::Automaton> grammar;  // that holds the answer, where there is one
 };
 

@@ -109,25 +109,25 @@ std::string parse(int count, char** values, Arguments& out) {
       valid = !std::strcmp(value, "fp16") || !std::strcmp(value, "int8");
       out.load.kv_type = std::strcmp(value, "int8") ? PSLM_KV_F16 : PSLM_KV_I8;
     } else if (name == "-n") {
-      valid = whole(1, 1 << 24, out.generation.max_tokens);
+      valid = whole(1, 1 << 24, out.generation.options.max_tokens);
     } else if (name == "-t") {
       valid = whole(1, 64, out.load.threads);
     } else if (name == "--context") {
       valid = whole(1, 1 << 24, out.load.context);
     } else if (name == "--top-k") {
-      valid = whole(0, 1 << 24, out.generation.sampling.top_k);
+      valid = whole(0, 1 << 24, out.generation.options.top_k);
     } else if (name == "--temperature") {
       valid = parse_number(value, 0, 100, n);
-      out.generation.sampling.temperature = static_cast<float>(n);
+      out.generation.options.temperature = static_cast<float>(n);
     } else if (name == "--top-p") {
       valid = parse_number(value, 0, 1, n);
-      out.generation.sampling.top_p = static_cast<float>(n);
+      out.generation.options.top_p = static_cast<float>(n);
     } else if (name == "--min-p") {
       valid = parse_number(value, 0, 1, n);
-      out.generation.sampling.min_p = static_cast<float>(n);
+      out.generation.options.min_p = static_cast<float>(n);
     } else if (name == "--seed") {
       valid = parse_number(value, 0, 1e15, n);
-      out.generation.sampling.seed = static_cast<uint64_t>(n);
+      out.generation.options.seed = static_cast<uint64_t>(n);
     } else if (name == "--json-schema" || name == "--regex" || name == "--grammar") {
       if (const std::string failure = constrain(name, value, out.generation); !failure.empty())
         return failure;

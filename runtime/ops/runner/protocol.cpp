@@ -351,19 +351,19 @@ class Server {
 
   std::string generate(Request& request) {
     Generation generation;
-    generation.max_tokens = request.count("max_tokens", 128, 1, 1 << 24);
+    pslm_generation& options = generation.options;
+    options.max_tokens = request.count("max_tokens", 128, 1, 1 << 24);
     generation.ignore_eos = request.flag("ignore_eos");
-    generation.sampling.temperature =
-        static_cast<float>(request.number("temperature", 0, 0, 100));
-    generation.sampling.top_k = request.count("top_k", 0, 0, 1 << 24);
-    generation.sampling.top_p = static_cast<float>(request.number("top_p", 1, 0, 1));
-    generation.sampling.min_p = static_cast<float>(request.number("min_p", 0, 0, 1));
-    generation.sampling.seed = static_cast<uint64_t>(request.number("seed", 0, 0, 1e15, true));
-    generation.sampling.repetition_penalty =
+    options.temperature = static_cast<float>(request.number("temperature", 0, 0, 100));
+    options.top_k = request.count("top_k", 0, 0, 1 << 24);
+    options.top_p = static_cast<float>(request.number("top_p", 1, 0, 1));
+    options.min_p = static_cast<float>(request.number("min_p", 0, 0, 1));
+    options.seed = static_cast<uint64_t>(request.number("seed", 0, 0, 1e15, true));
+    options.repetition_penalty =
         static_cast<float>(request.number("repetition_penalty", 1, 0.01, 100));
-    generation.sampling.penalize_prompt = !request.flag("spare_prompt");
-    generation.logprobs = request.flag("logprobs");
-    generation.guesses = request.count("prompt_lookup", PromptLookup::kMost, 0, 1 << 24);
+    options.spare_prompt = request.flag("spare_prompt");
+    options.logprobs = request.flag("logprobs");
+    options.guesses = request.count("prompt_lookup", PromptLookup::kMost, 0, 1 << 24);
     if (const Json* list = request.list("eos"))
       for (const Json& item : list->items) {
         if (!item.is_whole(0, std::numeric_limits<int32_t>::max()))
@@ -380,7 +380,7 @@ class Server {
         tokens, generation,
         [&](const NewToken& made) {
           emit("token", ",\"token\":%d,\"text\":%s%s%s", made.token, quote(made.text).c_str(),
-               generation.logprobs ? logprob(made.logprob).c_str() : "",
+               options.logprobs ? logprob(made.logprob).c_str() : "",
                made.whole ? ",\"whole\":true" : "");
         },
         [&] { return written_ && !reader_.cancelled(id_); }, outcome);
@@ -388,7 +388,7 @@ class Server {
     std::string last;
     if (outcome.reason == "eos") {
       last = ",\"token\":" + std::to_string(outcome.last);
-      if (generation.logprobs) last += logprob(outcome.last_logprob);
+      if (options.logprobs) last += logprob(outcome.last_logprob);
     }
     emit("done",
          ",\"reason\":\"%s\",\"prompt_tokens\":%zu,\"reused_tokens\":%zu,\"tokens\":%zu,"

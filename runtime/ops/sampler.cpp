@@ -123,11 +123,11 @@ void Sampler::keep_nucleus() {
     weights_[static_cast<size_t>(candidates_[i].second)] = candidates_[i].first;
 }
 
-float log_probability(const std::vector<float>& logits, int32_t token) {
+double log_probability(const std::vector<float>& logits, int32_t token) {
   const float top = *std::max_element(logits.begin(), logits.end());
   double total = 0;
-  for (const float value : logits) total += std::exp(value - top);
-  return logits[static_cast<size_t>(token)] - top - static_cast<float>(std::log(total));
+  for (const float value : logits) total += static_cast<double>(std::exp(value - top));
+  return static_cast<double>(logits[static_cast<size_t>(token)] - top) - std::log(total);
 }
 
 }  // namespace pocketslm

@@ -42,6 +42,6 @@ class Sampler {
 };
 
 // Natural log of the softmax probability of a token.
-float log_probability(const std::vector<float>& logits, int32_t token);
+double log_probability(const std::vector<float>& logits, int32_t token);
 
 }  // namespace pocketslm

@@ -1,0 +1,241 @@
+// A text that goes on token by token: the loop of the C API and the runner.
+//
+// Greedy tokens are picked by the head, and guesses at those behind them are checked in the same call;
+// everything else is picked from all logits. What was made ahead waits until it is asked for.
+#include <algorithm>
+#include <deque>
+#include <optional>
+#include <vector>
+
+#include "border.h"
+#include "grammar/held.h"
+#include "held.h"
+#include "lookup.h"
+#include "sampler.h"
+
+using namespace pocketslm;
+
+namespace {
+
+constexpr size_t kPart = 256;  // tokens of a text that are read at a time
+
+Sampling sampling_of(const pslm_generation& options) {
+  Sampling sampling;
+  sampling.temperature = options.temperature;
+  sampling.top_k = options.top_k;
+  sampling.top_p = options.top_p;
+  sampling.min_p = options.min_p;
+  sampling.seed = options.seed;
+  sampling.repetition_penalty = options.repetition_penalty;
+  sampling.penalize_prompt = !options.spare_prompt;
+  return sampling;
+}
+
+}  // namespace
+
+struct pslm_generator {
+ public:
+  pslm_generator(pslm_session* session, const int32_t* text, size_t count,
+                 const pslm_generation& options)
+      : session_(session),
+        options_(options),
+        ends_(options.ends, options.ends + options.end_count),
+        text_(text, text + count),
+        prompt_(count),
+        held_(pslm_length(session)),
+        sampler_(sampling_of(options)),
+        logits_(session->engine.model().config.vocab_size) {
+    // The last token need not be read.
+    const size_t room = session->engine.context() + 1 - count;
+    context_ends_ = !options.max_tokens || options.max_tokens > room;
+    end_ = count + (context_ends_ ? room : options.max_tokens);
+    options_.ends = nullptr;  // the caller's
+  }
+
+  pslm_status next(pslm_made* made, pslm_error error) {
+    if (over_) return report(error, PSLM_ERROR_ARGUMENT, "the text has ended");
+    over_ = true;  // unless this goes well
+    *made = {-1, PSLM_GOES_ON, 0};
+    if (ready_.empty()) {
+      const bool reads = held_ < prompt_;
+      if (const pslm_status status = reads ? read(error) : go_on(error)) return status;
+      if (ready_.empty()) {
+        over_ = false;
+        return PSLM_OK;
+      }
+    }
+    const auto [token, logprob, whole] = ready_.front();
+    ready_.pop_front();
+    text_.push_back(token);
+    pslm_finish finish = PSLM_GOES_ON;
+    if (std::find(ends_.begin(), ends_.end(), token) != ends_.end())
+      finish = PSLM_FINISH_END;
+    else if (whole)
+      finish = PSLM_FINISH_STOP;
+    else if (text_.size() == end_)
+      finish = context_ends_ ? PSLM_FINISH_CONTEXT : PSLM_FINISH_LENGTH;
+    over_ = finish != PSLM_GOES_ON;
+    *made = {token, static_cast<uint32_t>(finish), logprob};
+    return PSLM_OK;
+  }
+
+  void cut_back() {
+    const size_t known = std::min(pslm_length(session_), std::max(text_.size() - 1, prompt_));
+    if (pslm_truncate(session_, known) != PSLM_OK) pslm_truncate(session_, 0);
+  }
+
+ private:
+  // A token that was picked; whole: nothing may follow it by the constraint.
+  struct Picked {
+    int32_t token;
+    double logprob = 0;
+    bool whole = false;
+  };
+
+  // The next part of the text; behind the last one, the first token.
+  pslm_status read(pslm_error error) {
+    const size_t count = std::min(kPart, prompt_ - held_);
+    if (held_ + count == prompt_) return append(&text_[held_], count, 0, error);
+    const pslm_status status =
+        pslm_forward(session_, &text_[held_], count, PSLM_LOGITS_NONE, nullptr, 0, error);
+    if (status == PSLM_OK) held_ += count;
+    return status;
+  }
+
+  // The token behind the text, and more where guesses at them are right.
+  pslm_status go_on(pslm_error error) {
+    int32_t tokens[1 + PromptLookup::kMost] = {text_.back()};
+    size_t guessed = 0;
+    if (guesses()) {
+      if (!told_) lookup_.emplace();
+      lookup_->push(&text_[told_], text_.size() - told_);
+      told_ = text_.size();
+      guessed = lookup_->guess(tokens + 1,
+                               std::min<size_t>(options_.guesses, end_ - text_.size() - 1));
+    }
+    if (const pslm_status status = append(tokens, 1 + guessed, guessed, error)) return status;
+    if (lookup_) lookup_->judge(ready_.size() - 1);
+    if (guessed) return pslm_truncate(session_, held_);
+    return PSLM_OK;
+  }
+
+  // What is drawn is seldom what was guessed. A convolution's state goes forward only, so that wrong
+  // guesses could not be taken back.
+  bool guesses() const {
+    return options_.guesses && sampler_.greedy() && !options_.logprobs &&
+           pslm_rewind_limit(session_) < pslm_length(session_);
+  }
+
+  // Appends tokens of the text, the last of which are guesses, and picks what follows, up to the first
+  // that was not guessed.
+  pslm_status append(const int32_t* tokens, size_t count, size_t guessed, pslm_error error) {
+    const size_t rows = 1 + guessed, width = logits_.size();
+    const bool by_logits = sampler_.needs_logits() || options_.logprobs || options_.constraint;
+    int32_t best[1 + PromptLookup::kMost];
+    std::vector<float>& out = guessed ? rows_ : logits_;
+    pslm_status status;
+    if (by_logits) {
+      out.resize(std::max(out.size(), rows * width));
+      status = pslm_forward(session_, tokens, count, guessed ? PSLM_LOGITS_ALL : PSLM_LOGITS_LAST,
+                            out.data(), out.size(), error);
+    } else {
+      std::vector<int32_t> seen(text_.begin() + from(), text_.end());
+      seen.insert(seen.end(), tokens + count - guessed, tokens + count);
+      const pslm_penalty penalty{sampler_.penalty(), seen.data(), seen.size()};
+      status = pslm_forward_greedy(session_, tokens, count, rows, &penalty, best, error);
+    }
+    for (size_t at = 0; status == PSLM_OK && at < rows; ++at) {
+      held_ += at ? 1 : count - guessed;
+      if (by_logits) {
+        if (guessed) std::copy_n(out.data() + at * width, width, logits_.data());
+        text_.insert(text_.end(), tokens + count - guessed, tokens + count - guessed + at);
+        status = pick(error);
+        text_.resize(text_.size() - at);
+      } else {
+        ready_.push_back({best[at]});
+      }
+      if (at + 1 == rows || status != PSLM_OK || ready_.back().whole ||
+          ready_.back().token != tokens[count - guessed + at])
+        break;
+    }
+    return status;
+  }
+
+  // A token from logits_, behind text_.
+  pslm_status pick(pslm_error error) {
+    if (options_.logprobs) raw_ = logits_;  // before any penalty
+    if (options_.constraint) {
+      const pslm_status status =
+          pslm_constraint_apply(options_.constraint, logits_.data(), logits_.size(), error);
+      if (status != PSLM_OK) return status;
+    }
+    Picked picked{sampler_.pick(logits_, text_, prompt_)};
+    if (options_.logprobs) picked.logprob = log_probability(raw_, picked.token);
+    if (options_.constraint) {
+      if (const pslm_status status =
+              pslm_constraint_advance(options_.constraint, picked.token, error))
+        return status;
+      picked.whole = pslm_constraint_state(options_.constraint) & PSLM_TEXT_MUST_END;
+    }
+    ready_.push_back(picked);
+    return PSLM_OK;
+  }
+
+  std::ptrdiff_t from() const {
+    const bool penalizes = sampler_.penalty() > 1;
+    return static_cast<std::ptrdiff_t>(penalizes ? sampler_.penalized_from(prompt_) : text_.size());
+  }
+
+  pslm_session* session_;
+  pslm_generation options_;
+  const std::vector<int32_t> ends_;
+  std::vector<int32_t> text_;  // with the tokens that were given
+  const size_t prompt_;        // tokens that the text began with
+  size_t end_;                 // tokens that the text may have
+  bool context_ends_;
+  size_t held_;  // tokens of the text, given or ready, that the session holds
+  Sampler sampler_;
+  std::vector<float> logits_, raw_;
+  std::vector<float> rows_;   // of logits, where there are guesses
+  std::deque<Picked> ready_;  // tokens that follow
+  std::optional<PromptLookup> lookup_;
+  size_t told_ = 0;  // tokens that it knows
+  bool over_ = false;
+};
+
+pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size_t count,
+                                const pslm_generation* options, pslm_generator** generator,
+                                pslm_error error) {
+  if (!session || !text || !options || !generator || (options->end_count && !options->ends))
+    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  *generator = nullptr;
+  const auto refuse = [&](const char* what) { return report(error, PSLM_ERROR_ARGUMENT, what); };
+  const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
+  if (!session->engine.model().program.head().w[0])
+    return refuse("the model is an encoder: it has no next token");
+  if (count <= pslm_length(session)) return refuse("the session holds more than the text");
+  if (count > session->engine.context())
+    return report(error, PSLM_ERROR_CONTEXT,
+                  std::to_string(count) + " tokens do not fit the context of " +
+                      std::to_string(session->engine.context()));
+  if (!within(options->temperature, 0, 100)) return refuse("a temperature is 0 to 100");
+  if (!within(options->top_p, 0, 1) || !within(options->min_p, 0, 1))
+    return refuse("top_p and min_p are 0 to 1");
+  if (!within(options->repetition_penalty, 0.01f, 100))
+    return refuse("a repetition penalty is 0.01 to 100");
+  return guarded(error, [&] {
+    *generator = new pslm_generator(session, text, count, *options);
+    return PSLM_OK;
+  });
+}
+
+pslm_status pslm_generator_next(pslm_generator* generator, pslm_made* made, pslm_error error) {
+  if (!generator || !made) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  return guarded(error, [&] { return generator->next(made, error); });
+}
+
+void pslm_generator_close(pslm_generator* generator) {
+  if (!generator) return;
+  generator->cut_back();
+  delete generator;
+}
