@@ -32,8 +32,8 @@ SOURCES = Path(__file__).resolve().parent
 HEADERS = (".def", ".h", ".inl")
 
 COMMON = (
-    *("api", "attention", "cpu", "head", "lookup", "model_file", "probes", "program"),
-    *("program_llama", "read_plan", "session", "state", "thread_pool"),
+    *("api", "attention", "border_slots", "cpu", "head", "lookup", "model_file", "probes"),
+    *("program", "program_llama", "read_plan", "session", "slots", "state", "thread_pool"),
     *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
     *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
     *(f"grammar/{name}" for name in ("machine", "numbers", "regex", "token_trie")),

@@ -55,15 +55,26 @@ void Session::forward_greedy(const int32_t* tokens, size_t count, size_t followi
   for (size_t done = 0; done < count;) {
     size_t part = std::min(batch_, count - done);
     if (following > 1) part = std::min(part, done < first ? first - done : kMaxTile);
-    following_ = done + part > first ? std::min(part, following) : 0;
-    run(tokens + done, part, following_ ? Head::greedy : Head::none, nullptr);
+    const bool followed = done + part > first;
+    head_rows_ = std::min(part, following);
+    run(tokens + done, part, followed ? Head::greedy : Head::none, nullptr);
     done += part;
-    for (size_t t = 0; t < following_; ++t) {
-      Candidate best = members_[0].best[t];
-      for (const Member& member : members_) best = std::min(best, member.best[t]);
-      *next++ = best.token;
-    }
+    for (size_t t = 0; followed && t < head_rows_; ++t) *next++ = best(t);
   }
+}
+
+// Threads find room for what they keep, since none may run out of memory.
+void Session::ask(const std::vector<Asked>& asked) {
+  asked_ = asked;
+  for (Member& member : members_)
+    for (size_t i = 0; i < asked.size(); ++i) member.found[i].top.reserve(asked[i].top);
+}
+
+// The best of what threads found behind a token.
+int32_t Session::best(size_t token) const {
+  Candidate best = members_[0].found[token].best;
+  for (const Member& member : members_) best = std::min(best, member.found[token].best);
+  return best.token;
 }
 
 bool Session::finite() const {
@@ -73,25 +84,34 @@ bool Session::finite() const {
 double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best,
                             float* logits) {
   trust_logits();
-  top_count_ = top;
-  for (Member& member : members_) member.top.reserve(top);
+  head_rows_ = 1;
+  ask({{nullptr, top}});
   for (size_t done = 0; done < count;) {
     const size_t part = std::min(batch_, count - done);
-    run(tokens + done, part, done + part == count ? Head::top : Head::none, nullptr);
+    run(tokens + done, part, done + part == count ? Head::asked : Head::none, nullptr);
     done += part;
   }
+  return highest(0, best, logits);
+}
+
+// The highest logits of what threads found behind a token, as many as were asked for; returns the
+// logarithm of the sum of exp over all.
+double Session::highest(size_t token, int32_t* best, float* logits) const {
   if (!finite()) return std::numeric_limits<double>::quiet_NaN();
-  std::vector<Candidate> found;
+  std::vector<Candidate> all;
   float peak = -std::numeric_limits<float>::infinity();
   for (const Member& member : members_) {
-    found.insert(found.end(), member.top.begin(), member.top.end());
-    peak = std::max(peak, member.peak);
+    const Found& found = member.found[token];
+    all.insert(all.end(), found.top.begin(), found.top.end());
+    peak = std::max(peak, found.peak);
   }
   double total = 0;
-  for (const Member& member : members_)
-    if (member.sum > 0) total += static_cast<double>(member.sum) * std::exp(member.peak - peak);
-  std::sort(found.begin(), found.end());
-  for (size_t i = 0; i < top; ++i) best[i] = found[i].token, logits[i] = found[i].logit;
+  for (const Member& member : members_) {
+    const Found& found = member.found[token];
+    if (found.sum > 0) total += static_cast<double>(found.sum) * std::exp(found.peak - peak);
+  }
+  std::sort(all.begin(), all.end());
+  for (size_t i = 0; i < asked_[token].top; ++i) best[i] = all[i].token, logits[i] = all[i].logit;
   return peak + std::log(total);
 }
 
@@ -100,35 +120,37 @@ void Session::offer_best(Member& member, size_t token, const float* logits, size
                          size_t first_token) {
   member.finite &= all_finite(logits, count);
   if (!member.finite) return;
+  Candidate& best = member.found[token].best;
   for (size_t i = 0; i < count; ++i)
-    member.best[token] = std::min(member.best[token],
-                                  Candidate{logits[i], static_cast<int32_t>(first_token + i)});
+    best = std::min(best, Candidate{logits[i], static_cast<int32_t>(first_token + i)});
 }
 
 // Keeps the highest of these logits and their part of the sum over all. What is not finite is no
 // candidate: NaN has no place in an order.
-void Session::offer(Member& member, const float* logits, size_t count, size_t first_token) {
+void Session::offer(Member& member, size_t token, const float* logits, size_t count,
+                    size_t first_token) {
   if (!all_finite(logits, count)) {
     member.finite = false;
     return;
   }
+  auto& [top, best, peak, sum] = member.found[token];
   for (size_t i = 0; i < count; ++i) {
     // Chunks taken from another thread may come out of order, hence the whole comparison.
     const Candidate found{logits[i], static_cast<int32_t>(first_token + i)};
-    if (member.top.size() == top_count_) {
-      if (!(found < member.top.front())) continue;
-      std::pop_heap(member.top.begin(), member.top.end());
-      member.top.pop_back();
+    if (top.size() == asked_[token].top) {
+      if (!(found < top.front())) continue;
+      std::pop_heap(top.begin(), top.end());
+      top.pop_back();
     }
-    member.top.push_back(found);
-    std::push_heap(member.top.begin(), member.top.end());
+    top.push_back(found);
+    std::push_heap(top.begin(), top.end());
   }
-  const float peak = *std::max_element(logits, logits + count);
-  if (peak > member.peak) {
-    member.sum *= std::exp(member.peak - peak);
-    member.peak = peak;
+  const float highest = *std::max_element(logits, logits + count);
+  if (highest > peak) {
+    sum *= std::exp(peak - highest);
+    peak = highest;
   }
-  member.sum += kernels_.sum_exp(logits, count, member.peak);
+  sum += kernels_.sum_exp(logits, count, peak);
 }
 
 void Session::run_head(unsigned m, Head head, float* logits) {
@@ -148,12 +170,13 @@ void Session::run_head(unsigned m, Head head, float* logits) {
     member.plan.start(index);
   else
     member.plan.start_whole_head();
-  member.top.clear();
-  member.peak = -std::numeric_limits<float>::infinity();
-  member.sum = 0;
-  std::fill_n(member.best, kMaxTile, Candidate{-std::numeric_limits<float>::infinity(), 0});
-  const bool all = head == Head::all_logits || (head == Head::greedy && following_ > 1);
-  const PanelView input = all ? normalized(m, step.norm) : normalized_row(m, step.norm, last);
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
+  for (Found& found : member.found) {
+    found.top.clear();
+    found.best = {lowest, 0}, found.peak = lowest, found.sum = 0;
+  }
+  const PanelView input = head_rows_ == count_ ? normalized(m, step.norm)
+                                               : normalized_row(m, step.norm, last);
   if (screened) {
     screen(m, input, step.norm);
   } else {
@@ -162,14 +185,17 @@ void Session::run_head(unsigned m, Head head, float* logits) {
       const size_t live = std::min(width, w.rows - first);
       for (size_t i = 0; i < tokens; ++i) {
         float* row = y + i * width;
-        finish_logits(head, row, live, first);
-        if (head == Head::greedy) {
-          offer_best(member, t + i, row, live, first);
-        } else if (head == Head::top) {
-          offer(member, row, live, first);
-        } else {
+        const Asked asked = head == Head::greedy  ? Asked{nullptr, 0}
+                            : head == Head::asked ? asked_[t + i]
+                                                  : Asked{logits + (t + i) * w.rows, 0};
+        finish_logits(!asked.logits && !asked.top, row, live, first);
+        if (asked.logits) {
           member.finite &= all_finite(row, live);
-          std::memcpy(logits + (t + i) * w.rows + first, row, live * sizeof(float));
+          std::memcpy(asked.logits + first, row, live * sizeof(float));
+        } else if (asked.top) {
+          offer(member, t + i, row, live, first);
+        } else {
+          offer_best(member, t + i, row, live, first);
         }
       }
     });
@@ -177,11 +203,12 @@ void Session::run_head(unsigned m, Head head, float* logits) {
   mark(m, step.counter);
 }
 
-// What is left to do to products: the most probable token is the same without a factor or a cap.
-void Session::finish_logits(Head head, float* logits, size_t count, size_t first_token) const {
+// What is left to do to products; where only the best is sought (`ranked`), that is the same without
+// a factor or a cap.
+void Session::finish_logits(bool ranked, float* logits, size_t count, size_t first_token) const {
   const Step& step = program_.head();
   for (size_t i = 0; step.bias[0] && i < count; ++i) logits[i] += step.bias[0][first_token + i];
-  if (head == Head::greedy) return;
+  if (ranked) return;
   for (size_t i = 0; step.scale != 1.0f && i < count; ++i) logits[i] *= step.scale;
   if (step.cap > 0) kernels_.soft_cap(logits, count, step.cap);
 }
@@ -303,7 +330,7 @@ void Session::settle(unsigned m, size_t token, const ActivationTile& input) {
   compute(likely);
   for (size_t b = begin; b < end && member.finite; ++b) {
     if (b % kBlockRows == 0) deviations(&spreads_[b * groups], bounds);
-    if (b != likely && may_exceed(b, member.best[token].logit)) compute(b);
+    if (b != likely && may_exceed(b, member.found[token].best.logit)) compute(b);
   }
 }
 
