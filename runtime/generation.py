@@ -448,7 +448,7 @@ class Engine:
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
         with self._turns.turn():
             new = self.cache.rewind(whole(ids))
-            (logits,) = self.session.forward(np.asarray(new, np.int64))
+            logits: Logits = self.session.forward(np.asarray(new, np.int64))[0]
             self.cache.tokens.extend(new)
             return logits
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pocketslm.errors import BackendError, UsageError
+from pocketslm.runtime import batching
 from pocketslm.runtime.batching import Batch
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model, Record
@@ -74,8 +75,11 @@ def test_each_answer_is_the_one_alone(alone: Model, several: Model) -> None:
                 assert p == (q if q is None else pytest.approx(q, abs=1e-5))
 
 
-def test_answers_go_on_while_a_prompt_is_read(several: Model) -> None:
+def test_answers_go_on_while_a_prompt_is_read(
+    several: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between two tokens of an answer, no more than a part of another prompt runs."""
+    monkeypatch.setattr(batching, "AHEAD", 100)
     batch = batch_of(several)
     calls: list[list[int]] = []
     forward = batch.session.forward_slots
@@ -84,20 +88,16 @@ def test_answers_go_on_while_a_prompt_is_read(several: Model) -> None:
         calls.append([len(part.tokens) for part in parts])
         return forward(parts)
 
-    batch.session.forward_slots = recorded  # type: ignore[method-assign]
-    plain = GenerationConfig(ignore_eos=True, prompt_lookup_num_tokens=0)
-    first = several.generate([1, 2, 3], plain.but(max_new_tokens=200))
-    assert next(first).finish is None
-    prompt = [4] * 60
-    with ThreadPoolExecutor(1) as thread:
-        second = thread.submit(lambda: list(several.generate(prompt, plain.but(max_new_tokens=5))))
-        for _ in first:
-            pass
-    assert len(second.result()) == 5
-    together = [call for call in calls if len(call) == 2]
-    assert sum(call[1] for call in together) >= len(prompt)
-    assert max(call[1] for call in together) == 7
-    assert {call[0] for call in together} == {1}
+    monkeypatch.setattr(batch.session, "forward_slots", recorded)
+    plain = GenerationConfig(ignore_eos=True, prompt_lookup_num_tokens=0, max_new_tokens=20)
+    first = several.generate([1, 2, 3], plain)
+    made = [next(first)]
+    second = several.generate([4] * 60, plain)
+    next(second)
+    assert calls == [[1, 7]] * 8 + [[1, 4]]
+    made += first
+    assert len(made) == 20
+    assert len(list(second)) == 19
 
 
 def test_a_slot_keeps_the_beginning_of_its_prompt(several: Model) -> None:
