@@ -53,6 +53,7 @@ def bench(
     cold: bool = False,
     operators: bool = False,
     context: int | None = None,
+    parallel: Sequence[int] = (),
     peers: Sequence[str] = (),
     source: Path | None = None,
     timeout_s: float = TIMEOUT_S,
@@ -68,9 +69,10 @@ def bench(
     that is not. runs: how often all of it is done, in new processes. threads: empty takes every
     core that this process may use. cold: drop each artefact from the page cache before loading it.
     operators: after the repetitions one more, which is not counted, for the time of each operator.
-    context: a KV cache larger than the tests need. peers: ``NAME`` or ``NAME=ARTEFACT``, or "all"
-    that can run here; without an artefact it is made of ``source``, the checkpoint that the first
-    bundle was exported from. timeout_s: for one repetition, or for loading and the warm-up.
+    context: a KV cache larger than the tests need. parallel: so many texts at once, for each test
+    of generation besides that of one, on the native backend. peers: ``NAME`` or ``NAME=ARTEFACT``,
+    or "all" that can run here; without an artefact it is made of ``source``, the checkpoint that
+    the first bundle was exported from. timeout_s: for one repetition, or for loading and the warm-up.
     record: a file that rows are appended to as soon as they are measured. say gets which of all
     peers are left out, and why; progress what is being done and the fraction of all that is done.
 
@@ -90,6 +92,8 @@ def bench(
         if n_gen:
             say(f"{encoders[0]} gives embeddings: only prompts are measured")
         n_gen, n_depth = (), ()
+    if parallel and (peers or tests is not None):
+        raise UsageError("several texts at once are measured of random tokens and without peers")
     if tests is None:
         tests = plan(
             min(map(_vocab_size, opened)),
@@ -98,6 +102,7 @@ def bench(
             n_depth=n_depth,
             n_both=n_both,
             context=context,
+            parallel=parallel,
         )
     threads = tuple(threads) or (usable_cores(),)
     at_least("threads", 1, threads)
@@ -216,6 +221,7 @@ class _Session:
             n_depth=test.n_depth,
             ids=test.ids,
             cold=self._cold,
+            parallel=test.parallel,
         )
 
     def _row(
@@ -240,6 +246,7 @@ class _Session:
             n_gen=test.n_gen,
             n_depth=test.n_depth,
             context=test.context,
+            parallel=test.parallel,
             workload=test.workload,
             samples_ns=tuple(sample.sample_ns for sample in samples),
             prefill_ns=tuple(s.prefill_ns for s in samples if s.prefill_ns is not None),

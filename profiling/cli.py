@@ -21,6 +21,8 @@ from pocketslm.terminal import (
     show,
 )
 
+_OF_A_LENGTH = ("n_prompt", "n_gen", "n_depth", "pg", "parallel")
+
 
 def add_commands(commands: Commands) -> None:
     parser = commands.add(
@@ -64,6 +66,14 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--source", help="the checkpoint from which peers make their artefact")
     parser.add_argument("--context", type=int, help="a KV cache larger than the tests need")
+    parser.add_argument(
+        "--parallel",
+        type=numbers,
+        default=[],
+        metavar="N,...",
+        help="also generate so many texts at once (native): tokens a second of all, and the time "
+        "between two tokens of one",
+    )
     parser.add_argument(
         "--record", type=Path, metavar="FILE.jsonl", help="append every measurement to this file"
     )
@@ -156,9 +166,9 @@ def add_commands(commands: Commands) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.documents is not None:
-        refuse(arguments, "with --documents", "slimlm", "n_prompt", "n_gen", "n_depth", "pg")
+        refuse(arguments, "with --documents", "slimlm", *_OF_A_LENGTH)
     if arguments.slimlm:
-        refuse(arguments, "with --slimlm", "n_prompt", "n_gen", "n_depth", "pg")
+        refuse(arguments, "with --slimlm", *_OF_A_LENGTH)
     if arguments.device:
         devices.bench(arguments)
         return
@@ -189,6 +199,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             cold=arguments.cold,
             operators=arguments.operators,
             context=arguments.context,
+            parallel=arguments.parallel,
             timeout_s=arguments.timeout_s,
             record=arguments.record,
             peers=arguments.peer,

@@ -17,8 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from pocketslm import __version__
+from pocketslm.errors import BackendError
 from pocketslm.profiling.machine import installed_version
-from pocketslm.runtime.backends import BACKENDS, Session, open_session
+from pocketslm.runtime.backends import (
+    BACKENDS,
+    Part,
+    Session,
+    SlotSession,
+    Wanted,
+    open_session,
+)
 from pocketslm.runtime.bundle import open_bundle
 from pocketslm.runtime.generation import greedy_step
 
@@ -29,7 +37,7 @@ class Job:
 
     ids: the tokens that go first: the prompt, or what is in the cache before decoding (a single
     token with ``n_depth`` 0). context: tokens that the KV cache must hold. cold: drop the artefact
-    from the page cache first.
+    from the page cache first. parallel: texts to generate at once.
     """
 
     runtime: str
@@ -42,6 +50,7 @@ class Job:
     n_depth: int
     ids: list[int]
     cold: bool = False
+    parallel: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,8 +128,19 @@ class PocketSlm:
 
     def open(self, job: Job) -> Engine:
         bundle = open_bundle(job.artefact, verify=False)
-        session = open_session(bundle, job.backend, job.threads, job.context)
-        return SessionEngine(session, generates=bundle.generates)
+        session = open_session(bundle, job.backend, job.threads, job.context, job.parallel)
+        return engine_over(session, job, generates=bundle.generates)
+
+
+def engine_over(session: Session, job: Job, *, generates: bool) -> Engine:
+    """What runs the job on a session. Raises BackendError where that makes one text at a time."""
+    if job.parallel == 1:
+        return SessionEngine(session, generates=generates)
+    if not isinstance(session, SlotSession) or len(session.slots) < job.parallel:
+        raise BackendError(
+            f"{session.backend} makes one text at a time; use --backend native for several"
+        )
+    return SlotsEngine(session)
 
 
 class SessionEngine:
@@ -147,6 +167,31 @@ class SessionEngine:
     def step(self) -> int:
         self._next = self._step([self._next])
         return self._next
+
+
+class SlotsEngine:
+    """Several texts at once, driven as ``runtime.batching`` drives them; all begin alike."""
+
+    def __init__(self, session: SlotSession) -> None:
+        self._session = session
+        self.backend = session.backend
+        self._next = [0]
+
+    def reset(self) -> None:
+        for slot in self._session.slots:
+            slot.truncate(0)
+
+    def prefill(self, ids: list[int]) -> int:
+        return self._run([ids] * len(self._session.slots))
+
+    def step(self) -> int:
+        return self._run([[token] for token in self._next])
+
+    def _run(self, tokens: list[list[int]]) -> int:
+        parts = [Part(slot, ids, Wanted.NEXT) for slot, ids in enumerate(tokens)]
+        found = self._session.forward_slots(parts)
+        self._next = [int(one.tokens[0]) for one in found if one.tokens is not None]
+        return self._next[0]
 
 
 def missing_library(module: str, distribution: str) -> str | None:

@@ -398,6 +398,7 @@ def _tells(row: Measurement) -> bool:
     known = {(cost.layer_macs, cost.head_macs) for _, cost, _ in _models()}
     return bool(
         row.runtime == OURS
+        and row.parallel == 1
         and row.backend.startswith("native")
         and row.limits is not None
         and row.bytes_per_token

@@ -70,7 +70,7 @@ def this_machine() -> Machine:
 
 def limits(threads: int, buffer_bytes: int | None) -> Limits | None:
     """This machine's roofline for a model of that size; None without the native operators."""
-    from pocketslm.runtime.backends.native import load_library
+    from pocketslm.runtime.backends.native_library import load_library
 
     try:
         library = load_library()

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pocketslm.profiling.engine import Engine, Job, SessionEngine
+from pocketslm.profiling.engine import Engine, Job, SessionEngine, engine_over
 from pocketslm.profiling.records import OURS
 from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.bundle import Bundle, Graph, open_bundle
@@ -48,14 +48,15 @@ def _native(bundle: Bundle, job: Job) -> Profiled:
     """The operators' own clock."""
     from pocketslm.runtime.backends.native import NativeSession
 
-    session = open_session(bundle, "native", job.threads, job.context)
+    session = open_session(bundle, "native", job.threads, job.context, job.parallel)
     assert isinstance(session, NativeSession)
 
     def read() -> dict[str, int]:
         times = asdict(session.times())
         return {name.removesuffix("_ns"): ns for name, ns in times.items() if name.endswith("_ns")}
 
-    return Profiled(SessionEngine(session, generates=bundle.generates), session.profile, read)
+    engine = engine_over(session, job, generates=bundle.generates)
+    return Profiled(engine, session.profile, read)
 
 
 def _onnx(bundle: Bundle, graph: Graph, job: Job, folder: str) -> Profiled:

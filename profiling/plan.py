@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,11 +25,13 @@ class Test:
     context: int
     ids: list[int]
     workload: str = "random"
+    parallel: int = 1
 
     @property
     def name(self) -> str:
         parts = (("pp", self.n_prompt), ("tg", self.n_gen))
-        return "+".join(f"{kind}{count}" for kind, count in parts if count)
+        name = "+".join(f"{kind}{count}" for kind, count in parts if count)
+        return f"{name} x{self.parallel}" if self.parallel > 1 else name
 
 
 def plan(
@@ -40,12 +42,17 @@ def plan(
     n_depth: Sequence[int] | None = None,
     n_both: Sequence[tuple[int, int]] = (),
     context: int | None = None,
+    parallel: Sequence[int] = (),
 ) -> list[Test]:
     """Tests of random token ids, each with just the context that it needs unless one is given.
 
     n_depth None takes the longest prompt. n_both: pairs of a prompt and new tokens after it.
-    Raises UsageError.
+    parallel: so many texts at once, for each test of generation after that of one. Raises
+    UsageError.
     """
+    at_least("parallel", 2, parallel)
+    if parallel and not n_gen:
+        raise UsageError("several texts at once are generated, and no length of that is given")
     at_least("n_prompt", 1, n_prompt)
     at_least("n_gen", 1, n_gen)
     at_least("n_depth", 0, n_depth or ())
@@ -58,7 +65,12 @@ def plan(
     counts += [(prompt, new, 0) for prompt, new in n_both]
     rng = np.random.default_rng(SEED)
     ids = rng.integers(0, vocab_size, max(prompt or depth or 1 for prompt, _, depth in counts))
-    return list(_tests(counts, ids.tolist(), context))
+    tests = _tests(counts, ids.tolist(), context)
+    return [
+        replace(test, parallel=count)
+        for test in tests
+        for count in (1, *(() if test.n_prompt else parallel))
+    ]
 
 
 def _tests(

@@ -23,6 +23,7 @@ _AT_LEAST_ONE = (
     "prefill_ns",
     "step_ns",
     "threads",
+    "parallel",
     "context",
     "load_ns",
     "peak_rss_bytes",
@@ -71,8 +72,9 @@ class Measurement:
     too; artefact: the name of the file or folder that was run; artefact_sha256: of the manifest
     of a bundle, else of the artefact's files. runtime: "pocketslm" or a peer's name; backend:
     what computes. pinning: the CPUs it was bound to, empty where it was not. context: tokens that
-    the KV cache was made for. workload: what the tokens are, such as "random" or "summarize".
-    cold: whether the artefact was dropped from the page cache before it was loaded.
+    the KV cache was made for. parallel: texts generated at once, each with a cache of its own;
+    n_gen and n_depth are of each, and so is the time of a step. workload: what the tokens are, such
+    as "random" or "summarize". cold: whether the artefact was dropped from the page cache before it was loaded.
 
     samples_ns: every counted repetition; prefill_ns: the prompt's part of each (pp+tg only);
     step_ns: every decode step of them, in order, empty where they were not told apart.
@@ -124,6 +126,7 @@ class Measurement:
     energy: Energy | None = None
     trace: tuple[TracePoint, ...] = ()
     throttled: bool | None = None
+    parallel: int = 1
     bytes_per_token: int | None = None
     macs_per_token: int | None = None
     head_macs: int | None = None
@@ -146,6 +149,11 @@ class Measurement:
                 f"n_prompt is {self.n_prompt} and n_depth {self.n_depth}, expected at most one of "
                 "them above 0: a prompt starts an empty cache"
             )
+        if self.n_prompt and self.parallel > 1:
+            raise UsageError(
+                f"n_prompt is {self.n_prompt} and parallel {self.parallel}, expected no prompt: "
+                "several texts at once are generated"
+            )
         if not self.samples_ns:
             raise UsageError("samples_ns is empty, expected at least one repetition")
         repetitions = len(self.samples_ns)
@@ -163,9 +171,11 @@ class Measurement:
 
     @property
     def test(self) -> str:
-        """llama-bench's name of the test: ``pp512``, ``tg128 @ d512``, ``pp512+tg128``."""
+        """llama-bench's name of the test: ``pp512``, ``tg128 @ d512``, ``pp512+tg128``; of several
+        texts at once ``tg128 x4 @ d512``."""
         parts = (("pp", self.n_prompt), ("tg", self.n_gen))
         name = "+".join(f"{kind}{count}" for kind, count in parts if count)
+        name += f" x{self.parallel}" if self.parallel > 1 else ""
         return f"{name} @ d{self.n_depth}" if self.n_depth else name
 
     @property
@@ -175,8 +185,8 @@ class Measurement:
 
     @property
     def tokens_per_second(self) -> tuple[float, ...]:
-        """Of each repetition, prompt and new tokens together."""
-        tokens = self.n_prompt + self.n_gen
+        """Of each repetition, prompt and new tokens together, of all texts."""
+        tokens = (self.n_prompt + self.n_gen) * self.parallel
         return tuple(tokens * 1e9 / sample for sample in self.samples_ns)
 
     @property
@@ -196,7 +206,7 @@ class Measurement:
             return ()
         before = self.prefill_ns or (0,) * len(self.samples_ns)
         return tuple(
-            self.n_gen * 1e9 / (total - prefill)
+            self.parallel * self.n_gen * 1e9 / (total - prefill)
             for total, prefill in zip(self.samples_ns, before, strict=True)
         )
 
@@ -211,7 +221,8 @@ class Measurement:
     def joules_per_token(self) -> float | None:
         if self.energy is None:
             return None
-        return self.energy.joules / (len(self.samples_ns) * (self.n_prompt + self.n_gen))
+        tokens = (self.n_prompt + self.n_gen) * self.parallel
+        return self.energy.joules / (len(self.samples_ns) * tokens)
 
     def summary(self) -> dict[str, float]:
         """What tables show, under llama-bench's names where it has one.

@@ -268,7 +268,7 @@ def _operators_chart(data: _Rows, rows: Sequence[Measurement]) -> str:
 
 def _speed(data: _Rows) -> str:
     decode = data.curves(
-        lambda row: row.n_depth if row.n_gen and not row.n_prompt else None,
+        lambda row: row.n_depth if row.n_gen and not row.n_prompt and row.parallel == 1 else None,
         lambda row: row.decode_tps,
     )
     prefill = data.curves(_prompt, lambda row: row.prefill_tps)
@@ -353,8 +353,8 @@ def _dots(data: _Rows, setup: _Setup) -> Series:
         weights = row.bytes_per_token or row.size_bytes
         if row.macs_per_token is None or not weights or (row.n_prompt and row.n_gen):
             continue
-        head = row.head_macs or 0
-        work = row.macs_per_token * (row.n_prompt or 1) + head
+        head = (row.head_macs or 0) * row.parallel
+        work = row.macs_per_token * (row.n_prompt or row.parallel) + head
         seconds = statistics.median(row.samples_ns) / 1e9 / (row.n_gen or 1)
         found.setdefault(row.title, []).append((work / weights, work / seconds / 1e9))
     points = [
@@ -423,7 +423,7 @@ def _pareto(data: _Rows) -> str:
     speeds = {
         setup: statistics.median(speeds)
         for setup, rows in data.by_setup.items()
-        if (speeds := [s for row in rows if row.n_gen for s in row.decode_tps])
+        if (speeds := [s for row in rows if row.parallel == 1 for s in row.decode_tps])
     }
     for quality, label in (("kl", "KL to the source, nats"), ("perplexity", "perplexity")):
         graded: dict[tuple[str, str], tuple[Point, _Setup]] = {}

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketslm.errors import PocketSlmError
-from pocketslm.runtime.backends.native import KV_TYPES, NativeModel, NativeSession, load_library
+from pocketslm.runtime.backends.native import KV_TYPES, NativeModel, NativeSession
+from pocketslm.runtime.backends.native_library import load_library
 
 
 def samples_ns(run: Callable[[], None], prepare: Callable[[], None], repeats: int) -> list[int]:

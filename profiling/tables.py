@@ -99,6 +99,14 @@ def _md(rows: Sequence[Measurement]) -> str:
         tables.append(
             md_table(["model", "backend", "threads", *ANSWERS], ["l", "l", *"rlrrrrrr"], setups)
         )
+    if together := _together(rows):
+        tables.append(
+            md_table(
+                ["model", "backend", "threads", "test", "t/s", "of one", "a token, p50", "p99"],
+                ["l", "l", "r", "r", "r", "r", "r", "r"],
+                together,
+            )
+        )
     if timed := [(row, name) for row, name in zip(rows, names, strict=True) if row.operator_ns]:
         tables.append(
             md_table(
@@ -144,6 +152,29 @@ def answers(rows: Sequence[Measurement]) -> list[tuple[tuple[str, str, str], lis
             task = row.test if row.workload == "random" else row.workload
             tasks.setdefault((setup, (row.run, row.machine.cpu, task)), []).append(row)
     return [(setup, _answer(group)) for (setup, _), group in tasks.items()]
+
+
+def _together(rows: Sequence[Measurement]) -> list[list[str]]:
+    """Speed and the time between two tokens of a text, of tests with several texts at once and of
+    the same with one."""
+
+    def same(row: Measurement) -> tuple[object, ...]:
+        return row.run, row.artefact, row.runtime, row.backend, row.threads, row.n_gen, row.n_depth
+
+    several = {same(row) for row in rows if row.parallel > 1}
+    ones = {same(row): row for row in rows if row.parallel == 1 and same(row) in several}
+    cells = []
+    for row, name in zip(rows, artefact_names(rows), strict=True):
+        if row.n_prompt or same(row) not in several:
+            continue
+        one = ones.get(same(row))
+        speed, summary = statistics.median(row.tokens_per_second), row.summary()
+        gain = "" if one is None else f"{speed / statistics.median(one.tokens_per_second):.2f}"
+        times = [f"{summary[name] / 1e6:.1f} ms" for name in ("p50_ns", "p99_ns")]
+        cells.append(
+            [name, _engine(row), str(row.threads), row.title, f"{speed:.1f}", gain, *times]
+        )
+    return cells
 
 
 def _answer(rows: Sequence[Measurement]) -> list[str]:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.runtime.backends.native import ErrorText, load_library
+from pocketslm.runtime.backends.native_library import ErrorText, load_library
 from pocketslm.runtime.config import ConstraintKind
 from pocketslm.runtime.tokenizer import Tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from operator import index
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.backends import (
+    Following,
     ForgettingSession,
     GuessingSession,
     Logits,
@@ -24,6 +25,7 @@ from pocketslm.runtime.backends import (
     SavingSession,
     Session,
     TopSession,
+    Wanted,
 )
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.sampling import (
@@ -99,10 +101,6 @@ class Made(NamedTuple):
     token: int
     logprob: float | None = None
     whole: bool = False
-
-
-Pick = Callable[[Sequence[int]], list[Made]]
-"""Appends tokens; those that come next, of which the cache holds all but the last."""
 
 
 def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
@@ -248,6 +246,194 @@ class _Repeated:
         return Penalty(self._factor, self._seen[: self._told + len(guessed)])
 
 
+class Cache:
+    """A session that remembers which tokens its context holds, and reuses them."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.tokens: list[int] = []
+        # Of a session that forgets: how many tokens the last prompt had, and the state after them.
+        self._snapshot: tuple[int, bytes] | None = None
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many tokens at its beginning are those of ``ids``."""
+        del self.tokens[self.session.length :]  # a call that failed may have emptied the session
+        count = 0
+        for ours, theirs in zip(self.tokens, ids, strict=False):
+            if ours != theirs:
+                break
+            count += 1
+        return count
+
+    def rewind(self, ids: Sequence[int]) -> Sequence[int]:
+        """Cut the context to what it shares with ``ids``; the rest of them, at least one."""
+        # The last token must run, for its logits.
+        keep = self._cut(min(self.shared(ids), len(ids) - 1))
+        del self.tokens[keep:]
+        return ids[keep:]
+
+    def _cut(self, length: int) -> int:
+        """Cut the session back to its first ``length`` tokens, or to fewer of them where it has
+        forgotten what it knew then; how many there are."""
+        session = self.session
+        if self._snapshot is not None and self._snapshot[0] > length:
+            self._snapshot = None  # of other tokens, or other weights
+        if isinstance(session, ForgettingSession) and length < session.rewind_limit:
+            length = 0
+            if self._snapshot is not None and isinstance(session, SavingSession):
+                session.restore(*self._snapshot)
+                return self._snapshot[0]
+        session.truncate(length)
+        return length
+
+    def remember(self) -> None:
+        """Keep the state after a prompt, if the session will not find its way back."""
+        session = self.session
+        forgets = isinstance(session, ForgettingSession) and session.rewind_limit > 1
+        if forgets and isinstance(session, SavingSession):
+            self._snapshot = session.length, session.save()
+
+
+class Answer:
+    """A generation in the making: what it needs of the session, and what it makes of that.
+
+    ids: the tokens so far, which grow. wanted, highest: what must be known of the tokens that may
+    come next, the most probable one where that is enough. made: how many tokens were.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        ids: list[int],
+        config: GenerationConfig,
+        eos: Collection[int],
+        limit: int,
+        limiting: Callable[[], Limiting] | None,
+    ) -> None:
+        self._start = time.perf_counter_ns()
+        self.cache, self.ids, self.made = cache, ids, 0
+        self._config, self._eos = config, eos
+        self._end = len(ids) + limit
+        self._limits = limiting() if limiting and config.constraint else None
+        if config.constraint and self._limits is None:
+            raise UsageError("an answer that is held to something needs Model.generate")
+        highest = highest_needed(config) if self._limits is None else None
+        self._repeated = None
+        fused = isinstance(cache.session, TopSession)
+        if config.repetition_penalty > 1 and fused and not config.samples:
+            start = 0 if config.penalize_prompt else len(ids)
+            self._repeated = _Repeated(config.repetition_penalty, ids, start, self._end)
+        picks = highest == 1 or (self._repeated and self._limits is None)
+        self.wanted = Wanted.LOGITS
+        if picks and not config.logprobs:
+            self.wanted = Wanted.NEXT
+        elif highest is not None and isinstance(cache.session, TopSession):
+            self.wanted = Wanted.TOP
+        self.highest = highest or 0
+        self._greedy = greedy_step(cache.session)
+        self._processors = processors_for(config, len(ids))
+        self._sample = sampler_for(config)
+        self._guesses = None
+        # What is drawn is seldom what was guessed; a fused head scores one token at a time.
+        plain = not config.samples and not config.logprobs
+        if plain and isinstance(cache.session, GuessingSession):
+            most = config.prompt_lookup_num_tokens
+            self._guesses = _Guesses(cache.session, ids, self._end, most)
+
+    def penalty(self, guessed: Sequence[int] = ()) -> Penalty | None:
+        """That of the most probable token behind ``ids`` and guesses, where that is wanted."""
+        if self.wanted != Wanted.NEXT or self._repeated is None:
+            return None
+        return self._repeated.with_guesses(guessed)
+
+    def add(self, made: Made) -> Step:
+        """The step of a token that was picked."""
+        finish: Finish | None = None
+        if made.token in self._eos and not self._config.ignore_eos:
+            finish = "eos"
+        elif made.whole:
+            finish = "stop"
+        elif len(self.ids) + 1 == self._end:
+            finish = "length" if self._config.max_new_tokens else "context"
+        self.ids.append(made.token)
+        self.made += 1
+        return Step(made.token, made.logprob, time.perf_counter_ns() - self._start, finish)
+
+    def pick(self, new: Sequence[int]) -> list[Made]:
+        """Append tokens; those that come next, of which the cache holds all but the last."""
+        guesses, session = self._guesses, self.cache.session
+        guessed = guesses.next() if guesses else []
+        made = self._follow(new, guessed)
+        right = len(made) - 1
+        if guesses:
+            if guessed:
+                session.truncate(session.length - len(guessed) + right)
+            guesses.judge(right)
+        self.cache.tokens.extend([*new, *guessed[:right]])
+        return made
+
+    def chosen(self, following: Following) -> Made:
+        """The token that comes next, by what the session gave for ``wanted``."""
+        if self.wanted == Wanted.NEXT:
+            assert following.tokens is not None
+            return Made(int(following.tokens[0]))
+        return self._choose(self._scores(following))
+
+    def _choose(self, scores: Scores, guessed: Sequence[int] = ()) -> Made:
+        """The token that comes next; ``guessed``: those behind ``ids`` that were right."""
+        limits, processors = self._limits, self._processors
+        # The raw ones say how probable the token was.
+        keeps = self._config.logprobs and (processors or limits)
+        processed = scores.logits.copy() if keeps else scores.logits
+        if limits:
+            limits.apply(processed)
+        for process in processors:
+            processed = process([*self.ids, *guessed] if guessed else self.ids, processed)
+        choice = self._sample(processed)
+        token = choice if scores.tokens is None else int(scores.tokens[choice])
+        if limits:
+            limits.advance(token)
+        total = scores.log_total
+        logprob = None if total is None else float(scores.logits[choice]) - total
+        return Made(token, logprob, limits is not None and limits.must_end)
+
+    def _scores(self, following: Following) -> Scores:
+        """The same with all that is asked for, in the order of the vocabulary."""
+        tokens, logits, total = following
+        assert logits is not None
+        asked = self._config.logprobs
+        if tokens is None:
+            return Scores(logits, None, log_sum_exp(logits) if asked else None)
+        order = np.argsort(tokens)  # as in the vocabulary, so that a seed draws the same
+        return Scores(logits[order], tokens[order], total if asked else None)
+
+    def _follow(self, new: Sequence[int], guessed: Sequence[int]) -> list[Made]:
+        """Append tokens and guesses at the ones behind them; the tokens that follow, up to the
+        first that was not guessed."""
+        session = self.cache.session
+        penalty = self.penalty(guessed)
+        if self.wanted == Wanted.NEXT and not guessed and penalty is None:
+            return [Made(self._greedy(new))]
+        tokens = np.asarray([*new, *guessed], np.int64)
+        if self.wanted == Wanted.NEXT:
+            assert isinstance(session, TopSession)
+            found = session.forward_greedy(tokens, len(guessed) + 1, penalty).tolist()
+            right = 0
+            while right < len(guessed) and guessed[right] == found[right]:
+                right += 1
+            return [Made(token) for token in found[: right + 1]]
+        if self.wanted == Wanted.TOP:
+            assert isinstance(session, TopSession)
+            return [self.chosen(Following(*session.forward_top(tokens, self.highest)))]
+        rows = session.forward(tokens, all_logits=bool(guessed))[-1 - len(guessed) :]
+        made: list[Made] = []
+        for at, row in enumerate(rows):
+            made.append(self._choose(self._scores(Following(None, row, None)), guessed[:at]))
+            if at == len(guessed) or made[-1].token != guessed[at] or made[-1].whole:
+                break
+        return made
+
+
 class Engine:
     """A session that remembers which tokens its cache holds, and reuses them.
 
@@ -262,11 +448,11 @@ class Engine:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.cached: list[int] = []
-        # Of a session that forgets: how many tokens the last prompt had, and the state after them.
-        self._snapshot: tuple[int, bytes] | None = None
+        self.cache = Cache(session)
         self._turns = Turns()
         self._closed = False
+
+    parallel = 1  # generations at once; see :class:`pocketslm.runtime.batching.Batch`
 
     @property
     def follows_by_itself(self) -> bool:
@@ -288,24 +474,24 @@ class Engine:
         model computes NaN or infinity.
         """
         self._open()
-        ids = _whole(tokens)
-        limit = self._limit(len(ids), config)
+        ids = whole(tokens)
+        limit = new_limit(self.session, len(ids), config)
         return self._in_turn(self._steps(ids, config, eos_token_ids, limit, limiting))
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
         with self._turns.turn():
-            new = self._rewind(_whole(ids))
-            (scores,) = self._scorer(None)(new, ())
-            self.cached.extend(new)
-            return scores.logits
+            new = self.cache.rewind(whole(ids))
+            logits: Logits = self.session.forward(np.asarray(new, np.int64))[0]
+            self.cache.tokens.extend(new)
+            return logits
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Change the session so that what its cache holds counts no more."""
         self._open()
         with self._turns.turn():
-            self.cached.clear()
+            self.cache.tokens.clear()
             yield
 
     def cancel(self) -> None:
@@ -357,189 +543,44 @@ class Engine:
         limiting: Callable[[], Limiting] | None,
     ) -> Generator[Step, None, None]:
         if isinstance(self.session, SelfDriven):
-            self.cached.clear()
+            self.cache.tokens.clear()
             yield from self.session.generate(ids, config, eos, limit)
             return
-        start = time.perf_counter_ns()
-        limits = limiting() if limiting and config.constraint else None
-        end = len(ids) + limit
-        pick = self._picker(config, ids, end, limits)
-        new = self._rewind(ids)
+        answer = Answer(self.cache, ids, config, eos, limit, limiting)
+        new = self.cache.rewind(ids)
         while True:
-            for token, logprob, whole in pick(new):
-                finish: Finish | None = None
-                if token in eos and not config.ignore_eos:
-                    finish = "eos"
-                elif whole:
-                    finish = "stop"
-                elif len(ids) + 1 == end:
-                    finish = "length" if config.max_new_tokens else "context"
-                yield Step(token, logprob, time.perf_counter_ns() - start, finish)
-                if finish:
+            for made in answer.pick(new):
+                step = answer.add(made)
+                yield step
+                if step.finish:
                     return
-                if len(ids) + limit == end:
-                    self._remember()
-                ids.append(token)
-            new = [token]
-
-    def _picker(
-        self, config: GenerationConfig, ids: Sequence[int], end: int, limits: Limiting | None
-    ) -> Pick:
-        """What picks tokens after ``ids``, which grow with them, up to ``end`` of them."""
-        if config.constraint and limits is None:
-            raise UsageError("an answer that is held to something needs Model.generate")
-        session = self.session
-        guesses = None
-        # What is drawn is seldom what was guessed; a fused head scores one token at a time.
-        plain = not config.samples and not config.logprobs
-        if plain and isinstance(session, GuessingSession):
-            guesses = _Guesses(session, ids, end, config.prompt_lookup_num_tokens)
-        follow = self._follower(config, ids, end, limits)
-
-        def pick(new: Sequence[int]) -> list[Made]:
-            guessed = guesses.next() if guesses else []
-            made = follow(new, guessed)
-            right = len(made) - 1
-            if guesses:
-                if guessed:
-                    session.truncate(session.length - len(guessed) + right)
-                guesses.judge(right)
-            self.cached.extend([*new, *guessed[:right]])
-            return made
-
-        return pick
-
-    def _follower(
-        self, config: GenerationConfig, ids: Sequence[int], end: int, limits: Limiting | None
-    ) -> Callable[[Sequence[int], Sequence[int]], list[Made]]:
-        """What appends tokens and guesses at the ones behind them; it gives the tokens that follow,
-        up to the first that was not guessed."""
-        session = self.session
-        highest = highest_needed(config) if limits is None else None
-        factor = config.repetition_penalty
-        # A lower one makes tokens more probable, which a head that picks may have passed over.
-        repeated = None
-        if factor > 1 and limits is None and isinstance(session, TopSession):
-            start = 0 if config.penalize_prompt else len(ids)
-            repeated = _Repeated(factor, ids, start, end)
-        if (highest == 1 or (repeated and not config.samples)) and not config.logprobs:
-            step = greedy_step(session)
-
-            def most_probable(new: Sequence[int], guessed: Sequence[int]) -> list[Made]:
-                if not guessed and not repeated:
-                    return [Made(step(new))]
-                assert isinstance(session, TopSession)
-                tokens = np.asarray([*new, *guessed], np.int64)
-                penalty = repeated.with_guesses(guessed) if repeated else None
-                found = session.forward_greedy(tokens, len(guessed) + 1, penalty).tolist()
-                right = 0
-                while right < len(guessed) and guessed[right] == found[right]:
-                    right += 1
-                return [Made(token) for token in found[: right + 1]]
-
-            return most_probable
-        processors, sample = processors_for(config, len(ids)), sampler_for(config)
-        score = self._scorer(highest, log_total=config.logprobs)
-
-        def sampled(new: Sequence[int], guessed: Sequence[int]) -> list[Made]:
-            made: list[Made] = []
-            for at, scores in enumerate(score(new, guessed)):
-                # The raw ones say how probable the token was.
-                keeps = config.logprobs and (processors or limits)
-                processed = scores.logits.copy() if keeps else scores.logits
-                if limits:
-                    limits.apply(processed)
-                for process in processors:
-                    processed = process([*ids, *guessed[:at]] if at else ids, processed)
-                choice = sample(processed)
-                token = choice if scores.tokens is None else int(scores.tokens[choice])
-                if limits:
-                    limits.advance(token)
-                total = scores.log_total
-                logprob = None if total is None else float(scores.logits[choice]) - total
-                made.append(Made(token, logprob, limits is not None and limits.must_end))
-                if at == len(guessed) or token != guessed[at] or made[-1].whole:
-                    break
-            return made
-
-        return sampled
-
-    def _rewind(self, ids: Sequence[int]) -> Sequence[int]:
-        """Cut the cache to what it shares with ``ids``; the rest of them, at least one."""
-        del self.cached[self.session.length :]  # a call that failed may have emptied the session
-        shared = 0
-        for ours, theirs in zip(self.cached, ids, strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        # The last token must run, for its logits.
-        keep = self._cut(min(shared, len(ids) - 1))
-        del self.cached[keep:]
-        return ids[keep:]
-
-    def _cut(self, length: int) -> int:
-        """Cut the session back to its first ``length`` tokens, or to fewer of them where it has
-        forgotten what it knew then; how many there are."""
-        session = self.session
-        if self._snapshot is not None and self._snapshot[0] > length:
-            self._snapshot = None  # of other tokens, or other weights
-        if isinstance(session, ForgettingSession) and length < session.rewind_limit:
-            length = 0
-            if self._snapshot is not None and isinstance(session, SavingSession):
-                session.restore(*self._snapshot)
-                return self._snapshot[0]
-        session.truncate(length)
-        return length
-
-    def _remember(self) -> None:
-        """Keep the state after a prompt, if the session will not find its way back."""
-        session = self.session
-        forgets = isinstance(session, ForgettingSession) and session.rewind_limit > 1
-        if forgets and isinstance(session, SavingSession):
-            self._snapshot = session.length, session.save()
-
-    def _scorer(
-        self, highest: int | None, *, log_total: bool = False
-    ) -> Callable[[Sequence[int], Sequence[int]], Iterable[Scores]]:
-        """A function that appends tokens and guesses at those behind them, and scores what follows
-        the last token and each guess: by the ``highest`` logits only where that is enough and the
-        session's head picks them out by itself."""
-        session = self.session
-
-        def all_of_them(new: Sequence[int], guessed: Sequence[int]) -> Iterable[Scores]:
-            tokens = np.asarray([*new, *guessed], np.int64)
-            rows = session.forward(tokens, all_logits=bool(guessed))[-1 - len(guessed) :]
-            return (Scores(row, None, log_sum_exp(row) if log_total else None) for row in rows)
-
-        def top(new: Sequence[int], _: Sequence[int]) -> Iterable[Scores]:
-            assert isinstance(session, TopSession)
-            assert highest is not None
-            tokens, logits, total = session.forward_top(np.asarray(new, np.int64), highest)
-            order = np.argsort(tokens)  # as in the vocabulary, so that a seed draws the same
-            return [Scores(logits[order], tokens[order], total if log_total else None)]
-
-        fused = isinstance(session, TopSession) and highest is not None
-        return top if fused else all_of_them
-
-    def _limit(self, prompt: int, config: GenerationConfig) -> int:
-        """How many tokens may be generated."""
-        context = self.session.context
-        if prompt == 0:
-            raise UsageError("the prompt is empty, expected at least one token")
-        room = context - prompt
-        asked = config.max_new_tokens
-        if room < 1 or (asked is not None and asked > room):
-            wanted = f" and {asked} new ones" if asked is not None else ""
-            raise ContextOverflowError(
-                f"{prompt} prompt tokens{wanted} do not fit the context of {context}; shorten the "
-                "prompt, lower --max-new-tokens or export with a longer --context"
-            )
-        return asked or room
+                if answer.made == 1:
+                    self.cache.remember()
+            new = ids[-1:]
 
 
-def _whole(ids: Sequence[int]) -> list[int]:
+def whole(ids: Sequence[int]) -> list[int]:
     """The ids, as plain integers; an array of floats would be cut to them without a word."""
     try:
         return [index(id_) for id_ in ids]
     except TypeError as error:
         raise UsageError(f"token ids must be whole numbers: {error}") from None
+
+
+def new_limit(session: Session, prompt: int, config: GenerationConfig) -> int:
+    """How many tokens may be generated after ``prompt`` of them.
+
+    Raises UsageError and ContextOverflowError.
+    """
+    context = session.context
+    if prompt == 0:
+        raise UsageError("the prompt is empty, expected at least one token")
+    room = context - prompt
+    asked = config.max_new_tokens
+    if room < 1 or (asked is not None and asked > room):
+        wanted = f" and {asked} new ones" if asked is not None else ""
+        raise ContextOverflowError(
+            f"{prompt} prompt tokens{wanted} do not fit the context of {context}; shorten the "
+            "prompt, lower --max-new-tokens or export with a longer --context"
+        )
+    return asked or room

@@ -12,7 +12,8 @@ import numpy as np
 
 from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.runtime.adapters import read_updates
-from pocketslm.runtime.backends import AdapterSession, open_session
+from pocketslm.runtime.backends import AdapterSession, SlotSession, open_session
+from pocketslm.runtime.batching import Batch
 from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.embedding import Vector, embed, tokens_of
@@ -97,12 +98,13 @@ class Model:
     """A bundle ready to generate or to embed: session, cache and tokenizer.
 
     Any thread may call it: generations and changes of the adapter come after each other, as
-    :class:`pocketslm.runtime.generation.Engine` says.
+    :class:`pocketslm.runtime.generation.Engine` says, or ``parallel`` generations are made at once,
+    as :class:`pocketslm.runtime.batching.Batch` says.
 
     defaults: the model's own sampling settings, from its ``generation_config.json``.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine | Batch, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
         self.engine = engine
         self.tokenizer = tokenizer
@@ -119,16 +121,23 @@ class Model:
         *,
         adapter: str | None = None,
         verify: bool = True,
+        parallel: int = 1,
     ) -> Model:
         """Load a bundle folder.
 
         threads: None takes every core. context: a smaller KV cache than the graph allows.
-        adapter: see :meth:`use_adapter`. verify: compare every file with its SHA-256. Raises
-        BundleError, BackendError, TokenizerError.
+        adapter: see :meth:`use_adapter`. verify: compare every file with its SHA-256. parallel: how
+        many generations are made at once, each with a KV cache of its own, where the backend can;
+        ``model.parallel`` says how many. Raises BundleError, BackendError, TokenizerError,
+        UsageError.
         """
         bundle = open_bundle(path, verify=verify)
         tokenizer = load_tokenizer(bundle.path)
-        model = cls(bundle, Engine(open_session(bundle, backend, threads, context)), tokenizer)
+        session = open_session(bundle, backend, threads, context, parallel)
+        engine: Engine | Batch = Engine(session)
+        if isinstance(session, SlotSession) and len(session.slots) > 1:
+            engine = Batch(session)
+        model = cls(bundle, engine, tokenizer)
         if adapter is not None:
             model.use_adapter(adapter)
         return model
@@ -161,7 +170,7 @@ class Model:
         self.engine.close()
 
     def cancel(self) -> None:
-        """End the answer that is made now, after the token that is being made; from any thread."""
+        """End what is made now, after the token that is being made; from any thread."""
         self.engine.cancel()
 
     @property
@@ -175,6 +184,11 @@ class Model:
     @property
     def context(self) -> int:
         return self.engine.session.context
+
+    @property
+    def parallel(self) -> int:
+        """How many generations are made at once; others come after them."""
+        return self.engine.parallel
 
     def embed(self, texts: Sequence[str], *, truncate: bool = False) -> Vector:
         """The embeddings [texts, size] of a model of embeddings, as its pooling says.

@@ -19,13 +19,13 @@ from pocketslm.runtime.tool_formats import (
 
 if TYPE_CHECKING:
     from pocketslm.runtime.generation import Finish
-    from pocketslm.runtime.model import Model, Reply
+    from pocketslm.runtime.model import Reply, TextModel
 
 MOST_CALLS = 8  # in one answer
 
 
 def reply_with_tools(
-    model: Model,
+    model: TextModel,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]],
     choice: str,
@@ -58,7 +58,7 @@ class _Writer:
 
     def __init__(
         self,
-        model: Model,
+        model: TextModel,
         form: ToolFormat,
         functions: Mapping[str, Mapping[str, Any]],
         config: GenerationConfig,
@@ -95,7 +95,7 @@ class _Writer:
             # A stop string of the caller's ends the answer; only the mark begins a call.
             if self.finish != "stop" or not self._began(text):
                 return
-            self.ids += self.model.tokenize(text)
+            self.ids += self.model.tokenizer.encode(text)
             if not self.call():
                 return
 
@@ -134,7 +134,7 @@ class _Writer:
         self.calls += calls
         if self.form.listed or self.form.style == "python" or not self.form.begin:
             return False
-        self.ids += self.model.tokenize(text)
+        self.ids += self.model.tokenizer.encode(text)
         if self.form.end:
             self.ids += self.model.tokenizer.encode(self.form.end, parse_special=True)
         return True

@@ -70,7 +70,14 @@ def bench(arguments: argparse.Namespace) -> None:
     from pocketslm.runtime.bundle import open_bundle
 
     where = "on a device, where only the native graph runs"
-    refuse(arguments, where, "peer", "source", *["backend"] * (arguments.backend != "native"))
+    refuse(
+        arguments,
+        where,
+        "peer",
+        "source",
+        "parallel",
+        *["backend"] * (arguments.backend != "native"),
+    )
     if arguments.sustained_s:
         refuse(arguments, "with --sustained", "repetitions")
     conditions = Conditions(**chosen(arguments, Conditions))

@@ -6,8 +6,9 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,11 @@ BACKENDS = {
 # A backend reads the graph of its own name, but for these.
 GRAPHS = {"runner": "native"}
 
+# Those whose sessions may have several contexts.
+SLOTTED = ("native",)
+
 MAX_THREADS = 64
+MAX_SLOTS = 16
 
 
 class Session(Protocol):
@@ -167,6 +172,56 @@ class AdapterSession(Session, Protocol):
         ...
 
 
+class Wanted(IntEnum):
+    """What :meth:`SlotSession.forward_slots` gives of the tokens that may come next.
+
+    NEXT: the most probable one; TOP: the highest logits, as ``TopSession.forward_top`` gives them;
+    LOGITS: all.
+    """
+
+    NOTHING = 0
+    NEXT = 1
+    TOP = 2
+    LOGITS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens for one slot, and what is wanted behind them.
+
+    highest: of TOP, how many. penalty: of NEXT.
+    """
+
+    slot: int
+    tokens: Sequence[int]
+    wanted: Wanted
+    highest: int = 0
+    penalty: Penalty | None = None
+
+
+class Following(NamedTuple):
+    """What may come next; what was not wanted is None."""
+
+    tokens: npt.NDArray[np.int32] | None
+    logits: Logits | None
+    log_total: float | None
+
+
+@runtime_checkable
+class SlotSession(Session, Protocol):
+    """A session of several contexts, whose tokens go through the model together.
+
+    slots: a session for each of the contexts, of which this session is the first.
+    """
+
+    slots: Sequence[Session]
+
+    def forward_slots(self, parts: Sequence[Part]) -> list[Following]:
+        """Append tokens to slots, to each once at most; every slot gets the bits that it gets
+        alone. What fails changes no slot. Raises as ``forward`` does."""
+        ...
+
+
 def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None:
     """What every backend refuses before anything is allocated or run.
 
@@ -230,41 +285,53 @@ def usable_cores() -> int:
 
 
 def open_session(
-    bundle: Bundle, backend: str = "auto", threads: int | None = None, context: int | None = None
+    bundle: Bundle,
+    backend: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    slots: int = 1,
 ) -> Session:
     """Load the bundle's graph for a backend.
 
     "auto" takes the first of the bundle's graphs whose backend works here: the native operators
     need a C++ compiler once, where the package was installed without one. ``context`` limits the
-    KV cache below the graph's own limit. Raises BundleError where the bundle has no such graph or
-    its files changed since they were verified, BackendError where the backend is unknown or not
-    installed.
+    KV cache below the graph's own limit. ``slots``: contexts to ask for; backends that have no
+    :class:`SlotSession`, and models of embeddings, have one. Raises BundleError where the bundle
+    has no such graph or its files changed since they were verified, BackendError where the backend
+    is unknown or not installed.
     """
-    session = _first_that_opens(bundle, backend, threads, context)
+    if not 1 <= slots <= MAX_SLOTS:
+        raise UsageError(f"{slots} texts at once, expected 1 to {MAX_SLOTS}")
+    session = _first_that_opens(bundle, backend, threads, context, slots)
     bundle.require_unchanged()
     return session
 
 
 def _first_that_opens(
-    bundle: Bundle, backend: str, threads: int | None, context: int | None
+    bundle: Bundle, backend: str, threads: int | None, context: int | None, slots: int
 ) -> Session:
     if backend != "auto":
         if backend not in BACKENDS:
             known = ", ".join(BACKENDS)
             raise BackendError(f"backend {backend!r} is unknown, expected one of: {known}")
         graph = bundle.graph(GRAPHS.get(backend, backend))
-        return _open(bundle, graph, backend, threads, context)
+        return _open(bundle, graph, backend, threads, context, slots)
     reasons = []
     for graph in bundle.graphs:
         try:
-            return _open(bundle, graph, graph.backend, threads, context)
+            return _open(bundle, graph, graph.backend, threads, context, slots)
         except BackendError as error:
             reasons.append(str(error))
     raise BackendError("; ".join(reasons))
 
 
 def _open(
-    bundle: Bundle, graph: Graph, backend: str, threads: int | None, context: int | None
+    bundle: Bundle,
+    graph: Graph,
+    backend: str,
+    threads: int | None,
+    context: int | None,
+    slots: int,
 ) -> Session:
     if backend not in BACKENDS:
         raise BackendError(f"{bundle.path} needs backend {backend!r}, unknown here")
@@ -286,5 +353,6 @@ def _open(
             f"backend {backend!r} is not installed ({error}); "
             f"install it with `pip install pocketslm[{extra}]`"
         ) from None
-    session: Session = loaded.open_session(bundle, graph, threads, context)
+    more = {"slots": slots} if backend in SLOTTED and bundle.generates else {}
+    session: Session = loaded.open_session(bundle, graph, threads, context, **more)
     return session

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.runtime.backends import Logits, OneProcess, check_logits, check_tokens, usable_cores
-from pocketslm.runtime.backends.native import ErrorText, NativeError
+from pocketslm.runtime.backends.native_library import ErrorText, NativeError
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.ops import build
 

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
-import functools
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.errors import (
-    BackendError,
-    BundleError,
-    ContextOverflowError,
-    PocketSlmError,
-    UsageError,
-)
+from pocketslm.errors import BackendError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
-from pocketslm.runtime.backends import Penalty, check_threads, check_tokens
+from pocketslm.runtime.backends import (
+    Following,
+    Part,
+    Penalty,
+    Wanted,
+    check_threads,
+    check_tokens,
+)
+from pocketslm.runtime.backends.native_library import (
+    Entry,
+    ErrorText,
+    ModelInfo,
+    Options,
+    PenaltyEntry,
+    SessionInfo,
+    Times,
+    UpdateEntry,
+    isa_names,
+    load_library,
+)
 from pocketslm.runtime.bundle import Bundle, Graph
-from pocketslm.runtime.ops import build
 from pocketslm.runtime.ops.ids import ROLE
 
-ABI_VERSION = 7
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
 # Of the matrices that an adapter may update, in a model.slm.
@@ -36,76 +46,9 @@ ROLES = {"q_proj": ROLE["query"], "k_proj": ROLE["key"], "v_proj": ROLE["value"]
 ROLES |= {"o_proj": ROLE["output"], "gate_proj": ROLE["gate"], "up_proj": ROLE["up"]}
 ROLES |= {"down_proj": ROLE["down"]}
 
-_ERRORS: dict[int, type[PocketSlmError]] = {
-    1: UsageError,
-    2: BundleError,
-    3: BundleError,
-    4: ContextOverflowError,
-    5: BackendError,
-    6: BackendError,
-    7: BackendError,
-    8: BackendError,
-    9: BackendError,
-    10: UsageError,
-}
-# Where a call has no place for a line of its own.
-_TEXTS = {
-    7: "another thread uses this session",
-    8: "this session's threads stayed behind in a fork; open one in this process",
-}
-
-_u32, _u64, _size = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_size_t
-
-
-class NativeError(ctypes.Structure):
-    _fields_ = (("text", ctypes.c_char_p), ("capacity", _size))
-
-
-class _ModelInfo(ctypes.Structure):
-    _fields_ = (
-        *((name, _u32) for name in ("hidden_size", "layers", "heads", "kv_heads", "head_dim")),
-        *((name, _u32) for name in ("intermediate_size", "vocab_size", "max_context")),
-        *((name, _u32) for name in ("output_size", "states")),
-        *((name, _u64) for name in ("file_bytes", "bytes_per_token")),
-        *((name, _u64) for name in ("macs_per_token", "head_macs")),
-    )
-
-
-class _Options(ctypes.Structure):
-    _fields_ = (
-        *((name, _u32) for name in ("context", "threads", "kv_type", "pin")),
-        ("isa", ctypes.c_char_p),
-    )
-
-
-class _Update(ctypes.Structure):
-    _fields_ = (
-        *((name, _u32) for name in ("role", "layer", "rows", "cols", "rank")),
-        *((name, ctypes.c_void_p) for name in ("a", "b")),
-    )
-
-
-class _Penalty(ctypes.Structure):
-    _fields_ = (("factor", ctypes.c_float), ("seen", ctypes.c_void_p), ("count", _size))
-
-
-class _Times(ctypes.Structure):
-    _fields_ = (
-        *((name, _u64) for name in ("calls", "tokens", "embedding_ns", "qkv_ns", "attention_ns")),
-        *((name, _u64) for name in ("output_ns", "gate_up_ns", "down_ns", "head_ns")),
-    )
-
-
-class _SessionInfo(ctypes.Structure):
-    _fields_ = (
-        *((name, _u32) for name in ("context", "threads", "kv_type")),
-        ("kv_bytes", _u64),
-        ("isa", ctypes.c_char_p),
-    )
-
 
 def open_session(
-    bundle: Bundle, graph: Graph, threads: int | None, context: int | None
+    bundle: Bundle, graph: Graph, threads: int | None, context: int | None, slots: int = 1
 ) -> NativeSession:
     """A session over the bundle's ``model.slm``; see :mod:`pocketslm.runtime.backends`."""
     if graph.kv_cache not in KV_TYPES:
@@ -113,141 +56,24 @@ def open_session(
         raise BackendError(f"KV cache type {graph.kv_cache!r} is not supported; known: {known}")
     model = NativeModel(bundle.path / graph.file)
     limit = min(graph.context, model.info.max_context)
-    return NativeSession(
-        model, context=min(context or limit, limit), threads=threads, kv_type=graph.kv_cache
+    return model.session(
+        context=min(context or limit, limit), threads=threads, kv_type=graph.kv_cache, slots=slots
     )
 
 
-def library_path() -> Path:
-    """The shared library, compiled now if need be; ``$POCKETSLM_LIBRARY`` names another."""
-    override = os.environ.get("POCKETSLM_LIBRARY")
-    try:
-        return Path(override) if override else build.library()
-    except (build.BuildError, OSError) as error:
-        raise BackendError(f"the native operators could not be built: {error}") from error
-
-
-@functools.cache
-def load_library() -> ctypes.CDLL:
-    """The shared library with its signatures declared."""
-    path = library_path()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendError(f"the native operators could not be loaded: {error}") from error
-    pointer, p = ctypes.c_void_p, ctypes.POINTER
-    signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "abi_version": (_u32, ()),
-        "isa_names": (p(ctypes.c_char_p), ()),
-        "model_open": (ctypes.c_int, (ctypes.c_char_p, p(pointer), NativeError)),
-        "model_close": (None, (pointer,)),
-        "model_describe": (ctypes.c_int, (pointer, p(_ModelInfo))),
-        "model_blob": (pointer, (pointer, _u32, p(_size))),
-        "tokenizer_open": (ctypes.c_int, (pointer, p(pointer), NativeError)),
-        "tokenizer_close": (None, (pointer,)),
-        **dict.fromkeys(
-            ("encode", "decode"),
-            (ctypes.c_int, (pointer, pointer, _size, _u32, pointer, _size, p(_size), NativeError)),
-        ),
-        "vocabulary_open": (
-            ctypes.c_int,
-            (pointer, pointer, _size, pointer, _size, _u32, p(pointer), NativeError),
-        ),
-        "grammar_open": (ctypes.c_int, (_u32, ctypes.c_char_p, _size, p(pointer), NativeError)),
-        "constraint_open": (ctypes.c_int, (pointer, pointer, p(pointer), NativeError)),
-        **dict.fromkeys(
-            ("vocabulary_close", "grammar_close", "constraint_close", "constraint_restart"),
-            (None, (pointer,)),
-        ),
-        **dict.fromkeys(
-            ("constraint_apply", "constraint_mask"),
-            (ctypes.c_int, (pointer, pointer, _size, NativeError)),
-        ),
-        "constraint_advance": (ctypes.c_int, (pointer, ctypes.c_int32, NativeError)),
-        "constraint_state": (_u32, (pointer,)),
-        "session_open": (ctypes.c_int, (pointer, p(_Options), p(pointer), NativeError)),
-        "session_close": (None, (pointer,)),
-        "session_describe": (ctypes.c_int, (pointer, p(_SessionInfo))),
-        "forward": (
-            ctypes.c_int,
-            (pointer, pointer, _size, ctypes.c_int, pointer, _size, NativeError),
-        ),
-        "forward_top": (
-            ctypes.c_int,
-            (pointer, pointer, _size, _size, pointer, pointer, p(ctypes.c_double), NativeError),
-        ),
-        "step_greedy": (ctypes.c_int, (pointer, ctypes.c_int32, p(ctypes.c_int32), NativeError)),
-        "forward_greedy": (
-            ctypes.c_int,
-            (pointer, pointer, _size, _size, p(_Penalty), pointer, NativeError),
-        ),
-        "lookup_open": (ctypes.c_int, (p(pointer), NativeError)),
-        "lookup_close": (None, (pointer,)),
-        "lookup_push": (ctypes.c_int, (pointer, pointer, _size, NativeError)),
-        "lookup_guess": (ctypes.c_int, (pointer, pointer, _size, p(_size), NativeError)),
-        "lookup_judge": (ctypes.c_int, (pointer, _size, NativeError)),
-        "set_updates": (ctypes.c_int, (pointer, p(_Update), _size, NativeError)),
-        "set_profiling": (ctypes.c_int, (pointer, _u32)),
-        "read_times": (ctypes.c_int, (pointer, p(_Times))),
-        "length": (_size, (pointer,)),
-        "truncate": (ctypes.c_int, (pointer, _size)),
-        "rewind_limit": (_size, (pointer,)),
-        "kv_bytes": (_size, (pointer, _size)),
-        "kv_save": (ctypes.c_int, (pointer, _size, pointer, _size)),
-        "kv_restore": (ctypes.c_int, (pointer, _size, pointer, _size)),
-        "matmul": (
-            ctypes.c_int,
-            (
-                ctypes.c_char_p,
-                _u32,
-                pointer,
-                _size,
-                _size,
-                _size,
-                pointer,
-                _size,
-                pointer,
-                NativeError,
-            ),
-        ),
-        "packed_bytes": (_size, (_u32, _size, _size)),
-        "measure_bandwidth": (ctypes.c_double, (_u32, _size)),
-        "measure_int8_peak": (ctypes.c_double, (ctypes.c_char_p, _u32)),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, f"pslm_{name}")
-        function.restype, function.argtypes = result, arguments
-    if library.pslm_abi_version() != ABI_VERSION:
-        raise BackendError(f"{path} has another ABI version; rebuild it")
-    return library
-
-
-def isa_names() -> list[str]:
-    """Kernel paths that this CPU can run, best first."""
-    names = load_library().pslm_isa_names()
-    found: list[str] = []
-    while names[len(found)]:
-        found.append(names[len(found)].decode())
-    return found
+def _penalty(penalty: Penalty | None) -> Any:
+    """The address of a penalty, or none. What it points to lives as long as it does."""
+    if penalty is None:
+        return None
+    seen = np.ascontiguousarray(penalty.seen, np.int32)
+    entry = PenaltyEntry(penalty.factor, seen.ctypes.data, seen.size)
+    address = ctypes.pointer(entry)
+    address.seen = seen
+    return address
 
 
 def _encode(isa: str | None) -> bytes | None:
     return None if isa is None else isa.encode()
-
-
-class ErrorText:
-    """A buffer for one error line, and the exception for a failed status."""
-
-    def __init__(self) -> None:
-        self._buffer = ctypes.create_string_buffer(512)
-        self.argument = NativeError(ctypes.cast(self._buffer, ctypes.c_char_p), len(self._buffer))
-
-    def check(self, status: int, what: str = "") -> None:
-        if status != 0:
-            text = self._buffer.value.decode(errors="replace")
-            text = text or _TEXTS.get(status, f"status {status}")
-            self._buffer.value = b""
-            raise _ERRORS.get(status, BackendError)(f"{what}: {text}" if what else text)
 
 
 @dataclass(frozen=True)
@@ -302,7 +128,7 @@ class NativeModel:
             os.fsencode(path), ctypes.byref(self._handle), error.argument
         )
         error.check(status, str(path))
-        info = _ModelInfo()
+        info = ModelInfo()
         self._library.pslm_model_describe(self._handle, ctypes.byref(info))
         self.info = NativeModelInfo(
             **{f.name: getattr(info, f.name) for f in fields(NativeModelInfo)}
@@ -316,9 +142,10 @@ class NativeModel:
         kv_type: str = "fp16",
         isa: str | None = None,
         pin: bool = False,
+        slots: int = 1,
     ) -> NativeSession:
         return NativeSession(
-            self, context=context, threads=threads, kv_type=kv_type, isa=isa, pin=pin
+            self, context=context, threads=threads, kv_type=kv_type, isa=isa, pin=pin, slots=slots
         )
 
     def __del__(self) -> None:
@@ -368,9 +195,34 @@ class NativeLookup:
             self._library.pslm_lookup_close(self._handle)
 
 
+class _Shared:
+    """What the sessions of one handle share: the handle, and which of its slots is in use."""
+
+    def __init__(self) -> None:
+        self._library = load_library()
+        self.handle = ctypes.c_void_p()
+        self.slot = 0
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """The library itself knows which sessions have lost their threads."""
+        # Of calls, their buffers and the handle, which calls of other threads must not find closed.
+        self.lock = threading.Lock()
+
+    def close(self) -> None:
+        with self.lock:
+            handle, self.handle = self.handle, ctypes.c_void_p()
+            self._library.pslm_session_close(handle)
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class NativeSession:
     """A context over a model: tokens go in, logits come out, keys and values stay.
 
+    slots: contexts that share buffers and threads; this session is the first of ``self.slots``.
     Raises BackendError where it comes out of a fork of the process that opened it.
     """
 
@@ -383,6 +235,7 @@ class NativeSession:
         kv_type: str = "fp16",
         isa: str | None = None,
         pin: bool = False,
+        slots: int = 1,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"KV type {kv_type!r}; known: {', '.join(KV_TYPES)}")
@@ -391,18 +244,22 @@ class NativeSession:
             raise UsageError(f"context is {context}, expected 1 to {model.info.max_context}")
         self.model = model  # keeps the mapping alive
         self._library = load_library()
-        self._handle = ctypes.c_void_p()
-        options = _Options(context or 0, threads or 0, KV_TYPES[kv_type], int(pin), _encode(isa))
+        self._shared, self._slot = _Shared(), 0
+        options = Options(context or 0, threads or 0, KV_TYPES[kv_type], int(pin), _encode(isa))
         error = ErrorText()
-        status = self._library.pslm_session_open(
-            model._handle, ctypes.byref(options), ctypes.byref(self._handle), error.argument
+        status = self._library.pslm_session_open_slots(
+            model._handle,
+            ctypes.byref(options),
+            slots,
+            ctypes.byref(self._shared.handle),
+            error.argument,
         )
         if status == 6:
             asked = isa or os.environ.get("POCKETSLM_ISA", "auto")
             raise BackendError(f"kernel path {asked!r}; this CPU has: {', '.join(isa_names())}")
         error.check(status)
-        info = _SessionInfo()
-        self._library.pslm_session_describe(self._handle, ctypes.byref(info))
+        info = SessionInfo()
+        self._library.pslm_session_describe(self._shared.handle, ctypes.byref(info))
         self.vocab_size = model.info.vocab_size
         self.context: int = info.context
         self.threads: int = info.threads
@@ -412,13 +269,22 @@ class NativeSession:
         self.backend = f"native {self.isa}"
         self._next = ctypes.c_int32()
         self._error = ErrorText()
-        self.after_fork()
-        forks.watch(self)
+        self._others = [self._at(slot) for slot in range(1, slots)]
 
-    def after_fork(self) -> None:
-        """The library itself knows which sessions have lost their threads."""
-        # Of calls, their buffers and the handle, which calls of other threads must not find closed.
-        self._lock = threading.Lock()
+    def _at(self, slot: int) -> NativeSession:
+        """The same session with another slot in use."""
+        other = copy.copy(self)
+        other._slot = slot
+        return other
+
+    @property
+    def slots(self) -> Sequence[NativeSession]:
+        """See :class:`pocketslm.runtime.backends.SlotSession`."""
+        return [self, *self._others]
+
+    @property
+    def _lock(self) -> threading.Lock:
+        return self._shared.lock
 
     @property
     def length(self) -> int:
@@ -497,10 +363,7 @@ class NativeSession:
             raise UsageError(f"what follows {following} tokens of {ids.size} was asked for")
         ids = np.ascontiguousarray(ids, dtype=np.int32)
         found = np.empty(following, np.int32)
-        penalized = None
-        if penalty:
-            seen = np.ascontiguousarray(penalty.seen, np.int32)
-            penalized = ctypes.byref(_Penalty(penalty.factor, seen.ctypes.data, seen.size))
+        penalized = _penalty(penalty)
         with self._lock:
             status = self._library.pslm_forward_greedy(
                 self._open(),
@@ -523,7 +386,7 @@ class NativeSession:
     def rewind_limit(self) -> int:
         """See :class:`pocketslm.runtime.backends.ForgettingSession`."""
         with self._lock:
-            return int(self._library.pslm_rewind_limit(self._handle))
+            return int(self._library.pslm_rewind_limit(self._open()))
 
     def truncate(self, length: int) -> None:
         """See :class:`pocketslm.runtime.backends.Session`."""
@@ -542,7 +405,7 @@ class NativeSession:
         The context is forgotten, because other weights made it. Raises UsageError where an update
         does not belong to the model.
         """
-        array = (_Update * len(updates))()
+        array = (UpdateEntry * len(updates))()
         kept = []  # until they are copied
         for one, update in zip(array, updates, strict=True):
             a, b = (np.ascontiguousarray(part.T, np.float32) for part in (update.a, update.b))
@@ -563,7 +426,7 @@ class NativeSession:
 
     def times(self) -> OperatorTimes:
         """Time by operator since :meth:`profile`."""
-        times = _Times()
+        times = Times()
         with self._lock:
             self._library.pslm_read_times(self._open(), ctypes.byref(times))
         return OperatorTimes(**{f.name: getattr(times, f.name) for f in fields(OperatorTimes)})
@@ -587,17 +450,53 @@ class NativeSession:
         if status != 0:
             raise UsageError(f"the saved state does not hold {length} positions of this model")
 
+    def forward_slots(self, parts: Sequence[Part]) -> list[Following]:
+        """See :class:`pocketslm.runtime.backends.SlotSession`."""
+        entries = (Entry * len(parts))()
+        found = []
+        kept: list[Any] = []  # until the call is over
+        for entry, part in zip(entries, parts, strict=True):
+            tokens = np.asarray(part.tokens)
+            check_tokens(self.slots[part.slot], tokens)
+            tokens = np.ascontiguousarray(tokens, np.int32)
+            room = {
+                Wanted.NOTHING: 0,
+                Wanted.NEXT: 1,
+                Wanted.TOP: min(part.highest, self.vocab_size),
+                Wanted.LOGITS: self.vocab_size,
+            }[part.wanted]
+            best = np.empty(room, np.int32) if part.wanted in (Wanted.NEXT, Wanted.TOP) else None
+            scored = part.wanted in (Wanted.TOP, Wanted.LOGITS)
+            logits = np.empty(room, np.float32) if scored else None
+            entry.slot, entry.wanted, entry.room = part.slot, part.wanted, room
+            entry.tokens, entry.count = tokens.ctypes.data, tokens.size
+            entry.best = best.ctypes.data if best is not None else None
+            entry.logits = logits.ctypes.data if logits is not None else None
+            penalty = _penalty(part.penalty)
+            entry.penalty = penalty
+            kept += [tokens, penalty]
+            found.append((best, logits))
+        with self._lock:
+            status = self._library.pslm_forward_slots(
+                self._open(), entries, len(parts), self._error.argument
+            )
+            self._error.check(status)
+        return [
+            Following(best, logits, entry.log_total if entry.wanted == Wanted.TOP else None)
+            for entry, (best, logits) in zip(entries, found, strict=True)
+        ]
+
     def _open(self) -> ctypes.c_void_p:
-        if not self._handle:
+        """The handle, with this session's slot in use."""
+        shared = self._shared
+        if not shared.handle:
             raise UsageError("this session was closed; open another one")
-        return self._handle
+        if shared.slot != self._slot:
+            status = self._library.pslm_use_slot(shared.handle, self._slot, self._error.argument)
+            self._error.check(status)
+            shared.slot = self._slot
+        return shared.handle
 
     def close(self) -> None:
         """Give its memory and threads back; later calls raise UsageError."""
-        with self._lock:
-            handle, self._handle = self._handle, ctypes.c_void_p()
-            self._library.pslm_session_close(handle)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_lock"):  # it was opened
-            self.close()
+        self._shared.close()

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pocketslm.errors import TokenizerError
-from pocketslm.runtime.backends.native import ErrorText, NativeModel, load_library
+from pocketslm.runtime.backends.native import NativeModel
+from pocketslm.runtime.backends.native_library import ErrorText, load_library
 
 SPECIAL, WHOLE, GOES_ON = 1, 2, 4  # PSLM_TEXT_
 

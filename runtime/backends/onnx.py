@@ -72,7 +72,7 @@ class OnnxSession:
 
     def _use_native_operators(self, options: ort.SessionOptions) -> None:
         """Let onnxruntime call our operators, with our threads: none of its own would have work."""
-        from pocketslm.runtime.backends.native import library_path
+        from pocketslm.runtime.backends.native_library import library_path
 
         self.backend += " + pocketslm"
         self._chunk = self.context  # the operator cuts a prompt up by itself

@@ -1,21 +1,24 @@
-// The C border: arguments are checked before anything is touched, exceptions end here, and a session
-// is entered by one thread at a time.
+// The C border: arguments are checked before anything is touched, and exceptions end here.
 #include <algorithm>
 #include <map>
 #include <memory>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "border.h"
 #include "cpu.h"
 #include "finite.h"
-#include "held.h"
 #include "lookup.h"
+#include "model_file.h"
+#include "pocketslm.h"
 #include "runner/tokenizer.h"
+#include "session_border.h"
 
 using namespace pocketslm;
 
+struct pslm_model {
+  ModelFile file;
+};
 struct pslm_lookup {
   PromptLookup lookup;
 };
@@ -27,54 +30,6 @@ struct pslm_tokenizer {
 namespace {
 
 constexpr uint32_t kMaxThreads = 64;
-
-// Runs f inside a session, unless another thread is there. What fails leaves the length as it was, or
-// at 0 where the state has no way back.
-template <typename S, typename F>
-pslm_status enter(S* session, pslm_error error, F&& f) {
-  if (session->lost_threads())
-    return report(error, PSLM_ERROR_FORK,
-                  "this session's threads stayed behind in a fork; open one in this process");
-  if (session->entered.exchange(true, std::memory_order_acquire))
-    return report(error, PSLM_ERROR_BUSY, "another thread uses this session");
-  auto& engine = session->engine;
-  const size_t before = engine.length();
-  const pslm_status status = guarded(error, [&] { return f(engine); });
-  if constexpr (!std::is_const_v<S>)
-    if (status != PSLM_OK) engine.truncate(engine.can_rewind(before) ? before : 0);
-  session->length.store(engine.length(), std::memory_order_relaxed);
-  session->entered.store(false, std::memory_order_release);
-  return status;
-}
-
-// No token can be chosen by logits that are NaN or infinite.
-pslm_status check_logits(const Session& engine, pslm_error error) {
-  if (engine.finite()) return PSLM_OK;
-  return report(error, PSLM_ERROR_NOT_FINITE,
-                "the model's logits are not finite: its weights or its adapter are damaged");
-}
-
-pslm_status check_vocabulary(uint32_t vocabulary, const int32_t* tokens, size_t count,
-                             pslm_error error) {
-  for (size_t i = 0; i < count; ++i)
-    if (static_cast<uint32_t>(tokens[i]) >= vocabulary)
-      return report(error, PSLM_ERROR_ARGUMENT,
-                    "token " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
-                        std::to_string(vocabulary));
-  return PSLM_OK;
-}
-
-pslm_status check_tokens(const Session& session, const int32_t* tokens, size_t count,
-                         pslm_error error) {
-  const uint32_t vocabulary = session.model().config.vocab_size;
-  if (const pslm_status status = check_vocabulary(vocabulary, tokens, count, error)) return status;
-  if (count > session.context() - session.length())
-    return report(error, PSLM_ERROR_CONTEXT,
-                  std::to_string(count) + " more tokens after " +
-                      std::to_string(session.length()) + " do not fit the context of " +
-                      std::to_string(session.context()));
-  return PSLM_OK;
-}
 
 // Which of a step's matrices an update belongs to; kNone where it is none of them.
 size_t slot_of(const Step& step, const pslm_update& update) {
@@ -94,18 +49,56 @@ size_t slot_of(const Step& step, const pslm_update& update) {
   return slot != kNone && step.w[slot] ? slot : kNone;
 }
 
-// What has no matrix of logits picks no token.
-pslm_status check_head(const Session& session, pslm_error error) {
-  if (session.model().program.head().w[0]) return PSLM_OK;
-  return report(error, PSLM_ERROR_ARGUMENT, "the model is an encoder: it has no next token");
-}
-
 uint32_t default_threads() {
   const size_t cpus = cpus_by_speed().size();
   return cpus == 0 ? 1 : cpus < 8 ? static_cast<uint32_t>(cpus) : 8;
 }
 
 }  // namespace
+
+namespace pocketslm {
+
+pslm_status check_vocabulary(uint32_t vocabulary, const int32_t* tokens, size_t count,
+                             pslm_error error) {
+  for (size_t i = 0; i < count; ++i)
+    if (static_cast<uint32_t>(tokens[i]) >= vocabulary)
+      return report(error, PSLM_ERROR_ARGUMENT,
+                    "token " + std::to_string(tokens[i]) + " is outside the vocabulary of " +
+                        std::to_string(vocabulary));
+  return PSLM_OK;
+}
+
+pslm_status check_tokens(const Session& session, size_t length, const int32_t* tokens, size_t count,
+                         pslm_error error) {
+  const uint32_t vocabulary = session.model().config.vocab_size;
+  if (const pslm_status status = check_vocabulary(vocabulary, tokens, count, error)) return status;
+  if (count > session.context() - length)
+    return report(error, PSLM_ERROR_CONTEXT,
+                  std::to_string(count) + " more tokens after " + std::to_string(length) +
+                      " do not fit the context of " + std::to_string(session.context()));
+  return PSLM_OK;
+}
+
+pslm_status check_logits(const Session& session, pslm_error error) {
+  if (session.finite()) return PSLM_OK;
+  return report(error, PSLM_ERROR_NOT_FINITE,
+                "the model's logits are not finite: its weights or its adapter are damaged");
+}
+
+pslm_status check_penalty(const Session& session, const pslm_penalty* penalty, pslm_error error) {
+  if (!penalty) return PSLM_OK;
+  if (penalty->count && !penalty->seen) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (!(penalty->factor >= 1 && penalty->factor <= 100))
+    return report(error, PSLM_ERROR_ARGUMENT, "a penalty's factor is 1 to 100");
+  return check_vocabulary(session.model().config.vocab_size, penalty->seen, penalty->count, error);
+}
+
+pslm_status check_head(const Session& session, pslm_error error) {
+  if (session.model().program.head().w[0]) return PSLM_OK;
+  return report(error, PSLM_ERROR_ARGUMENT, "the model is an encoder: it has no next token");
+}
+
+}  // namespace pocketslm
 
 uint32_t pslm_abi_version(void) { return PSLM_ABI_VERSION; }
 
@@ -198,6 +191,11 @@ const void* pslm_model_blob(const pslm_model* model, uint32_t role, size_t* byte
 
 pslm_status pslm_session_open(const pslm_model* model, const pslm_options* options,
                               pslm_session** session, pslm_error error) {
+  return pslm_session_open_slots(model, options, 1, session, error);
+}
+
+pslm_status pslm_session_open_slots(const pslm_model* model, const pslm_options* options,
+                                    uint32_t slots, pslm_session** session, pslm_error error) {
   if (!model || !options || !session) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   *session = nullptr;
   const Program& program = model->file.program;
@@ -216,6 +214,12 @@ pslm_status pslm_session_open(const pslm_model* model, const pslm_options* optio
                   std::to_string(threads) + " threads, at most " + std::to_string(kMaxThreads));
   if (options->kv_type > PSLM_KV_CALLER)
     return report(error, PSLM_ERROR_ARGUMENT, "unknown KV type");
+  if (slots == 0 || slots > kMaxSlots)
+    return report(error, PSLM_ERROR_ARGUMENT,
+                  std::to_string(slots) + " slots, expected 1 to " + std::to_string(kMaxSlots));
+  if (slots > 1 && (options->kv_type == PSLM_KV_CALLER || !program.head().w[0]))
+    return report(error, PSLM_ERROR_ARGUMENT,
+                  "one slot is all there is of an encoder, and of a caller's cache");
   if (options->kv_type == PSLM_KV_CALLER) {
     for (const StateRecord& state : program.states)
       if (state.kind != static_cast<uint32_t>(StateKind::kv))
@@ -232,7 +236,7 @@ pslm_status pslm_session_open(const pslm_model* model, const pslm_options* optio
   return guarded(error, [&] {
     *session = new pslm_session{Session(model->file, *kernels, context,
                                         static_cast<pslm_kv_type>(options->kv_type), threads,
-                                        options->pin != 0)};
+                                        options->pin != 0, slots)};
     return PSLM_OK;
   });
 }
@@ -318,7 +322,7 @@ pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info
     info->context = static_cast<uint32_t>(engine.context());
     info->threads = engine.threads();
     info->kv_type = engine.states().type();
-    info->kv_bytes = engine.states().bytes();
+    info->kv_bytes = engine.shape().bytes() * engine.slots();
     info->isa = engine.kernels().name;
     return PSLM_OK;
   });
@@ -334,7 +338,8 @@ pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t co
   if (rows && (!logits || capacity / session->engine.model().output_size() < rows))
     return report(error, PSLM_ERROR_ARGUMENT, "the logits buffer is too small");
   return enter(session, error, [&](Session& engine) {
-    if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
+    if (const pslm_status status = check_tokens(engine, engine.length(), tokens, count, error))
+      return status;
     engine.forward(tokens, count, which, logits);
     return check_logits(engine, error);
   });
@@ -348,23 +353,18 @@ pslm_status pslm_step_greedy(pslm_session* session, int32_t token, int32_t* next
 pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, size_t count,
                                 size_t following, const pslm_penalty* penalty, int32_t* next,
                                 pslm_error error) {
-  if (!session || !tokens || !next || (penalty && penalty->count && !penalty->seen))
-    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (!session || !tokens || !next) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no tokens");
   if (following == 0 || following > count)
     return report(error, PSLM_ERROR_ARGUMENT,
                   "what follows " + std::to_string(following) + " tokens of " +
                       std::to_string(count));
-  if (penalty && !(penalty->factor >= 1 && penalty->factor <= 100))
-    return report(error, PSLM_ERROR_ARGUMENT, "a penalty's factor is 1 to 100");
   if (const pslm_status status = check_head(session->engine, error)) return status;
   return enter(session, error, [&](Session& engine) {
-    if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
-    const pslm_penalty known = penalty ? *penalty : pslm_penalty{1, nullptr, 0};
-    if (const pslm_status status = check_vocabulary(engine.model().config.vocab_size, known.seen,
-                                                    known.count, error))
+    if (const pslm_status status = check_tokens(engine, engine.length(), tokens, count, error))
       return status;
-    engine.forward_greedy(tokens, count, following, known, next);
+    if (const pslm_status status = check_penalty(engine, penalty, error)) return status;
+    engine.forward_greedy(tokens, count, following, penalty, next);
     return check_logits(engine, error);
   });
 }
@@ -431,7 +431,8 @@ pslm_status pslm_forward_top(pslm_session* session, const int32_t* tokens, size_
                   "the " + std::to_string(top) + " most probable tokens of " +
                       std::to_string(vocabulary));
   return enter(session, error, [&](Session& engine) {
-    if (const pslm_status status = check_tokens(engine, tokens, count, error)) return status;
+    if (const pslm_status status = check_tokens(engine, engine.length(), tokens, count, error))
+      return status;
     *log_total = engine.forward_top(tokens, count, top, best, logits);
     return check_logits(engine, error);
   });
@@ -462,8 +463,8 @@ size_t pslm_rewind_limit(const pslm_session* session) {
 
 // The shape of a cache of the session's own never changes, so that this needs no turn.
 size_t pslm_kv_bytes(const pslm_session* session, size_t count) {
-  if (!session || session->engine.states().type() == PSLM_KV_CALLER) return 0;
-  return count > session->engine.context() ? 0 : session->engine.states().saved_bytes(count);
+  if (!session || session->engine.shape().type() == PSLM_KV_CALLER) return 0;
+  return count > session->engine.context() ? 0 : session->engine.shape().saved_bytes(count);
 }
 
 pslm_status pslm_kv_save(const pslm_session* session, size_t count, void* buffer,

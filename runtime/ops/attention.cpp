@@ -51,11 +51,11 @@ class Joined {
 }  // namespace
 
 // Rotates the pairs (i, i + rope_dim / 2) of one head.
-void Session::rotate(const Step& step, float* head, size_t token) const {
+void Session::rotate(const Step& step, float* head, size_t row) const {
   if (step.rotary == kNone) return;
   const size_t half = program_.rotaries[step.rotary].half;
-  const float* cosine = cosines_[step.rotary].data() + token * half;
-  const float* sine = sines_[step.rotary].data() + token * half;
+  const float* cosine = cosines_[step.rotary].data() + row * half;
+  const float* sine = sines_[step.rotary].data() + row * half;
   for (size_t i = 0; i < half; ++i) {
     const float a = head[i], b = head[i + half];
     head[i] = a * cosine[i] - b * sine[i];
@@ -64,43 +64,44 @@ void Session::rotate(const Step& step, float* head, size_t token) const {
 }
 
 // One head, in place: rotated, and normalized before or after that.
-void Session::prepare_head(const Step& step, const float* norm, float* head, size_t token) const {
+void Session::prepare_head(const Step& step, const float* norm, float* head, size_t row) const {
   const bool after = step.has(AttendFlag::norm_after_rope);
   const auto normalize = [&] {
     kernels_.rms_norm(head, norm, step.head_dim, step.norm.eps, head);
   };
   if (norm && !after) normalize();
-  rotate(step, head, token);
+  rotate(step, head, row);
   if (norm && after) normalize();
 }
 
 // Prepared and scaled copies of `heads` query heads.
-void Session::prepare_queries(const Step& step, size_t token, const float* q, size_t heads,
-                              float* out) {
+void Session::prepare_queries(const Step& step, const Run& run, size_t row, const float* q,
+                              size_t heads, float* out) {
   const size_t dim = step.head_dim;
   float scale = step.scale;
   if (step.temperature_step) {
-    const size_t steps = (length_ + token) / step.temperature_step;
+    const size_t steps = run.position(row) / step.temperature_step;
     scale *= 1.0f + step.temperature * std::log1p(static_cast<float>(steps));
   }
   std::memcpy(out, q, heads * dim * sizeof(float));
-  for (size_t h = 0; h < heads; ++h) prepare_head(step, step.query_norm, out + h * dim, token);
+  for (size_t h = 0; h < heads; ++h) prepare_head(step, step.query_norm, out + h * dim, row);
   for (size_t i = 0; i < heads * dim; ++i) out[i] *= scale;
 }
 
-void Session::store(const Step& step, size_t head, size_t token) {
-  const size_t dim = step.head_dim, at = (token * step.kv_heads + head) * dim;
+void Session::store(const Step& step, const Run& run, size_t head, size_t row) {
+  const size_t dim = step.head_dim, at = (row * step.kv_heads + head) * dim;
   float* key = buffer(BufferId::key) + at;
-  prepare_head(step, step.key_norm, key, token);
-  states_.store(step.state, head, length_ + token, key, buffer(BufferId::value) + at);
+  prepare_head(step, step.key_norm, key, row);
+  run.context->states.store(step.state, head, run.position(row), key,
+                            buffer(BufferId::value) + at);
 }
 
 // The positions that a token of the batch sees.
-Session::Seen Session::seen_by(const Step& step, size_t token) const {
-  const size_t here = length_ + token, reach = step.window ? step.window - 1 : here + count_;
-  return {here > reach ? here - reach : 0, step.has(AttendFlag::bidirectional)
-                                               ? std::min(here + reach + 1, length_ + count_)
-                                               : here + 1};
+Session::Seen Session::seen_by(const Step& step, const Run& run, size_t row) {
+  const size_t here = run.position(row), end = run.position(run.last());
+  const size_t reach = step.window ? step.window - 1 : end;
+  return {here > reach ? here - reach : 0,
+          step.has(AttendFlag::bidirectional) ? std::min(here + reach + 1, end) : here + 1};
 }
 
 // Attention is summed up in pieces whose borders are the same positions for every token: one alone
@@ -133,18 +134,18 @@ size_t Session::most_pieces(const Step& step, size_t context) {
 
 // The job's rows over a piece of `all` positions that one of them sees; in two parts where a ring is
 // passed. `seen`: what each row sees.
-void Session::attend_piece(const Step& step, size_t head, size_t piece, const Seen& all,
-                           const Seen* seen, AttentionJob& job) {
+void Session::attend_piece(const Step& step, const States& states, size_t head, size_t piece,
+                           const Seen& all, const Seen* seen, AttentionJob& job) {
   const size_t begin = std::max(piece_begin(step, piece), all.begin / kPositionBlock * kPositionBlock);
   const size_t end = std::min(piece_begin(step, piece + 1), all.end);
   const auto kernel =
-      states_.type() == PSLM_KV_I8 ? kernels_.attend_i8 : kernels_.attend_f16;
-  const size_t room = states_.room(step.state);
+      states.type() == PSLM_KV_I8 ? kernels_.attend_i8 : kernels_.attend_f16;
+  const size_t room = states.room(step.state);
   uint32_t limits[kMaxQueryRows], starts[kMaxQueryRows];
   job.head_dim = step.head_dim;
   job.cap = step.cap;
   job.limits = limits, job.starts = step.window ? starts : nullptr;
-  states_.describe(step.state, head, job);
+  states.describe(step.state, head, job);
   for (size_t at = begin; at < end; at += job.end - job.begin) {
     // Positions of the job are places in the ring.
     const size_t place = at < room ? at : at % room, shift = at - place;
@@ -159,19 +160,19 @@ void Session::attend_piece(const Step& step, size_t head, size_t piece, const Se
 }
 
 void Session::attend(unsigned m, const Step& step) {
-  count_ <= kFewTokens ? attend_few(m, step) : attend_many(m, step);
+  count_ <= kFewTokens && runs_.size() == 1 ? attend_few(m, step) : attend_many(m, step);
 }
 
 // The job of `heads` query heads, from `query_head` on, of the tokens [first, last): rows by token.
-AttentionJob Session::job_of(unsigned m, const Step& step, size_t first, size_t last,
-                             size_t query_head, size_t heads, Rows& rows) {
+AttentionJob Session::job_of(unsigned m, const Step& step, const Run& run, size_t first,
+                             size_t last, size_t query_head, size_t heads, Rows& rows) {
   Member& member = members_[m];
   for (size_t t = first; t < last; ++t) {
     const size_t row = (t - first) * heads;
-    prepare_queries(step, t,
+    prepare_queries(step, run, t,
                     buffer(BufferId::query) + t * step.width + query_head * step.head_dim, heads,
                     &member.queries[row * step.head_dim]);
-    std::fill_n(rows.seen + row, heads, seen_by(step, t));
+    std::fill_n(rows.seen + row, heads, seen_by(step, run, t));
   }
   AttentionJob job{};
   job.rows = (last - first) * heads, job.queries = member.queries.data();
@@ -179,13 +180,14 @@ AttentionJob Session::job_of(unsigned m, const Step& step, size_t first, size_t 
   return job;
 }
 
-// A token or a few: (KV head, tile of tokens, piece) items, joined when all are there; of one token
-// by whoever reads it, if `gathers` does not say otherwise.
+// A token or a few of one context: (KV head, tile of tokens, piece) items, joined when all are there;
+// of one token by whoever reads it, if `gathers` does not say otherwise.
 void Session::attend_few(unsigned m, const Step& step) {
+  const Run& run = runs_.front();
   const size_t dim = step.head_dim, group = step.heads / step.kv_heads;
   const size_t tokens = std::max<size_t>(1, kMaxQueryRows / group);
   const size_t tiles = (count_ + tokens - 1) / tokens;
-  const Seen all{seen_by(step, 0).begin, seen_by(step, count_ - 1).end};
+  const Seen all{seen_by(step, run, 0).begin, seen_by(step, run, count_ - 1).end};
   const Pieces pieces = pieces_of(step, all);
   const bool stores = !step.has(AttendFlag::reads_only);
   if (stores && tiles > 1) store_all(m, step);
@@ -196,13 +198,13 @@ void Session::attend_few(unsigned m, const Step& step) {
       const size_t at = item / tiles % pieces.count, tile = item % tiles;
       if (stores && tiles == 1)
         for (size_t t = 0; t < count_; ++t)
-          if (piece_at(step, length_ + t) == pieces.first + at) store(step, head, t);
+          if (piece_at(step, run.position(t)) == pieces.first + at) store(step, run, head, t);
       const size_t first = tile * tokens, last = std::min(first + tokens, count_);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
         const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
         Rows rows;
-        AttentionJob job = job_of(m, step, first, last, query_head, heads, rows);
-        attend_piece(step, head, pieces.first + at, all, rows.seen, job);
+        AttentionJob job = job_of(m, step, run, first, last, query_head, heads, rows);
+        attend_piece(step, run.context->states, head, pieces.first + at, all, rows.seen, job);
         for (size_t row = 0; row < job.rows; ++row) {
           const size_t of = (first + row / heads) * step.heads + query_head + row % heads;
           const size_t piece = of * pieces.count + at;
@@ -234,7 +236,8 @@ void Session::join(const Step& step, size_t count, size_t row, float* out) const
 void Session::store_all(unsigned m, const Step& step) {
   share(m, step.kv_heads, 1, [&](size_t begin, size_t end) {
     for (size_t head = begin; head < end; ++head)
-      for (size_t t = 0; t < count_; ++t) store(step, head, t);
+      for (const Run& run : runs_)
+        for (size_t t = run.first; t < run.last(); ++t) store(step, run, head, t);
   });
 }
 
@@ -243,25 +246,31 @@ void Session::attend_many(unsigned m, const Step& step) {
   const size_t dim = step.head_dim, group = step.heads / step.kv_heads;
   if (!step.has(AttendFlag::reads_only)) store_all(m, step);
   const size_t tokens = std::max<size_t>(1, kMaxQueryRows / group);
-  const size_t tiles = (count_ + tokens - 1) / tokens;
+  const auto tiles_of = [&](const Run& run) { return (run.count + tokens - 1) / tokens; };
+  size_t tiles = 0;
+  for (const Run& run : runs_) tiles += tiles_of(run);
   share(m, tiles * step.kv_heads, 1, [&](size_t begin, size_t end) {
     for (size_t item = begin; item < end; ++item) {
       // Longest first, so that the last items to be taken are short ones.
-      const size_t tile = tiles - 1 - item / step.kv_heads, head = item % step.kv_heads;
-      const size_t first = tile * tokens, last = std::min(first + tokens, count_);
-      const Seen all{seen_by(step, first).begin, seen_by(step, last - 1).end};
+      size_t tile = tiles - 1 - item / step.kv_heads;
+      const size_t head = item % step.kv_heads;
+      const Run* of = runs_.data();
+      while (tile >= tiles_of(*of)) tile -= tiles_of(*of++);
+      const Run& run = *of;
+      const size_t first = run.first + tile * tokens, last = std::min(first + tokens, run.last());
+      const Seen all{seen_by(step, run, first).begin, seen_by(step, run, last - 1).end};
       const Pieces pieces = pieces_of(step, all);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
         const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
         Rows rows;
-        AttentionJob job = job_of(m, step, first, last, query_head, heads, rows);
+        AttentionJob job = job_of(m, step, run, first, last, query_head, heads, rows);
         Joined joined[kMaxQueryRows];
         for (size_t row = 0; row < job.rows; ++row)
           joined[row] = Joined(buffer(BufferId::attended) + (first + row / heads) * step.width +
                                    (query_head + row % heads) * dim,
                                dim);
         for (size_t piece = pieces.first; piece < pieces.first + pieces.count; ++piece) {
-          attend_piece(step, head, piece, all, rows.seen, job);
+          attend_piece(step, run.context->states, head, piece, all, rows.seen, job);
           for (size_t row = 0; row < job.rows; ++row)
             joined[row].add(job.out + row * dim, rows.maximum[row], rows.weight[row]);
         }

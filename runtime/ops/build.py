@@ -32,8 +32,9 @@ SOURCES = Path(__file__).resolve().parent
 HEADERS = (".def", ".h", ".inl")
 
 COMMON = (
-    *("api", "attention", "cpu", "generator", "head", "lookup", "model_file", "probes"),
-    *("program", "program_llama", "read_plan", "sampler", "session", "state", "thread_pool"),
+    *("api", "attention", "border_slots", "cpu", "generator", "head", "lookup", "model_file"),
+    *("probes", "program", "program_llama", "read_plan", "sampler", "session", "slots", "state"),
+    "thread_pool",
     *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
     *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
     *(f"grammar/{name}" for name in ("machine", "numbers", "regex", "token_trie")),

@@ -7,11 +7,10 @@
 #include <optional>
 #include <vector>
 
-#include "border.h"
 #include "grammar/held.h"
-#include "held.h"
 #include "lookup.h"
 #include "sampler.h"
+#include "session_border.h"
 
 using namespace pocketslm;
 
@@ -211,8 +210,7 @@ pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size
   *generator = nullptr;
   const auto refuse = [&](const char* what) { return report(error, PSLM_ERROR_ARGUMENT, what); };
   const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
-  if (!session->engine.model().program.head().w[0])
-    return refuse("the model is an encoder: it has no next token");
+  if (const pslm_status status = check_head(session->engine, error)) return status;
   if (count <= pslm_length(session)) return refuse("the session holds more than the text");
   if (count > session->engine.context())
     return report(error, PSLM_ERROR_CONTEXT,

@@ -49,24 +49,50 @@ uint16_t largest_half(const uint16_t* x) {
 }  // namespace
 
 void Session::forward_greedy(const int32_t* tokens, size_t count, size_t following,
-                             const pslm_penalty& penalty, int32_t* next) {
+                             const pslm_penalty* penalty, int32_t* next) {
   trust_logits();
-  see(penalty);
   const size_t first = count - following;  // whose successor is wanted
   for (size_t done = 0; done < count;) {
     size_t part = std::min(batch_, count - done);
     if (following > 1) part = std::min(part, done < first ? first - done : kMaxTile);
-    following_ = done + part > first ? std::min(part, following) : 0;
-    seen_before_ = static_cast<ptrdiff_t>(seen_.size() + done + part) -
-                   static_cast<ptrdiff_t>(following_ + count);
-    run(tokens + done, part, following_ ? Head::greedy : Head::none, nullptr);
-    done += part;
-    for (size_t t = 0; t < following_; ++t) {
-      Candidate best = members_[0].best[t];
-      for (const Member& member : members_) best = std::min(best, member.best[t]);
-      *next++ = best.token;
+    const bool followed = done + part > first;
+    head_rows_ = std::min(part, following);
+    penalizes_ = false;
+    for (size_t t = 0; followed && t < head_rows_; ++t) {
+      const size_t later = count - (done + part - head_rows_ + t) - 1;  // tokens behind this one
+      penalize(t, penalty, penalty && penalty->count > later ? penalty->count - later : 0);
     }
+    run(tokens + done, part, followed ? Head::greedy : Head::none, nullptr);
+    done += part;
+    for (size_t t = 0; followed && t < head_rows_; ++t) *next++ = best(t);
   }
+}
+
+// Threads find room for what they keep, since none may run out of memory.
+void Session::ask(const std::vector<Asked>& asked) {
+  asked_ = asked;
+  for (Member& member : members_)
+    for (size_t i = 0; i < asked.size(); ++i) member.found[i].top.reserve(asked[i].top);
+}
+
+// Tells the head that the first `count` tokens of a penalty were seen by one of its rows.
+void Session::penalize(size_t row, const pslm_penalty* penalty, size_t count) {
+  Penalized& own = penalized_[row];
+  own.factor = penalty && count ? penalty->factor : 1;
+  if (!(own.factor > 1)) return;
+  penalizes_ = true;
+  own.seen.assign((model_.config.vocab_size + 63) / 64, 0);
+  for (size_t i = 0; i < count; ++i) {
+    const auto token = static_cast<uint32_t>(penalty->seen[i]);
+    own.seen[token / 64] |= uint64_t{1} << token % 64;
+  }
+}
+
+// The best of what threads found behind a token.
+int32_t Session::best(size_t token) const {
+  Candidate best = members_[0].found[token].best;
+  for (const Member& member : members_) best = std::min(best, member.found[token].best);
+  return best.token;
 }
 
 bool Session::finite() const {
@@ -76,43 +102,35 @@ bool Session::finite() const {
 double Session::forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best,
                             float* logits) {
   trust_logits();
-  top_count_ = top;
-  for (Member& member : members_) member.top.reserve(top);
+  head_rows_ = 1;
+  ask({{nullptr, top}});
   for (size_t done = 0; done < count;) {
     const size_t part = std::min(batch_, count - done);
-    run(tokens + done, part, done + part == count ? Head::top : Head::none, nullptr);
+    run(tokens + done, part, done + part == count ? Head::asked : Head::none, nullptr);
     done += part;
   }
+  return highest(0, best, logits);
+}
+
+// The highest logits of what threads found behind a token, as many as were asked for; returns the
+// logarithm of the sum of exp over all.
+double Session::highest(size_t token, int32_t* best, float* logits) const {
   if (!finite()) return std::numeric_limits<double>::quiet_NaN();
-  std::vector<Candidate> found;
+  std::vector<Candidate> all;
   float peak = -std::numeric_limits<float>::infinity();
   for (const Member& member : members_) {
-    found.insert(found.end(), member.top.begin(), member.top.end());
-    peak = std::max(peak, member.peak);
+    const Found& found = member.found[token];
+    all.insert(all.end(), found.top.begin(), found.top.end());
+    peak = std::max(peak, found.peak);
   }
   double total = 0;
-  for (const Member& member : members_)
-    if (member.sum > 0) total += static_cast<double>(member.sum) * std::exp(member.peak - peak);
-  std::sort(found.begin(), found.end());
-  for (size_t i = 0; i < top; ++i) best[i] = found[i].token, logits[i] = found[i].logit;
+  for (const Member& member : members_) {
+    const Found& found = member.found[token];
+    if (found.sum > 0) total += static_cast<double>(found.sum) * std::exp(found.peak - peak);
+  }
+  std::sort(all.begin(), all.end());
+  for (size_t i = 0; i < asked_[token].top; ++i) best[i] = all[i].token, logits[i] = all[i].logit;
   return peak + std::log(total);
-}
-
-// Take note of the tokens that a penalty is for, in place of those before.
-void Session::see(const pslm_penalty& penalty) {
-  penalty_ = penalty.count ? penalty.factor : 1;
-  for (const int32_t token : seen_) seen_at_[static_cast<size_t>(token)] = 0;
-  seen_.assign(penalty.seen, penalty.seen + (penalized() ? penalty.count : 0));
-  if (penalized()) seen_at_.resize(model_.config.vocab_size);
-  for (size_t i = seen_.size(); i-- > 0;)
-    seen_at_[static_cast<size_t>(seen_[i])] = static_cast<uint32_t>(i + 1);
-}
-
-// The logit of a token behind a row of the batch.
-float Session::penalized(float logit, size_t row, size_t token) const {
-  const auto at = static_cast<ptrdiff_t>(seen_at_[token]);
-  if (!at || at > seen_before_ + 1 + static_cast<ptrdiff_t>(row)) return logit;
-  return logit < 0 ? logit * penalty_ : logit / penalty_;
 }
 
 // Keeps the highest of a token's logits. What is not finite is no candidate.
@@ -120,37 +138,42 @@ void Session::offer_best(Member& member, size_t token, const float* logits, size
                          size_t first_token) {
   member.finite &= all_finite(logits, count);
   if (!member.finite) return;
+  Candidate& best = member.found[token].best;
+  const auto& [factor, seen] = penalized_[token];
   for (size_t i = 0; i < count; ++i) {
-    const float logit = penalized() ? penalized(logits[i], token, first_token + i) : logits[i];
-    member.best[token] =
-        std::min(member.best[token], Candidate{logit, static_cast<int32_t>(first_token + i)});
+    const size_t id = first_token + i;
+    float logit = logits[i];
+    if (factor > 1 && seen[id / 64] >> id % 64 & 1) logit = logit < 0 ? logit * factor : logit / factor;
+    best = std::min(best, Candidate{logit, static_cast<int32_t>(id)});
   }
 }
 
 // Keeps the highest of these logits and their part of the sum over all. What is not finite is no
 // candidate: NaN has no place in an order.
-void Session::offer(Member& member, const float* logits, size_t count, size_t first_token) {
+void Session::offer(Member& member, size_t token, const float* logits, size_t count,
+                    size_t first_token) {
   if (!all_finite(logits, count)) {
     member.finite = false;
     return;
   }
+  auto& [top, best, peak, sum] = member.found[token];
   for (size_t i = 0; i < count; ++i) {
     // Chunks taken from another thread may come out of order, hence the whole comparison.
     const Candidate found{logits[i], static_cast<int32_t>(first_token + i)};
-    if (member.top.size() == top_count_) {
-      if (!(found < member.top.front())) continue;
-      std::pop_heap(member.top.begin(), member.top.end());
-      member.top.pop_back();
+    if (top.size() == asked_[token].top) {
+      if (!(found < top.front())) continue;
+      std::pop_heap(top.begin(), top.end());
+      top.pop_back();
     }
-    member.top.push_back(found);
-    std::push_heap(member.top.begin(), member.top.end());
+    top.push_back(found);
+    std::push_heap(top.begin(), top.end());
   }
-  const float peak = *std::max_element(logits, logits + count);
-  if (peak > member.peak) {
-    member.sum *= std::exp(member.peak - peak);
-    member.peak = peak;
+  const float highest = *std::max_element(logits, logits + count);
+  if (highest > peak) {
+    sum *= std::exp(peak - highest);
+    peak = highest;
   }
-  member.sum += kernels_.sum_exp(logits, count, member.peak);
+  sum += kernels_.sum_exp(logits, count, peak);
 }
 
 void Session::run_head(unsigned m, Head head, float* logits) {
@@ -165,19 +188,20 @@ void Session::run_head(unsigned m, Head head, float* logits) {
   }
   const Matrix& w = *step.w[0];
   // A bias would have to be weighed against what screening leaves open. A penalty only lowers logits,
-  // whose bounds hold, but it is that of logits with their factor and cap.
-  const bool plain = !step.bias[0] && !(penalized() && (step.scale != 1.0f || step.cap > 0));
+  // whose bounds hold, but it is for logits with their factor and cap.
+  const bool plain = !step.bias[0] && !(penalizes_ && (step.scale != 1.0f || step.cap > 0));
   const bool screened = head == Head::greedy && w.kind == WeightKind::q8_split && plain;
   if (screened || w.kind != WeightKind::q8_split)
     member.plan.start(index);
   else
     member.plan.start_whole_head();
-  member.top.clear();
-  member.peak = -std::numeric_limits<float>::infinity();
-  member.sum = 0;
-  std::fill_n(member.best, kMaxTile, Candidate{-std::numeric_limits<float>::infinity(), 0});
-  const bool all = head == Head::all_logits || (head == Head::greedy && following_ > 1);
-  const PanelView input = all ? normalized(m, step.norm) : normalized_row(m, step.norm, last);
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
+  for (Found& found : member.found) {
+    found.top.clear();
+    found.best = {lowest, 0}, found.peak = lowest, found.sum = 0;
+  }
+  const PanelView input = head_rows_ == count_ ? normalized(m, step.norm)
+                                               : normalized_row(m, step.norm, last);
   if (screened) {
     screen(m, input, step.norm);
   } else {
@@ -186,14 +210,17 @@ void Session::run_head(unsigned m, Head head, float* logits) {
       const size_t live = std::min(width, w.rows - first);
       for (size_t i = 0; i < tokens; ++i) {
         float* row = y + i * width;
-        finish_logits(head, row, live, first);
-        if (head == Head::greedy) {
-          offer_best(member, t + i, row, live, first);
-        } else if (head == Head::top) {
-          offer(member, row, live, first);
-        } else {
+        const Asked asked = head == Head::greedy  ? Asked{nullptr, 0}
+                            : head == Head::asked ? asked_[t + i]
+                                                  : Asked{logits + (t + i) * w.rows, 0};
+        finish_logits(!asked.logits && !asked.top && !penalizes_, row, live, first);
+        if (asked.logits) {
           member.finite &= all_finite(row, live);
-          std::memcpy(logits + (t + i) * w.rows + first, row, live * sizeof(float));
+          std::memcpy(asked.logits + first, row, live * sizeof(float));
+        } else if (asked.top) {
+          offer(member, t + i, row, live, first);
+        } else {
+          offer_best(member, t + i, row, live, first);
         }
       }
     });
@@ -201,11 +228,12 @@ void Session::run_head(unsigned m, Head head, float* logits) {
   mark(m, step.counter);
 }
 
-// What is left to do to products: the most probable token is the same without a factor or a cap.
-void Session::finish_logits(Head head, float* logits, size_t count, size_t first_token) const {
+// What is left to do to products; where only the best is sought (`ranked`), that is the same without
+// a factor or a cap.
+void Session::finish_logits(bool ranked, float* logits, size_t count, size_t first_token) const {
   const Step& step = program_.head();
   for (size_t i = 0; step.bias[0] && i < count; ++i) logits[i] += step.bias[0][first_token + i];
-  if (head == Head::greedy && !penalized()) return;
+  if (ranked) return;
   for (size_t i = 0; step.scale != 1.0f && i < count; ++i) logits[i] *= step.scale;
   if (step.cap > 0) kernels_.soft_cap(logits, count, step.cap);
 }
@@ -327,7 +355,7 @@ void Session::settle(unsigned m, size_t token, const ActivationTile& input) {
   compute(likely);
   for (size_t b = begin; b < end && member.finite; ++b) {
     if (b % kBlockRows == 0) deviations(&spreads_[b * groups], bounds);
-    if (b != likely && may_exceed(b, member.best[token].logit)) compute(b);
+    if (b != likely && may_exceed(b, member.found[token].best.logit)) compute(b);
   }
 }
 

@@ -231,6 +231,37 @@ PSLM_API pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* t
                                          size_t following, const pslm_penalty* penalty,
                                          int32_t* next, pslm_error error);
 
+/* Several texts at once. A session may have up to PSLM_MAX_SLOTS contexts, its slots, which share all
+ * that it has but the state of their tokens; memory of that is touched as positions fill. A function
+ * that knows no slot means the one in use, at first 0, and pslm_set_updates makes all forget. An
+ * encoder and PSLM_KV_CALLER have one slot only. */
+enum { PSLM_MAX_SLOTS = 16 };
+PSLM_API pslm_status pslm_session_open_slots(const pslm_model* model, const pslm_options* options,
+                                             uint32_t slots, pslm_session** session,
+                                             pslm_error error);
+PSLM_API pslm_status pslm_use_slot(pslm_session* session, uint32_t slot, pslm_error error);
+/* What follows the last token of an entry. */
+typedef enum {
+  PSLM_WANT_NOTHING = 0,
+  PSLM_WANT_NEXT = 1,  /* best[0] is the most probable next token, as by pslm_forward_greedy */
+  PSLM_WANT_TOP = 2,   /* the `room` most probable in best and logits, as by pslm_forward_top */
+  PSLM_WANT_LOGITS = 3 /* all logits, for which there is `room` */
+} pslm_wanted;
+typedef struct {
+  uint32_t slot, wanted; /* pslm_wanted */
+  const int32_t* tokens;
+  size_t count;
+  int32_t* best;
+  float* logits;
+  size_t room;                 /* in best and logits, whichever is wanted */
+  const pslm_penalty* penalty; /* may be null; of PSLM_WANT_NEXT */
+  double log_total;            /* receives it with PSLM_WANT_TOP */
+} pslm_entry;
+/* Appends tokens to slots, each of which is named by one entry at most: all of them go through the
+ * model together. Each gets the bits that it gets alone. A failing call changes no slot. */
+PSLM_API pslm_status pslm_forward_slots(pslm_session* session, pslm_entry* entries, size_t count,
+                                        pslm_error error);
+
 /* Guesses of what follows in a text, from where its last tokens stood before: for greedy decoding by
  * pslm_forward_greedy. It knows one text and serves one thread at a time. */
 typedef struct pslm_lookup pslm_lookup;

@@ -29,15 +29,17 @@ void dequantize_row(const Matrix& w, const Blocks& blocks, size_t row, float* ou
 }  // namespace
 
 Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
-                 pslm_kv_type kv_type, unsigned threads, bool pin)
+                 pslm_kv_type kv_type, unsigned threads, bool pin, size_t slots)
     : model_(model),
       program_(model.program),
       kernels_(kernels),
-      batch_(std::min(program_.bidirectional ? kMaxWhole : kBatch, context)),
+      batch_(std::min(program_.bidirectional ? kMaxWhole : kBatch, context * slots)),
       context_(kv_type == PSLM_KV_CALLER ? 0 : context),
-      states_(program_, kernels, context, kv_type, batch_),
       members_(threads),
       pool_(threads, pin) {
+  for (size_t i = 0; i < slots; ++i)
+    contexts_.push_back({States(program_, kernels, context, kv_type, batch_)});
+  use_slot(0);
   const size_t hidden_size = program_.hidden_size;
   for (size_t i = 0; i < kBuffers; ++i)
     buffers_[i] = Buffer<float>(batch_ * program_.widths[i]);
@@ -85,19 +87,30 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
 }
 
 void Session::bind_cache(void* const* places, size_t positions, size_t length) {
-  states_.bind(places, positions);
+  used_->states.bind(places, positions);
   context_ = context_of(positions);
-  length_ = length;
+  used_->length = length;
 }
 
-void Session::truncate(size_t length) {
-  if (!length) states_.forget();
-  length_ = length;
+void Session::Context::truncate(size_t to) {
+  if (!to) states.forget();
+  length = to;
+}
+
+Session::Lengths Session::lengths() const {
+  Lengths lengths{};
+  for (size_t i = 0; i < slots(); ++i) lengths[i] = contexts_[i].length;
+  return lengths;
+}
+
+void Session::rewind(const Lengths& lengths) {
+  for (size_t i = 0; i < slots(); ++i)
+    contexts_[i].truncate(contexts_[i].can_rewind(lengths[i]) ? lengths[i] : 0);
 }
 
 void Session::restore(size_t count, const uint8_t* in) {
-  states_.restore(count, in);
-  length_ = count;
+  used_->states.restore(count, in);
+  used_->length = count;
 }
 
 void Session::forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits) {
@@ -107,29 +120,46 @@ void Session::forward(const int32_t* tokens, size_t count, pslm_logits which, fl
     Head head = Head::none;
     if (which == PSLM_LOGITS_ALL) head = Head::all_logits;
     if (which == PSLM_LOGITS_LAST && done + part == count) head = Head::last_logits;
+    head_rows_ = which == PSLM_LOGITS_ALL ? part : 1;
     run(tokens + done, part, head, logits);
     if (which == PSLM_LOGITS_ALL) logits += part * model_.output_size();
     done += part;
   }
 }
 
+// Tokens of the context in use.
 void Session::run(const int32_t* tokens, size_t count, Head head, float* logits) {
+  runs_.assign(1, {used_, 0, count});
+  begin(tokens, count);
+  auto region = [&](unsigned m) {
+    run_layers(m);
+    if (head != Head::none) run_head(m, head, logits);
+    members_[m].plan.finish();
+  };
+  pool_.run(region);
+  end();
+}
+
+void Session::begin(const int32_t* tokens, size_t count) {
   count_ = count;
   clock_.start(count);
   prepare_rotation();
   embed(tokens);
   clock_.mark(program_.embed().counter);
-  const size_t last = program_.steps.size() - 1;
-  auto region = [&](unsigned m) {
-    for (size_t i = 1; i < last; ++i) run_step(m, i);
-    if (head != Head::none) run_head(m, head, logits);
-    members_[m].plan.finish();
-  };
-  pool_.run(region);
-  length_ += count;
-  states_.advance(length_);
-  if (program_.bidirectional) truncate(0);
-  if (count == 1) balance();
+}
+
+void Session::run_layers(unsigned m) {
+  for (size_t i = 1; i + 1 < program_.steps.size(); ++i) run_step(m, i);
+}
+
+// The tokens of the batch belong to their contexts.
+void Session::end() {
+  for (const Run& run : runs_) {
+    run.context->length += run.count;
+    run.context->states.advance(run.context->length);
+    if (program_.bidirectional) run.context->truncate(0);
+  }
+  if (count_ == 1) balance();
 }
 
 void Session::run_step(unsigned m, size_t index) {
@@ -166,28 +196,30 @@ void Session::embed_row(const Matrix& w, size_t row, float* out) {
 void Session::embed(const int32_t* tokens) {
   const Step& step = program_.embed();
   const size_t n = program_.hidden_size;
-  for (size_t t = 0; t < count_; ++t) {
-    float* row = buffer(BufferId::residual) + t * n;
-    embed_row(*step.w[0], static_cast<size_t>(tokens[t]), row);
-    if (step.scale != 1.0f)
-      for (size_t i = 0; i < n; ++i) row[i] *= step.scale;
-    if (!step.w[1]) continue;
-    float* position = members_[0].normed.data();
-    embed_row(*step.w[1], length_ + t, position);
-    for (size_t i = 0; i < n; ++i) row[i] += position[i];
-  }
+  for (const Run& run : runs_)
+    for (size_t t = run.first; t < run.last(); ++t) {
+      float* row = buffer(BufferId::residual) + t * n;
+      embed_row(*step.w[0], static_cast<size_t>(tokens[t]), row);
+      if (step.scale != 1.0f)
+        for (size_t i = 0; i < n; ++i) row[i] *= step.scale;
+      if (!step.w[1]) continue;
+      float* position = members_[0].normed.data();
+      embed_row(*step.w[1], run.position(t), position);
+      for (size_t i = 0; i < n; ++i) row[i] += position[i];
+    }
 }
 
 void Session::prepare_rotation() {
   for (size_t r = 0; r < program_.rotaries.size(); ++r) {
     const auto& [frequencies, half, factor] = program_.rotaries[r];
-    for (size_t t = 0; t < count_; ++t)
-      for (size_t i = 0; i < half; ++i) {
-        const double angle =
-            static_cast<double>(length_ + t) * static_cast<double>(frequencies[i]);
-        cosines_[r][t * half + i] = static_cast<float>(std::cos(angle)) * factor;
-        sines_[r][t * half + i] = static_cast<float>(std::sin(angle)) * factor;
-      }
+    for (const Run& run : runs_)
+      for (size_t t = run.first; t < run.last(); ++t)
+        for (size_t i = 0; i < half; ++i) {
+          const double angle =
+              static_cast<double>(run.position(t)) * static_cast<double>(frequencies[i]);
+          cosines_[r][t * half + i] = static_cast<float>(std::cos(angle)) * factor;
+          sines_[r][t * half + i] = static_cast<float>(std::sin(angle)) * factor;
+        }
   }
 }
 
@@ -263,7 +295,7 @@ void Session::set_updates(std::vector<StepUpdates> updates) {
   lowered_.assign(widest * batch_, 0.0f);
   for (Member& member : members_) member.lowered.assign(widest, 0.0f);
   updates_ = std::move(updates);
-  truncate(0);
+  rewind({});
 }
 
 // What updates make of the input that they read: [token][update][rank], null where there is none.
@@ -333,7 +365,7 @@ PanelView Session::product_input(unsigned m, const Step& step) {
     return quantized(m, panel_, rows, width, [](size_t) {});
   const Step& source = program_.steps[step.source];
   float* joined = members_[m].normed.data();
-  const size_t pieces = pieces_of(source, seen_by(source, 0)).count;
+  const size_t pieces = pieces_of(source, seen_by(source, runs_.front(), 0)).count;
   for (size_t head = 0; head < source.heads; ++head)
     join(source, pieces, head, joined + head * source.head_dim);
   return quantized(m, panel_, joined, width, [](size_t) {});
@@ -432,26 +464,25 @@ void Session::gated(unsigned m, const Step& step, const StepUpdates& updates) {
   });
 }
 
-// Channels are shared out; each goes through the tokens in order.
+// Channels are shared out; each goes through the tokens of a context in order.
 void Session::short_conv(unsigned m, const Step& step) {
   const size_t width = step.width, taps = step.tap_count, kept = taps - 1;
-  float* b = buffer(BufferId::query);
-  const float* c = buffer(BufferId::key);
-  const float* x = buffer(BufferId::value);
-  float* out = buffer(BufferId::attended);
-  float* columns = states_.columns(step.state);
-  share(m, width / kGroup, 1, [&](size_t begin, size_t end) {
-    const size_t from = begin * kGroup, to = end * kGroup;
-    for (size_t k = 0; length_ == 0 && k < kept; ++k)
+  const auto run_channels = [&](const Run& run, size_t from, size_t to) {
+    float* b = buffer(BufferId::query) + run.first * width;
+    const float* c = buffer(BufferId::key) + run.first * width;
+    const float* x = buffer(BufferId::value) + run.first * width;
+    float* out = buffer(BufferId::attended) + run.first * width;
+    float* columns = run.context->states.columns(step.state);
+    for (size_t k = 0; run.context->length == 0 && k < kept; ++k)
       std::fill(columns + k * width + from, columns + k * width + to, 0.0f);
-    for (size_t t = 0; t < count_; ++t)
+    for (size_t t = 0; t < run.count; ++t)
       for (size_t i = from; i < to; ++i) b[t * width + i] *= x[t * width + i];
     // The products of this token and the ones before it, the oldest first.
     const auto row = [&](size_t t, size_t k) {
       const size_t at = t + k;  // counted from the oldest column that is kept
       return at < kept ? columns + at * width : b + (at - kept) * width;
     };
-    for (size_t t = 0; t < count_; ++t) {
+    for (size_t t = 0; t < run.count; ++t) {
       float* y = out + t * width;
       for (size_t i = from; i < to; ++i) y[i] = step.bias[0] ? step.bias[0][i] : 0.0f;
       for (size_t k = 0; k < taps; ++k) {
@@ -461,9 +492,12 @@ void Session::short_conv(unsigned m, const Step& step) {
       for (size_t i = from; i < to; ++i) y[i] *= c[t * width + i];
     }
     for (size_t k = 0; k < kept; ++k) {
-      const float* product = row(count_, k);
+      const float* product = row(run.count, k);
       std::copy(product + from, product + to, columns + k * width + from);
     }
+  };
+  share(m, width / kGroup, 1, [&](size_t begin, size_t end) {
+    for (const Run& run : runs_) run_channels(run, begin * kGroup, end * kGroup);
   });
 }
 

@@ -1,7 +1,9 @@
-// A context that grows: a model file's program run over tokens, its buffers and its state.
+// Contexts that grow: a model file's program run over tokens, its buffers, and the state of each
+// context.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <vector>
 
@@ -20,6 +22,8 @@ constexpr size_t kBatch = 256;         // tokens of a prompt that go through a l
 constexpr size_t kMaxWhole = 8192;     // the same where each of them sees all others
 constexpr size_t kFewTokens = 8;       // whose attention is cut into pieces for threads
 constexpr size_t kScratchBlocks = 16;  // blocks of 16 outputs that a matmul call may fill
+constexpr size_t kMaxSlots = PSLM_MAX_SLOTS;
+static_assert(kMaxSlots <= kMaxTile);
 
 struct Candidate {
   float logit;
@@ -41,32 +45,42 @@ struct ReadWhileWaiting {
 class Session {
  public:
   Session(const ModelFile& model, const Kernels& kernels, size_t context, pslm_kv_type kv_type,
-          unsigned threads, bool pin);
+          unsigned threads, bool pin, size_t slots);
 
   // Arguments are checked by the caller; logits as in pslm_forward.
   void forward(const int32_t* tokens, size_t count, pslm_logits which, float* logits);
-  // The most probable token after each of the last `following` of these, as pslm_forward_greedy.
+  // The most probable token after each of the last `following` of these; as pslm_forward_greedy.
   void forward_greedy(const int32_t* tokens, size_t count, size_t following,
-                      const pslm_penalty& penalty, int32_t* next);
+                      const pslm_penalty* penalty, int32_t* next);
   // The `top` most probable tokens after these, with their logits; returns the logarithm of the sum
   // of exp over all logits.
   double forward_top(const int32_t* tokens, size_t count, size_t top, int32_t* best, float* logits);
+  // As pslm_forward_slots.
+  void forward_slots(pslm_entry* entries, size_t count);
 
   const ModelFile& model() const { return model_; }
   const Kernels& kernels() const { return kernels_; }
-  const States& states() const { return states_; }
+  const States& states() const { return used_->states; }
+  // Of any slot, for what is the same in all of them and never changes.
+  const States& shape() const { return contexts_.front().states; }
+  size_t slots() const { return contexts_.size(); }
   OperatorClock& clock() { return clock_; }
   const OperatorClock& clock() const { return clock_; }
   unsigned threads() const { return pool_.size(); }
   size_t context() const { return context_; }
-  size_t length() const { return length_; }
+  size_t length() const { return used_->length; }
+  size_t length(size_t slot) const { return contexts_[slot].length; }
   // The smallest length above 0 that truncate() accepts.
-  size_t rewind_limit() const { return states_.rewind_limit(length_); }
-  bool can_rewind(size_t length) const {
-    return length == 0 || (length <= length_ && length >= rewind_limit());
-  }
-  void truncate(size_t length);
-  void save(size_t count, uint8_t* out) const { states_.save(count, out); }
+  size_t rewind_limit() const { return used_->rewind_limit(); }
+  bool can_rewind(size_t length) const { return used_->can_rewind(length); }
+  void truncate(size_t length) { used_->truncate(length); }
+  // What follows, and the calls above but forward_slots, mean this context.
+  void use_slot(size_t slot) { used_ = &contexts_[slot]; }
+  // The lengths of all slots, and the way back to them, or to 0 where a state has none.
+  using Lengths = std::array<size_t, kMaxSlots>;
+  Lengths lengths() const;
+  void rewind(const Lengths& lengths);
+  void save(size_t count, uint8_t* out) const { used_->states.save(count, out); }
   void restore(size_t count, const uint8_t* in);
   // Whether the last call's logits were, those of rows included that screening passed over.
   bool finite() const;
@@ -79,6 +93,27 @@ class Session {
   void set_updates(std::vector<StepUpdates> updates);
 
  private:
+  // One text.
+  struct Context {
+    States states;
+    size_t length = 0;
+    size_t rewind_limit() const { return states.rewind_limit(length); }
+    bool can_rewind(size_t to) const { return to == 0 || (to <= length && to >= rewind_limit()); }
+    void truncate(size_t to);
+  };
+  // Rows of the batch, from `first` on, whose tokens follow each other in a context.
+  struct Run {
+    Context* context;
+    size_t first, count;
+    size_t last() const { return first + count; }
+    size_t position(size_t row) const { return context->length + row - first; }
+  };
+  // What the head looks for behind a token.
+  struct Found {
+    std::vector<Candidate> top;  // a heap of the highest logits
+    Candidate best;              // the highest
+    float peak = 0, sum = 0;     // of all logits: sum of exp(logit - peak)
+  };
   // What one thread needs for itself.
   struct Member {
     Buffer<uint8_t> nibbles;  // of one block, read from the file
@@ -90,19 +125,25 @@ class Session {
     std::vector<float> lowered;  // of one token, as lowered_
     ReadPlan plan;
     uint64_t read_bytes = 0;  // of weights, since shares were balanced
-    // Of the head: the highest logits that this thread saw, a heap, and the sum of all.
-    std::vector<Candidate> top;
-    Candidate best[kMaxTile];  // greedy: of each token
-    float peak = 0, sum = 0;  // sum of exp(logit - peak)
-    bool finite = true;       // no logit was NaN or infinite
+    Found found[kMaxTile];  // of each token that the head is run over, in this thread's part
+    bool finite = true;     // no logit was NaN or infinite
     // What screening a split head by its high nibbles takes of the activations: [group][token] of a
     // tile, and [token][group].
     std::vector<int32_t> corrections;
     std::vector<float> energies;
   };
-  enum class Head { none, last_logits, all_logits, greedy, top };
+  // What is wanted behind a token: where its logits go, or how many of the highest; 0: the best.
+  struct Asked {
+    float* logits;
+    size_t top;
+  };
+  // asked: what `asked_` says.
+  enum class Head { none, last_logits, all_logits, greedy, asked };
 
   void run(const int32_t* tokens, size_t count, Head head, float* logits);
+  void begin(const int32_t* tokens, size_t count);
+  void run_layers(unsigned m);
+  void end();
   void embed(const int32_t* tokens);
   void embed_row(const Matrix& w, size_t row, float* out);
   void prepare_rotation();
@@ -124,7 +165,7 @@ class Session {
   struct Pieces {
     size_t first, count;
   };
-  Seen seen_by(const Step& step, size_t token) const;
+  static Seen seen_by(const Step& step, const Run& run, size_t row);
   static size_t piece_at(const Step& step, size_t position);
   static size_t piece_begin(const Step& step, size_t piece);
   static Pieces pieces_of(const Step& step, const Seen& seen);
@@ -134,26 +175,28 @@ class Session {
     Seen seen[kMaxQueryRows];
     float maximum[kMaxQueryRows], weight[kMaxQueryRows];
   };
-  AttentionJob job_of(unsigned m, const Step& step, size_t first, size_t last, size_t query_head,
-                      size_t heads, Rows& rows);
+  AttentionJob job_of(unsigned m, const Step& step, const Run& run, size_t first, size_t last,
+                      size_t query_head, size_t heads, Rows& rows);
   void store_all(unsigned m, const Step& step);
   void attend_few(unsigned m, const Step& step);
   void attend_many(unsigned m, const Step& step);
-  void attend_piece(const Step& step, size_t head, size_t piece, const Seen& all,
-                    const Seen* seen, AttentionJob& job);
+  void attend_piece(const Step& step, const States& states, size_t head, size_t piece,
+                    const Seen& all, const Seen* seen, AttentionJob& job);
   void join(const Step& step, size_t count, size_t row, float* out) const;
-  void rotate(const Step& step, float* head, size_t token) const;
-  void prepare_head(const Step& step, const float* norm, float* head, size_t token) const;
-  void prepare_queries(const Step& step, size_t token, const float* q, size_t heads, float* out);
-  void store(const Step& step, size_t head, size_t token);
+  void rotate(const Step& step, float* head, size_t row) const;
+  void prepare_head(const Step& step, const float* norm, float* head, size_t row) const;
+  void prepare_queries(const Step& step, const Run& run, size_t row, const float* q, size_t heads,
+                       float* out);
+  void store(const Step& step, const Run& run, size_t head, size_t row);
 
-  void offer(Member& member, const float* logits, size_t count, size_t first_token);
+  void offer(Member& member, size_t token, const float* logits, size_t count, size_t first_token);
   void offer_best(Member& member, size_t token, const float* logits, size_t count,
                   size_t first_token);
-  bool penalized() const { return penalty_ > 1; }
-  void see(const pslm_penalty& penalty);
-  float penalized(float logit, size_t row, size_t token) const;
-  void finish_logits(Head head, float* logits, size_t count, size_t first_token) const;
+  void ask(const std::vector<Asked>& asked);
+  void penalize(size_t row, const pslm_penalty* penalty, size_t count);
+  int32_t best(size_t token) const;
+  double highest(size_t token, int32_t* best, float* logits) const;
+  void finish_logits(bool ranked, float* logits, size_t count, size_t first_token) const;
   void write_output(unsigned m, Head head, float* output);
   void screen(unsigned m, const PanelView& input, const Norm& norm);
   void screen_blocks(unsigned m, const PanelView& input, size_t begin, size_t end);
@@ -189,11 +232,12 @@ class Session {
   const Kernels& kernels_;
   const size_t batch_;  // tokens at a time
   size_t context_;
-  size_t length_ = 0;
-  States states_;
+  std::vector<Context> contexts_;  // one a slot
+  Context* used_;
 
   // State of the batch in progress, [token][...].
   size_t count_ = 0;
+  std::vector<Run> runs_;
   Buffer<float> buffers_[kBuffers];
   Buffer<float> normed_;
   Buffer<float> projected_;  // before a norm, if any product has one
@@ -202,14 +246,16 @@ class Session {
   // Attention of a few tokens, [token][head][piece].
   Buffer<float> piece_out_, piece_maximum_, piece_weight_;
 
-  size_t top_count_ = 1;  // candidates wanted of the head
-  size_t following_ = 1;  // tokens of the batch, the last ones, whose best successors are wanted
-  // Of greedy tokens: the penalty, the tokens that it is for, by token its first place there, from 1
-  // on, or 0, and how many of them came before the first token whose successor is wanted.
-  float penalty_ = 1;
-  std::vector<int32_t> seen_;
-  std::vector<uint32_t> seen_at_;
-  ptrdiff_t seen_before_ = 0;
+  size_t head_rows_ = 1;  // the last ones of the batch, that the head is run over: 1 or all
+  std::vector<Asked> asked_;  // for each of them
+  // What is less probable behind a row of the head, a bit a token; of none with a factor of 1.
+  struct Penalized {
+    float factor = 1;
+    std::vector<uint64_t> seen;
+  };
+  Penalized penalized_[kMaxTile];
+  bool penalizes_ = false;
+  std::vector<int32_t> tokens_;  // of several contexts
   // Of a split head by its high nibbles: [token] logits in parts of 16, and the highest of each
   // block. fp16 [16 blocks][group][of them]: the largest scale.
   Buffer<float> screened_, highest_;

@@ -9,7 +9,8 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pocketslm.errors import PocketSlmError
-from pocketslm.runtime.model import Model, Record, Reply
+from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.model import Model, Record, Reply, TextModel
 from pocketslm.runtime.server.requests import Asked, read_chat, read_completion, read_embeddings
+from pocketslm.runtime.tokenizer import Tokenizer
+from pocketslm.runtime.tools import reply_with_tools
 
 # Why an answer ended, in OpenAI's words.
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", None: "stop"}
@@ -34,8 +38,8 @@ FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length"
 class Limits:
     """Of one server.
 
-    body: bytes of a request. waiting: requests that wait for a model, which answers one after the
-    other. seconds: of one answer, its waiting included. tokens: of one answer.
+    body: bytes of a request. waiting: requests that a model answers and that wait for it. seconds:
+    of one answer, its waiting included. tokens: of one answer.
     """
 
     body: int = 4 << 20
@@ -44,29 +48,51 @@ class Limits:
     tokens: int = 4096
 
 
+class _Stopping:
+    """A TextModel whose generations fail once it is over."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.name, self.backend, self.context = model.name, model.backend, model.context
+        self.tokenizer: Tokenizer = model.tokenizer
+        self.over = threading.Event()
+
+    def generate(
+        self, prompt: str | Sequence[int], config: GenerationConfig | None = None
+    ) -> Iterator[Record]:
+        with closing(self._model.generate(prompt, config)) as records:  # type: ignore[type-var]
+            for record in records:
+                if self.over.is_set():
+                    raise TimeoutError
+                yield record
+
+
 class Line:
-    """A model and who waits for it: one answer after the other."""
+    """A model and who waits for it: as many answers at once as it makes."""
 
     def __init__(self, model: Model, limits: Limits) -> None:
         self.model = model
         self.limits = limits
         self.waiting = 0
-        self._lock = asyncio.Lock()
+        self._seats = asyncio.Semaphore(model.parallel)
+        self._threads = ThreadPoolExecutor(model.parallel, "pocketslm-answer")
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[float]:
-        """Have the model, until the time that is given. Raises HTTPException where too many wait,
-        and TimeoutError."""
+        """Have a seat at the model, until the time that is given.
+
+        Raises HTTPException where too many wait, and TimeoutError.
+        """
         if self.waiting >= self.limits.waiting:
             raise HTTPException(503, "the server is busy; try again later")
         until = time.monotonic() + self.limits.seconds
         self.waiting += 1
         try:
-            await asyncio.wait_for(self._lock.acquire(), self.limits.seconds)
+            await asyncio.wait_for(self._seats.acquire(), self.limits.seconds)
             try:
                 yield until
             finally:
-                self._lock.release()
+                self._seats.release()
         finally:
             self.waiting -= 1
 
@@ -92,7 +118,7 @@ class Line:
             except BaseException as error:
                 put(error)
 
-        working = loop.run_in_executor(None, work)
+        working = loop.run_in_executor(self._threads, work)
         try:
             while True:
                 item = await asyncio.wait_for(ready.get(), until - time.monotonic())
@@ -103,16 +129,17 @@ class Line:
                 yield item
         finally:
             over.set()
-            await asyncio.shield(working)  # the model is free only then
+            await asyncio.shield(working)  # the seat is free only then
 
-    async def reply(self, make: Callable[[], Reply], until: float) -> Reply:
+    async def reply(self, make: Callable[[TextModel], Reply], until: float) -> Reply:
         """A reply made in a thread, which a cancel ends. Raises TimeoutError."""
-        working = asyncio.get_running_loop().run_in_executor(None, make)
+        model = _Stopping(self.model)
+        working = asyncio.get_running_loop().run_in_executor(self._threads, make, model)
         try:
             return await asyncio.wait_for(asyncio.shield(working), until - time.monotonic())
-        except BaseException:
-            self.model.cancel()
-            raise
+        finally:
+            model.over.set()
+            await asyncio.wait([working])  # as above
 
 
 def application(
@@ -300,13 +327,9 @@ class _Answer:
     def start(self) -> Iterator[Record]:
         return self.model.generate(self.ids, self.config)
 
-    def with_tools(self) -> Reply:
-        return self.model.reply(
-            self.asked.messages or [],
-            self.config.but(logprobs=False),
-            tools=self.asked.tools,
-            tool_choice=self.asked.tool_choice,
-        )
+    def with_tools(self, model: TextModel) -> Reply:
+        asked, config = self.asked, self.config.but(logprobs=False)
+        return reply_with_tools(model, asked.messages or [], asked.tools, asked.tool_choice, config)
 
     def add(self, record: Record) -> None:
         self.texts.append(record.text)

@@ -22,6 +22,14 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=4,
+        metavar="N",
+        help="answers that a model makes at once, each with a KV cache of its own (default: 4; the "
+        "native backend only, others make one after the other)",
+    )
     parser.add_argument("--most-waiting", type=int, default=16, help="requests that may wait")
     parser.add_argument("--most-seconds", type=float, default=600.0, help="of one answer")
     parser.add_argument("--most-tokens", type=int, default=4096, help="of one answer")
@@ -52,12 +60,12 @@ def _serve(arguments: argparse.Namespace) -> None:
         )
     models: dict[str, Model] = {}
     for path in arguments.bundles:
-        model = Model.load(path, arguments.backend, arguments.threads)
+        model = Model.load(path, arguments.backend, arguments.threads, parallel=arguments.parallel)
         name = path.resolve().name
         if name in models:
             raise UsageError(f"two bundles have the name {name}")
         models[name] = model
-        say(f"{name}: {model.backend}, context {model.context}")
+        say(f"{name}: {model.backend}, context {model.context}, {model.parallel} at once")
     limits = Limits(
         body=arguments.most_bytes,
         waiting=arguments.most_waiting,

@@ -38,7 +38,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
 
     from pocketslm.android.app import PocketApp
     from pocketslm.runtime.assistant.assistant import sample_document
-    from pocketslm.runtime.backends.native import load_library
+    from pocketslm.runtime.backends.native_library import load_library
     from pocketslm.runtime.backends.runner import program
 
     # Compiled before the walk, should they not be in the cache: that may take minutes.

@@ -99,7 +99,7 @@ class ModelFiles(OfModels):
             return
         rng = Random(len(content) ^ content[-1])
         kv = rng.choice(("fp16", "int8"))
-        from pocketslm.runtime.backends.native import isa_names
+        from pocketslm.runtime.backends.native_library import isa_names
 
         session = model.session(
             threads=1,

@@ -15,7 +15,8 @@ import pytest
 from native_support import tiny_config, write_tiny
 
 from pocketslm.errors import UsageError
-from pocketslm.runtime.backends.native import ErrorText, NativeModel, NativeSession
+from pocketslm.runtime.backends.native import NativeModel, NativeSession
+from pocketslm.runtime.backends.native_library import ErrorText
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
 
@@ -158,13 +159,19 @@ def raw_forward(session: NativeSession, ids: np.ndarray, out: np.ndarray) -> int
     """Through the C border, past the lock of the Python session."""
     error = ErrorText()
     return session._library.pslm_forward(
-        session._handle, ids.ctypes.data, ids.size, 1, out.ctypes.data, out.size, error.argument
+        session._shared.handle,
+        ids.ctypes.data,
+        ids.size,
+        1,
+        out.ctypes.data,
+        out.size,
+        error.argument,
     )
 
 
 def test_the_c_border_tells_a_second_thread_that_a_session_is_busy(native: NativeModel) -> None:
     session = native.session(threads=1)
-    library, handle = session._library, session._handle
+    library, handle = session._library, session._shared.handle
     ids = np.arange(600, dtype=np.int32) % 100
     found: list[int] = []
     done = threading.Event()

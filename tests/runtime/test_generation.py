@@ -347,8 +347,8 @@ def test_guesses_change_no_token(
     def tokens(config: GenerationConfig, eos: Sequence[int] = ()) -> list[int]:
         steps = list(engine.generate(PROMPT, config, eos))
         made = [step.token for step in steps]
-        assert engine.session.length == len(engine.cached)
-        assert [*PROMPT, *answer][: len(engine.cached)] == engine.cached
+        assert engine.session.length == len(engine.cache.tokens)
+        assert [*PROMPT, *answer][: len(engine.cache.tokens)] == engine.cache.tokens
         finish = "eos" if eos else "length" if config.max_new_tokens else "context"
         assert [step.finish for step in steps] == [None] * (len(made) - 1) + [finish]
         assert [step.time_ns for step in steps] == sorted(step.time_ns for step in steps)

@@ -361,7 +361,7 @@ def test_the_real_model_answers_and_cites(smollm2_bundle: Path, library: Library
     assert "Genesis" in again.text
     # What the second question read anew is a small part: that is why it starts at once.
     engine = assistant.model.engine  # type: ignore[attr-defined]
-    assert len(engine.cached) >= again.prompt_tokens
+    assert len(engine.cache.tokens) >= again.prompt_tokens
     assert not finished(assistant.ask(document, "What is the currency of Denmark?")).found
     items = finished(assistant.suggest(document)).items
     assert all(map(well_formed, items))

@@ -26,7 +26,8 @@ from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.config import LayerSize, ModelConfig
 from pocketslm.models.tensors import Weight
 from pocketslm.runtime.backends import open_session
-from pocketslm.runtime.backends.native import NativeModel, library_path
+from pocketslm.runtime.backends.native import NativeModel
+from pocketslm.runtime.backends.native_library import library_path
 from pocketslm.runtime.bundle import open_bundle
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model

@@ -27,7 +27,8 @@ from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import LayerSize
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.backends import Penalty
-from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
+from pocketslm.runtime.backends.native import NativeModel, NativeSession
+from pocketslm.runtime.backends.native_library import isa_names
 
 # Root-mean-square error over the spread of the logits. Float weights leave the fp16 cache as the
 # largest error; quantized ones add int8 activations, an int8 cache about as much again.

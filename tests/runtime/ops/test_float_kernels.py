@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from program_support import ACTIVATIONS
 
-from pocketslm.runtime.backends.native import isa_names
+from pocketslm.runtime.backends.native_library import isa_names
 from pocketslm.runtime.ops import build
 from pocketslm.runtime.ops.ids import ACTIVATION
 

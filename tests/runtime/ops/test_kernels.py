@@ -17,7 +17,7 @@ from native_support import FLOATS, PLAIN, SCHEMES, WHOLE, make_weight
 
 from pocketslm.export.lower.native_layout import pack_matrix
 from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
-from pocketslm.runtime.backends import native
+from pocketslm.runtime.backends import native_library as native
 from pocketslm.runtime.ops import build
 
 SEED = 20240607

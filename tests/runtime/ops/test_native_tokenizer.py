@@ -13,7 +13,8 @@ from pocketslm.errors import BundleError, TokenizerError, UsageError
 from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import pack_tokenizer
 from pocketslm.export.lower.trace import trace
-from pocketslm.runtime.backends.native import ErrorText, NativeModel, load_library
+from pocketslm.runtime.backends.native import NativeModel
+from pocketslm.runtime.backends.native_library import ErrorText, load_library
 from pocketslm.runtime.backends.native_tokenizer import NativeTokenizer
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 from tokenizer_support import document, hard_texts, loaded, word_piece

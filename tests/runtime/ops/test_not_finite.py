@@ -14,7 +14,8 @@ from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.tensors import Weight
 from pocketslm.runtime.adapters import Update
-from pocketslm.runtime.backends.native import NativeModel, NativeSession, isa_names
+from pocketslm.runtime.backends.native import NativeModel, NativeSession
+from pocketslm.runtime.backends.native_library import isa_names
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.generation import Engine
 

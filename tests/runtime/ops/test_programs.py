@@ -16,14 +16,8 @@ from program_support import HIDDEN, VOCABULARY
 
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.models.tensors import Weight
-from pocketslm.runtime.backends.native import (
-    ErrorText,
-    NativeModel,
-    NativeSession,
-    _Options,
-    isa_names,
-    load_library,
-)
+from pocketslm.runtime.backends.native import NativeModel, NativeSession
+from pocketslm.runtime.backends.native_library import ErrorText, Options, isa_names, load_library
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.generation import Engine
 from pocketslm.runtime.ops.ids import STATE
@@ -249,10 +243,10 @@ class CallersCache:
         self.library, self.error = load_library(), ErrorText()
         self.model = NativeModel(path)
         self.handle = ctypes.c_void_p()
-        options, handle = _Options(0, 2, 2, 0, None), ctypes.byref(self.handle)
+        options, handle = Options(0, 2, 2, 0, None), ctypes.byref(self.handle)
         self.error.check(
-            self.library.pslm_session_open(
-                self.model._handle, ctypes.byref(options), handle, self.error.argument
+            self.library.pslm_session_open_slots(
+                self.model._handle, ctypes.byref(options), 1, handle, self.error.argument
             )
         )
         self.arrays = []
@@ -368,7 +362,7 @@ def test_a_prompt_is_read_from_where_the_session_can_go_back_to(name: str, tmp_p
     assert ran(first + after) == 20 + 4  # behind the prompt, but the answer was another
     assert ran(first[:350] + after) == (370 if name == "lfm" else 20) + 4  # within the prompt
     assert ran(first[:30] + after) == (20 if name == "llama" else 50) + 4  # before the window
-    engine.cached.clear()
+    engine.cache.tokens.clear()
     assert ran(first + after) == 384
 
 

@@ -15,7 +15,8 @@ from pocketslm.export.lower.native_tokenizer import pack_tokenizer
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
-from pocketslm.runtime.backends.native import NativeModel, isa_names
+from pocketslm.runtime.backends.native import NativeModel
+from pocketslm.runtime.backends.native_library import isa_names
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
 pytestmark = pytest.mark.real

@@ -22,7 +22,8 @@ from native_support import every_kind, every_kind_config, write_tiny
 from tokenizers import Tokenizer
 
 import support
-from pocketslm.runtime.backends.native import NativeModel, isa_names
+from pocketslm.runtime.backends.native import NativeModel
+from pocketslm.runtime.backends.native_library import isa_names
 
 SEED = 5
 PROTOCOL_LINES = 100_000

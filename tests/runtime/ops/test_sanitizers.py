@@ -13,7 +13,7 @@ from program_cases import CASES, ENCODERS, program
 import tokenizer_support
 from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.trace import trace
-from pocketslm.runtime.backends.native import isa_names
+from pocketslm.runtime.backends.native_library import isa_names
 from pocketslm.runtime.ops import build
 
 TOKENS = [i * 37 % 264 for i in range(290)]  # more than one batch, with a tail of every size
