@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.backends import (
+    DrawingSession,
     Following,
     ForgettingSession,
     GuessingSession,
@@ -29,10 +30,9 @@ from pocketslm.runtime.backends import (
 )
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.sampling import (
+    chooser_for,
     highest_needed,
     log_sum_exp,
-    processors_for,
-    sampler_for,
 )
 
 # Why a generation ended: the model said so; a stop string came, or nothing may follow by what the
@@ -331,8 +331,10 @@ class Answer:
             self.wanted = Wanted.TOP
         self.highest = highest or 0
         self._greedy = greedy_step(cache.session)
-        self._processors = processors_for(config, len(ids))
-        self._sample = sampler_for(config)
+        chooser = chooser_for
+        if isinstance(cache.session, DrawingSession):
+            chooser = cache.session.sampler
+        self._chooser = chooser(config, len(ids))
         self._guesses = None
         # What is drawn is seldom what was guessed; a fused head scores one token at a time.
         plain = not config.samples and not config.logprobs
@@ -381,15 +383,12 @@ class Answer:
 
     def _choose(self, scores: Scores, guessed: Sequence[int] = ()) -> Made:
         """The token that comes next; ``guessed``: those behind ``ids`` that were right."""
-        limits, processors = self._limits, self._processors
+        limits = self._limits
         # The raw ones say how probable the token was.
-        keeps = self._config.logprobs and (processors or limits)
-        processed = scores.logits.copy() if keeps else scores.logits
+        processed = scores.logits.copy() if self._config.logprobs else scores.logits
         if limits:
             limits.apply(processed)
-        for process in processors:
-            processed = process([*self.ids, *guessed] if guessed else self.ids, processed)
-        choice = self._sample(processed)
+        choice = self._chooser([*self.ids, *guessed] if guessed else self.ids, processed)
         token = choice if scores.tokens is None else int(scores.tokens[choice])
         if limits:
             limits.advance(token)

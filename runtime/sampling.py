@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pocketslm.runtime.backends import Choose
 from pocketslm.runtime.config import GenerationConfig
 
 Array = npt.NDArray[np.float32]
@@ -87,8 +88,8 @@ def greedy(logits: Array) -> int:
 def multinomial(seed: int | None) -> Sampler:
     """Draw from the softmax of the logits.
 
-    The same seed draws the same tokens from the same logits on every machine, and in
-    ``pocketslm-run`` (runtime/ops/runner/sampler.cpp): random numbers are those of SplitMix64, and
+    The same seed draws the same tokens from the same logits on every machine, and by the native
+    operators (runtime/ops/sampler.cpp): random numbers are those of SplitMix64, and
     weights those of :func:`exp_weights`, added in the order of the vocabulary.
     """
     state = secrets.randbits(64) if seed is None else seed
@@ -131,6 +132,18 @@ def sampler_for(config: GenerationConfig) -> Sampler:
     return multinomial(config.seed) if config.samples else greedy
 
 
+def chooser_for(config: GenerationConfig, prompt_length: int) -> Choose:
+    """What picks tokens of a text of which ``prompt_length`` tokens are there."""
+    processors, sample = processors_for(config, prompt_length), sampler_for(config)
+
+    def choose(ids: Sequence[int], logits: Array) -> int:
+        for process in processors:
+            logits = process(ids, logits)
+        return sample(logits)
+
+    return choose
+
+
 def highest_needed(config: GenerationConfig) -> int | None:
     """How many of the highest logits decide the next token; None where all of them may."""
     if config.repetition_penalty != 1.0:
@@ -145,7 +158,7 @@ def exp_weights(logits: Array) -> Array:
     """The softmax without its division: exp of each logit less the highest, exact to about 10^-6.
 
     In fp32, each operation rounded by itself, so that every machine gets the same bits; those of
-    the runner's ``exp_of``. Logits of minus infinity weigh 0.
+    the native ``exp_of``. Logits of minus infinity weigh 0.
     """
     x = np.maximum(logits - logits.max(), np.float32(-87))
     shifted = x * np.float32(1.44269504) + np.float32(12582912)  # rounds to a whole number

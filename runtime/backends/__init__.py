@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import import_module
@@ -17,6 +17,7 @@ from pocketslm.errors import BackendError, ContextOverflowError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.bundle import Bundle, Graph
+from pocketslm.runtime.config import GenerationConfig
 
 Logits = npt.NDArray[np.float32]
 
@@ -134,6 +135,19 @@ class TopSession(Session, Protocol):
     ) -> npt.NDArray[np.int32]:
         """The same for tokens [n]: what follows each of the last ``following`` of them, penalized
         by what was seen up to it."""
+        ...
+
+
+Choose = Callable[[Sequence[int], Logits], int]
+"""Picks a token from logits [V], which it may change, behind a text."""
+
+
+@runtime_checkable
+class DrawingSession(Session, Protocol):
+    """A session whose library picks tokens, as ``runtime.sampling`` does."""
+
+    def sampler(self, config: GenerationConfig, prompt: int) -> Choose:
+        """For one text, of which ``prompt`` tokens are there."""
         ...
 
 

@@ -36,7 +36,9 @@ from pocketslm.runtime.backends.native_library import (
     isa_names,
     load_library,
 )
+from pocketslm.runtime.backends.native_sampler import NativeSampler
 from pocketslm.runtime.bundle import Bundle, Graph
+from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.ops.ids import ROLE
 
 KV_TYPES = {"fp16": 0, "int8": 1}
@@ -376,6 +378,10 @@ class NativeSession:
             )
             self._error.check(status)
         return found
+
+    def sampler(self, config: GenerationConfig, prompt: int) -> NativeSampler:
+        """See :class:`pocketslm.runtime.backends.DrawingSession`."""
+        return NativeSampler(config, prompt)
 
     def lookup(self) -> NativeLookup | None:
         """See :class:`pocketslm.runtime.backends.GuessingSession`."""

@@ -71,6 +71,20 @@ class PenaltyEntry(ctypes.Structure):
     _fields_ = (("factor", ctypes.c_float), ("seen", ctypes.c_void_p), ("count", _size))
 
 
+class Generation(ctypes.Structure):
+    _fields_ = (
+        *(("max_tokens", _u32), ("temperature", ctypes.c_float), ("top_k", _u32)),
+        *((name, ctypes.c_float) for name in ("top_p", "min_p", "repetition_penalty")),
+        *((name, _u32) for name in ("spare_prompt", "logprobs", "guesses")),
+        *(("seed", _u64), ("ends", ctypes.c_void_p), ("end_count", _size)),
+        ("constraint", ctypes.c_void_p),
+    )
+
+
+class MadeEntry(ctypes.Structure):
+    _fields_ = (("token", ctypes.c_int32), ("finish", _u32), ("logprob", ctypes.c_double))
+
+
 class Entry(ctypes.Structure):
     _fields_ = (
         *((name, _u32) for name in ("slot", "wanted")),
@@ -169,6 +183,18 @@ def load_library() -> ctypes.CDLL:
         "lookup_push": (ctypes.c_int, (pointer, pointer, _size, NativeError)),
         "lookup_guess": (ctypes.c_int, (pointer, pointer, _size, p(_size), NativeError)),
         "lookup_judge": (ctypes.c_int, (pointer, _size, NativeError)),
+        "sampler_open": (ctypes.c_int, (p(Generation), p(pointer), NativeError)),
+        "sampler_close": (None, (pointer,)),
+        "sampler_pick": (
+            ctypes.c_int,
+            (pointer, pointer, _size, pointer, _size, p(ctypes.c_int32), NativeError),
+        ),
+        "generator_open": (
+            ctypes.c_int,
+            (pointer, pointer, _size, p(Generation), p(pointer), NativeError),
+        ),
+        "generator_next": (ctypes.c_int, (pointer, p(MadeEntry), NativeError)),
+        "generator_close": (None, (pointer,)),
         "set_updates": (ctypes.c_int, (pointer, p(UpdateEntry), _size, NativeError)),
         "set_profiling": (ctypes.c_int, (pointer, _u32)),
         "read_times": (ctypes.c_int, (pointer, p(Times))),

@@ -18,6 +18,16 @@ namespace {
 
 constexpr size_t kPart = 256;  // tokens of a text that are read at a time
 
+pslm_status check_sampling(const pslm_generation& options, pslm_error error) {
+  const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
+  const char* wrong = nullptr;
+  if (!within(options.temperature, 0, 100)) wrong = "a temperature is 0 to 100";
+  if (!within(options.top_p, 0, 1) || !within(options.min_p, 0, 1))
+    wrong = "top_p and min_p are 0 to 1";
+  if (!within(options.repetition_penalty, 0.01f, 100)) wrong = "a repetition penalty is 0.01 to 100";
+  return wrong ? report(error, PSLM_ERROR_ARGUMENT, wrong) : PSLM_OK;
+}
+
 Sampling sampling_of(const pslm_generation& options) {
   Sampling sampling;
   sampling.temperature = options.temperature;
@@ -26,7 +36,6 @@ Sampling sampling_of(const pslm_generation& options) {
   sampling.min_p = options.min_p;
   sampling.seed = options.seed;
   sampling.repetition_penalty = options.repetition_penalty;
-  sampling.penalize_prompt = !options.spare_prompt;
   return sampling;
 }
 
@@ -138,7 +147,8 @@ struct pslm_generator {
       status = pslm_forward(session_, tokens, count, guessed ? PSLM_LOGITS_ALL : PSLM_LOGITS_LAST,
                             out.data(), out.size(), error);
     } else {
-      std::vector<int32_t> seen(text_.begin() + from(), text_.end());
+      const size_t first = sampler_.penalty() > 1 ? from() : text_.size();
+      std::vector<int32_t> seen(text_.begin() + static_cast<std::ptrdiff_t>(first), text_.end());
       seen.insert(seen.end(), tokens + count - guessed, tokens + count);
       const pslm_penalty penalty{sampler_.penalty(), seen.data(), seen.size()};
       status = pslm_forward_greedy(session_, tokens, count, rows, &penalty, best, error);
@@ -168,7 +178,8 @@ struct pslm_generator {
           pslm_constraint_apply(options_.constraint, logits_.data(), logits_.size(), error);
       if (status != PSLM_OK) return status;
     }
-    Picked picked{sampler_.pick(logits_, text_, prompt_)};
+    Picked picked{sampler_.pick(logits_.data(), logits_.size(), text_.data() + from(),
+                                text_.size() - from())};
     if (options_.logprobs) picked.logprob = log_probability(raw_, picked.token);
     if (options_.constraint) {
       if (const pslm_status status =
@@ -180,10 +191,8 @@ struct pslm_generator {
     return PSLM_OK;
   }
 
-  std::ptrdiff_t from() const {
-    const bool penalizes = sampler_.penalty() > 1;
-    return static_cast<std::ptrdiff_t>(penalizes ? sampler_.penalized_from(prompt_) : text_.size());
-  }
+  // Where the tokens begin that are penalized.
+  size_t from() const { return options_.spare_prompt ? prompt_ : 0; }
 
   pslm_session* session_;
   pslm_generation options_;
@@ -208,19 +217,14 @@ pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size
   if (!session || !text || !options || !generator || (options->end_count && !options->ends))
     return report(error, PSLM_ERROR_ARGUMENT, "null argument");
   *generator = nullptr;
-  const auto refuse = [&](const char* what) { return report(error, PSLM_ERROR_ARGUMENT, what); };
-  const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
   if (const pslm_status status = check_head(session->engine, error)) return status;
-  if (count <= pslm_length(session)) return refuse("the session holds more than the text");
+  if (count <= pslm_length(session))
+    return report(error, PSLM_ERROR_ARGUMENT, "the text has no token that the session does not hold");
   if (count > session->engine.context())
     return report(error, PSLM_ERROR_CONTEXT,
                   std::to_string(count) + " tokens do not fit the context of " +
                       std::to_string(session->engine.context()));
-  if (!within(options->temperature, 0, 100)) return refuse("a temperature is 0 to 100");
-  if (!within(options->top_p, 0, 1) || !within(options->min_p, 0, 1))
-    return refuse("top_p and min_p are 0 to 1");
-  if (!within(options->repetition_penalty, 0.01f, 100))
-    return refuse("a repetition penalty is 0.01 to 100");
+  if (const pslm_status status = check_sampling(*options, error)) return status;
   return guarded(error, [&] {
     *generator = new pslm_generator(session, text, count, *options);
     return PSLM_OK;
@@ -236,4 +240,36 @@ void pslm_generator_close(pslm_generator* generator) {
   if (!generator) return;
   generator->cut_back();
   delete generator;
+}
+
+struct pslm_sampler {
+  Sampler sampler;
+};
+
+pslm_status pslm_sampler_open(const pslm_generation* options, pslm_sampler** sampler,
+                              pslm_error error) {
+  if (!options || !sampler) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  *sampler = nullptr;
+  if (const pslm_status status = check_sampling(*options, error)) return status;
+  return guarded(error, [&] {
+    *sampler = new pslm_sampler{Sampler(sampling_of(*options))};
+    return PSLM_OK;
+  });
+}
+
+void pslm_sampler_close(pslm_sampler* sampler) { delete sampler; }
+
+pslm_status pslm_sampler_pick(pslm_sampler* sampler, float* logits, size_t count,
+                              const int32_t* seen, size_t seen_count, int32_t* token,
+                              pslm_error error) {
+  if (!sampler || !logits || !token || (seen_count && !seen))
+    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no logits");
+  if (const pslm_status status =
+          check_vocabulary(static_cast<uint32_t>(count), seen, seen_count, error))
+    return status;
+  return guarded(error, [&] {
+    *token = sampler->sampler.pick(logits, count, seen, seen_count);
+    return PSLM_OK;
+  });
 }

@@ -294,6 +294,17 @@ typedef struct {
   size_t end_count;
   pslm_constraint* constraint; /* null, or what the new text is held to, which is moved along */
 } pslm_generation;
+/* Draws tokens from logits as a generator does, of which only the options of sampling count. */
+typedef struct pslm_sampler pslm_sampler;
+PSLM_API pslm_status pslm_sampler_open(const pslm_generation* options, pslm_sampler** sampler,
+                                       pslm_error error);
+PSLM_API void pslm_sampler_close(pslm_sampler* sampler);
+/* The place of one of `count` logits, which are changed where tokens of `seen` are penalized. The same
+ * seed and logits give the same tokens everywhere. */
+PSLM_API pslm_status pslm_sampler_pick(pslm_sampler* sampler, float* logits, size_t count,
+                                       const int32_t* seen, size_t seen_count, int32_t* token,
+                                       pslm_error error);
+
 typedef enum {
   PSLM_GOES_ON = 0,
   PSLM_FINISH_END = 1,    /* the token is one of `ends` */

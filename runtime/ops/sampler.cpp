@@ -44,11 +44,9 @@ double Sampler::uniform() {
   return static_cast<double>((z ^ z >> 31) >> 11) * 0x1.0p-53;
 }
 
-int32_t Sampler::pick(std::vector<float>& logits, const std::vector<int32_t>& seen,
-                      size_t prompt) {
+int32_t Sampler::pick(float* logits, size_t count, const int32_t* seen, size_t seen_count) {
   if (const float penalty = sampling_.repetition_penalty; penalty != 1) {
-    const auto first = static_cast<std::ptrdiff_t>(penalized_from(prompt));
-    std::vector<int32_t> tokens(seen.begin() + first, seen.end());
+    std::vector<int32_t> tokens(seen, seen + seen_count);
     std::sort(tokens.begin(), tokens.end());
     tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
     for (const int32_t token : tokens) {
@@ -56,10 +54,9 @@ int32_t Sampler::pick(std::vector<float>& logits, const std::vector<int32_t>& se
       value = value < 0 ? value * penalty : value / penalty;
     }
   }
-  const auto best = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) -
-                                         logits.begin());
+  const auto best = static_cast<int32_t>(std::max_element(logits, logits + count) - logits);
   if (greedy()) return best;
-  weigh(logits);
+  weigh(logits, count);
   if (sampling_.top_p < 1) keep_nucleus();
   if (sampling_.min_p > 0)
     for (float& weight : weights_) weight = weight < sampling_.min_p ? 0.0f : weight;
@@ -75,8 +72,8 @@ int32_t Sampler::pick(std::vector<float>& logits, const std::vector<int32_t>& se
 
 // The softmax without its division: the highest logit weighs 1. Of top_k, the k-th highest and
 // whatever equals it stay.
-void Sampler::weigh(const std::vector<float>& logits) {
-  const size_t n = logits.size(), k = sampling_.top_k;
+void Sampler::weigh(const float* logits, size_t n) {
+  const size_t k = sampling_.top_k;
   weights_.resize(n);
   float* x = weights_.data();
   for (size_t i = 0; i < n; ++i) x[i] = logits[i] / sampling_.temperature;

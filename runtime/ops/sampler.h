@@ -14,8 +14,7 @@ struct Sampling {
   float top_p = 1;
   float min_p = 0;  // of the highest probability
   uint64_t seed = 0;
-  float repetition_penalty = 1;  // over the prompt and what was generated, or the latter alone
-  bool penalize_prompt = true;
+  float repetition_penalty = 1;
 };
 
 class Sampler {
@@ -25,14 +24,12 @@ class Sampler {
   // The engine's head picks the most probable token by itself, unless something makes one more so.
   bool needs_logits() const { return !greedy() || sampling_.repetition_penalty < 1; }
   float penalty() const { return sampling_.repetition_penalty; }
-  // Where the tokens that are penalized begin, in a text that goes on behind a prompt.
-  size_t penalized_from(size_t prompt) const { return sampling_.penalize_prompt ? 0 : prompt; }
-  // A token from `logits`, which is changed where tokens from `seen` are to be penalized.
-  int32_t pick(std::vector<float>& logits, const std::vector<int32_t>& seen, size_t prompt);
+  // The place of one of `count` logits, which are changed where tokens of `seen` are penalized.
+  int32_t pick(float* logits, size_t count, const int32_t* seen, size_t seen_count);
 
  private:
   double uniform();
-  void weigh(const std::vector<float>& logits);
+  void weigh(const float* logits, size_t n);
   void keep_nucleus();
 
   Sampling sampling_;

@@ -1,0 +1,185 @@
+"""pslm_generator: the loop of the C API against the one of Python."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from native_support import quantize, tiny_config, write_tiny
+
+from pocketslm.errors import ContextOverflowError, UsageError
+from pocketslm.models.tensors import Weight
+from pocketslm.runtime.backends.native import NativeModel, NativeSession
+from pocketslm.runtime.backends.native_library import ErrorText, MadeEntry
+from pocketslm.runtime.backends.native_sampler import NativeSampler, sampling_options
+from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.constraint import Constraint, Grammar, TokenTexts
+from pocketslm.runtime.generation import Engine
+from pocketslm.runtime.sampling import chooser_for
+
+TEXT = np.random.default_rng(3).integers(0, 100, 300).tolist()  # more than is read at a time
+FINISHES = [None, "eos", "stop", "length", "context"]
+LOGPROB_TOLERANCE = 1e-4  # of sums of a hundred fp32 exponentials
+
+
+def q4(name: str, values: np.ndarray) -> Weight:
+    return quantize(values, 8, "sym") if "embed" in name else quantize(values, 4, "min")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> NativeModel:
+    path = tmp_path_factory.mktemp("generator") / "m.slm"
+    write_tiny(path, tiny_config(), q4)
+    return NativeModel(path)
+
+
+@contextmanager
+def opened(
+    session: NativeSession,
+    text: Sequence[int],
+    config: GenerationConfig,
+    ends: Sequence[int] = (),
+    constraint: Constraint | None = None,
+    **options: Any,
+) -> Iterator[ctypes.c_void_p]:
+    library, error, handle = session._library, ErrorText(), ctypes.c_void_p()
+    asked = sampling_options(config)
+    asked.max_tokens, asked.logprobs = config.max_new_tokens or 0, config.logprobs
+    asked.guesses = 7 if config.prompt_lookup_num_tokens is None else 0
+    last = np.asarray(ends, np.int32)
+    asked.ends, asked.end_count = last.ctypes.data, last.size
+    asked.constraint = constraint._handle if constraint else None
+    for name, value in options.items():
+        setattr(asked, name, value)
+    ids = np.asarray(text, np.int32)
+    status = library.pslm_generator_open(
+        session._open(),
+        ids.ctypes.data,
+        ids.size,
+        ctypes.byref(asked),
+        ctypes.byref(handle),
+        error.argument,
+    )
+    error.check(status)
+    try:
+        yield handle
+    finally:
+        library.pslm_generator_close(handle)
+
+
+def made_by(session: NativeSession, generator: ctypes.c_void_p) -> Iterator[MadeEntry]:
+    error = ErrorText()
+    while True:
+        made = MadeEntry()
+        status = session._library.pslm_generator_next(generator, ctypes.byref(made), error.argument)
+        error.check(status)
+        yield made
+        if made.finish:
+            return
+
+
+def constraint() -> Constraint:
+    texts = [bytes([32 + id_]) if id_ < 95 else b"" for id_ in range(100)]
+    return Constraint(Grammar("regex", "[a-f ]{6,30}"), TokenTexts(texts, [99]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 0},
+        {},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 1.3, "penalize_prompt": False},
+        {"repetition_penalty": 0.8},
+        {"logprobs": True},
+        {"do_sample": True, "seed": 7},
+        {"do_sample": True, "seed": 8, "top_k": 9, "logprobs": True},
+        {"do_sample": True, "seed": 9, "temperature": 2.5, "top_p": 0.8, "min_p": 0.01},
+        {"do_sample": True, "seed": 1, "repetition_penalty": 1.5, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_tokens_are_those_of_python(options: dict[str, Any], model: NativeModel) -> None:
+    config = GenerationConfig(**options)
+    session = model.session(threads=2, context=400)
+    expected = list(Engine(model.session(threads=1, context=400)).generate(TEXT, config, ()))
+    with opened(session, TEXT, config) as generator:
+        made = list(made_by(session, generator))
+        assert made.pop(0).token == -1  # the first part of the text
+        # The context's last place needs no token behind it.
+        assert [one.token for one in made[:-1]] == [step.token for step in expected]
+        assert [one.finish for one in made] == [0] * 100 + [FINISHES.index("context")]
+        if config.logprobs:
+            for one, step in zip(made, expected, strict=False):
+                assert abs(one.logprob - step.logprob) <= LOGPROB_TOLERANCE
+        with pytest.raises(UsageError, match="the text has ended"):
+            next(made_by(session, generator))
+    assert session.length == 400
+
+
+def test_it_goes_on_from_what_the_session_holds(model: NativeModel) -> None:
+    session = model.session(threads=1)
+    config = GenerationConfig(max_new_tokens=20)
+    with opened(session, TEXT, config) as generator:
+        answer = [one.token for one in made_by(session, generator) if one.token >= 0]
+    assert session.length == len(TEXT) + 19
+    session.truncate(len(TEXT) - 1)
+    with opened(session, TEXT, config) as generator:
+        again = made_by(session, generator)
+        assert [next(again).token for _ in range(5)] == answer[:5]
+    assert session.length == len(TEXT) + 4
+    end = answer[7]
+    with opened(session, [*TEXT, *answer[:5]], config, [end]) as generator:
+        rest = list(made_by(session, generator))
+    assert [one.token for one in rest] == answer[5 : answer.index(end, 5) + 1]
+    assert FINISHES[rest[-1].finish] == "eos"
+
+
+def test_it_is_held_to_a_constraint(model: NativeModel) -> None:
+    session, config = model.session(threads=1), GenerationConfig(max_new_tokens=60)
+    engine = Engine(model.session(threads=1))
+    limited = config.but(regex="x")  # what it is, the function says
+    steps = list(engine.generate(TEXT[:20], limited, [99], constraint))
+    with opened(session, TEXT[:20], config, [99], constraint()) as generator:
+        made = list(made_by(session, generator))
+    assert [one.token for one in made] == [step.token for step in steps]
+    assert FINISHES[made[-1].finish] == steps[-1].finish
+    assert steps[-1].finish in ("eos", "stop")
+
+
+def test_what_cannot_be_is_refused(model: NativeModel) -> None:
+    session, config = model.session(threads=1, context=32), GenerationConfig()
+    for options, what in (
+        ({"temperature": float("nan")}, "temperature is 0 to 100"),
+        ({"top_p": 1.5}, "top_p and min_p"),
+        ({"repetition_penalty": 0.0}, "repetition penalty is 0.01 to 100"),
+    ):
+        with pytest.raises(UsageError, match=what), opened(session, [1], config, **options):
+            pass
+    with pytest.raises(ContextOverflowError), opened(session, TEXT, config):
+        pass
+    session.forward(np.array([1, 2]))
+    with pytest.raises(UsageError, match="does not hold"), opened(session, [1, 2], config):
+        pass
+    with opened(session, [1, 2, 100], config) as generator:
+        for _ in range(2):
+            with pytest.raises(UsageError, match="outside the vocabulary|has ended"):
+                next(made_by(session, generator))
+    assert session.length == 2
+
+
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_the_sampler_draws_what_numpy_draws(top_k: int) -> None:
+    rng = np.random.default_rng(2)
+    config = GenerationConfig(do_sample=True, seed=5, top_k=top_k, top_p=0.9, temperature=1.7)
+    config = config.but(repetition_penalty=1.4)
+    native, reference = NativeSampler(config, 3), chooser_for(config, 3)
+    ids = [1, 2, 3]
+    for _ in range(200):
+        logits = rng.normal(0, 3, 500).astype(np.float32)
+        ids.append(reference(ids, logits.copy()))
+        assert native(ids[:-1], logits) == ids[-1]
