@@ -45,5 +45,6 @@ int main(int, char** arguments) {
   asker.join();
   pslm_session_close(session);
   pslm_model_close(model);
-  return std::fputs(text, stdout), status;
+  if (status) std::puts(text);
+  return status;
 }
