@@ -191,6 +191,7 @@ class Batch:
                 self._busy = True
             finally:
                 self._joining -= 1
+                self._changed.notify_all()
         try:
             self._open()
             slot = max(self._free, key=lambda slot: self._slots[slot].shared(ids))
