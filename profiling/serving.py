@@ -176,7 +176,8 @@ def main() -> int:
     servers = {"pocketslm": ours(args.bundle, port, parallel, args.threads)}
     if args.gguf:
         servers["llama-cpp-python"] = theirs(args.gguf, port, args.threads)
-    rows, alone = [], {}
+    rows: list[list[str]] = []
+    alone: dict[str, Taken] = {}
     try:
         for name, command in servers.items():
             with running(command, port):
