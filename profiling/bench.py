@@ -72,9 +72,10 @@ def bench(
     context: a KV cache larger than the tests need. parallel: so many texts at once, for each test
     of generation besides that of one, on the native backend. peers: ``NAME`` or ``NAME=ARTEFACT``,
     or "all" that can run here; without an artefact it is made of ``source``, the checkpoint that
-    the first bundle was exported from. timeout_s: for one repetition, or for loading and the warm-up.
-    record: a file that rows are appended to as soon as they are measured. say gets which of all
-    peers are left out, and why; progress what is being done and the fraction of all that is done.
+    the first bundle was exported from. timeout_s: for one repetition, or for loading and the
+    warm-up. record: a file that rows are appended to as soon as they are measured. say gets which
+    of all peers are left out, and why; progress what is being done and the fraction of all that is
+    done.
 
     Every runtime gets the same token ids. Raises UsageError, BundleError, BackendError,
     CheckpointError.

@@ -69,12 +69,13 @@ class Measurement:
 
     run: the same for all rows of one call of ``bench``; their samples of equal index were taken
     right after each other. started: UTC, ISO 8601. model: the bundle's name, in its peers' rows
-    too; artefact: the name of the file or folder that was run; artefact_sha256: of the manifest
-    of a bundle, else of the artefact's files. runtime: "pocketslm" or a peer's name; backend:
-    what computes. pinning: the CPUs it was bound to, empty where it was not. context: tokens that
-    the KV cache was made for. parallel: texts generated at once, each with a cache of its own;
-    n_gen and n_depth are of each, and so is the time of a step. workload: what the tokens are, such
-    as "random" or "summarize". cold: whether the artefact was dropped from the page cache before it was loaded.
+    too; artefact: the name of the file or folder that was run; artefact_sha256: of the manifest of
+    a bundle, else of the artefact's files. runtime: "pocketslm" or a peer's name; backend: what
+    computes. pinning: the CPUs it was bound to, empty where it was not. context: tokens that the KV
+    cache was made for. parallel: texts generated at once, each with a cache of its own; n_gen and
+    n_depth are of each, and so is the time of a step. workload: what the tokens are, such as
+    "random" or "summarize". cold: whether the artefact was dropped from the page cache before it
+    was loaded.
 
     samples_ns: every counted repetition; prefill_ns: the prompt's part of each (pp+tg only);
     step_ns: every decode step of them, in order, empty where they were not told apart.

@@ -23,6 +23,7 @@ from pocketslm.runtime.generation import (
     Made,
     Step,
     new_limit,
+    stale,
     whole,
 )
 
@@ -192,6 +193,7 @@ class Batch:
                 self._busy = True
             finally:
                 self._joining -= 1
+                self._changed.notify_all()
         try:
             self._open()
             slot = max(self._free, key=lambda slot: self._slots[slot].shared(ids))
@@ -214,12 +216,7 @@ class Batch:
     def _end(self, seats: Sequence[_Seat]) -> None:
         """Take their slots from generations of this thread, which would be waited for in vain."""
         for seat in seats:
-            seat.fail(
-                UsageError(
-                    "this generation is stale: the model was used for something else before it "
-                    "ended; end or close a generation first, or load the model twice"
-                )
-            )
+            seat.fail(stale())
             self._leave(seat)
 
     def _release(self) -> None:

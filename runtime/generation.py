@@ -121,6 +121,14 @@ def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
     return step
 
 
+def stale() -> UsageError:
+    """What a generation is told that was taken from its holder."""
+    return UsageError(
+        "this generation is stale: the model was used for something else before it ended; end or "
+        "close a generation first, or load the model twice"
+    )
+
+
 class Turns:
     """Who may use a session: one generation after the other.
 
@@ -169,10 +177,7 @@ class Turns:
             return self._cancelled is not turn
         with self._changed:
             if self._holder is not turn:
-                raise UsageError(
-                    "this generation is stale: the model was used for something else before it "
-                    "ended; end or close a generation first, or load the model twice"
-                )
+                raise stale()
             self._thread = me
             return self._cancelled is not turn
 

@@ -14,7 +14,7 @@ import numpy as np
 from native_runner import Runner
 
 from pocketslm.errors import PocketSlmError
-from pocketslm.runtime.backends import Penalty
+from pocketslm.runtime.backends import Part, Penalty, Wanted
 from pocketslm.runtime.ops.ids import ROLE
 
 from . import mutate
@@ -22,6 +22,7 @@ from .target import Mutators, Target
 
 ENGINE = ("runtime/ops/*.cpp", "runtime/ops/*.h", "runtime/ops/*.inl")
 CONTEXT = 48
+SLOTS = 3
 PROTOCOL = (
     *('{}[]",:\\ueE-+.019ax', "\0", "\u00e9", "null", "true", "1e999", "-1", "4294967296", "[[[["),
     *('"op":', '"tokens":[]', '"prompt":""', '"messages":[{}]', '"eos":[', '"id":"a"', "\\ud83d"),
@@ -106,8 +107,13 @@ class ModelFiles(OfModels):
             context=min(CONTEXT, model.info.max_context),
             kv_type=kv,
             isa=rng.choice(isa_names()),
+            slots=SLOTS if model.info.output_size == model.info.vocab_size else 1,
         )
         tokens = np.arange(5) % model.info.vocab_size
+        parts = [
+            Part(slot, tokens[: rng.randint(1, 5)], rng.choice(list(Wanted)), 3)
+            for slot in range(len(session.slots))
+        ]
         steps: list[Callable[[], Any]] = [
             lambda: session.forward(tokens, all_logits=True),
             lambda: session.step_greedy(1),
@@ -116,6 +122,9 @@ class ModelFiles(OfModels):
             lambda: session.restore(session.length, session.save()),
             lambda: session.truncate(max(session.rewind_limit, session.length - 2)),
             lambda: session.forward(tokens[:1]),
+            lambda: session.forward_slots(parts),
+            lambda: session.forward_slots(parts[1:]),
+            lambda: session.slots[-1].restore(session.length, session.save()),
         ]
         for step in steps:  # numbers may not be finite
             with suppress(PocketSlmError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from pocketslm.profiling.peers import PEERS, parse_peer, runtime_named
 from pocketslm.profiling.process import Loaded, Sample
 from pocketslm.profiling.records import Measurement, read_records
 from pocketslm.profiling.tables import format_rows
+from pocketslm.profiling.worker import repeat
 from pocketslm.runtime.bundle import MANIFEST
 
 
@@ -203,6 +205,26 @@ def test_a_prompt_with_generation_after_it(tiny_bundle: Path, workers: type[Fake
     assert len(workers.jobs[-1].ids) == 6
 
 
+def test_several_texts_at_once(tiny_bundle: Path, workers: type[FakeWorker]) -> None:
+    rows = bench(tiny_bundle, n_prompt=(4,), n_gen=(2,), parallel=(2, 3), repetitions=1)
+    assert [row.test for row in rows] == ["pp4", "tg2 @ d4", "tg2 x2 @ d4", "tg2 x3 @ d4"]
+    assert [job.parallel for job in workers.jobs] == [1, 1, 2, 3]
+
+
+def test_what_several_texts_run(tiny_bundle: Path) -> None:
+    ids = [5, 6, 7]
+    job = Job("pocketslm", str(tiny_bundle), "native", 1, 16, 0, 4, 3, ids, parallel=3)
+    engine = runtime_named("pocketslm").open(job)
+    times = repeat(engine, job)
+    assert len(times.step_ns) == 4
+    engine.reset()
+    made = [engine.prefill(ids), *(engine.step() for _ in range(4))]
+    alone = runtime_named("pocketslm").open(replace(job, parallel=1))
+    assert made == [alone.prefill(ids), *(alone.step() for _ in range(4))]
+    with pytest.raises(BackendError, match="makes one text at a time"):
+        runtime_named("pocketslm").open(replace(job, backend="onnx"))
+
+
 def test_every_run_has_processes_and_a_name_of_its_own(
     tiny_bundle: Path, workers: type[FakeWorker]
 ) -> None:
@@ -241,6 +263,9 @@ def test_quality_is_carried_along(
         ({"timeout_s": 0}, "timeout is 0"),
         ({"timeout_s": float("nan")}, "timeout is nan"),
         ({"context": 12, "n_prompt": (8,), "n_gen": (5,)}, "tg5 needs 13 tokens"),
+        ({"parallel": (1,)}, "parallel is 1, expected at least 2"),
+        ({"parallel": (2,), "n_gen": ()}, "no length of that is given"),
+        ({"parallel": (2,), "peers": ("llama.cpp",)}, "without peers"),
         ({"peers": ("vllm",)}, "'vllm' is not understood"),
         ({"peers": ("llama.cpp=",)}, "'llama.cpp=' is not understood"),
     ],

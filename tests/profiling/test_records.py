@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,7 @@ def test_names_of_tests(make_row: Any) -> None:
     assert make_row().test == "pp512"
     assert make_row(**generated).test == "tg4"
     assert make_row(**generated, n_depth=512).test == "tg4 @ d512"
+    assert make_row(**generated, n_depth=512, parallel=3).test == "tg4 x3 @ d512"
 
 
 def test_summary(make_row: Any) -> None:
@@ -152,6 +153,13 @@ def test_generation_percentiles_are_of_steps(make_row: Any) -> None:
     row = make_row(n_prompt=0, n_gen=2, samples_ns=(30, 70), step_ns=(10, 20, 30, 40))
     assert row.tokens_per_second == pytest.approx((2e9 / 30, 2e9 / 70))
     assert row.summary()["p50_ns"] == 25
+    several = replace(row, parallel=3)
+    assert several.tokens_per_second == pytest.approx((6e9 / 30, 6e9 / 70))
+    assert several.decode_tps == several.tokens_per_second
+    assert several.summary()["p50_ns"] == 25
+    assert Measurement.from_json(several.to_json()) == several
+    with pytest.raises(UsageError, match="expected no prompt"):
+        make_row(parallel=2)
 
 
 def test_one_repetition_has_no_spread(make_row: Any) -> None:

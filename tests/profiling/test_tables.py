@@ -66,6 +66,18 @@ def test_only_like_is_compared(make_row: Any) -> None:
     assert len(ratios([ours, make_row(runtime="llama.cpp")])) == 1
 
 
+def test_several_texts_at_once_beside_one(make_row: Any) -> None:
+    generated = {"n_prompt": 0, "n_gen": 2, "samples_ns": (30_000_000,)}
+    one = make_row(**generated, step_ns=(10_000_000, 20_000_000))
+    several = make_row(**generated, step_ns=(10_000_000, 20_000_000), parallel=3)
+    assert "x3" not in format_rows([one])
+    *_, first, second = format_rows([one, several]).splitlines()
+    assert [cell.strip() for cell in first.split("|")][4:-1] == [
+        *("tg2", "66.7", "1.00", "15.0 ms", "19.9 ms")
+    ]
+    assert [cell.strip() for cell in second.split("|")][4:7] == ["tg2 x3", "200.0", "3.00"]
+
+
 def test_one_slow_repetition_moves_no_table(make_row: Any) -> None:
     calm, hit = (make_row(samples_ns=(10, 10, 10, 10, last)) for last in (10, 1000))
     shown = [re.search(r"([\d.]+) \(", format_rows([row])) for row in (calm, hit)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,17 @@ def test_no_findings(sanitized: Path, chat_model: Path) -> None:
         runner.generate(prompt="a", max_tokens=40, temperature=1.0, json_schema=schema)
         assert runner.ask(op="generate", prompt="a", regex="(?=a)")["event"] == "error"
         assert_no_findings(runner)
+
+
+def test_slots(sanitized: Path, chat_model: Path, tmp_path: Path) -> None:
+    probe = str(Path(__file__).with_name("slots_probe"))
+    names = [*build.COMMON, *build.TEXT, probe]
+    flags = build.sanitizer_flags("thread" if "thread" in str(sanitized) else "address,undefined")
+    built = build.compile_and_link(tmp_path / "probe", build.find_toolchain(None), names, flags, [])
+    windows = program("gemma3").write(tmp_path / "windows.slm")
+    for model in (chat_model, windows):
+        done = subprocess.run([built, model], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_programs(sanitized: Path, tmp_path: Path) -> None:

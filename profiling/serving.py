@@ -1,0 +1,208 @@
+"""What a server makes of several clients at once, ours beside llama-cpp-python's.
+
+    python -m pocketslm.profiling.serving out/smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+
+Both servers run on this machine, one at a time and turn by turn, on a model of the same weights. A
+number of clients ask for streamed answers of a fixed length, each one question after the other, and
+every client its own. Printed are the tokens a second of all, and the times to the first token and
+between two tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from threading import Barrier
+
+from pocketslm.errors import BackendError, PocketSlmError
+from pocketslm.profiling.records import percentile
+from pocketslm.profiling.tables import md_table
+from pocketslm.runtime.backends import usable_cores
+from pocketslm.terminal import numbers, show
+
+QUESTIONS = (
+    "Write a short story about a lighthouse keeper.",
+    "Explain how a bicycle stays upright.",
+    "Give me five ideas for a birthday party.",
+    "What is the difference between a virus and a bacterium?",
+    "Write a polite letter to a landlord about a broken heater.",
+    "How do I cook rice?",
+    "Describe a walk through an old town in the rain.",
+    "What should I know before I adopt a dog?",
+)
+WAIT_S = 120.0  # for a server to start, and for a token
+
+
+@dataclass
+class Taken:
+    """What clients measured: nanoseconds; ``tokens`` counts pieces of a stream that hold text."""
+
+    tokens: int = 0
+    wall_ns: int = 0
+    first_ns: list[int] = field(default_factory=list)
+    gaps_ns: list[int] = field(default_factory=list)
+
+    @property
+    def per_second(self) -> float:
+        return self.tokens * 1e9 / self.wall_ns
+
+
+def ask(port: int, question: str, tokens: int) -> Taken:
+    """One streamed answer. Raises BackendError where the server gives none."""
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
+    start = time.perf_counter_ns()
+    marks: list[int] = []
+    try:
+        connection.request(
+            "POST",
+            "/v1/chat/completions",
+            json.dumps(body),
+            {"Content-Type": "application/json"},
+        )
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise BackendError(f"the server said {answer.status}: {answer.read()[:200]!r}")
+        for line in answer:
+            if line.startswith(b"data: {"):
+                choices = json.loads(line[6:]).get("choices") or [{}]
+                if choices[0].get("delta", {}).get("content"):
+                    marks.append(time.perf_counter_ns())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise BackendError(f"the server broke off: {error!r}") from None
+    finally:
+        connection.close()
+    if not marks:
+        raise BackendError("the server gave no text")
+    gaps = [after - before for before, after in pairwise(marks)]
+    return Taken(len(marks), marks[-1] - start, [marks[0] - start], gaps)
+
+
+def load(port: int, clients: int, rounds: int, tokens: int) -> Taken:
+    """So many clients at once, each with ``rounds`` questions one after the other."""
+    ready = Barrier(clients + 1)
+
+    def client(number: int) -> list[Taken]:
+        ready.wait()
+        mine = [QUESTIONS[(number + turn * clients) % len(QUESTIONS)] for turn in range(rounds)]
+        return [ask(port, question, tokens) for question in mine]
+
+    with ThreadPoolExecutor(clients) as threads:
+        running = [threads.submit(client, number) for number in range(clients)]
+        ready.wait()
+        start = time.perf_counter_ns()
+        taken = [one for answers in running for one in answers.result()]
+        wall = time.perf_counter_ns() - start
+    return Taken(
+        sum(one.tokens for one in taken),
+        wall,
+        [ns for one in taken for ns in one.first_ns],
+        [ns for one in taken for ns in one.gaps_ns],
+    )
+
+
+@contextmanager
+def running(command: Sequence[str], port: int) -> Iterator[None]:
+    """A server as a process, from the time that it answers on."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
+    )
+    try:
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise BackendError(f"{' '.join(command)} does not serve; run it to see why")
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def ours(bundle: Path, port: int, parallel: int, threads: int) -> list[str]:
+    command = [sys.executable, "-m", "pocketslm", "serve", str(bundle), "--port", str(port)]
+    return [*command, "--parallel", str(parallel), "--threads", str(threads)]
+
+
+def theirs(gguf: Path, port: int, threads: int) -> list[str]:
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf)]
+    command += ["--port", str(port), "--n_ctx", "2048", "--n_threads", str(threads)]
+    # Without it a second client breaks off the first one's answer.
+    return [*command, "--interrupt_requests", "false"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--gguf", type=Path, help="the same weights, for llama-cpp-python's server")
+    parser.add_argument("--clients", type=numbers, default=[1, 2, 4, 8], help="(default: 1,2,4,8)")
+    parser.add_argument("--parallel", type=int, help="of our server (default: the most clients)")
+    parser.add_argument("-n", "--tokens", type=int, default=64, help="of an answer (default: 64)")
+    parser.add_argument("-r", "--rounds", type=int, default=2, help="of questions (default: 2)")
+    parser.add_argument("-t", "--threads", type=int, default=usable_cores())
+    args = parser.parse_args()
+    port = free_port()
+    parallel = args.parallel or max(args.clients)
+    servers = {"pocketslm": ours(args.bundle, port, parallel, args.threads)}
+    if args.gguf:
+        servers["llama-cpp-python"] = theirs(args.gguf, port, args.threads)
+    rows: list[list[str]] = []
+    alone: dict[str, Taken] = {}
+    try:
+        for name, command in servers.items():
+            with running(command, port):
+                ask(port, QUESTIONS[0], 8)  # first touches of memory, not counted
+                for clients in args.clients:
+                    taken = load(port, clients, args.rounds, args.tokens)
+                    alone.setdefault(name, taken)
+                    gaps = [ns / 1e6 for ns in taken.gaps_ns]
+                    rows.append(
+                        [
+                            name,
+                            str(clients),
+                            f"{taken.per_second:.1f}",
+                            f"{taken.per_second / alone[name].per_second:.2f}",
+                            f"{statistics.median(taken.first_ns) / 1e6:.0f} ms",
+                            *(f"{percentile(gaps, p):.1f} ms" for p in (50, 99)),
+                        ]
+                    )
+    except PocketSlmError as error:
+        print(error, file=sys.stderr)
+        return 2
+    head = ["server", "clients", "t/s of all", "of the first", "TTFT", "a token, p50", "p99"]
+    show(md_table(head, ["l", *"rrrrrr"], rows), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

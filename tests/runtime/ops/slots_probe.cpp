@@ -1,0 +1,50 @@
+// Several contexts of one session under sanitizers: prompts and single tokens together, every kind of
+// what may be wanted, and another thread that asks meanwhile.
+#include <atomic>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+#include "pocketslm.h"
+
+int main(int, char** arguments) {
+  char text[256] = "";
+  const pslm_error error{text, sizeof text};
+  pslm_model* model;
+  pslm_session* session;
+  const pslm_options options{0, 3, PSLM_KV_I8, 0, nullptr};
+  if (pslm_model_open(arguments[1], &model, error) ||
+      pslm_session_open_slots(model, &options, 4, &session, error))
+    return std::puts(text), 1;
+  pslm_model_info info;
+  pslm_model_describe(model, &info);
+  std::atomic<bool> over{false};
+  std::thread asker([&] {
+    while (!over) {
+      pslm_length(session);
+      pslm_kv_bytes(session, 3);
+      pslm_use_slot(session, 1, {});  // busy, or done
+    }
+  });
+  std::vector<int32_t> tokens;
+  for (int32_t i = 0; i < 290; ++i) tokens.push_back(i * 37 % 90);
+  std::vector<std::vector<int32_t>> best(4, std::vector<int32_t>(info.vocab_size));
+  std::vector<std::vector<float>> logits(4, std::vector<float>(info.vocab_size));
+  const size_t counts[][4] = {{290, 5, 1, 17}, {1, 1, 1, 1}, {3, 1, 30, 1}, {1, 9, 1, 2}};
+  int status = 0;
+  for (const auto& count : counts) {
+    pslm_entry entries[4];
+    for (uint32_t i = 0; i < 4; ++i)
+      entries[i] = {i, i, tokens.data(), count[i], best[i].data(), logits[i].data(),
+                    i == PSLM_WANT_LOGITS ? info.vocab_size : size_t{5}, 0};
+    while ((status = pslm_forward_slots(session, entries, 4, error)) == PSLM_ERROR_BUSY) {
+    }
+    if (status) break;
+  }
+  over = true;
+  asker.join();
+  pslm_session_close(session);
+  pslm_model_close(model);
+  if (status) std::puts(text);
+  return status;
+}
