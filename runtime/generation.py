@@ -25,6 +25,7 @@ from pocketslm.runtime.backends import (
     TopSession,
 )
 from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.prefixes import LEAST, Keeping, shared
 from pocketslm.runtime.sampling import (
     highest_needed,
     log_sum_exp,
@@ -231,7 +232,8 @@ class Engine:
     """A session that remembers which tokens its cache holds, and reuses them.
 
     A prompt that begins as the last sequence did is only prefilled from where it differs: the
-    second question about a document does not read the document again.
+    second question about a document does not read the document again. ``keeping`` holds more than
+    the last sequence, see :mod:`pocketslm.runtime.prefixes`.
 
     Any thread may generate at any time: generations come after each other, and each gives what it
     would give alone. One that its thread left unfinished ends, with UsageError when it is resumed,
@@ -242,6 +244,7 @@ class Engine:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.cached: list[int] = []
+        self.keeping: Keeping | None = None
         # Of a session that forgets: how many tokens the last prompt had, and the state after them.
         self._snapshot: tuple[int, bytes] | None = None
         self._turns = Turns()
@@ -274,10 +277,25 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> Logits:
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
         with self._turns.turn():
-            new = self._rewind(_whole(ids))
-            (scores,) = self._scorer(None)(new, ())
-            self.cached.extend(new)
-            return scores.logits
+            return self._read(_whole(ids))
+
+    def keep_prefix(self, tokens: Sequence[int], name: str) -> bool:
+        """Read the beginning of prompts and keep its state; whether there was place for it."""
+        self._open()
+        ids = _whole(tokens)
+        with self._turns.turn():
+            if self.keeping is None:
+                raise UsageError("there is no place for prefixes; load the model with prefixes=")
+            if self.keeping.keeps(ids, name):
+                return True
+            self._read(ids)
+            return self.keeping.keep(ids, name)
+
+    def _read(self, ids: Sequence[int]) -> Logits:
+        new = self._rewind(ids)
+        (scores,) = self._scorer(None)(new, ())
+        self.cached.extend(new)
+        return scores.logits
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -344,6 +362,7 @@ class Engine:
         end = len(ids) + limit
         pick = self._picker(config, ids, end, limits)
         new = self._rewind(ids)
+        read = len(new)
         while True:
             for token, logprob, whole in pick(new):
                 finish: Finish | None = None
@@ -357,7 +376,7 @@ class Engine:
                 if finish:
                     return
                 if len(ids) + limit == end:
-                    self._remember()
+                    self._remember(read)
                 ids.append(token)
             new = [token]
 
@@ -439,36 +458,50 @@ class Engine:
     def _rewind(self, ids: Sequence[int]) -> Sequence[int]:
         """Cut the cache to what it shares with ``ids``; the rest of them, at least one."""
         del self.cached[self.session.length :]  # a call that failed may have emptied the session
-        shared = 0
-        for ours, theirs in zip(self.cached, ids, strict=False):
-            if ours != theirs:
-                break
-            shared += 1
         # The last token must run, for its logits.
-        keep = self._cut(min(shared, len(ids) - 1))
+        keep = min(shared(self.cached, ids), len(ids) - 1)
+        if self.keeping is not None:
+            recalled = self.keeping.recall(ids, self.cached, self._reach(keep))
+            if recalled is not None:
+                self.cached, self._snapshot = recalled, None
+                keep = min(shared(self.cached, ids), len(ids) - 1)
+        keep = self._cut(keep)
         del self.cached[keep:]
         return ids[keep:]
+
+    def _reach(self, length: int) -> int:
+        """How many of its first ``length`` tokens the session can go back to."""
+        if not self._forgot(length):
+            return length
+        found = self._snapshot[0] if self._snapshot is not None else 0
+        return found if found <= length else 0
+
+    def _forgot(self, length: int) -> bool:
+        """Whether the session knows no more what it knew after ``length`` tokens."""
+        session = self.session
+        return isinstance(session, ForgettingSession) and length < session.rewind_limit
 
     def _cut(self, length: int) -> int:
         """Cut the session back to its first ``length`` tokens, or to fewer of them where it has
         forgotten what it knew then; how many there are."""
-        session = self.session
+        session, reach = self.session, self._reach(length)
         if self._snapshot is not None and self._snapshot[0] > length:
             self._snapshot = None  # of other tokens, or other weights
-        if isinstance(session, ForgettingSession) and length < session.rewind_limit:
-            length = 0
-            if self._snapshot is not None and isinstance(session, SavingSession):
-                session.restore(*self._snapshot)
-                return self._snapshot[0]
-        session.truncate(length)
-        return length
+        if self._snapshot and self._forgot(length) and isinstance(session, SavingSession):
+            session.restore(*self._snapshot)
+        else:
+            session.truncate(reach)
+        return reach
 
-    def _remember(self) -> None:
-        """Keep the state after a prompt, if the session will not find its way back."""
+    def _remember(self, read: int) -> None:
+        """Keep the state after a prompt, of which ``read`` tokens were new, if the session will not
+        find its way back, or a later process shall."""
         session = self.session
         forgets = isinstance(session, ForgettingSession) and session.rewind_limit > 1
         if forgets and isinstance(session, SavingSession):
             self._snapshot = session.length, session.save()
+        if self.keeping is not None and self.keeping.store.prompts and read >= LEAST:
+            self.keeping.keep(self.cached)
 
     def _scorer(
         self, highest: int | None, *, log_total: bool = False

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from pocketslm.errors import BackendError, BundleError, UsageError
-from pocketslm.runtime.adapters import read_updates
-from pocketslm.runtime.backends import AdapterSession, open_session
+from pocketslm.runtime.adapters import PREFIX, SUFFIX, read_updates
+from pocketslm.runtime.backends import AdapterSession, SavingSession, open_session
 from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.embedding import Vector, embed, tokens_of
 from pocketslm.runtime.generation import Engine, Finish, Limiting, Step
+from pocketslm.runtime.prefixes import ANYONE, Keeping, Prefixes
 from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from pocketslm.runtime.tokenizer.vocabulary import any_of
 from pocketslm.runtime.tool_formats import Call
@@ -108,6 +109,8 @@ class Model:
         self.tokenizer = tokenizer
         self.defaults = generation_defaults(bundle.path)
         self._token_texts: TokenTexts | None = None
+        self._adapter: str | None = None
+        self._prefixes: Prefixes | None = None
 
     @classmethod
     def load(
@@ -118,19 +121,22 @@ class Model:
         context: int | None = None,
         *,
         adapter: str | None = None,
+        prefixes: Prefixes | str | Path | None = None,
         verify: bool = True,
     ) -> Model:
         """Load a bundle folder.
 
         threads: None takes every core. context: a smaller KV cache than the graph allows.
-        adapter: see :meth:`use_adapter`. verify: compare every file with its SHA-256. Raises
-        BundleError, BackendError, TokenizerError.
+        adapter: see :meth:`use_adapter`. prefixes: see :meth:`use_prefixes`. verify: compare every
+        file with its SHA-256. Raises BundleError, BackendError, TokenizerError.
         """
         bundle = open_bundle(path, verify=verify)
         tokenizer = load_tokenizer(bundle.path)
         model = cls(bundle, Engine(open_session(bundle, backend, threads, context)), tokenizer)
         if adapter is not None:
             model.use_adapter(adapter)
+        if prefixes is not None:
+            model.use_prefixes(prefixes)
         return model
 
     def use_adapter(self, name: str | None) -> None:
@@ -149,6 +155,47 @@ class Model:
         updates = [] if name is None else read_updates(adapters[name], self.bundle.layer_runs)
         with self.engine.exclusive():
             session.use_adapter(updates)
+            self._adapter = name
+            self._keep_in(self._prefixes)
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether :meth:`use_prefixes` works with its backend."""
+        return isinstance(self.engine.session, SavingSession) and self.bundle.manifest is not None
+
+    def use_prefixes(self, prefixes: Prefixes | str | Path | None) -> None:
+        """Take up what earlier prompts, also of other processes, have in common with a new one.
+
+        prefixes: where their states are kept: a folder, or a store with limits of its own, which
+        models may share. None: only the last sequence counts. Raises BackendError where the backend
+        cannot save states, UsageError for a folder that cannot be made.
+        """
+        if not self.keeps_prefixes:
+            raise BackendError(f"{self.backend} cannot keep prefixes; use --backend native")
+        store = Prefixes(prefixes) if isinstance(prefixes, str | Path) else prefixes
+        with self.engine.exclusive():
+            self._keep_in(store)
+
+    def _keep_in(self, store: Prefixes | None) -> None:
+        self._prefixes, self.engine.keeping = store, None
+        session, bundle = self.engine.session, self.bundle
+        if store is None or not isinstance(session, SavingSession):
+            return
+        assert bundle.manifest is not None
+        assert bundle.config is not None
+        sums = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
+        adapter = "" if self._adapter is None else sums[f"{PREFIX}{self._adapter}{SUFFIX}"]
+        model = sums[bundle.graph("native").file]
+        self.engine.keeping = Keeping(store, session, model, adapter, bundle.config.forgets)
+
+    def keep_prefix(self, tokens: Sequence[int], name: str = ANYONE) -> bool:
+        """Read the beginning of prompts to come, and keep its state where ``use_prefixes`` says.
+
+        name: of what it belongs to, for `Prefixes.forget`. False where there is no room for it.
+        Raises UsageError without a place for prefixes, ContextOverflowError.
+        """
+        self.need_head("keep a prefix")
+        return self.engine.keep_prefix(tokens, name)
 
     def __enter__(self) -> Self:
         return self
