@@ -37,6 +37,12 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("prompt", help='the prompt; "-" reads it from standard input')
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    parser.add_argument(
+        "--prefixes",
+        metavar="FOLDER",
+        help="keep what was read of this prompt there, and take up what an earlier one that begins "
+        "alike left (native)",
+    )
     add_system(parser)
     add_generation(parser)
     add_constraint(parser)
@@ -138,6 +144,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.raw:
         refuse(arguments, "with --raw, which has no messages", "system")
     model = load(arguments)
+    if arguments.prefixes is not None:
+        model.use_prefixes(arguments.prefixes)
     prompt = read_input("a prompt") if arguments.prompt == "-" else arguments.prompt
     config = generation_config(arguments, model)
     config = config.but(logprobs=arguments.json, **_constraint(arguments))

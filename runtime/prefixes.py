@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm import folders
+from pocketslm import folders, schema
 from pocketslm.errors import UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.backends import SavingSession
@@ -35,7 +35,7 @@ LEAST = 32  # tokens that it pays to keep; fewer are sooner read
 SUFFIX = ".prefix"
 ANYONE = "prompt"  # the name of what belongs to nothing else
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_ALIGNED = 64
+_ALIGNED, _MOST_HEADER = 64, 4096
 
 Ids = npt.NDArray[np.int32]
 
@@ -59,7 +59,7 @@ class Identity:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """A session's cache after ``tokens``."""
 
@@ -132,14 +132,15 @@ class Prefixes:
             if best is not None:
                 self._held.remove(best)
                 self._held.append(best)
-        files = [(state.serves(ids), path, state) for path, state in self._files(identity)]
-        for count, path, state in sorted(files, key=lambda file: file[0], reverse=True):
-            if count <= most:
+        files = sorted(self._files(identity), key=lambda file: -file.state.serves(ids))
+        for path, state, checksum in files:
+            if state.serves(ids) <= most:
                 break
-            if _checked(path, state):
+            if _checksum(state.tokens, state.data) == checksum:
                 with suppress(OSError):
                     os.utime(path)
                 return state
+            path.unlink(missing_ok=True)
         return best
 
     def hold(self, state: State) -> None:
@@ -171,7 +172,7 @@ class Prefixes:
             return False
         path = self._path(state.identity, state.tokens, name)
         try:
-            for other, held in self._files(state.identity, name):
+            for other, held, _ in self._files(state.identity, name):
                 if state.replaces(held):
                     other.unlink(missing_ok=True)
             self._evict(self.disk - size)
@@ -199,19 +200,17 @@ class Prefixes:
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
         return self.folder / f"{name}.{identity.digest}.{digest}{SUFFIX}"
 
-    def _files(self, identity: Identity, name: str = "*") -> Iterator[tuple[Path, State]]:
+    def _files(self, identity: Identity, name: str = "*") -> Iterator[_File]:
         """The folder's states of one identity; those that are none are removed."""
         if self.folder is None:
             return
         for path in self.folder.glob(f"{name}.{identity.digest}.*{SUFFIX}"):
             try:
-                state = _read(path, identity)
+                yield _read(path, identity)
             except OSError:  # another process removed it
                 continue
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 path.unlink(missing_ok=True)
-                continue
-            yield path, state
 
     def _evict(self, limit: int) -> None:
         """Remove what was not used for longest, until the rest fits."""
@@ -230,8 +229,8 @@ class Prefixes:
 
 
 def forget(folder: Path | None, name: str) -> None:
-    """Remove what a folder of prefixes has under a name, if it is there."""
-    for path in folder.glob(f"{name}.*{SUFFIX}") if folder is not None else ():
+    """Remove what a folder of prefixes has under a name, also where it is not all written yet."""
+    for path in folder.rglob(f"{name}.*{SUFFIX}") if folder is not None else ():
         path.unlink(missing_ok=True)
 
 
@@ -240,38 +239,47 @@ def _checksum(tokens: Ids, data: bytes | memoryview) -> int:
     return zlib.crc32(data, zlib.crc32(tokens.data))
 
 
+@dataclass(frozen=True)
+class _Header:
+    """The first line of a file, which ends where numbers may begin. tokens and bytes: how many
+    follow."""
+
+    format: str
+    version: int
+    identity: Identity
+    tokens: int
+    bytes: int
+    crc32: int
+
+
 def _header(state: State) -> bytes:
-    """The first line of a file, which ends where numbers may begin."""
-    fields = {"format": FORMAT, "version": VERSION, **asdict(state.identity)}
-    fields |= {"tokens": len(state.tokens), "bytes": len(state.data)}
-    fields |= {"crc32": _checksum(state.tokens, state.data)}
-    line = json.dumps(fields).encode()
+    checksum = _checksum(state.tokens, state.data)
+    header = _Header(FORMAT, VERSION, state.identity, len(state.tokens), len(state.data), checksum)
+    line = json.dumps(asdict(header)).encode()
     return line + b" " * (-(len(line) + 1) % _ALIGNED) + b"\n"
 
 
-def _read(path: Path, identity: Identity) -> State:
-    """What a file says that it holds. Raises OSError, and ValueError, KeyError or TypeError where
-    it is not whole or of something else."""
+class _File(NamedTuple):
+    """A file and what it says of itself."""
+
+    path: Path
+    state: State
+    checksum: int
+
+
+def _read(path: Path, identity: Identity) -> _File:
+    """Raises OSError, and ValueError where a file is cut or not of this identity."""
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    line = bytes(data[:4096]).partition(b"\n")[0]
-    fields: dict[str, Any] = json.loads(line)
-    at, count, size = len(line) + 1, fields["tokens"], fields["bytes"]
-    expected = {"format": FORMAT, "version": VERSION, **asdict(identity)}
-    if expected.items() - fields.items() or len(data) != at + 4 * count + size:
-        raise ValueError("not of this model, or cut")
-    tokens = np.frombuffer(data, np.int32, count, at)
-    return State(identity, tokens, data[at + 4 * count :])
-
-
-def _checked(path: Path, state: State) -> bool:
-    """Whether a file holds what was written; it is removed where it does not."""
-    with path.open("rb") as file:
-        fields = json.loads(file.readline(4096))
-    if fields["crc32"] == _checksum(state.tokens, state.data):
-        return True
-    path.unlink(missing_ok=True)
-    return False
+    line = bytes(data[:_MOST_HEADER]).partition(b"\n")[0]
+    header = schema.build(_Header, schema.loads(line))
+    at, size = len(line) + 1, 4 * header.tokens
+    if header.identity != identity or (header.format, header.version) != (FORMAT, VERSION):
+        raise ValueError("of something else")
+    if header.tokens < 0 or len(data) != at + size + header.bytes:
+        raise ValueError("cut")
+    tokens = np.frombuffer(data[at : at + size], np.int32)
+    return _File(path, State(identity, tokens, data[at + size :]), header.crc32)
 
 
 class Keeping:
