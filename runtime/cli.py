@@ -215,20 +215,12 @@ def _question() -> str | None:
 def _fitting(
     model: Model, messages: list[dict[str, str]], config: GenerationConfig
 ) -> list[dict[str, str]]:
-    """The messages without the oldest turns, as far as they leave no room for an answer."""
-    room = config.max_new_tokens or max(1, model.context // 8)
-    begin = next(i for i, message in enumerate(messages) if message["role"] != "system")
-    dropped = 0
-    while (
-        len(messages) > begin + 1
-        and len(model.tokenizer.apply_chat_template(messages)) + room > model.context
-    ):
-        messages = [*messages[:begin], *messages[begin + 2 :]]
-        dropped += 1
-    if dropped:
+    """See `Model.fitting`; what is forgotten is said."""
+    kept = model.fitting(messages, config)
+    if dropped := (len(messages) - len(kept)) // 2:
         turns = "turn" if dropped == 1 else f"{dropped} turns"
         say(f"[the context of {model.context} is full: the oldest {turns} forgotten]")
-    return messages
+    return kept
 
 
 def load(arguments: argparse.Namespace) -> Model:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from pocketslm.runtime.tool_formats import Call
 if TYPE_CHECKING:  # it loads the native library
     from pocketslm.runtime.constraint import TokenTexts
 
+Message = TypeVar("Message", bound=Mapping[str, Any])
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that ask for drawing
 
 
@@ -328,6 +329,24 @@ class Model:
         if self.tokenizer.chat_template is None:
             return self.tokenizer.encode(prompt, add_special_tokens=True)
         return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+
+    def fitting(
+        self, messages: Sequence[Message], config: GenerationConfig | None = None
+    ) -> list[Message]:
+        """The messages without the oldest turns, as far as they leave no room for an answer of
+        ``max_new_tokens``, or an eighth of the context.
+
+        A turn is a user's message and what follows it; system messages before them and the last
+        turn stay.
+        """
+        room = (config or self.defaults).max_new_tokens or max(1, self.context // 8)
+        kept = list(messages)
+        turns = [at for at, message in enumerate(kept) if message["role"] == "user"]
+        while len(turns) > 1 and len(self.prompt_ids(kept)) + room > self.context:
+            size = turns[1] - turns[0]
+            del kept[turns[0] : turns[1]]
+            turns = [at - size for at in turns[1:]]
+        return kept
 
     def generate(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None

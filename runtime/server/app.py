@@ -351,7 +351,9 @@ class Answer:
         self.has_tools = bool(asked.tools) and asked.tool_choice != "none"
         if not self.has_tools:
             self.ids = (
-                model.prompt_ids(asked.messages)
+                model.prompt_ids(
+                    model.fitting(asked.messages, self.config) if asked.drop else asked.messages
+                )
                 if asked.messages is not None
                 else model.tokenizer.encode(asked.prompt or "", add_special_tokens=True)
             )

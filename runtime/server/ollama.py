@@ -32,7 +32,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "template": ("",),
     "context": ([],),
-    "truncate": (True,),
     "verbose": (False, True),
 }
 # Ollama's name of an option: ours, and its type.
@@ -88,12 +87,14 @@ async def _answer(server: Server, request: Request, asked: Asked, *, chat: bool)
 
 
 def read_chat(body: Mapping[str, Any]) -> Asked:
-    """A body of ``/api/chat``. Raises UsageError."""
+    """A body of ``/api/chat``, whose oldest turns go where the context is full, unless it says
+    otherwise. Raises UsageError."""
     fields = Fields(body, UNUSED, NEUTRAL)
     messages = [_message(message) for message in fields.take("messages", list, [])]
     tools = fields.take("tools", list, [])
+    drop = fields.take("truncate", bool, True)
     options, common = _common(fields)
-    return Asked(messages=messages, prompt=None, options=options, tools=tools, **common)
+    return Asked(messages=messages, prompt=None, options=options, tools=tools, drop=drop, **common)
 
 
 def read_generate(body: Mapping[str, Any]) -> Asked:

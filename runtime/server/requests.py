@@ -43,6 +43,7 @@ class Asked:
     stream: bool = False
     usage: bool = False  # also at the end of a stream
     count: int = 1  # of answers
+    drop: bool = False  # the oldest turns, where they do not fit
 
 
 class Fields:

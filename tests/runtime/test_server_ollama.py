@@ -57,6 +57,22 @@ def test_a_chat_and_its_stream(server: Running, client: ollama.Client) -> None:
     assert parts[-1].eval_count == 7
 
 
+def test_the_oldest_turns_go_where_the_context_is_full(
+    server: Running, client: ollama.Client
+) -> None:
+    turn = [{"role": "user", "content": "x" * 600}, {"role": "assistant", "content": "y" * 300}]
+    messages: Any = [{"role": "system", "content": "be brief"}, *turn, *turn, *turn, *HI]
+    config = GenerationConfig(max_new_tokens=5)
+    kept = server.model.fitting(messages, config)
+    assert kept == [messages[0], *turn, *turn, *HI]
+    made = client.chat("tiny", messages, options={"num_predict": 5})
+    assert made.prompt_eval_count == len(server.model.prompt_ids(kept))
+    whole = {"model": "tiny", "messages": messages, "truncate": False}
+    with pytest.raises(ollama.ResponseError, match="do not fit"):
+        client._request_raw("POST", "/api/chat", json=whole | {"options": {"num_predict": 5}})
+    assert server.model.fitting(kept[-1:], config) == HI
+
+
 def test_a_text(server: Running, client: ollama.Client) -> None:
     made = client.generate("tiny", "the inner", raw=True, options={"num_predict": 5})
     config = GenerationConfig(max_new_tokens=5)
