@@ -25,7 +25,7 @@ from pocketslm.runtime.backends import (
     TopSession,
 )
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.prefixes import LEAST, Keeping, shared
+from pocketslm.runtime.prefixes import Keeping, shared
 from pocketslm.runtime.sampling import (
     highest_needed,
     log_sum_exp,
@@ -362,7 +362,6 @@ class Engine:
         end = len(ids) + limit
         pick = self._picker(config, ids, end, limits)
         new = self._rewind(ids)
-        read = len(new)
         while True:
             for token, logprob, whole in pick(new):
                 finish: Finish | None = None
@@ -376,7 +375,7 @@ class Engine:
                 if finish:
                     return
                 if len(ids) + limit == end:
-                    self._remember(read)
+                    self._remember()
                 ids.append(token)
             new = [token]
 
@@ -493,15 +492,15 @@ class Engine:
             session.truncate(reach)
         return reach
 
-    def _remember(self, read: int) -> None:
-        """Keep the state after a prompt, of which ``read`` tokens were new, if the session will not
-        find its way back, or a later process shall."""
+    def _remember(self) -> None:
+        """Keep the state after a prompt, if the session will not find its way back, or a later
+        process shall."""
         session = self.session
         forgets = isinstance(session, ForgettingSession) and session.rewind_limit > 1
         if forgets and isinstance(session, SavingSession):
             self._snapshot = session.length, session.save()
-        if self.keeping is not None and self.keeping.store.prompts and read >= LEAST:
-            self.keeping.keep(self.cached)
+        if self.keeping is not None:
+            self.keeping.keep_prompt(self.cached)
 
     def _scorer(
         self, highest: int | None, *, log_total: bool = False

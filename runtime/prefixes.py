@@ -185,6 +185,10 @@ class Prefixes:
             return False
         return True
 
+    def known(self, identity: Identity, tokens: Ids) -> int:
+        """How many tokens of a prompt the folder serves."""
+        return max((file.state.serves(tokens) for file in self._files(identity)), default=0)
+
     def keeps(self, identity: Identity, tokens: Ids, name: str = ANYONE) -> bool:
         """Whether the folder has just these tokens under this name."""
         return self.folder is not None and self._path(identity, tokens, name).exists()
@@ -297,7 +301,10 @@ class Keeping:
         held in memory, where that is more than goes on."""
         if len(cached) - reach > max(LEAST, reach):
             self._hold(cached)
-        found = self.store.find(self._identity, np.asarray(ids[:-1], np.int32), reach + LEAST)
+        least = reach + LEAST
+        if len(ids) <= least:
+            return None
+        found = self.store.find(self._identity, np.asarray(ids[:-1], np.int32), least)
         if found is None:
             return None
         try:
@@ -320,6 +327,14 @@ class Keeping:
             self._hold(tokens)
             return self.keeps(tokens, name)
         return self.store.keep(self._state(tokens), name)
+
+    def keep_prompt(self, tokens: Sequence[int]) -> None:
+        """Keep the state after a prompt, if the store is to keep prompts and lacks much of it."""
+        if self.store.prompts:
+            ids = np.asarray(tokens, np.int32)
+            lacking = ids.size - self.store.known(self._identity, ids)
+            if lacking >= max(LEAST, ids.size // 8):
+                self.keep(tokens)
 
     def _hold(self, tokens: Sequence[int]) -> None:
         """Keep the session's state in memory."""
