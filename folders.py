@@ -87,6 +87,13 @@ def put(folder: Path, out: Path, replace: bool, say: Say = lambda message: None)
         _sync_one(out.parent)
 
 
+def put_file(file: Path, out: Path) -> None:
+    """Give a file the name ``out``, in place of any that has it, all of it on the disk first."""
+    _sync_one(file)
+    file.replace(out)
+    _sync_one(out.parent)
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Let two folders change places at once; False where the system cannot."""
     try:

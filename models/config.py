@@ -309,6 +309,11 @@ class ModelConfig:
         return tuple(layer.attention for layer in self.layers if layer.attention is not None)
 
     @property
+    def forgets(self) -> bool:
+        """Whether a layer keeps less than every token: a window, a convolution."""
+        return any(layer.attention is None or layer.attention.window for layer in self.layers)
+
+    @property
     def num_hidden_layers(self) -> int:
         return len(self.stored_layers)
 

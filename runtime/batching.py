@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from pocketslm.errors import PocketSlmError, UsageError
 from pocketslm.runtime import forks
-from pocketslm.runtime.backends import Part, SlotSession, Wanted
+from pocketslm.runtime.backends import Part, Session, SlotSession, Wanted
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.generation import (
     Answer,
@@ -26,6 +26,7 @@ from pocketslm.runtime.generation import (
     stale,
     whole,
 )
+from pocketslm.runtime.prefixes import Keeping
 
 # Tokens of a step while answers are made: what is not theirs is for prompts, but some always are.
 # Eight take two to three times as long as one.
@@ -118,6 +119,15 @@ class Batch:
         ids = whole(tokens)
         limit = new_limit(self.session, len(ids), config)
         return self._steps(ids, config, eos_token_ids, limit, limiting)
+
+    def keep_with(self, keeping: Callable[[Session], Keeping] | None) -> None:
+        """See :meth:`pocketslm.runtime.generation.Engine.keep_with`."""
+        for cache in self._slots:
+            cache.keeping = keeping(cache.session) if keeping else None
+
+    def keep_prefix(self, tokens: Sequence[int], name: str) -> bool:
+        """Raises UsageError: whose slot would it be?"""
+        raise UsageError("a model of several answers at once keeps no prefix by name; load another")
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -37,6 +37,12 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("prompt", help='the prompt; "-" reads it from standard input')
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
+    parser.add_argument(
+        "--prefixes",
+        metavar="FOLDER",
+        help="keep what was read of this prompt there, and take up what an earlier one that begins "
+        "alike left (native)",
+    )
     add_system(parser)
     add_generation(parser)
     add_constraint(parser)
@@ -138,6 +144,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.raw:
         refuse(arguments, "with --raw, which has no messages", "system")
     model = load(arguments)
+    if arguments.prefixes is not None:
+        model.use_prefixes(arguments.prefixes)
     prompt = read_input("a prompt") if arguments.prompt == "-" else arguments.prompt
     config = generation_config(arguments, model)
     config = config.but(logprobs=arguments.json, **_constraint(arguments))
@@ -207,20 +215,12 @@ def _question() -> str | None:
 def _fitting(
     model: Model, messages: list[dict[str, str]], config: GenerationConfig
 ) -> list[dict[str, str]]:
-    """The messages without the oldest turns, as far as they leave no room for an answer."""
-    room = config.max_new_tokens or max(1, model.context // 8)
-    begin = next(i for i, message in enumerate(messages) if message["role"] != "system")
-    dropped = 0
-    while (
-        len(messages) > begin + 1
-        and len(model.tokenizer.apply_chat_template(messages)) + room > model.context
-    ):
-        messages = [*messages[:begin], *messages[begin + 2 :]]
-        dropped += 1
-    if dropped:
+    """See `Model.fitting`; what is forgotten is said."""
+    kept = model.fitting(messages, config)
+    if dropped := (len(messages) - len(kept)) // 2:
         turns = "turn" if dropped == 1 else f"{dropped} turns"
         say(f"[the context of {model.context} is full: the oldest {turns} forgotten]")
-    return messages
+    return kept
 
 
 def load(arguments: argparse.Namespace) -> Model:

@@ -29,6 +29,7 @@ from pocketslm.runtime.backends import (
     Wanted,
 )
 from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.prefixes import Keeping, shared
 from pocketslm.runtime.sampling import (
     chooser_for,
     highest_needed,
@@ -257,46 +258,61 @@ class Cache:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.tokens: list[int] = []
+        self.keeping: Keeping | None = None
         # Of a session that forgets: how many tokens the last prompt had, and the state after them.
         self._snapshot: tuple[int, bytes] | None = None
 
     def shared(self, ids: Sequence[int]) -> int:
         """How many tokens at its beginning are those of ``ids``."""
         del self.tokens[self.session.length :]  # a call that failed may have emptied the session
-        count = 0
-        for ours, theirs in zip(self.tokens, ids, strict=False):
-            if ours != theirs:
-                break
-            count += 1
-        return count
+        return shared(self.tokens, ids)
 
     def rewind(self, ids: Sequence[int]) -> Sequence[int]:
         """Cut the context to what it shares with ``ids``; the rest of them, at least one."""
         # The last token must run, for its logits.
-        keep = self._cut(min(self.shared(ids), len(ids) - 1))
+        keep = min(self.shared(ids), len(ids) - 1)
+        if self.keeping is not None:
+            recalled = self.keeping.recall(ids, self.tokens, self._reach(keep))
+            if recalled is not None:
+                self.tokens, self._snapshot = recalled, None
+                keep = min(self.shared(ids), len(ids) - 1)
+        keep = self._cut(keep)
         del self.tokens[keep:]
         return ids[keep:]
+
+    def _reach(self, length: int) -> int:
+        """How many of its first ``length`` tokens the session can go back to."""
+        if not self._forgot(length):
+            return length
+        found = self._snapshot[0] if self._snapshot is not None else 0
+        return found if found <= length else 0
+
+    def _forgot(self, length: int) -> bool:
+        """Whether the session knows no more what it knew after ``length`` tokens."""
+        session = self.session
+        return isinstance(session, ForgettingSession) and length < session.rewind_limit
 
     def _cut(self, length: int) -> int:
         """Cut the session back to its first ``length`` tokens, or to fewer of them where it has
         forgotten what it knew then; how many there are."""
-        session = self.session
+        session, reach = self.session, self._reach(length)
         if self._snapshot is not None and self._snapshot[0] > length:
             self._snapshot = None  # of other tokens, or other weights
-        if isinstance(session, ForgettingSession) and length < session.rewind_limit:
-            length = 0
-            if self._snapshot is not None and isinstance(session, SavingSession):
-                session.restore(*self._snapshot)
-                return self._snapshot[0]
-        session.truncate(length)
-        return length
+        if self._snapshot and self._forgot(length) and isinstance(session, SavingSession):
+            session.restore(*self._snapshot)
+        else:
+            session.truncate(reach)
+        return reach
 
     def remember(self) -> None:
-        """Keep the state after a prompt, if the session will not find its way back."""
+        """Keep the state after a prompt, if the session will not find its way back, or a later
+        process shall."""
         session = self.session
         forgets = isinstance(session, ForgettingSession) and session.rewind_limit > 1
         if forgets and isinstance(session, SavingSession):
             self._snapshot = session.length, session.save()
+        if self.keeping is not None:
+            self.keeping.keep_prompt(self.tokens)
 
 
 class Answer:
@@ -442,7 +458,8 @@ class Engine:
     """A session that remembers which tokens its cache holds, and reuses them.
 
     A prompt that begins as the last sequence did is only prefilled from where it differs: the
-    second question about a document does not read the document again.
+    second question about a document does not read the document again. ``keeping`` holds more than
+    the last sequence, see :mod:`pocketslm.runtime.prefixes`.
 
     Any thread may generate at any time: generations come after each other, and each gives what it
     would give alone. One that its thread left unfinished ends, with UsageError when it is resumed,
@@ -485,10 +502,29 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> Logits:
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
         with self._turns.turn():
-            new = self.cache.rewind(whole(ids))
-            logits: Logits = self.session.forward(np.asarray(new, np.int64))[0]
-            self.cache.tokens.extend(new)
-            return logits
+            return self._read(whole(ids))
+
+    def keep_with(self, keeping: Callable[[Session], Keeping] | None) -> None:
+        """Take states of prompts from a store and put them there, or no more."""
+        self.cache.keeping = keeping(self.session) if keeping else None
+
+    def keep_prefix(self, tokens: Sequence[int], name: str) -> bool:
+        """Read the beginning of prompts and keep its state; whether there was place for it."""
+        self._open()
+        ids, keeping = whole(tokens), self.cache.keeping
+        with self._turns.turn():
+            if keeping is None:
+                raise UsageError("there is no place for prefixes; load the model with prefixes=")
+            if keeping.keeps(ids, name):
+                return True
+            self._read(ids)
+            return keeping.keep(ids, name)
+
+    def _read(self, ids: Sequence[int]) -> Logits:
+        new = self.cache.rewind(ids)
+        logits: Logits = self.session.forward(np.asarray(new, np.int64))[0]
+        self.cache.tokens.extend(new)
+        return logits
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

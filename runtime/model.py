@@ -6,18 +6,25 @@ import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 
 from pocketslm.errors import BackendError, BundleError, UsageError
-from pocketslm.runtime.adapters import read_updates
-from pocketslm.runtime.backends import AdapterSession, SlotSession, open_session
+from pocketslm.runtime.adapters import PREFIX, SUFFIX, read_updates
+from pocketslm.runtime.backends import (
+    AdapterSession,
+    SavingSession,
+    Session,
+    SlotSession,
+    open_session,
+)
 from pocketslm.runtime.batching import Batch
 from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.embedding import Vector, embed, tokens_of
 from pocketslm.runtime.generation import Engine, Finish, Limiting, Step
+from pocketslm.runtime.prefixes import ANYONE, Keeping, Prefixes
 from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from pocketslm.runtime.tokenizer.vocabulary import any_of
 from pocketslm.runtime.tool_formats import Call
@@ -25,6 +32,7 @@ from pocketslm.runtime.tool_formats import Call
 if TYPE_CHECKING:  # it loads the native library
     from pocketslm.runtime.constraint import TokenTexts
 
+Message = TypeVar("Message", bound=Mapping[str, Any])
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that ask for drawing
 
 
@@ -110,6 +118,8 @@ class Model:
         self.tokenizer = tokenizer
         self.defaults = generation_defaults(bundle.path)
         self._token_texts: TokenTexts | None = None
+        self._adapter: str | None = None
+        self._prefixes: Prefixes | None = None
 
     @classmethod
     def load(
@@ -120,16 +130,17 @@ class Model:
         context: int | None = None,
         *,
         adapter: str | None = None,
+        prefixes: Prefixes | str | Path | None = None,
         verify: bool = True,
         parallel: int = 1,
     ) -> Model:
         """Load a bundle folder.
 
         threads: None takes every core. context: a smaller KV cache than the graph allows.
-        adapter: see :meth:`use_adapter`. verify: compare every file with its SHA-256. parallel: how
-        many generations are made at once, each with a KV cache of its own, where the backend can;
-        ``model.parallel`` says how many. Raises BundleError, BackendError, TokenizerError,
-        UsageError.
+        adapter: see :meth:`use_adapter`. prefixes: see :meth:`use_prefixes`. verify: compare every
+        file with its SHA-256. parallel: how many generations are made at once, each with a KV cache
+        of its own, where the backend can; ``model.parallel`` says how many. Raises BundleError,
+        BackendError, TokenizerError, UsageError.
         """
         bundle = open_bundle(path, verify=verify)
         tokenizer = load_tokenizer(bundle.path)
@@ -140,6 +151,8 @@ class Model:
         model = cls(bundle, engine, tokenizer)
         if adapter is not None:
             model.use_adapter(adapter)
+        if prefixes is not None:
+            model.use_prefixes(prefixes)
         return model
 
     def use_adapter(self, name: str | None) -> None:
@@ -158,6 +171,52 @@ class Model:
         updates = [] if name is None else read_updates(adapters[name], self.bundle.layer_runs)
         with self.engine.exclusive():
             session.use_adapter(updates)
+            self._adapter = name
+            self._keep_in(self._prefixes)
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether :meth:`use_prefixes` works with its backend."""
+        return isinstance(self.engine.session, SavingSession) and self.bundle.manifest is not None
+
+    def use_prefixes(self, prefixes: Prefixes | str | Path | None) -> None:
+        """Take up what earlier prompts, also of other processes, have in common with a new one.
+
+        prefixes: where their states are kept: a folder, or a store with limits of its own, which
+        models may share. None: only the last sequence counts. Raises BackendError where the backend
+        cannot save states, UsageError for a folder that cannot be made.
+        """
+        if not self.keeps_prefixes:
+            raise BackendError(f"{self.backend} cannot keep prefixes; use --backend native")
+        store = Prefixes(prefixes) if isinstance(prefixes, str | Path) else prefixes
+        with self.engine.exclusive():
+            self._keep_in(store)
+
+    def _keep_in(self, store: Prefixes | None) -> None:
+        self._prefixes, bundle = store, self.bundle
+        self.engine.keep_with(None)
+        if store is None or not isinstance(self.engine.session, SavingSession):
+            return
+        assert bundle.manifest is not None
+        assert bundle.config is not None
+        sums = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
+        adapter = "" if self._adapter is None else sums[f"{PREFIX}{self._adapter}{SUFFIX}"]
+        model, forgets = sums[bundle.graph("native").file], bundle.config.forgets
+
+        def keeping(session: Session) -> Keeping:
+            assert isinstance(session, SavingSession)
+            return Keeping(store, session, model, adapter, forgets)
+
+        self.engine.keep_with(keeping)
+
+    def keep_prefix(self, tokens: Sequence[int], name: str = ANYONE) -> bool:
+        """Read the beginning of prompts to come, and keep its state where ``use_prefixes`` says.
+
+        name: of what it belongs to, for `Prefixes.forget`. False where there is no room for it.
+        Raises UsageError without a place for prefixes, ContextOverflowError.
+        """
+        self.need_head("keep a prefix")
+        return self.engine.keep_prefix(tokens, name)
 
     def __enter__(self) -> Self:
         return self
@@ -295,6 +354,24 @@ class Model:
         if self.tokenizer.chat_template is None:
             return self.tokenizer.encode(prompt, add_special_tokens=True)
         return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+
+    def fitting(
+        self, messages: Sequence[Message], config: GenerationConfig | None = None
+    ) -> list[Message]:
+        """The messages without the oldest turns, as far as they leave no room for an answer of
+        ``max_new_tokens``, or an eighth of the context.
+
+        A turn is a user's message and what follows it; system messages before them and the last
+        turn stay.
+        """
+        room = (config or self.defaults).max_new_tokens or max(1, self.context // 8)
+        kept = list(messages)
+        turns = [at for at, message in enumerate(kept) if message["role"] == "user"]
+        while len(turns) > 1 and len(self.prompt_ids(kept)) + room > self.context:
+            size = turns[1] - turns[0]
+            del kept[turns[0] : turns[1]]
+            turns = [at - size for at in turns[1:]]
+        return kept
 
     def generate(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None

@@ -27,6 +27,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+
 sys.path.append(str(Path(__file__).parent))
 
 import support
@@ -39,6 +41,7 @@ from pocketslm.profiling.records import read_records
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.bundle import open_bundle
 from pocketslm.runtime.ops import build
+from pocketslm.runtime.prefixes import SUFFIX, Identity, Prefixes, State
 
 EVENTS = ("open", "os.", "shutil.", "subprocess.", "sqlite3.", "tempfile.", "fcntl.")
 MAX_LEFT = (
@@ -388,10 +391,47 @@ class RecordAppend(Target):
         return "in all" if self.said.stat().st_size == 5 else "in part"
 
 
+class KeepPrefix(Target):
+    """States of prompts in a folder of two: those that are there are whole."""
+
+    name = "prefixes"
+
+    def __init__(self, folder: Path, rng: Random) -> None:
+        super().__init__(folder, rng)
+        self.store = Prefixes(folder / "place", disk=500_000)
+        self.of = Identity("model", "", "engine", False)
+
+    def state(self, number: int) -> State:
+        tokens = np.full(100, number, np.int32)
+        return State(self.of, tokens, bytes([number]) * 200_000)
+
+    def prepare(self) -> None:
+        self.numbers = self.rng.sample(range(256), 4)
+
+    def work(self) -> None:
+        for number in self.numbers:
+            assert self.store.keep(self.state(number))
+
+    def check(self) -> str:
+        paths = list((self.folder / "place").glob(f"*{SUFFIX}"))
+        require(len(paths) <= 2, "more than the limit")
+        for number in range(256):
+            wanted = self.state(number)
+            found = self.store.find(self.of, wanted.tokens, 1)
+            require(found is None or bytes(found.data) == wanted.data, "another state")
+        after = list((self.folder / "place").glob(f"*{SUFFIX}"))
+        require(set(paths) == set(after), "half a file")
+        return f"{len(paths)} there"
+
+    def left(self) -> list[Path]:
+        return [path for path in (self.folder / "place").iterdir() if path.suffix != SUFFIX]
+
+
 TARGETS: dict[str, Callable[[Path, Random], Target]] = {
     one.name: one
     for one in (
         *(Export, NewExport, Heal, DocAdd, Compile, Fetch, AppSettings, AppModels, RecordAppend),
+        KeepPrefix,
     )
 }
 

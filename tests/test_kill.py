@@ -11,7 +11,7 @@ import kill
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROUNDS = 36
+ROUNDS = 40
 
 
 def test_nothing_is_lost() -> None:

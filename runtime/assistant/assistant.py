@@ -22,7 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pocketslm.errors import ContextOverflowError, UsageError
+from pocketslm.errors import BackendError, ContextOverflowError, UsageError
 from pocketslm.runtime.assistant.answer import Answer, Citation, Event, Finish, Task
 from pocketslm.runtime.assistant.document import Document
 from pocketslm.runtime.assistant.meaning import Meanings
@@ -39,7 +39,8 @@ from pocketslm.runtime.assistant.salience import (
 from pocketslm.runtime.assistant.support import ground_of
 from pocketslm.runtime.assistant.words import sentences
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.model import Record, TextModel
+from pocketslm.runtime.model import Model, Record, TextModel
+from pocketslm.runtime.prefixes import Prefixes, shared
 
 SUGGESTIONS = 3
 KEY_SENTENCES = 5  # of a summary
@@ -64,6 +65,8 @@ class Assistant:
 
     config: how to generate; its ``max_new_tokens`` overrides those of the tasks. meanings: the
     vectors of the documents' library, to find by meaning as well; None finds by words only.
+    prefixes: those of the library, so that a document which goes whole into a prompt is read once
+    for all processes. Raises BackendError where the model cannot keep them.
     """
 
     # Greedy, and slow to repeat itself: small models fall into loops. Words of the document are
@@ -80,8 +83,15 @@ class Assistant:
         model: TextModel,
         config: GenerationConfig = DEFAULTS,
         meanings: Meanings | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.model, self.config, self.meanings = model, config, meanings
+        self._keeping: Model | None = None
+        if prefixes is not None:
+            if not isinstance(model, Model):
+                raise BackendError(f"{model.backend} cannot keep prefixes; use --backend native")
+            model.use_prefixes(prefixes)
+            self._keeping = model
 
     def summarize(
         self, document: Document, cancel: threading.Event | None = None
@@ -149,7 +159,11 @@ class Assistant:
         if quotes.found and speaks(self.model.name, language) and not run.cancelled():
             request, begin = self._request("ask", question=question), self._prompt("ask-begin")
             text = self._context(shelf, hits, request, begin)
-            said = run.take(self._ids(text, request, begin=begin), capital=True)
+            ids = self._ids(text, request, begin=begin)
+            if self._keeping is not None and text is shelf[0].text:
+                same = shared(ids, self._ids(text, self._request("ask", question="")))
+                run.read(self._keeping, shelf[0], ids[:same])
+            said = run.take(ids, capital=True)
             own = next((said[a:b] for a, b in sentences(said)), "")
             grounds = [of[c.document].text[c.start : c.end] for c in quotes.grounds]
             at = ground_of(own, grounds, question, language)
@@ -343,6 +357,7 @@ class _Run:
         self._assistant, self._task, self._request = assistant, task, request
         self._cancel = cancel or threading.Event()
         self._start = time.perf_counter()
+        self._read_ms = 0.0  # of a prompt's beginning
         self._answer = Answer(task, request, "", "none")
 
     def cancelled(self) -> bool:
@@ -361,6 +376,13 @@ class _Run:
     def answers(self, **changes: Any) -> None:
         """What the answer will say."""
         self._answer = replace(self._answer, **changes)
+
+    def read(self, model: Model, document: Document, beginning: Sequence[int]) -> None:
+        """Read what the prompts about a document begin with, and keep it for the next question."""
+        start = time.perf_counter()
+        model.keep_prefix(beginning, str(document.id))
+        document.library.forget_prefix(document.id)
+        self._read_ms += (time.perf_counter() - start) * 1e3
 
     def pieces(
         self, ids: Sequence[int], stop: tuple[str, ...] = (), *, capital: bool = False
@@ -402,7 +424,7 @@ class _Run:
             finish=finish,
             prompt_tokens=len(ids),
             new_tokens=len(seen),
-            ttft_ms=seen[0].time_ns / 1e6,
+            ttft_ms=self._read_ms + seen[0].time_ns / 1e6,
             decode_tps=(len(seen) - 1) / seconds if seconds else None,
         )
 

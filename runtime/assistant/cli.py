@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pocketslm.runtime.assistant.library import Library
     from pocketslm.runtime.assistant.meaning import Meanings
     from pocketslm.runtime.model import Model
+    from pocketslm.runtime.prefixes import Prefixes
 
     Start = Callable[[Assistant, Sequence[Document], threading.Event], Iterator[Event]]
 
@@ -100,6 +101,13 @@ def add_commands(commands: Commands) -> None:
     )
     _add_task(parser)
     parser.add_argument("question", nargs="+")
+    parser.add_argument(
+        "--prefix-mb",
+        type=int,
+        metavar="MB",
+        help="how much may be kept beside the library of documents that were read, so that the "
+        "next question does not read them again (default: 512; 0: nothing)",
+    )
     parser = documents.add(
         "suggest",
         _suggest,
@@ -306,7 +314,7 @@ def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> 
     which = arguments.document
     apart = which is not None and (which == "-" or Path(which).exists())
     if apart:
-        refuse(arguments, "with a document that is not in it", "library")
+        refuse(arguments, "with a document that is not in it", "library", "prefix_mb")
     answers = []
     # Without a document a library that is not there is not made either.
     bare = which is None and not _place(arguments).exists()
@@ -328,7 +336,8 @@ def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> 
             if not shelf:
                 shelf, apart = [aside.add(sample_document())], True
                 say("in: a sample document; `doc add FILE` adds yours")
-            assistant, cancel = _assistant(arguments), threading.Event()
+            keep_in = None if apart or not whole else library
+            assistant, cancel = _assistant(arguments, keep_in), threading.Event()
             assistant.meanings = None if apart else _meanings(library)
             for task in tasks:
                 events = task(assistant, shelf, cancel)
@@ -405,12 +414,23 @@ def _as_dict(assistant: Assistant, answer: Answer, shelf: Sequence[Document]) ->
     return data
 
 
-def _assistant(arguments: argparse.Namespace) -> Assistant:
+def _assistant(arguments: argparse.Namespace, keep_in: Library | None = None) -> Assistant:
+    """keep_in: the library beside which documents that were read are kept."""
     from pocketslm.runtime.assistant.assistant import Assistant
 
     model = load(arguments)
     model.need_head("doc")
-    return Assistant(model, generation_config(arguments, model, Assistant.DEFAULTS))
+    prefixes = None if keep_in is None else _prefixes(arguments, model, keep_in)
+    config = generation_config(arguments, model, Assistant.DEFAULTS)
+    return Assistant(model, config, prefixes=prefixes)
+
+
+def _prefixes(arguments: argparse.Namespace, model: Model, library: Library) -> Prefixes | None:
+    """Where documents that were read are kept: by default, if the model can keep them."""
+    asked = arguments.prefix_mb
+    if asked == 0 or (asked is None and not model.keeps_prefixes):
+        return None
+    return library.prefixes() if asked is None else library.prefixes(asked << 20)
 
 
 def _library(arguments: argparse.Namespace) -> Library:

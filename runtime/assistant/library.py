@@ -27,8 +27,10 @@ from pocketslm.runtime.assistant.document import Chunk, Document, Source
 from pocketslm.runtime.assistant.language import detect
 from pocketslm.runtime.assistant.readers import read_file
 from pocketslm.runtime.assistant.words import words
+from pocketslm.runtime.prefixes import Prefixes, forget
 
 SCHEMA_VERSION = 2
+PREFIXES = 512 << 20  # bytes
 # What sqlite3 raises of a damaged file, or of one that is full or locked: also where the name of a
 # table is no UTF-8, which it puts into its message.
 _DAMAGE = (sqlite3.Error, UnicodeError)
@@ -116,9 +118,11 @@ class Library:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
+        memory = self.path == ":memory:"
+        self._prefixes = None if memory else Path(f"{self.path}.prefixes")
         self._lock = threading.RLock()
         try:
-            if self.path != ":memory:":
+            if not memory:
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
             # Transactions are ours to begin; another process may write for up to 10 s.
             self._database = sqlite3.connect(
@@ -248,12 +252,27 @@ class Library:
             run("UPDATE documents SET title = ? WHERE id = ?", (title, document))
 
     def remove(self, document: int) -> None:
-        """Forget a document with its history; DocumentError where there is none."""
+        """Forget a document with its history and prefix; DocumentError where there is none."""
         with self._transaction() as run:
             if not run("DELETE FROM documents WHERE id = ?", (document,)).rowcount:
                 raise DocumentError(
                     f"the library has no document {document}; `doc list` shows them"
                 )
+            forget(self._prefixes, str(document))
+
+    def prefixes(self, disk: int = PREFIXES) -> Prefixes | None:
+        """Where the states of prompts about its documents are kept, at most ``disk`` bytes of them:
+        a folder beside it; None for a library in memory."""
+        if self._prefixes is None:
+            return None
+        return Prefixes(self._prefixes, disk=disk, memory=0, prompts=False)
+
+    def forget_prefix(self, document: int) -> None:
+        """Remove the prefix of a document that is gone: it may have been removed while it was
+        read."""
+        with self._transaction() as run:
+            if not run("SELECT 1 FROM documents WHERE id = ?", (document,)).fetchone():
+                forget(self._prefixes, str(document))
 
     def remember(self, document: int | None, answer: Answer) -> None:
         """Add an answer to the history of a document, or of all of them (None).

@@ -92,11 +92,16 @@ class ForgettingSession(Session, Protocol):
 class SavingSession(Session, Protocol):
     """A session whose state can be had as bytes, and be put back."""
 
+    @property
+    def form(self) -> str:
+        """What saved states depend on beside the weights; only those of the same form fit."""
+        ...
+
     def save(self) -> bytes:
         """The state as it is now."""
         ...
 
-    def restore(self, length: int, saved: bytes) -> None:
+    def restore(self, length: int, saved: bytes | memoryview) -> None:
         """Replace the state by one that was saved at ``length`` tokens. Raises UsageError."""
         ...
 

@@ -34,10 +34,11 @@ from pocketslm.runtime.backends.native_library import (
     Times,
     UpdateEntry,
     isa_names,
+    library_path,
     load_library,
 )
 from pocketslm.runtime.backends.native_sampler import NativeSampler
-from pocketslm.runtime.bundle import Bundle, Graph
+from pocketslm.runtime.bundle import Bundle, Graph, file_entry
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.ops.ids import ROLE
 
@@ -437,6 +438,12 @@ class NativeSession:
             self._library.pslm_read_times(self._open(), ctypes.byref(times))
         return OperatorTimes(**{f.name: getattr(times, f.name) for f in fields(OperatorTimes)})
 
+    @property
+    def form(self) -> str:
+        """The build, since layouts are private to it; the path, whose last bits may be its own; the
+        cache's type; and the context, which a window's ring depends on."""
+        return f"{file_entry(library_path()).sha256} {self.isa} {self.kv_type} {self.context}"
+
     def save(self, length: int | None = None) -> bytes:
         """The state after the first positions, for a prefix cache; lengths as in truncate()."""
         limit, filled = self.rewind_limit, self.length
@@ -445,14 +452,17 @@ class NativeSession:
             raise UsageError(f"cannot save {count} positions, expected 0 or {limit} to {filled}")
         with self._lock:
             size = self._library.pslm_kv_bytes(self._open(), count)
-            buffer = ctypes.create_string_buffer(max(1, size))
-            self._error.check(self._library.pslm_kv_save(self._open(), count, buffer, len(buffer)))
-        return buffer.raw[:size]
+            data = np.empty(max(1, size), np.uint8)
+            status = self._library.pslm_kv_save(self._open(), count, data.ctypes.data, data.size)
+            self._error.check(status)
+        return data[:size].tobytes()
 
-    def restore(self, length: int, saved: bytes) -> None:
+    def restore(self, length: int, saved: bytes | memoryview) -> None:
         """Replace the context by ``length`` positions that :meth:`save` gave."""
+        data = np.frombuffer(saved, np.uint8)
         with self._lock:
-            status = self._library.pslm_kv_restore(self._open(), length, saved, len(saved))
+            handle = self._open()
+            status = self._library.pslm_kv_restore(handle, length, data.ctypes.data, data.size)
         if status != 0:
             raise UsageError(f"the saved state does not hold {length} positions of this model")
 

@@ -8,30 +8,39 @@ import hmac
 import json
 import threading
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
-from typing import Any
+from importlib import resources
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from pocketslm.errors import PocketSlmError
 from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.generation import Finish
 from pocketslm.runtime.model import Model, Record, Reply, TextModel
+from pocketslm.runtime.server import ollama
+from pocketslm.runtime.server.metrics import MEDIA_TYPE, Measured, Metrics
+from pocketslm.runtime.server.openai_words import OpenAI, error_body
 from pocketslm.runtime.server.requests import Asked, read_chat, read_completion, read_embeddings
 from pocketslm.runtime.tokenizer import Tokenizer
+from pocketslm.runtime.tool_formats import Call
 from pocketslm.runtime.tools import reply_with_tools
 
-# Why an answer ended, in OpenAI's words.
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", None: "stop"}
+TOO_LONG = "the answer took too long"
+PAGE = resources.files(__package__) / "page.html"
+# The page may load nothing, and talk to this server alone.
+PAGE_RULES = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+)
 
 
 @dataclass(frozen=True)
@@ -154,31 +163,67 @@ def application(
     key: what clients must send as ``Authorization: Bearer KEY``. hosts: the names by which it may
     be asked, so that a page of another site cannot reach this machine through a name of its own.
     """
-    server = _Server(models, limits or Limits(), key)
+    server = Server(models, limits or Limits(), key)
     routes = [
+        Route("/", _page),
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
         Route("/v1/completions", server.complete, methods=["POST"]),
         Route("/v1/embeddings", server.embed, methods=["POST"]),
         Route("/v1/models", server.list_models),
         Route("/health", server.health),
+        Route("/metrics", server.measure),
+        *ollama.routes(server),
     ]
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)] if hosts else []
+    paths = frozenset(route.path for route in routes)
+    middleware = [Middleware(Measured, metrics=server.metrics, paths=paths)]
+    if hosts:
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts))
     handlers: Any = {HTTPException: _failed, PocketSlmError: _refused}
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
-class _Server:
+async def _page(_: Request) -> Response:
+    text = PAGE.read_text(encoding="utf-8")
+    return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_RULES})
+
+
+class Words(Protocol):
+    """An interface's words for answers to one request."""
+
+    media_type: str  # of a stream
+
+    def whole(self) -> dict[str, Any]:
+        """All of them."""
+        ...
+
+    def event(self, answer: Answer, record: Record | None) -> str:
+        """A part of a stream: what came of an answer, or (None) that it is whole."""
+        ...
+
+    def error(self, message: str) -> str:
+        """The part that says that no more comes."""
+        ...
+
+    def end(self) -> str:
+        """What a stream ends with, if anything."""
+        ...
+
+
+class Server:
+    """What all routes share: the models, who may ask, and how an answer is made."""
+
     def __init__(self, models: Mapping[str, Model], limits: Limits, key: str | None) -> None:
         self.limits = limits
         self.key = key
         self.lines = {name: Line(model, limits) for name, model in models.items()}
+        self.metrics = Metrics()
 
     async def health(self, _: Request) -> Response:
         waiting = sum(line.waiting for line in self.lines.values())
         return JSONResponse({"status": "ok", "waiting": waiting})
 
     async def list_models(self, request: Request) -> Response:
-        self._check_key(request)
+        self.check_key(request)
         data = [
             {"id": name, "object": "model", "created": 0, "owned_by": "pocketslm"}
             for name in self.lines
@@ -186,8 +231,8 @@ class _Server:
         return JSONResponse({"object": "list", "data": data})
 
     async def embed(self, request: Request) -> Response:
-        name, texts, encoding = read_embeddings(await self._body(request))
-        line, name = self._line(name)
+        name, texts, encoding = read_embeddings(await self.body(request))
+        line, name = self.line(name)
 
         def embedded() -> tuple[Any, int]:
             return line.model.embed(texts), sum(len(line.model.tokenize(text)) for text in texts)
@@ -210,19 +255,28 @@ class _Server:
         return JSONResponse({"object": "list", "model": name, "data": data, "usage": usage})
 
     async def chat(self, request: Request) -> Response:
-        return await self._answer(request, read_chat(await self._body(request)))
+        return await self.answer(request, read_chat(await self.body(request)), OpenAI)
 
     async def complete(self, request: Request) -> Response:
-        return await self._answer(request, read_completion(await self._body(request)))
+        return await self.answer(request, read_completion(await self.body(request)), OpenAI)
 
-    async def _answer(self, request: Request, asked: Asked) -> Response:
-        line, name = self._line(asked.model)
-        answer = _Answer(line.model, asked, name, self.limits)
+    async def measure(self, request: Request) -> Response:
+        self.check_key(request)
+        waiting = {name: line.waiting for name, line in self.lines.items()}
+        return Response(self.metrics.text(waiting), media_type=MEDIA_TYPE)
+
+    async def answer(
+        self, request: Request, asked: Asked, words: Callable[[list[Answer]], Words]
+    ) -> Response:
+        """What was asked for, in the words of an interface, whole or as a stream."""
+        line, name = self.line(asked.model)
+        answers = [Answer(line.model, asked, name, self.limits, n) for n in range(asked.count)]
+        told = words(answers)
         if asked.stream:
-            events = self._events(line, answer)
+            events = self._events(line, answers, told)
             first = await anext(events)  # what is wrong with the request is said with its status
-            return StreamingResponse(_chain(first, events), media_type="text/event-stream")
-        work = asyncio.ensure_future(self._whole(line, answer))
+            return StreamingResponse(_chain(first, events), media_type=told.media_type)
+        work = asyncio.ensure_future(self._whole(line, answers, told))
         gone = asyncio.ensure_future(_until_gone(request))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -233,40 +287,44 @@ class _Server:
         finally:
             gone.cancel()
 
-    async def _whole(self, line: Line, answer: _Answer) -> dict[str, Any]:
+    async def _whole(self, line: Line, answers: list[Answer], told: Words) -> dict[str, Any]:
         try:
-            async with line.turn() as until:
-                if answer.has_tools:
-                    return answer.of_reply(await line.reply(answer.with_tools, until))
-                async with aclosing(line.records(answer.start, until)) as records:
-                    async for record in records:
-                        answer.add(record)
-                return answer.whole()
+            async with aclosing(self._made(line, answers)) as made:
+                async for _ in made:
+                    pass
+            return told.whole()
         except TimeoutError:
-            raise HTTPException(504, "the answer took too long") from None
+            raise HTTPException(504, TOO_LONG) from None
 
-    async def _events(self, line: Line, answer: _Answer) -> AsyncGenerator[str, None]:
+    async def _events(
+        self, line: Line, answers: list[Answer], told: Words
+    ) -> AsyncGenerator[str, None]:
         try:
-            async with line.turn() as until:
-                if answer.has_tools:
-                    reply = await line.reply(answer.with_tools, until)
-                    yield answer.event(answer.delta_of(reply), None)
-                    yield answer.event({}, "tool_calls" if reply.calls else FINISH[reply.finish])
-                else:
-                    role = {"role": "assistant"}
-                    async with aclosing(line.records(answer.start, until)) as records:
-                        async for record in records:
-                            answer.add(record)
-                            yield answer.event({**role, "content": record.text}, None, record)
-                            role = {}
-                    yield answer.event({}, FINISH[answer.finish])
+            async with aclosing(self._made(line, answers)) as made:
+                async for answer, record in made:
+                    yield told.event(answer, record)
         except TimeoutError:
-            yield f"data: {json.dumps(_error('the answer took too long', 'timeout'))}\n\n"
-        if answer.asked.usage:
-            yield answer.event(None, None)
-        yield "data: [DONE]\n\n"
+            yield told.error(TOO_LONG)
+        if end := told.end():
+            yield end
 
-    def _line(self, name: str) -> tuple[Line, str]:
+    async def _made(
+        self, line: Line, answers: list[Answer]
+    ) -> AsyncGenerator[tuple[Answer, Record | None], None]:
+        """Make answers: each record as it comes, and None where an answer is whole."""
+        async with line.turn() as until:
+            for answer in answers:
+                with self.metrics.making(answer):
+                    if answer.has_tools:
+                        answer.take(await line.reply(answer.with_tools, until))
+                    else:
+                        async with aclosing(line.records(answer.start, until)) as records:
+                            async for record in records:
+                                answer.add(record)
+                                yield answer, record
+                    yield answer, None
+
+    def line(self, name: str) -> tuple[Line, str]:
         if not name and len(self.lines) == 1:
             name = next(iter(self.lines))
         if name not in self.lines:
@@ -275,15 +333,15 @@ class _Server:
             )
         return self.lines[name], name
 
-    def _check_key(self, request: Request) -> None:
+    def check_key(self, request: Request) -> None:
         if self.key is None:
             return
         given = request.headers.get("authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {self.key}".encode()):
             raise HTTPException(401, "the API key is missing or wrong")
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        self._check_key(request)
+    async def body(self, request: Request) -> dict[str, Any]:
+        self.check_key(request)
         data = bytearray()
         async for part in request.stream():
             data += part
@@ -298,25 +356,31 @@ class _Server:
         return body
 
 
-class _Answer:
-    """One answer: how it starts, what came of it, and how it is told."""
+class Answer:
+    """One answer: how it starts, and what came of it. index: among those to one request, each of
+    which draws by a seed of its own."""
 
-    def __init__(self, model: Model, asked: Asked, name: str, limits: Limits) -> None:
-        self.model, self.asked, self.name = model, asked, name
-        self.chat = asked.messages is not None
-        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
-        self.created = int(time.time())
+    def __init__(
+        self, model: Model, asked: Asked, name: str, limits: Limits, index: int = 0
+    ) -> None:
+        self.model, self.asked, self.name, self.index = model, asked, name, index
         self.texts: list[str] = []
         self.scores: list[dict[str, Any]] = []
-        self.finish: Any = None
+        self.calls: Sequence[Call] = ()
+        self.finish: Finish | None = None
         self.made = 0
+        self.first_ns = self.last_ns = 0  # when its first and last token were made
         self.config = model.options(**asked.options)
+        if index and self.config.seed is not None:
+            self.config = self.config.but(seed=self.config.seed + index)
         most = min(self.config.max_new_tokens or limits.tokens, limits.tokens)
         self.ids: list[int] = []
         self.has_tools = bool(asked.tools) and asked.tool_choice != "none"
         if not self.has_tools:
             self.ids = (
-                model.prompt_ids(asked.messages)
+                model.prompt_ids(
+                    model.fitting(asked.messages, self.config) if asked.drop else asked.messages
+                )
                 if asked.messages is not None
                 else model.tokenizer.encode(asked.prompt or "", add_special_tokens=True)
             )
@@ -335,8 +399,14 @@ class _Answer:
         self.texts.append(record.text)
         self.finish = record.finish
         self.made += 1
+        self.first_ns, self.last_ns = self.first_ns or record.time_ns, record.time_ns
         if self.config.logprobs:
             self.scores.append(self._score(record))
+
+    def take(self, reply: Reply) -> None:
+        """The same of a whole reply."""
+        self.texts, self.calls, self.finish = [reply.text], reply.calls, reply.finish
+        self.prompt_tokens, self.made = reply.prompt_tokens, len(reply.tokens)
 
     def _score(self, record: Record) -> dict[str, Any]:
         data = self.model.tokenizer.token_bytes(record.token)
@@ -345,82 +415,6 @@ class _Answer:
             "bytes": list(data),
             "logprob": record.logprob,
             "top_logprobs": [],
-        }
-
-    def usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.made,
-            "total_tokens": self.prompt_tokens + self.made,
-        }
-
-    def whole(self) -> dict[str, Any]:
-        text, finish = "".join(self.texts), FINISH[self.finish]
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
-        if not self.chat:
-            return self._body("text_completion", {**choice, "text": text, "logprobs": None})
-        scores = {"content": self.scores} if self.config.logprobs else None
-        message = {"role": "assistant", "content": text}
-        return self._body("chat.completion", {**choice, "message": message, "logprobs": scores})
-
-    def of_reply(self, reply: Reply) -> dict[str, Any]:
-        message = self.delta_of(reply)
-        for call in message.get("tool_calls", []):
-            del call["index"]
-        finish = "tool_calls" if reply.calls else FINISH[reply.finish]
-        choice = {"index": 0, "finish_reason": finish, "message": message, "logprobs": None}
-        return self._body("chat.completion", choice)
-
-    def delta_of(self, reply: Reply) -> dict[str, Any]:
-        self.prompt_tokens, self.made = reply.prompt_tokens, len(reply.tokens)
-        message: dict[str, Any] = {"role": "assistant", "content": reply.text or None}
-        calls = [
-            {
-                "index": at,
-                "id": f"call_{uuid.uuid4().hex[:24]}",
-                "type": "function",
-                "function": {
-                    "name": call.name,
-                    "arguments": json.dumps(call.arguments, ensure_ascii=False),
-                },
-            }
-            for at, call in enumerate(reply.calls)
-        ]
-        return message | ({"tool_calls": calls} if calls else {})
-
-    def event(
-        self, delta: dict[str, Any] | None, finish: str | None, record: Record | None = None
-    ) -> str:
-        """One line of a stream; without a delta, the usage at its end."""
-        choices: list[dict[str, Any]] = []
-        if delta is not None:
-            choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
-            if self.chat:
-                choice["delta"] = delta
-                if record and self.config.logprobs:
-                    choice["logprobs"] = {"content": self.scores[-1:]}
-            else:
-                choice["text"] = delta.get("content", "")
-            choices.append(choice)
-        body: dict[str, Any] = {
-            "id": self.id,
-            "object": "chat.completion.chunk" if self.chat else "text_completion",
-            "created": self.created,
-            "model": self.name,
-            "choices": choices,
-        }
-        if delta is None:
-            body["usage"] = self.usage()
-        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-    def _body(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.name,
-            "choices": [choice],
-            "usage": self.usage(),
         }
 
 
@@ -436,14 +430,16 @@ async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncIterator[s
             yield event
 
 
-def _error(message: str, kind: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+def _said(request: Request, message: str, status: int) -> Response:
+    """What is wrong, in the words of the interface that was asked."""
+    if request.url.path.startswith(ollama.PREFIX):
+        return JSONResponse({"error": message}, status)
+    return JSONResponse(error_body(message, status), status)
 
 
-def _failed(_: Request, error: HTTPException) -> Response:
-    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-    return JSONResponse(_error(str(error.detail), kind), error.status_code)
+def _failed(request: Request, error: HTTPException) -> Response:
+    return _said(request, str(error.detail), error.status_code)
 
 
-def _refused(_: Request, error: PocketSlmError) -> Response:
-    return JSONResponse(_error(str(error), "invalid_request_error"), 400)
+def _refused(request: Request, error: PocketSlmError) -> Response:
+    return _said(request, str(error), 400)

@@ -16,7 +16,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "serve",
         _serve,
-        "answer requests of OpenAI's interface",
+        "answer requests of OpenAI's and Ollama's interfaces, and talk on a page",
         "pocketslm serve out/smollm2 --port 8080",
     )
     parser.add_argument("bundles", nargs="+", type=Path, metavar="BUNDLE")
@@ -34,6 +34,14 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--most-seconds", type=float, default=600.0, help="of one answer")
     parser.add_argument("--most-tokens", type=int, default=4096, help="of one answer")
     parser.add_argument("--most-bytes", type=int, default=4 << 20, help="of one request")
+    parser.add_argument(
+        "--prefix-mb",
+        type=int,
+        default=256,
+        metavar="MB",
+        help="memory for chats that take turns, so that they are not read again (native; default: "
+        "256; 0: none)",
+    )
     add_backend(parser)
     add_threads(parser)
 
@@ -50,6 +58,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             f"serving is not installed ({error}); install it with `pip install pocketslm[serve]`"
         ) from None
     from pocketslm.runtime.model import Model
+    from pocketslm.runtime.prefixes import Prefixes
 
     key = os.environ.get(KEY)
     local = _is_loopback(arguments.host)
@@ -59,12 +68,15 @@ def _serve(arguments: argparse.Namespace) -> None:
             "must send, or listen on 127.0.0.1"
         )
     models: dict[str, Model] = {}
+    prefixes = Prefixes(memory=arguments.prefix_mb << 20)
     for path in arguments.bundles:
         model = Model.load(path, arguments.backend, arguments.threads, parallel=arguments.parallel)
         name = path.resolve().name
         if name in models:
             raise UsageError(f"two bundles have the name {name}")
         models[name] = model
+        if model.keeps_prefixes and arguments.prefix_mb:
+            model.use_prefixes(prefixes)
         say(f"{name}: {model.backend}, context {model.context}, {model.parallel} at once")
     limits = Limits(
         body=arguments.most_bytes,
@@ -73,7 +85,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         tokens=arguments.most_tokens,
     )
     hosts = ["localhost", "127.0.0.1"] if local else None
-    say(f"http://{arguments.host}:{arguments.port}/v1; Ctrl-C ends")
+    say(f"http://{arguments.host}:{arguments.port}/ (OpenAI's interface: /v1); Ctrl-C ends")
     uvicorn.run(
         application(models, limits, key=key, hosts=hosts),
         host=arguments.host,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pocketslm.errors import UsageError
+from pocketslm.runtime.generation import Finish
 
+# Why an answer ended, in OpenAI's words and Ollama's.
+FINISH: dict[Finish | None, str] = {"eos": "stop", "stop": "stop", None: "stop"}
+FINISH |= {"length": "length", "context": "length"}
 MOST_STOPS = 4
+MOST_ANSWERS = 8
 # Fields that change nothing here, and may have any value.
 UNUSED = {"user", "store", "metadata", "safety_identifier", "prompt_cache_key"}
 # Fields that may have only the value that changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "top_logprobs": (0,),
     "presence_penalty": (0,),
@@ -28,7 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, read. chat: messages, or a text to continue."""
+    """A request, read: messages, or a prompt that is a text to continue."""
 
     model: str
     messages: list[dict[str, Any]] | None
@@ -38,12 +42,20 @@ class Asked:
     tool_choice: str = "auto"
     stream: bool = False
     usage: bool = False  # also at the end of a stream
+    count: int = 1  # of answers
+    drop: bool = False  # the oldest turns, where they do not fit
 
 
-class _Fields:
+class Fields:
     """A body whose fields are taken by type; what nobody takes is refused by name."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        body: Mapping[str, Any],
+        unused: Collection[str],
+        neutral: Mapping[str, tuple[Any, ...]],
+    ) -> None:
+        self._unused, self._neutral = unused, neutral
         self._left = {name: value for name, value in body.items() if value is not None}
 
     def take(self, name: str, kind: type | tuple[type, ...], otherwise: Any = None) -> Any:
@@ -55,15 +67,16 @@ class _Fields:
 
     def finish(self) -> None:
         for name, value in self._left.items():
-            if name in UNUSED or value in NEUTRAL.get(name, ()):
+            values = self._neutral.get(name, ())
+            if name in self._unused or value in values:
                 continue
-            what = f" other than {NEUTRAL[name][0]!r}" if NEUTRAL.get(name) else ""
+            what = f" other than {values[0]!r}" if values else ""
             raise UsageError(f"{name!r}{what} is not supported")
 
 
 def read_chat(body: Mapping[str, Any]) -> Asked:
     """A body of ``/v1/chat/completions``. Raises UsageError."""
-    fields = _Fields(body)
+    fields = Fields(body, UNUSED, NEUTRAL)
     messages = fields.take("messages", list)
     if not messages:
         raise UsageError("'messages' must be a list with a message")
@@ -75,7 +88,7 @@ def read_chat(body: Mapping[str, Any]) -> Asked:
     options |= _format(fields.take("response_format", dict))
     logprobs = fields.take("logprobs", bool, False)
     fields.finish()
-    texts = [_message(message) for message in messages]
+    texts = [read_message(message) for message in messages]
     options |= {"logprobs": logprobs}
     return Asked(
         messages=texts,
@@ -89,7 +102,7 @@ def read_chat(body: Mapping[str, Any]) -> Asked:
 
 def read_completion(body: Mapping[str, Any]) -> Asked:
     """A body of ``/v1/completions``. Raises UsageError."""
-    fields = _Fields(body)
+    fields = Fields(body, UNUSED, NEUTRAL)
     prompt = fields.take("prompt", (str, list))
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
@@ -102,7 +115,7 @@ def read_completion(body: Mapping[str, Any]) -> Asked:
 
 def read_embeddings(body: Mapping[str, Any]) -> tuple[str, list[str], str]:
     """A body of ``/v1/embeddings``: the model, the texts and their encoding. Raises UsageError."""
-    fields = _Fields(body)
+    fields = Fields(body, UNUSED, NEUTRAL)
     model = fields.take("model", str, "")
     texts = fields.take("input", (str, list))
     encoding = fields.take("encoding_format", str, "float")
@@ -115,7 +128,7 @@ def read_embeddings(body: Mapping[str, Any]) -> tuple[str, list[str], str]:
     return model, texts, encoding
 
 
-def _common(fields: _Fields) -> tuple[dict[str, Any], dict[str, Any]]:
+def _common(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
     stop = fields.take("stop", (str, list), [])
     stops = [stop] if isinstance(stop, str) else stop
     if len(stops) > MOST_STOPS or not all(isinstance(text, str) and text for text in stops):
@@ -130,7 +143,11 @@ def _common(fields: _Fields) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": fields.take("seed", int),
         "stop": stops or None,
     }
+    count = fields.take("n", int, 1)
+    if not 1 <= count <= MOST_ANSWERS:
+        raise UsageError(f"'n' is {count}, expected 1 to {MOST_ANSWERS}")
     common = {
+        "count": count,
         "model": fields.take("model", str, ""),
         "stream": fields.take("stream", bool, False),
         "usage": shown.get("include_usage") is True,
@@ -159,7 +176,7 @@ def _member(value: dict[str, Any], *names: str) -> Any:
     return inside
 
 
-def _message(message: Any) -> dict[str, Any]:
+def read_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UsageError("each of 'messages' must have a role")
     out = {name: value for name, value in message.items() if value is not None}

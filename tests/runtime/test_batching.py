@@ -171,8 +171,7 @@ def test_a_change_of_the_session_waits_for_answers(several: Model) -> None:
 
     thread = threading.Thread(target=change)
     thread.start()
-    for _ in running:
-        order.append("made")
+    order.extend("made" for _ in running)
     thread.join()
     # The last step is given when the turn is over.
     assert order[:48] == ["made"] * 48

@@ -7,71 +7,21 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import uvicorn
+from server_support import HI, SCHEMA, Running, serving, write_tiny
 
-import support
-from pocketslm.export.pipeline import export_bundle
-from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
-from pocketslm.runtime.server.app import Limits, application
-
-TEMPLATE = """{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}
-{% for m in messages %}{{ m.role }}: {{ m.content }}
-{% endfor %}"""
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "yes": {"type": "boolean"},
-        "n": {"type": "integer", "minimum": 0, "maximum": 9},
-    },
-    "required": ["yes", "n"],
-    "additionalProperties": False,
-}
-HI: Any = [{"role": "user", "content": "hi"}]
-
-
-@dataclass
-class Running:
-    port: int
-    model: Model
-    client: openai.OpenAI
+from pocketslm.runtime.server.app import Limits
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("server")
-    config = replace(support.TINY, max_position_embeddings=2048)
-    checkpoint = support.write_hf(folder / "hf", config)
-    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
-    export_bundle(open_checkpoint(checkpoint), folder / "bundle")
-    return folder / "bundle"
-
-
-def serving(model: Model, limits: Limits, key: str | None = None) -> Iterator[Running]:
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    port = listening.getsockname()[1]
-    app = application({"tiny": model}, limits, key=key, hosts=["localhost", "127.0.0.1"])
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    client = openai.OpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key=key or "none", max_retries=0
-    )
-    with client:
-        yield Running(port, model, client)
-    server.should_exit = True
-    thread.join()
-    listening.close()
+    return write_tiny(tmp_path_factory.mktemp("server"))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +78,26 @@ def test_logprobs_and_stop(server: Running) -> None:
     assert stopped.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers(server: Running, stream: bool) -> None:
+    options: dict[str, Any] = {"temperature": 0.9, "max_tokens": 6, "n": 3, "seed": 4}
+    made: Any = server.client.chat.completions.create(
+        model="tiny", messages=HI, stream=stream, **options
+    )
+    texts = ["", "", ""]
+    if stream:
+        for chunk in made:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    else:
+        for choice in made.choices:
+            texts[choice.index] = choice.message.content
+        assert made.usage.completion_tokens == 18
+    for number, text in enumerate(texts):
+        ours = server.model.reply(HI, temperature=0.9, max_new_tokens=6, seed=4 + number)
+        assert text == ours.text
+
+
 def test_a_text_is_continued(server: Running) -> None:
     made = server.client.completions.create(model="tiny", prompt="the inner", max_tokens=5)
     config = GenerationConfig(max_new_tokens=5)
@@ -172,7 +142,7 @@ def test_what_is_wrong_is_said(server: Running) -> None:
     create: Any = server.client.chat.completions.create
     for wrong, message in (
         ({"messages": []}, "'messages' must be"),
-        ({"messages": HI, "n": 2}, "'n' other than 1"),
+        ({"messages": HI, "n": 9}, "'n' is 9, expected 1 to 8"),
         ({"messages": HI, "temperature": -1}, "temperature"),
         ({"messages": HI, "stop": ["a"] * 9}, "'stop' must be"),
         ({"messages": HI, "extra_body": {"tempature": 1}}, "'tempature' is not supported"),
