@@ -330,7 +330,8 @@ pslm_status pslm_forward(pslm_session* session, const int32_t* tokens, size_t co
   if (rows && (!logits || capacity / session->engine.model().output_size() < rows))
     return report(error, PSLM_ERROR_ARGUMENT, "the logits buffer is too small");
   return enter(session, error, [&](Session& engine) {
-    if (const pslm_status status = check_tokens(engine, engine.length(), tokens, count, error)) return status;
+    if (const pslm_status status = check_tokens(engine, engine.length(), tokens, count, error))
+      return status;
     engine.forward(tokens, count, which, logits);
     return check_logits(engine, error);
   });
@@ -351,7 +352,8 @@ pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, si
                       std::to_string(count));
   if (const pslm_status status = check_head(session->engine, error)) return status;
   return enter(session, error, [&](Session& engine) {
-    if (const pslm_status status = check_tokens(engine, engine.length(), tokens, count, error)) return status;
+    if (const pslm_status status = check_tokens(engine, engine.length(), tokens, count, error))
+      return status;
     engine.forward_greedy(tokens, count, following, next);
     return check_logits(engine, error);
   });
@@ -419,7 +421,8 @@ pslm_status pslm_forward_top(pslm_session* session, const int32_t* tokens, size_
                   "the " + std::to_string(top) + " most probable tokens of " +
                       std::to_string(vocabulary));
   return enter(session, error, [&](Session& engine) {
-    if (const pslm_status status = check_tokens(engine, engine.length(), tokens, count, error)) return status;
+    if (const pslm_status status = check_tokens(engine, engine.length(), tokens, count, error))
+      return status;
     *log_total = engine.forward_top(tokens, count, top, best, logits);
     return check_logits(engine, error);
   });
