@@ -128,15 +128,18 @@ class Line:
                 put(error)
 
         working = loop.run_in_executor(self._threads, work)
+        # One timer for all: to wait for each record with one of its own costs more than to send it.
+        late = loop.call_later(until - time.monotonic(), ready.put_nowait, TimeoutError())
         try:
             while True:
-                item = await asyncio.wait_for(ready.get(), until - time.monotonic())
+                item = await ready.get()
                 if item is None:
                     return
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
+            late.cancel()
             over.set()
             await asyncio.shield(working)  # the seat is free only then
 
