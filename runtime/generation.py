@@ -282,7 +282,8 @@ class Engine:
     def keep_prefix(self, tokens: Sequence[int], name: str) -> bool:
         """Read the beginning of prompts and keep its state; whether there was place for it."""
         self._open()
-        ids = _whole(tokens)
+        if not (ids := _whole(tokens)):
+            raise UsageError("the prefix is empty, expected at least one token")
         with self._turns.turn():
             if self.keeping is None:
                 raise UsageError("there is no place for prefixes; load the model with prefixes=")
