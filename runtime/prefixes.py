@@ -251,7 +251,8 @@ def _named(name: str) -> str:
 
 def _checksum(tokens: Ids, data: bytes | memoryview) -> int:
     """Tells a file that was cut or changed, in less than a token's time."""
-    return zlib.crc32(data, zlib.crc32(tokens.data))
+    sizes = f"{len(tokens)} {len(data)}".encode()
+    return zlib.crc32(data, zlib.crc32(tokens.data, zlib.crc32(sizes)))
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ def _read(path: Path, identity: Identity) -> _File:
     at, size = len(line) + 1, 4 * header.tokens
     if header.identity != identity or (header.format, header.version) != (FORMAT, VERSION):
         raise ValueError("of something else")
-    if header.tokens < 0 or len(data) != at + size + header.bytes:
+    if min(header.tokens, header.bytes) < 0 or len(data) != at + size + header.bytes:
         raise ValueError("cut")
     tokens = np.frombuffer(data[at : at + size], np.int32)
     return _File(path, State(identity, tokens, data[at + size :]), header.crc32)
