@@ -511,8 +511,10 @@ class Engine:
     def keep_prefix(self, tokens: Sequence[int], name: str) -> bool:
         """Read the beginning of prompts and keep its state; whether there was place for it."""
         self._open()
-        ids, keeping = whole(tokens), self.cache.keeping
+        if not (ids := whole(tokens)):
+            raise UsageError("the prefix is empty, expected at least one token")
         with self._turns.turn():
+            keeping = self.cache.keeping
             if keeping is None:
                 raise UsageError("there is no place for prefixes; load the model with prefixes=")
             if keeping.keeps(ids, name):

@@ -87,6 +87,13 @@ def shared(one: Sequence[int] | Ids, other: Sequence[int] | Ids) -> int:
     return int(differ[0]) if differ.size else count
 
 
+def _ids(tokens: Sequence[int]) -> Ids:
+    try:
+        return np.asarray(tokens, np.int32)
+    except OverflowError:
+        raise UsageError("a token id is beyond 32 bits, expected one of the vocabulary") from None
+
+
 class Prefixes:
     """States of prompts, of any models, for any threads and processes.
 
@@ -199,10 +206,8 @@ class Prefixes:
 
     def _path(self, identity: Identity, tokens: Ids, name: str) -> Path:
         assert self.folder is not None
-        if not _NAME.fullmatch(name):
-            raise UsageError(f"a prefix is called {name!r}, expected letters, digits, - and _")
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
-        return self.folder / f"{name}.{identity.digest}.{digest}{SUFFIX}"
+        return self.folder / f"{_named(name)}.{identity.digest}.{digest}{SUFFIX}"
 
     def _files(self, identity: Identity, name: str = "*") -> Iterator[_File]:
         """The folder's states of one identity; those that are none are removed."""
@@ -234,13 +239,20 @@ class Prefixes:
 
 def forget(folder: Path | None, name: str) -> None:
     """Remove what a folder of prefixes has under a name, also where it is not all written yet."""
-    for path in folder.rglob(f"{name}.*{SUFFIX}") if folder is not None else ():
+    for path in folder.rglob(f"{_named(name)}.*{SUFFIX}") if folder is not None else ():
         path.unlink(missing_ok=True)
+
+
+def _named(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"a prefix is called {name!r}, expected letters, digits, - and _")
+    return name
 
 
 def _checksum(tokens: Ids, data: bytes | memoryview) -> int:
     """Tells a file that was cut or changed, in less than a token's time."""
-    return zlib.crc32(data, zlib.crc32(tokens.data))
+    sizes = f"{len(tokens)} {len(data)}".encode()
+    return zlib.crc32(data, zlib.crc32(tokens.data, zlib.crc32(sizes)))
 
 
 @dataclass(frozen=True)
@@ -280,7 +292,7 @@ def _read(path: Path, identity: Identity) -> _File:
     at, size = len(line) + 1, 4 * header.tokens
     if header.identity != identity or (header.format, header.version) != (FORMAT, VERSION):
         raise ValueError("of something else")
-    if header.tokens < 0 or len(data) != at + size + header.bytes:
+    if min(header.tokens, header.bytes) < 0 or len(data) != at + size + header.bytes:
         raise ValueError("cut")
     tokens = np.frombuffer(data[at : at + size], np.int32)
     return _File(path, State(identity, tokens, data[at + size :]), header.crc32)
@@ -304,7 +316,7 @@ class Keeping:
         least = reach + LEAST
         if len(ids) <= least:
             return None
-        found = self.store.find(self._identity, np.asarray(ids[:-1], np.int32), least)
+        found = self.store.find(self._identity, _ids(ids[:-1]), least)
         if found is None:
             return None
         try:
@@ -316,7 +328,7 @@ class Keeping:
 
     def keeps(self, tokens: Sequence[int], name: str) -> bool:
         """Whether there is nothing to do for :meth:`keep`."""
-        ids = np.asarray(tokens, np.int32)
+        ids = _ids(tokens)
         if self.store.folder is None:
             return self.store.holds(self._identity, ids)
         return self.store.keeps(self._identity, ids, name)
@@ -331,17 +343,17 @@ class Keeping:
     def keep_prompt(self, tokens: Sequence[int]) -> None:
         """Keep the state after a prompt, if the store is to keep prompts and lacks much of it."""
         if self.store.prompts:
-            ids = np.asarray(tokens, np.int32)
+            ids = _ids(tokens)
             lacking = ids.size - self.store.known(self._identity, ids)
             if lacking >= max(LEAST, ids.size // 8):
                 self.keep(tokens)
 
     def _hold(self, tokens: Sequence[int]) -> None:
         """Keep the session's state in memory."""
-        ids = np.asarray(tokens, np.int32)
+        ids = _ids(tokens)
         if self._session.length == ids.size and not self.store.holds(self._identity, ids):
             self.store.hold(self._state(tokens))
 
     def _state(self, tokens: Sequence[int]) -> State:
-        ids = np.asarray(tokens, np.int32)
+        ids = _ids(tokens)
         return State(self._identity, ids, self._session.save())

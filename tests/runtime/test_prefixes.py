@@ -287,7 +287,7 @@ import numpy as np
 from pathlib import Path
 from pocketslm.runtime.prefixes import Identity, Prefixes, State
 store, of, found = Prefixes(sys.argv[1], disk=35_000), Identity("model", "", "engine", False), 0
-for step in range(100):
+for step in range(60):
     number = (step * int(sys.argv[2])) % 7
     tokens = np.full(100, number, np.int32)
     state = store.find(of, tokens, 1)
@@ -327,8 +327,15 @@ def test_what_cannot_be_is_an_error(
     model = load(bundle("fp16"), tmp_path)
     with pytest.raises(UsageError, match="expected letters"):
         model.keep_prefix(IDS, "../x")
+    with pytest.raises(UsageError, match="expected letters"):
+        Prefixes(tmp_path).forget("*")
     with pytest.raises(UsageError, match="at least one token"):
         model.keep_prefix([])
+    for ids in ([2**40] * 50, [-1] * 50, [10_000] * 50):
+        with pytest.raises(UsageError, match=r"token id"):
+            answer(model, ids)
+        with pytest.raises(UsageError, match=r"token id"):
+            model.keep_prefix(ids)
 
 
 def test_the_command_line_keeps_prefixes(
