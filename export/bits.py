@@ -125,7 +125,9 @@ def _rounded(bench: Any, recipe: Recipe) -> tuple[Any, dict[str, Weight]]:
     def spec(name: str) -> Spec | None:
         return recipe.spec(name, quantized=False)
 
-    stored = quantize_layers(model, bench.calibration, spec, recipe.fit, use_gptq=recipe.use_gptq)
+    stored = dict(
+        quantize_layers(model, bench.calibration, spec, recipe.fit, use_gptq=recipe.use_gptq)
+    )
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and not name.startswith(LAYERS):
             stored[name] = recipe.apply(name, parameter.cpu().numpy())

@@ -138,7 +138,11 @@ def add_commands(commands: Commands) -> None:
         help="tokens at the text's start that are left for `eval` (default: 8192)",
     )
     parser.add_argument("--steps", type=int, help="(default: 200)")
-    parser.add_argument("--batch", type=int, help="sequences a step (default: 4)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="sequences a step, of all processes that `torchrun` started (default: 4)",
+    )
     parser.add_argument("--sequence", type=int, help="tokens each (default: 256)")
     parser.add_argument("--learning-rate", type=float, help="(default: 0.0002)")
     parser.add_argument(
@@ -469,25 +473,33 @@ def _methods(arguments: argparse.Namespace) -> None:
 def _heal(arguments: argparse.Namespace) -> None:
     from pocketslm.export.heal import HealConfig, heal_folder
     from pocketslm.export.source import open_source
+    from pocketslm.export.team import joined
     from pocketslm.models.catalog import resolve
 
     if arguments.adaptive is None:
         refuse(arguments, "without --adaptive", "stages")
     start = time.perf_counter()
-    with Progress() as progress:
+    with joined() as team, Progress() as progress:
+        tell = say if team.leads else lambda message: None
         losses = heal_folder(
-            open_source(arguments.student, say),
-            open_source(arguments.teacher, say),
-            resolve(arguments.text, say),
+            open_source(arguments.student, tell),
+            open_source(arguments.teacher, tell),
+            resolve(arguments.text, tell),
             arguments.out,
             HealConfig(**chosen(arguments, HealConfig)),
             held_out=arguments.held_out,
             progress=lambda step, steps, kl: progress(f"heal, KL {kl:.3f}", step / steps),
+            team=team,
         )
+    if not team.leads:
+        return
     seconds = time.perf_counter() - start
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-    show(f"{arguments.out}: KL {first:.3f} -> {last:.3f} nats on its text in {seconds:.0f} s")
+    among = f" in {team.size} processes" if team.size > 1 else ""
+    show(
+        f"{arguments.out}: KL {first:.3f} -> {last:.3f} nats on its text in {seconds:.0f} s{among}"
+    )
 
 
 def _delta(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,8 @@ gone, the distance of their last hidden states, weighted so that both terms coun
 weights learn, or low-rank updates alone (LoRA, https://arxiv.org/abs/2106.09685; SPP's where the
 student is sparse), which are merged at the end; a sparse student keeps its zeros. A run stopped at
 any moment goes on from its last checkpoint and ends in the same weights as one that was never
-stopped.
+stopped. Several processes that ``torchrun`` started draw the same sequences as one, share them, and
+end in the same weights up to rounding.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.nn.utils import parametrize
 from pocketslm.errors import UsageError
 from pocketslm.export.prune import adaptive, sparse, width
 from pocketslm.export.prune.pruned import Changed
+from pocketslm.export.team import Team, alone
 from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.hf_writer import save_hf
@@ -89,14 +91,23 @@ def heal(
     work: Path,
     config: HealConfig,
     progress: Callable[[int, int, float], None] = lambda step, steps, kl: None,
+    team: Team | None = None,
 ) -> tuple[Any, list[float]]:
     """Train ``student`` on the teacher's answers to ``ids`` [tokens]; model and KL of every step.
 
     ``work``: a folder for the checkpoint that an interrupted run goes on from; it is the caller's
     to remove. ``progress`` gets the steps done, all of them, and the last KL in nats a token. Runs
-    on a GPU where torch finds one. Raises UsageError where the two models' vocabularies differ, the
-    text is shorter than a sequence, or ``work`` belongs to another run.
+    on a GPU where torch finds one. ``team``: the processes that share the sequences of each step;
+    all see ``work``, one writes there and tells the progress. Raises UsageError where the two
+    models' vocabularies differ, the batch cannot be shared evenly, the text is shorter than a
+    sequence, or ``work`` belongs to another run.
     """
+    team = team or alone()
+    if config.batch % team.size:
+        raise UsageError(
+            f"a step of {config.batch} sequences does not divide among {team.size} processes; "
+            f"give --batch a multiple of {team.size}"
+        )
     for model in (student, teacher):
         model.config.need_head("heal")
         model.config.need_own_layers("heal")
@@ -107,21 +118,26 @@ def heal(
         )
     if len(ids) <= config.sequence:
         raise UsageError(f"the text has {len(ids)} tokens, expected more than {config.sequence}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
-    run = _Run(student, teacher, config, device)
+    run = _Run(student, teacher, config, team)
     state = work / STATE
     identity = _identity(student, teacher, ids, config)
     if state.exists():
         run.restore(state, identity)
+    if team.the_leaders(run.step) != run.step:
+        raise UsageError(
+            f"a process of this run does not see the checkpoint in {work}; expected a folder that "
+            "all nodes share"
+        )
     while run.step < config.steps:
         if config.adaptive is not None and (stage := _stage_at(config, run.step)):
             examples = _batch(ids, replace(config, batch=CALIBRATION), run.step)
-            run.prune(examples.to(device), config.adaptive * stage / config.stages)
-        kl = run.advance(_batch(ids, config, run.step).to(device))
-        if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+            run.prune(examples.to(team.device), config.adaptive * stage / config.stages)
+        kl = run.advance(team.share(_batch(ids, config, run.step)).to(team.device))
+        if team.leads and (run.step % config.checkpoint_every == 0 or run.step == config.steps):
             run.save(state, identity)
-        progress(run.step, config.steps, kl)
+        if team.leads:
+            progress(run.step, config.steps, kl)
     return run.merged(), run.losses
 
 
@@ -134,6 +150,7 @@ def heal_folder(
     *,
     held_out: int = 0,
     progress: Callable[[int, int, float], None] = lambda step, steps, kl: None,
+    team: Team | None = None,
 ) -> list[float]:
     """:func:`heal` on a text without its first ``held_out`` tokens, into a Hugging Face folder.
 
@@ -147,10 +164,11 @@ def heal_folder(
     files = student.tokenizer_files()
     ids = np.asarray(load_tokenizer_files(files).encode(content)[held_out:], np.int64)
     work = out.with_name(f".{out.name}.healing")
-    model, losses = heal(student, teacher, ids, work, config, progress)
-    save_hf(student, work / "model", model)
-    (work / "model").rename(out)
-    shutil.rmtree(work)
+    model, losses = heal(student, teacher, ids, work, config, progress, team)
+    if team is None or team.leads:
+        save_hf(student, work / "model", model)
+        (work / "model").rename(out)
+        shutil.rmtree(work)
     return losses
 
 
@@ -158,9 +176,10 @@ class _Run:
     """Student, teacher, optimizer and how far they have come."""
 
     def __init__(
-        self, student: Checkpoint, teacher: Checkpoint, config: HealConfig, device: torch.device
+        self, student: Checkpoint, teacher: Checkpoint, config: HealConfig, team: Team
     ) -> None:
-        self.config, self.device, self.checkpoint = config, device, student
+        self.config, self.team, self.checkpoint = config, team, student
+        device = team.device
         self.kept = adaptive.everything(student.config)
         self.step = 0
         self.losses: list[float] = []
@@ -172,32 +191,35 @@ class _Run:
                 keep_zeros(self.student)
         else:
             add_lora(self.student, config.lora_rank, sparse.Spp if student.sparse else LowRank)
-        self.trained = [p for p in self.student.parameters() if p.requires_grad]
-        self.projection: nn.Linear | None = None
+        projection: nn.Linear | None = None
         if config.hidden:
             sizes = student.config.hidden_size, teacher.config.hidden_size
-            self.projection = nn.Linear(*sizes, bias=False, device=device)
-            nn.init.eye_(self.projection.weight)
-            self.trained += list(self.projection.parameters())
+            projection = nn.Linear(*sizes, bias=False, device=device)
+            nn.init.eye_(projection.weight)
+        distances = _Distances(self.student, projection)
+        self.trained = [p for p in distances.parameters() if p.requires_grad]
+        self.distances = team.together(distances)
         self.optimizer = torch.optim.AdamW(self.trained, weight_decay=0.0, betas=(0.9, 0.95))
 
     def prune(self, ids: Tensor, share: float) -> None:
         """Silence parts until ``share`` of the whole student is gone."""
-        self.kept = adaptive.prune(self.student, self.kept, ids, share)
+        leads = self.team.leads  # others might round to another choice
+        kept = adaptive.prune(self.student, self.kept, ids, share) if leads else None
+        self.kept = self.team.the_leaders(kept)
+        adaptive.silence(self.student, self.kept)
 
     def advance(self, ids: Tensor) -> float:
-        """One step on ids [batch, sequence]; the KL before it."""
+        """One step on this process's ids [batch, sequence]; the whole batch's KL before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        with torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.config.bf16):
             with torch.no_grad():
                 target, target_hidden = _forward(self.teacher, ids)
-            logits, hidden = _forward(self.student, ids)
-        kl = forward_kl(target, logits)
-        loss = kl
-        if self.projection is not None:
-            distance = F.mse_loss(self.projection(hidden.float()), target_hidden.float())
-            loss = kl + (kl.detach() / distance.detach().clamp_min(1e-12)) * distance
+            own = self.distances(ids, target, target_hidden)
+        kl, *distance = self.team.mean(own)
+        loss = own[0]
+        if distance:
+            loss = loss + (kl / distance[0].clamp_min(1e-12)) * own[1]
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
@@ -227,7 +249,7 @@ class _Run:
         aside.replace(path)
 
     def restore(self, path: Path, identity: str) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = torch.load(path, map_location=self.team.device, weights_only=True)
         if state["identity"] != identity:
             raise UsageError(
                 f"{path.parent} holds a run with another model, text or setting; remove it to "
@@ -251,6 +273,22 @@ class _Run:
             return model
         narrow = width.Narrowed(Changed(self.checkpoint, model, "trained"), self.kept)
         return load_reference(narrow, self.config.sequence)
+
+
+class _Distances(nn.Module):
+    """How far a student is from what its teacher says: KL and, with a projection, hidden states."""
+
+    def __init__(self, student: Any, projection: nn.Linear | None) -> None:
+        super().__init__()
+        self.student, self.projection = student, projection
+
+    def forward(self, ids: Tensor, target: Tensor, target_hidden: Tensor) -> list[Tensor]:
+        logits, hidden = _forward(self.student, ids)
+        with torch.autocast(ids.device.type, enabled=False):
+            found = [forward_kl(target, logits)]
+            if self.projection is not None:
+                found.append(F.mse_loss(self.projection(hidden.float()), target_hidden.float()))
+        return found
 
 
 class LowRank(nn.Module):

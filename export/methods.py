@@ -179,13 +179,15 @@ def _quantized(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
         def spec(name: str) -> Spec | None:
             return recipe.spec(name, quantized=False)
 
-        stored = quantize_layers(
-            model,
-            bench.calibration if method not in _WITHOUT_DATA else bench.calibration[:1, :2],
-            spec,
-            recipe.fit,
-            use_awq=recipe.use_awq,
-            use_gptq=recipe.use_gptq,
+        stored = dict(
+            quantize_layers(
+                model,
+                bench.calibration if method not in _WITHOUT_DATA else bench.calibration[:1, :2],
+                spec,
+                recipe.fit,
+                use_awq=recipe.use_awq,
+                use_gptq=recipe.use_gptq,
+            )
         )
         if recipe.use_tune:
             stored = tune(model, bench.model(), bench.calibration, stored, spec)

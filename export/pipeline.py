@@ -7,9 +7,8 @@ import logging
 import os
 import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +21,7 @@ from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
+from pocketslm.export.shelf import Shelf, StoredWeights, need_room
 from pocketslm.export.tokenizer import settled
 from pocketslm.folders import published
 from pocketslm.models.checkpoint import (
@@ -29,11 +29,10 @@ from pocketslm.models.checkpoint import (
     HEAD,
     Checkpoint,
     checkpoint_sha256,
-    read_weight,
 )
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.pooling import MODULES
-from pocketslm.models.tensors import QuantTensor, Weight
+from pocketslm.models.tensors import QuantTensor
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
 from pocketslm.runtime.config import generation_defaults
@@ -81,7 +80,7 @@ def export_bundle(
     if out.exists() and not (overwrite and (out / MANIFEST).exists()):
         hint = "use --overwrite to replace it" if (out / MANIFEST).exists() else "choose another"
         raise ExportError(f"{out} exists already; {hint}")
-    with published(out, replace=overwrite, say=say) as folder:
+    with published(out, replace=overwrite, say=say) as folder, ExitStack() as stack:
         files, notes = settled(
             checkpoint.tokenizer_files(),
             checkpoint.config.vocab_size,
@@ -93,12 +92,15 @@ def export_bundle(
         recipe, ids = _calibration(recipe, folder)
         if recipe.neurons is not None:
             checkpoint = _with_neurons(checkpoint, ids, recipe.neurons)
-        prepared = {} if ids is None else _quantized(checkpoint, recipe, ids, progress)
+        need_room(checkpoint, recipe, folder)
+        shelf = stack.enter_context(closing(Shelf(folder)))
+        if ids is not None:
+            _quantize(checkpoint, recipe, ids, shelf, progress)
         assert recipe.targets is not None
         (folder / RECIPE_FILE).write_text(recipe.to_toml())
         for adapter in adapters:
             _carry(checkpoint, adapter, recipe, folder)
-        stored = _StoredWeights(checkpoint, recipe, prepared)
+        stored = StoredWeights(checkpoint, recipe, shelf)
         assert recipe.context is not None
         progress("trace", 0.0)
         traced = trace(checkpoint.config, recipe.context)
@@ -170,31 +172,40 @@ def _with_neurons(checkpoint: Checkpoint, ids: Any, neurons: int) -> Checkpoint:
     return width.Narrowed(checkpoint, width.keep_top(importance, neurons=neurons))
 
 
-def _quantized(
-    checkpoint: Checkpoint, recipe: Recipe, ids: Any, progress: Progress
-) -> dict[str, Weight]:
-    """The weights that calibration on ``ids`` decides."""
+def _quantize(
+    checkpoint: Checkpoint, recipe: Recipe, ids: Any, shelf: Shelf, progress: Progress
+) -> None:
+    """Put the weights on the shelf that calibration on ``ids`` decides.
+
+    They come layer by layer, from a model that has one of them in memory at a time; to tune the
+    whole, it must be there whole, twice.
+    """
+    import torch
+
     from pocketslm.export.quantize.calibration import quantize_layers
     from pocketslm.export.quantize.tune import tune
-    from pocketslm.models.reference import load_reference
+    from pocketslm.models.reference import Layers, load_reference
 
     def spec(name: str) -> Spec | None:
         return recipe.spec(name, quantized=isinstance(checkpoint.weight(name), QuantTensor))
 
-    model = load_reference(checkpoint, ids.shape[1])
-    stored = quantize_layers(
-        model,
-        ids,
-        spec,
-        recipe.fit,
-        use_awq=recipe.use_awq,
-        use_gptq=recipe.use_gptq,
-        progress=lambda fraction: progress("quantize", fraction),
-    )
+    window = ids.shape[1]
+    options: dict[str, Any] = {
+        "use_awq": recipe.use_awq,
+        "use_gptq": recipe.use_gptq,
+        "progress": lambda fraction: progress("quantize", fraction),
+    }
     if recipe.use_tune:
-        teacher = load_reference(checkpoint, ids.shape[1])
-        stored = tune(model, teacher, ids, stored, spec, lambda share: progress("tune", share))
-    return stored
+        model, teacher = (load_reference(checkpoint, window) for _ in range(2))
+        rounded = dict(quantize_layers(model, ids, spec, recipe.fit, **options))
+        tuned = tune(model, teacher, ids, rounded, spec, lambda share: progress("tune", share))
+        weights = iter(tuned.items())
+    else:
+        tokens, ids = torch.unique(ids, return_inverse=True)
+        layers = Layers(TrimmedVocabulary(checkpoint, tokens.tolist()), window)
+        weights = quantize_layers(layers.model, ids, spec, recipe.fit, hold=layers.held, **options)
+    for name, weight in weights:
+        shelf[name] = weight
 
 
 def _carry(checkpoint: Checkpoint, adapter: Path, recipe: Recipe, folder: Path) -> None:
@@ -222,52 +233,8 @@ def update_manifest(folder: Path, manifest: Manifest) -> None:
     aside.replace(folder / MANIFEST)
 
 
-class _StoredWeights:
-    """Reads weights as the recipe stores them, and keeps count of what came of them.
-
-    Quantized ones are kept in memory, so that a second lowering, or a tied head, does not read and
-    round them again; float ones are large and cheap to read.
-    """
-
-    def __init__(
-        self, checkpoint: Checkpoint, recipe: Recipe, prepared: Mapping[str, Weight]
-    ) -> None:
-        self.checkpoint, self.recipe, self.prepared = checkpoint, recipe, prepared
-        self.bytes_by_scheme: Counter[str] = Counter()
-        self.notes: list[str] = []
-        self._seen: set[str] = set()
-        self._quantized: dict[str, QuantTensor] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...]) -> Weight:
-        if name in self._quantized:
-            return self._quantized[name]
-        source = read_weight(self.checkpoint, name, shape)
-        weight = self.prepared.get(name)
-        if weight is None:
-            weight = self.recipe.apply(name, source)
-        if name not in self._seen:
-            self._seen.add(name)
-            scheme = weight.scheme if isinstance(weight, QuantTensor) else self.recipe.dtype
-            self.bytes_by_scheme[scheme] += weight.nbytes
-            self._note(source, weight)
-        if isinstance(weight, QuantTensor):
-            self._quantized[name] = weight
-        return weight
-
-    def _note(self, source: Weight, weight: Weight) -> None:
-        """Say where something was lost, once for each way of losing it."""
-        if not isinstance(weight, QuantTensor) or weight is source:
-            return
-        was = source.scheme if isinstance(source, QuantTensor) else "float"
-        note = f"{was} weights were rounded to {weight.scheme}"
-        if weight.group_size != self.recipe.group_size:
-            note += f" (rows do not divide into groups of {self.recipe.group_size})"
-        if note not in self.notes:
-            self.notes.append(note)
-
-
 def _lower_native(
-    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``model.slm``, with tokenizer and chat template inside where the runner covers them."""
     from pocketslm.export.lower import native
@@ -298,7 +265,7 @@ def _lower_native(
 
 
 def _lower_onnx(
-    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``model.onnx``, its data, and ``genai_config.json`` of a model that generates text."""
     from pocketslm.export.lower import onnx
@@ -321,7 +288,7 @@ def _lower_onnx(
 
 
 def _lower_onnx_native(
-    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``pocketslm.onnx`` over the ``model.slm`` that is there already."""
     from pocketslm.export.lower import onnx_native
@@ -331,7 +298,7 @@ def _lower_onnx_native(
 
 
 def _lower_executorch(
-    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``model.pte``, which ExecuTorch's LLM runner takes with the ``tokenizer.json`` beside it."""
     bos, eos = _ends(folder)
@@ -364,7 +331,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _lower_executorch_native(
-    traced: Traced, recipe: Recipe, weights: _StoredWeights, folder: Path, progress: Progress
+    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
 ) -> Graph:
     """``pocketslm.pte``, with a copy of the ``model.slm`` that is there already."""
     bos, eos = _ends(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -162,6 +162,17 @@ class QuantTensor:
         """The same matrix with its rows selected or reordered."""
         return self._each(lambda part: part[index])
 
+    def arrays(self) -> list[Array]:
+        """All that it holds, each of N rows."""
+        found: list[Array] = []
+
+        def keep(part: Array) -> Array:
+            found.append(part)
+            return part
+
+        self._each(keep)
+        return found
+
     def _each(self, change: Callable[[Array], Array]) -> QuantTensor:
         return replace(
             self,
@@ -218,19 +229,18 @@ def stored_bytes(weight: Any) -> int:
     return weight.nbytes if isinstance(weight, QuantTensor) else 4 * prod(weight.shape)
 
 
-def concat_rows(parts: list[QuantTensor]) -> QuantTensor:
-    """Stack matrices of one scheme along N, exactly."""
-    assert len({(p.scheme, p.scales.dtype) for p in parts}) == 1
-
-    def stack(name: str) -> Any:
-        arrays = [getattr(p, name) for p in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    return replace(
-        parts[0],
-        codes=stack("codes"),
-        scales=stack("scales"),
-        zero_points=stack("zero_points"),
-        minimums=stack("minimums"),
-        whole=None,
-    )
+def concat_rows(parts: Iterable[QuantTensor], rows: int) -> QuantTensor:
+    """Stack matrices of one scheme, of ``rows`` in all, along N, exactly; they come one by one."""
+    joined, start = None, 0
+    for part in parts:
+        if joined is None:
+            joined = part._each(lambda array: np.empty((rows, *array.shape[1:]), array.dtype))
+            arrays = joined.arrays()
+        assert (part.scheme, part.scales.dtype) == (joined.scheme, joined.scales.dtype)
+        stop = start + part.shape[0]
+        for whole, piece in zip(arrays, part.arrays(), strict=True):
+            whole[start:stop] = piece
+        start = stop
+    assert joined is not None
+    assert start == rows
+    return joined

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pocketslm.errors import UsageError
 from pocketslm.profiling.devices import cli as devices
 from pocketslm.terminal import (
     Commands,
@@ -31,7 +32,15 @@ def add_commands(commands: Commands) -> None:
         "measure speed, memory and load time, perhaps beside other runtimes",
         "pocketslm bench out/smollm2 -p 512 -n 128 -r 5 -t 2 --peer ort-genai",
     )
-    parser.add_argument("bundle", type=Path, nargs="+")
+    parser.add_argument("bundle", type=Path, nargs="*")
+    parser.add_argument(
+        "--random",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also a catalog model in its shape with random weights (native, int4 with an int8 "
+        "head): its speed and memory before its weights are fetched",
+    )
     parser.add_argument("-p", "--n-prompt", type=numbers, default=[512], help="prompt lengths")
     parser.add_argument("-n", "--n-gen", type=numbers, default=[128], help="generation lengths")
     parser.add_argument("-d", "--n-depth", type=depths, help="tokens cached before generation")
@@ -91,6 +100,30 @@ def add_commands(commands: Commands) -> None:
         "--operators", action="store_true", help="also the time by operator, of one more repetition"
     )
     devices.add_bench_options(parser)
+
+    parser = commands.add(
+        "shapes",
+        _shapes,
+        "measure which shape of a model is fast on a device, at as many parameters",
+        "pocketslm shapes --parameters 135M --chart shapes.svg",
+    )
+    parser.add_argument("--parameters", required=True, help="such as 135M or 1.1B")
+    parser.add_argument(
+        "--family",
+        default="smollm2-135m-instruct",
+        metavar="NAME",
+        help="the catalog model whose shape is varied (default: smollm2-135m-instruct)",
+    )
+    parser.add_argument("--device", default="local", help=f"{devices.SPECS} (default: local)")
+    parser.add_argument("--pin", help="cores to use: big, little, prime, all, or CPUs such as 4-7")
+    parser.add_argument(
+        "-p", "--n-prompt", type=int, default=128, help="of a prompt (default: 128)"
+    )
+    parser.add_argument("-n", "--n-gen", type=int, default=32, help="(default: 32)")
+    parser.add_argument("-r", "--repetitions", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--chart", type=Path, metavar="FILE.svg", help="draw them")
+    add_threads(parser)
+    add_json(parser)
 
     parser = commands.add(
         "bench-doc",
@@ -165,6 +198,20 @@ def add_commands(commands: Commands) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if not arguments.random:
+        if not arguments.bundle:
+            raise UsageError("nothing to measure; give a bundle, or --random with a catalog name")
+        _bench_bundles(arguments)
+        return
+    refuse(arguments, "with --random, whose weights say nothing", "documents", "peer")
+    from pocketslm.profiling.shape import catalog_config, random_bundles
+
+    with random_bundles([(name, catalog_config(name)) for name in arguments.random]) as made:
+        arguments.bundle = [*arguments.bundle, *made]
+        _bench_bundles(arguments)
+
+
+def _bench_bundles(arguments: argparse.Namespace) -> None:
     if arguments.documents is not None:
         refuse(arguments, "with --documents", "slimlm", *_OF_A_LENGTH)
     if arguments.slimlm:
@@ -208,6 +255,30 @@ def _bench(arguments: argparse.Namespace) -> None:
             progress=progress,
         )
     show(format_rows(rows, arguments.output), end="")
+
+
+def _shapes(arguments: argparse.Namespace) -> None:
+    from pocketslm.profiling import shapes
+    from pocketslm.profiling.devices.bench import Conditions
+
+    count = shapes.parse_parameters(arguments.parameters)
+    swept = shapes.sweep(shapes.family(arguments.family), count)
+    with Progress() as progress:
+        found = shapes.measure(
+            swept,
+            arguments.device,
+            n_prompt=arguments.n_prompt,
+            n_gen=arguments.n_gen,
+            threads=[arguments.threads] if arguments.threads else [],
+            conditions=Conditions(repetitions=arguments.repetitions, pin=arguments.pin),
+            progress=progress,
+        )
+    if arguments.chart is not None:
+        arguments.chart.write_text(shapes.chart(found), encoding="utf-8")
+    if arguments.json:
+        print_json([one.to_dict() for one in found])
+    else:
+        show(shapes.table(found), end="")
 
 
 def _bench_doc(arguments: argparse.Namespace) -> None:

@@ -8,15 +8,26 @@ writes a GGUF whose matrices are Q4_0. Speed and memory do not depend on what th
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketslm.errors import UsageError
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.recipe import Recipe
 from pocketslm.models import architectures, catalog
+from pocketslm.models.checkpoint import EMBEDDING, HEAD
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import parameter_shapes
+from pocketslm.models.sites import is_rounded
+from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet
 
 BLOCK = 32  # values of a block of Q4_0: a scale in fp16, then two codes a byte
@@ -105,15 +116,95 @@ def write_random(config: ModelConfig, path: Path, seed: int = 0) -> None:
     writer.close()
 
 
+class RandomCheckpoint:
+    """A checkpoint that is nowhere: matrices of int4, embedding and head of int8, all drawn.
+
+    That is what `export` makes of float weights, so a bundle of it is as fast and as large as the
+    model's own.
+    """
+
+    format, licence, sparse = "random", None, None
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        self.name, self.config, self.path = name, config, Path(name)
+        self.notes = ["the weights are random: only speed and memory are those of the model"]
+        self.made_from: list[str] = []
+        self._shapes = parameter_shapes(config)
+
+    def files(self) -> list[Path]:
+        return []
+
+    def stored_bytes(self) -> dict[str, int]:
+        return {"random": sum(map(prod, self._shapes.values()))}
+
+    def weight(self, name: str) -> Weight:
+        shape = self._shapes.get(name) or self._shapes[EMBEDDING]  # of a tied head
+        if len(shape) == 1:
+            return np.full(shape, 0 if name.endswith("bias") else 1, np.float32)
+        rows, columns = shape
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        if not is_rounded(name) or columns % BLOCK:
+            return rng.normal(0, columns**-0.5, shape).astype(np.float32)
+        bits = 8 if name in (EMBEDDING, HEAD) else 4
+        codes = rng.integers(0, 256, (rows, columns * bits // 8), np.uint8)
+        scale = columns**-0.5 / (_DEVIATION * (1 << bits) / 16)
+        return QuantTensor(codes, np.full((rows, columns // BLOCK), scale, "f2"), bits, BLOCK)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """A vocabulary of bytes and words of no meaning."""
+        letters = [chr(code) for code in byte_alphabet().values()]
+        words = (f"word{number}" for number in range(len(letters), self.config.vocab_size))
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        tokenizer = {
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": level | {"use_regex": True},
+            "post_processor": None,
+            "decoder": level | {"use_regex": True},
+            "model": {
+                "type": "BPE",
+                "vocab": {text: number for number, text in enumerate([*letters, *words])},
+                "merges": [],
+            },
+        }
+        end = {"eos_token_id": self.config.vocab_size - 1}
+        return {
+            "tokenizer.json": json.dumps(tokenizer).encode(),
+            "generation_config.json": json.dumps(end).encode(),
+        }
+
+
+@contextmanager
+def random_bundles(models: Sequence[tuple[str, ModelConfig]]) -> Iterator[list[Path]]:
+    """Bundles of random weights by name, native alone, which are gone when the block ends.
+
+    Raises UsageError for a vocabulary without room for the bytes, ExportError where the native
+    operators cannot run a model.
+    """
+    with tempfile.TemporaryDirectory(prefix="pocketslm-") as work:
+        made = []
+        for name, config in models:
+            if config.vocab_size <= 256:
+                raise UsageError(f"{name} has {config.vocab_size} tokens, expected more than bytes")
+            made.append(Path(work) / name)
+            export_bundle(RandomCheckpoint(name, config), made[-1], Recipe(targets=("native",)))
+        yield made
+
+
+def catalog_config(name: str) -> ModelConfig:
+    """The configuration of a catalog model; UsageError for what is none, FetchError for no name."""
+    config = catalog.entry(name).config
+    if config is None:
+        raise UsageError(f"{name} is no model; `pocketslm fetch --list` names the catalog's")
+    return config
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="of the catalog, see `pocketslm fetch --list`")
     parser.add_argument("out", type=Path, help="the .gguf file to write")
     arguments = parser.parse_args()
-    config = catalog.entry(arguments.name).config
-    if config is None:
-        parser.error(f"{arguments.name} is no model")
-    write_random(config, arguments.out)
+    write_random(catalog_config(arguments.name), arguments.out)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from native_support import packed
 
-from pocketslm.export.lower.native_layout import ALIGNMENT, BLOCK_ROWS, Bytes, pack_matrix
+from pocketslm.export.lower.native_layout import ALIGNMENT, BLOCK_ROWS, Bytes
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.tensors import Weight
 from pocketslm.runtime.ops.ids import KIND, ROLE
@@ -47,7 +48,7 @@ def write(
         sections.append((ROLE[role], KIND["vector"], layer, 1, flat.size, flat.tobytes()))
 
     def matrix(role: str, layer: int, name: str, shape: tuple[int, int], head: bool) -> None:
-        kind, data, _ = pack_matrix(weights(name, shape), head=head)
+        kind, data = packed(weights(name, shape), head=head)
         if kind == KIND["q8_apart"]:
             kind, data = split_head(shape, data)
         sections.append((ROLE[role], kind, layer, *shape, data.tobytes()))

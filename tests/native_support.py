@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pocketslm.export.lower.native import NativeReport, lower
-from pocketslm.export.lower.native_layout import WHOLE_KINDS
+from pocketslm.export.lower.native_layout import WHOLE_KINDS, pack_matrix
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import ModelConfig, uniform
 from pocketslm.models.tensors import TABLES, QuantTensor, Weight, WholeScales, pack_codes
@@ -30,6 +30,12 @@ PLAIN = [
 ]
 WHOLE = [name.replace("_", " ") for name in WHOLE_KINDS]  # scales are whole numbers
 SCHEMES = [*FLOATS, *PLAIN, *WHOLE]
+
+
+def packed(weight: Weight, *, head: bool = False) -> tuple[int, np.ndarray]:
+    """Kind and bytes of a matrix in the packed layout, as a whole."""
+    kind, pieces, _ = pack_matrix(weight, head=head)
+    return kind, np.concatenate(list(pieces))
 
 
 def need_sanitizers(names: str, folder: Path) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from native_support import packed
 
-from pocketslm.export.lower.native_layout import pack_matrix
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.ops.ids import (
     ACTIVATION,
@@ -422,8 +422,8 @@ class _File:
             data = tensor.astype("<f4").tobytes()
             self.section(role, KIND["vector"], layer, (1, tensor.size), data)
             return
-        kind, packed, _ = pack_matrix(tensor)
-        self.section(role, kind, layer, tensor.shape, packed.tobytes())
+        kind, data = packed(tensor)
+        self.section(role, kind, layer, tensor.shape, data.tobytes())
 
     def content(self, version: int, *numbers: float) -> bytes:
         self.body.extend(b"\0" * (-len(self.body) % 64))

@@ -148,6 +148,8 @@ WITHOUT_EFFECT = [
     "bench BUNDLE --slimlm | -p 9",
     "bench BUNDLE --documents | -pg 9,9",
     "bench BUNDLE --documents | --slimlm",
+    "bench --random qwen3-0.6b | --documents",
+    "bench --random qwen3-0.6b | --peer all",
     "fit --ram 4GB --bandwidth 1GB/s --int8 1TMAC/s | -t 2",
     "fit --ram 4GB | --bandwidth 1GB/s",
     "device info local --raw | --json",

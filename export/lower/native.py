@@ -15,16 +15,15 @@ import operator
 import os
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from pocketslm.errors import ExportError
-from pocketslm.export.lower.native_layout import ALIGNMENT, GROUP, pack_matrix
+from pocketslm.export.lower.native_layout import ALIGNMENT, GROUP, Bytes, pack_matrix
 from pocketslm.export.lower.trace import Node, Traced
 from pocketslm.export.lower.walk import Progress, Walk, WeightReader, refuse
 from pocketslm.models import ops
@@ -132,27 +131,25 @@ class _Sections:
         return len(self.table) // ENTRY_BYTES
 
     def add(
-        self, role: str, kind: int, layer: int, rows: int, cols: int, data: npt.NDArray[np.uint8]
+        self, role: str, kind: int, layer: int, rows: int, cols: int, pieces: Iterable[Bytes]
     ) -> int:
         """Write a section; its index in the table."""
         assert self.count < self.most
         self.file.seek(self.end)
-        self.file.write(data.tobytes())
-        self.table += struct.pack(
-            "<HHIIIQQ", ROLE[role], kind, layer, rows, cols, self.end, data.size
-        )
-        self.end += -(-data.size // ALIGNMENT) * ALIGNMENT
+        size = sum(self.file.write(piece.data) for piece in pieces)
+        self.table += struct.pack("<HHIIIQQ", ROLE[role], kind, layer, rows, cols, self.end, size)
+        self.end += -(-size // ALIGNMENT) * ALIGNMENT
         return self.count - 1
 
     def vector(self, role: str, layer: int, name: str, values: Array) -> int:
         flat = np.ascontiguousarray(values, dtype="<f4").reshape(-1)
         if not np.isfinite(flat).all():
             raise ExportError(f"{name} holds values that are no numbers; the model is damaged")
-        return self.add(role, KIND["vector"], layer, 1, flat.size, flat.view(np.uint8))
+        return self.add(role, KIND["vector"], layer, 1, flat.size, [flat.view(np.uint8)])
 
     def blob(self, role: str, content: bytes) -> int:
         data = np.frombuffer(content, np.uint8)
-        return self.add(role, KIND["blob"], 0, 1, data.size, data)
+        return self.add(role, KIND["blob"], 0, 1, data.size, [data])
 
     def finish(self, header: bytes) -> None:
         self.file.truncate(self.end)
@@ -481,25 +478,27 @@ class _Lowering(Walk):
     # Sections.
 
     def _matrix(self, node: Node, role: str | None = None) -> int:
-        name, weight = self.parameter(node)
+        name, _ = self.traced.parameters[node]
         if name not in self.indices:
+            _, weight = self.parameter(node)
             layer, _, part = name.removeprefix("model.layers.").partition(".")
             role = role or _ROLES.get(part, "projection")
-            kind, data, lossy = pack_matrix(weight, head=name == self.head)
+            kind, pieces, lossy = pack_matrix(weight, head=name == self.head)
             scheme = weight.scheme if isinstance(weight, QuantTensor) else str(weight.dtype)
             self.report.kinds[scheme] = self.report.kinds.get(scheme, 0) + 1
             if lossy:
                 self.report.rounded_scales.append(name)
             number = int(layer) if layer.isdigit() else 0
             rows, cols = weight.shape
-            self.indices[name] = self.sections.add(role, kind, number, rows, cols, data)
+            self.indices[name] = self.sections.add(role, kind, number, rows, cols, pieces)
         return self.indices[name]
 
     def _vector(self, node: Node | None) -> int:
         if node is None:
             return NONE
-        name, values = self.vector(node)
+        name, _ = self.traced.parameters[node]
         if name not in self.indices:
+            _, values = self.vector(node)
             layer = name.removeprefix("model.layers.").partition(".")[0]
             number = int(layer) if layer.isdigit() else 0
             self.indices[name] = self.sections.vector("vector", number, name, values)

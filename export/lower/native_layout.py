@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +15,7 @@ from pocketslm.runtime.ops.ids import KIND
 ALIGNMENT = 64
 BLOCK_ROWS = 16
 GROUP = 32
+_PIECE = 1 << 20  # weights that are packed at a time: what a cache holds
 # How the names of kinds end whose scales are whole numbers, by the columns of a scale; with one
 # factor a row they end in r.
 _WHOLE = {32: "k", 16: "k16"}
@@ -58,55 +62,88 @@ def kind_of(weight: Weight, *, head: bool = False) -> str | None:
     return name if name in KIND else None
 
 
-def pack_matrix(weight: Weight, *, head: bool = False) -> tuple[int, Bytes, bool]:
+def pack_matrix(weight: Weight, *, head: bool = False) -> tuple[int, Iterator[Bytes], bool]:
     """A matrix [N, K] in the packed layout: kind, bytes, and whether scales were rounded.
 
-    ``head``: as in :func:`kind_of`. Raises ExportError for what no kind holds and for numbers that
-    are none.
+    The bytes come in pieces, which are made one by one: the packed matrix is never held whole.
+    ``head``: as in :func:`kind_of`. Raises ExportError for what no kind holds and, as late as with
+    the piece they are in, for numbers that are none.
     """
-    n, k = weight.shape
+    k = weight.shape[1]
     name = kind_of(weight, head=head)
-    rows = -(-n // BLOCK_ROWS) * BLOCK_ROWS
-    blocks = rows // BLOCK_ROWS
     if not isinstance(weight, QuantTensor):
         assert name is not None
-        if not np.isfinite(weight).all():
-            raise ExportError("a matrix holds values that are no numbers")
-        dtype = np.float32 if name == "f32" else np.float16
-        padded = _pad_rows(weight.astype(dtype), rows).reshape(blocks, BLOCK_ROWS, k)
-        data = np.ascontiguousarray(padded.transpose(0, 2, 1)).view(np.uint8).reshape(-1)
-        return KIND[name], data, False
+        return KIND[name], _float_pieces(weight), False
     if name is None:
         raise ExportError(
             f"the native operators have no kind for {weight.scheme} in rows of {k}; they need "
             f"groups of a multiple of {GROUP} along K"
         )
-    repeat = max(1, weight.group_size // GROUP)
+    lossy = False
+    if name not in WHOLE_KINDS:
+        scales, lossy = _to_half(weight.scales)
+        weight = replace(weight, scales=scales)
+        if weight.minimums is not None:
+            minimums, rounded = _to_half(weight.minimums)
+            weight, lossy = replace(weight, minimums=minimums), lossy | rounded
+    return KIND[name], _quantized_pieces(weight, name), lossy
 
-    def per_group(values: Array) -> Bytes:
-        spread = _pad_rows(np.repeat(values, repeat, axis=1), rows)
-        return _aligned(_by_rows(spread))
 
-    codes = _pad_rows(weight.unpacked(), rows).reshape(blocks, BLOCK_ROWS, k // GROUP, 8, 4)
-    low: list[Bytes] = []
-    if name == "q8_apart":
-        codes, low = codes >> 4, [_aligned(_plane(codes & 15, 4))]
-    planes = _planes(codes, 4 if name == "q8_apart" else weight.bits)
-    parts, lossy = [_aligned(planes)], False
+def _slices(weight: Weight) -> Iterator[slice]:
+    """Whole blocks of rows, as many as pack fast at a time."""
+    n, k = weight.shape
+    step = max(1, _PIECE // (k * BLOCK_ROWS)) * BLOCK_ROWS
+    return (slice(start, start + step) for start in range(0, n, step))
+
+
+def _whole_blocks(rows: int) -> int:
+    return -(-rows // BLOCK_ROWS) * BLOCK_ROWS
+
+
+def _float_pieces(weight: Array) -> Iterator[Bytes]:
+    for rows in _slices(weight):
+        piece = weight[rows]
+        if not np.isfinite(piece).all():
+            raise ExportError("a matrix holds values that are no numbers")
+        dtype = np.float16 if weight.dtype == np.float16 else np.float32
+        padded = _pad_rows(piece.astype(dtype, copy=False), _whole_blocks(len(piece)))
+        blocks = _by_rows(padded)
+        yield np.ascontiguousarray(blocks).view(np.uint8).reshape(-1)
+
+
+def _quantized_pieces(weight: QuantTensor, name: str) -> Iterator[Bytes]:
+    for rows in _slices(weight):
+        yield _packed(weight.rows(rows), name)
+    if name == "q8_apart":  # the low nibbles of all rows stand behind the rest
+        for rows in _slices(weight):
+            yield _aligned(_plane(_codes(weight.rows(rows)) & 15, 4)).reshape(-1)
+
+
+def _packed(weight: QuantTensor, name: str) -> Bytes:
+    """Rows of a matrix whose scales are halves or whole, as kind ``name``."""
+    n, _ = weight.shape
+    rows = _whole_blocks(n)
+    codes = _codes(weight)
+    planes = _plane(codes >> 4, 4) if name == "q8_apart" else _planes(codes, weight.bits)
+    parts = [_aligned(planes)]
     if name in WHOLE_KINDS:
         assert weight.whole is not None
         parts.append(_whole_scales(weight.whole, rows, nibbles=name == "q2_k16"))
     else:
-        scales, lossy = _to_half(weight.scales)
-        parts.append(per_group(scales))
-        if weight.minimums is not None:
-            minimums, rounded = _to_half(weight.minimums)
-            lossy |= rounded
-            parts.append(per_group(minimums))
-        elif weight.zero_points is not None:
-            parts.append(per_group(weight.zero_points))
-    whole = [np.concatenate(parts, axis=1), *low]
-    return KIND[name], np.concatenate([part.reshape(-1) for part in whole]), lossy
+        repeat = max(1, weight.group_size // GROUP)
+        for values in (weight.scales, weight.minimums, weight.zero_points):
+            if values is not None:
+                spread = _pad_rows(np.repeat(values, repeat, axis=1), rows)
+                parts.append(_aligned(_by_rows(spread)))
+    return np.concatenate(parts, axis=1).reshape(-1)
+
+
+def _codes(weight: QuantTensor) -> Array:
+    """As [blocks, rows, groups, 8 quads, 4]."""
+    n, k = weight.shape
+    padded = _pad_rows(weight.unpacked(), _whole_blocks(n))
+    codes: Array = padded.reshape(-1, BLOCK_ROWS, k // GROUP, 8, 4)
+    return codes
 
 
 def _pad_rows(array: Array, rows: int) -> Array:

@@ -149,7 +149,7 @@ class _Lowering(GraphBuilder, Walk):
         name, weight = self.parameter(weight_node)
         ids = self.values[ids]
         if not isinstance(weight, QuantTensor):
-            table = self._constant(name, weight.astype(self.float))
+            table = self._constant(name, weight.astype(self.float, copy=False))
             self.values[node] = self._op("Gather", [table, ids])
             return
         rows = self._op(
@@ -436,7 +436,7 @@ class _Lowering(GraphBuilder, Walk):
     def _product(self, x: ir.Value, linear: _Linear) -> ir.Value:
         name, weight = linear.name, linear.weight
         if not isinstance(weight, QuantTensor):
-            return self._matmul_t(x, self._constant(name, weight.astype(self.float)))
+            return self._matmul_t(x, self._constant(name, weight.astype(self.float, copy=False)))
         out = self._op(
             "MatMulNBits",
             [x, self._codes(name, weight, flat=False), *self._scales(name, weight)],
@@ -519,7 +519,8 @@ def _stack(parts: list[_Linear]) -> _Linear | None:
     if len({(weight.scheme, weight.scales.dtype) for weight in quantized}) > 1:
         return None
     arrays = [weight for weight in weights if not isinstance(weight, QuantTensor)]
-    weight: Weight = concat_rows(quantized) if quantized else np.concatenate(arrays)
+    rows = sum(weight.shape[0] for weight in weights)
+    weight: Weight = concat_rows(quantized, rows) if quantized else np.concatenate(arrays)
     given = [bias for bias in biases if bias is not None]
     bias = np.concatenate(given) if given else None
     return _Linear("+".join(part.name for part in parts), weight, bias)

@@ -64,7 +64,7 @@ class GraphBuilder:
         """An initializer, made once per name; constants of the same ``content`` share bytes."""
         if name in self.initializers:
             return self.initializers[name]
-        array = array if dtype is None else array.astype(dtype)
+        array = array if dtype is None else array.astype(dtype, copy=False)
         shared = self.stored.get(content) if content is not None else None
         if isinstance(shared, ir.ExternalTensor):
             assert shared.offset is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +45,31 @@ def quantize_layers(
     *,
     use_awq: bool = False,
     use_gptq: bool = False,
+    hold: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext(),
     progress: Callable[[float], None] = lambda fraction: None,
-) -> dict[str, Weight]:
-    """Round a reference model's layers in place, first to last; the rounded weights by name.
+) -> Iterator[tuple[str, Weight]]:
+    """Round a reference model's layers in place, first to last; yield the rounded weights by name.
 
     Each matrix sees the inputs that the already rounded ones before it make of ``ids`` [B, S].
     ``spec_of`` a matrix name is what to round it to, None: not at all. AWQ passes over a layer that
-    is not rounded whole; the vectors that it may have changed are among the weights.
+    is not rounded whole; the vectors that it may have changed are among the weights. ``hold`` is
+    entered with a layer's index as long as it is needed.
     """
     model.config.need_own_layers("calibration")
     x = model.embed(ids.to(model.device))
-    stored: dict[str, Weight] = {}
     for index, layer in enumerate(model.model.layers):
+        stored: dict[str, Weight] = {}
         prefix = f"{LAYERS}{index}."
         described = model.config.stored_layers[index]
         specs = [spec_of(f"{prefix}{name}.weight") for name in matrices(described)]
-        if use_awq and specs[0] is not None and None not in specs:
-            hessians = _hessians(model, index, x)
-            awq.rescale(layer, described, hessians, specs[0])
-            for name, parameter in layer.named_parameters():
-                if parameter.dim() == 1:
-                    stored[prefix + name] = parameter.cpu().numpy()
 
-        def round_site(site: Site, hessian: Tensor, layer: Any = layer, at: str = prefix) -> None:
+        def round_site(
+            site: Site,
+            hessian: Tensor,
+            layer: Any = layer,
+            at: str = prefix,
+            stored: dict[str, Weight] = stored,
+        ) -> None:
             by_spec: dict[Spec, list[str]] = {}
             for name in site.matrices:
                 if (spec := spec_of(f"{at}{name}.weight")) is not None:
@@ -84,9 +87,16 @@ def quantize_layers(
                     parameter.copy_(torch.from_numpy(rows.dequantize()))
                     stored[f"{at}{name}.weight"] = rows
 
-        x = run_layer(model, index, x, round_site)
+        with hold(index):
+            if use_awq and specs[0] is not None and None not in specs:
+                hessians = _hessians(model, index, x)
+                awq.rescale(layer, described, hessians, specs[0])
+                for name, parameter in layer.named_parameters():
+                    if parameter.dim() == 1:
+                        stored[prefix + name] = parameter.cpu().numpy()
+            x = run_layer(model, index, x, round_site)
+        yield from stored.items()
         progress((index + 1) / len(model.model.layers))
-    return stored
 
 
 def run_layer(model: Any, index: int, x: Tensor, visit: Visit) -> Tensor:

@@ -7,7 +7,7 @@ and in which of its values each weight takes (nearest, or gptq).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from pocketslm.errors import ExportError
-from pocketslm.models.tensors import Array, QuantTensor, WholeScales, pack_codes
+from pocketslm.models.tensors import Array, QuantTensor, WholeScales, concat_rows, pack_codes
 
 Kind = Literal["sym", "zp", "min", "min8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _MIN_GROUP = 16  # the smallest that onnxruntime's MatMulNBits takes
+_PIECE = 1 << 18  # weights that are rounded at a time
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ class Spec:
                 f"of two from {_MIN_GROUP}"
             )
         return group
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """What a matrix takes."""
+        groups = columns // self.size(columns)
+        scales = {"sym": 2 * groups, "zp": 3 * groups, "min": 4 * groups, "min8": 2 * groups + 4}
+        return rows * (columns * self.bits // 8 + scales[self.kind])
 
     def split(self, weight: Tensor) -> Tensor:
         """``weight`` [N, K] as groups [N, K / group, group]; ExportError for NaN or infinity."""
@@ -161,11 +168,20 @@ def round_to_grid(
     """``weight`` [N, K] with each value at the nearest point of the grid that ``fit`` chooses.
 
     ``importance`` [K]. Raises ExportError as :meth:`Spec.split` and :func:`half` do.
+
+    Rows know nothing of each other: some are rounded at a time, which stay in the cache, so that
+    no matrix takes several times its size meanwhile.
     """
-    groups = spec.split(weight)
-    weighed = None if importance is None else importance.reshape(groups.shape[1:])
-    grid = fit(groups, spec, weighed).settled()
-    return grid.pack(grid.codes(groups))
+    at_a_time = max(1, _PIECE // weight.shape[1])
+
+    def pieces() -> Iterator[QuantTensor]:
+        for start in range(0, len(weight), at_a_time):
+            groups = spec.split(weight[start : start + at_a_time])
+            weighed = None if importance is None else importance.reshape(groups.shape[1:])
+            grid = fit(groups, spec, weighed).settled()
+            yield grid.pack(grid.codes(groups))
+
+    return concat_rows(pieces(), len(weight))
 
 
 def half(values: Tensor) -> Tensor:

@@ -65,7 +65,9 @@ class Sizes:
         rest = shapes.keys() - {name for site in sites for name in site}
         self.fixed = sum(stored_bytes(self.base.apply(n, checkpoint.weight(n))) for n in rest)
         self.costs: dict[Site, dict[int, int]] = {
-            site: {b: sum(_bytes(self.base, n, shapes[n], b) for n in site) for b in self.widths}
+            site: {
+                b: sum(_spec(self.base, n, b).nbytes(*shapes[n]) for n in site) for b in self.widths
+            }
             for site in sites
         }
 
@@ -216,12 +218,3 @@ def _spec(recipe: Recipe, name: str, bits: int) -> Spec:
     spec = replace(recipe, overrides={name: _scheme(bits)}).spec(name, quantized=False)
     assert spec is not None
     return spec
-
-
-def _bytes(recipe: Recipe, name: str, shape: tuple[int, ...], bits: int) -> int:
-    """Bytes of a matrix rounded to so many bits as the recipe says."""
-    spec = _spec(recipe, name, bits)
-    rows, columns = shape
-    groups = columns // spec.size(columns)
-    scales = {"sym": 2 * groups, "zp": 3 * groups, "min": 4 * groups, "min8": 2 * groups + 4}
-    return rows * columns * spec.bits // 8 + rows * scales[spec.kind]

@@ -202,14 +202,16 @@ def test_layers_are_rounded_on_the_inputs_that_they_will_get(method: str, tiny_h
     model = load_reference(open_checkpoint(tiny_hf))
     exact, _ = model(IDS, model.empty_cache(8))
     seen: list[float] = []
-    stored = quantize_layers(
-        model,
-        IDS,
-        lambda name: None if "layers.1.mlp.up" in name else Spec(4, 32, "min"),
-        search.fit,
-        use_awq="awq" in method,
-        use_gptq="gptq" in method,
-        progress=seen.append,
+    stored = dict(
+        quantize_layers(
+            model,
+            IDS,
+            lambda name: None if "layers.1.mlp.up" in name else Spec(4, 32, "min"),
+            search.fit,
+            use_awq="awq" in method,
+            use_gptq="gptq" in method,
+            progress=seen.append,
+        )
     )
     assert seen == [0.5, 1.0]
     assert "model.layers.1.mlp.up_proj.weight" not in stored
@@ -238,7 +240,7 @@ def test_tuning_brings_the_logits_nearer_and_keeps_the_codes(kind: Kind, tiny_hf
             p, q = (m(IDS, m.empty_cache(len(IDS)))[0] for m in (teacher, model))
         return float(forward_kl(p, q))
 
-    before = quantize_layers(model, ids, spec, rtn.fit)
+    before = dict(quantize_layers(model, ids, spec, rtn.fit))
     rounded = kl()
     after = tune(model, teacher, ids, before, spec)
     assert kl() < 0.95 * rounded, (kl(), rounded)
@@ -288,5 +290,5 @@ def test_dequantize_is_the_definition() -> None:
 
 def test_concatenated_rows_are_the_parts() -> None:
     parts = [rounded(WEIGHT, 4, 32), rounded(WEIGHT * 3, 4, 32)]
-    whole = concat_rows(parts).dequantize()
+    whole = concat_rows(parts, sum(len(part.codes) for part in parts)).dequantize()
     np.testing.assert_array_equal(whole, np.concatenate([p.dequantize() for p in parts]))

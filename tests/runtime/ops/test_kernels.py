@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from earlier_model_file import split_head
-from native_support import FLOATS, PLAIN, SCHEMES, WHOLE, make_weight
+from native_support import FLOATS, PLAIN, SCHEMES, WHOLE, make_weight, packed
 
-from pocketslm.export.lower.native_layout import pack_matrix
 from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
 from pocketslm.runtime.backends import native_library as native
 from pocketslm.runtime.ops import build
@@ -54,7 +53,7 @@ def test_paths_are_those_of_the_processors_flags() -> None:
 
 
 def pack(weight: Weight, scheme: str) -> tuple[int, np.ndarray]:
-    kind, data, _ = pack_matrix(weight, head=scheme in ("q8 split", "q8 apart"))
+    kind, data = packed(weight, head=scheme in ("q8 split", "q8 apart"))
     return split_head(weight.shape, data) if scheme == "q8 split" else (kind, data)
 
 
@@ -210,7 +209,7 @@ def test_comparator_catches_a_wrong_code_and_a_nan() -> None:
     rng = np.random.default_rng(SEED)
     weight = make_weight("q4 min", 16, 96, rng)
     x = make_activations(3, 96, rng)
-    kind, data = pack_matrix(weight)[:2]
+    kind, data = packed(weight)
     good = matmul("scalar", (kind, data), 16, x)
     tolerance = SUM_TOLERANCE * 9 * magnitude(weight, x)
     wrong = data.copy()
@@ -251,7 +250,7 @@ extern "C" void broken_matmul(const uint8_t* blocks, size_t cols, const int8_t* 
     subprocess.run(command, check=True, capture_output=True)
     rng = np.random.default_rng(SEED)
     weight = make_weight("q4 min", 16, 32, rng)
-    data = pack_matrix(weight)[1]
+    data = packed(weight)[1]
     codes = rng.integers(-127, 128, 32, dtype=np.int8)
     backing = np.empty(data.size + 64, np.uint8)
     start = -backing.ctypes.data % 64
@@ -271,7 +270,7 @@ extern "C" void broken_matmul(const uint8_t* blocks, size_t cols, const int8_t* 
 def test_bad_arguments_are_errors() -> None:
     rng = np.random.default_rng(SEED)
     weight = make_weight("q4 sym", 16, 64, rng)
-    kind, data = pack_matrix(weight)[:2]
+    kind, data = packed(weight)
     x = make_activations(1, 64, rng)
     with pytest.raises(native.UsageError, match="wrong kind"):
         matmul("scalar", (kind, data[:-64]), 16, x)
