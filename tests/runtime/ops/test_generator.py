@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from pocketslm.runtime.backends.native_sampler import NativeSampler, sampling_op
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.constraint import Constraint, Grammar, TokenTexts
 from pocketslm.runtime.generation import Engine
+from pocketslm.runtime.ops import build
 from pocketslm.runtime.sampling import chooser_for
 
 TEXT = np.random.default_rng(3).integers(0, 100, 300).tolist()  # more than is read at a time
@@ -170,6 +173,24 @@ def test_what_cannot_be_is_refused(model: NativeModel) -> None:
             with pytest.raises(UsageError, match="outside the vocabulary|has ended"):
                 next(made_by(session, generator))
     assert session.length == 2
+
+
+def test_the_program_of_the_docs_says_what_the_runner_says(
+    chat_model: Path, runner_path: Path, tmp_path: Path
+) -> None:
+    source = Path(build.__file__).parents[2] / "docs" / "reference" / "generate.c"
+    program, library = tmp_path / "generate", build.library()
+    compiler = (*build.find_toolchain().command, "-x", "c", "-std=c11", "-Wall", "-Werror")
+    paths = (str(source), "-I", str(build.SOURCES), "-x", "none", str(library))
+    build.run([*compiler, *paths, "-o", str(program)])
+    told = [
+        subprocess.run(command, capture_output=True, check=True).stdout
+        for command in (
+            [program, chat_model, "the inner"],
+            [runner_path, chat_model, "-p", "the inner", "-n", "40", "-t", "2"],
+        )
+    ]
+    assert told[0].rstrip(b"\n") == told[1].rstrip(b"\n") != b""
 
 
 @pytest.mark.parametrize("top_k", [0, 20])
