@@ -30,29 +30,27 @@ void Session::forward_slots(pslm_entry* entries, size_t count) {
                        entry.wanted == PSLM_WANT_TOP ? entry.room : 0});
     }
     ask(asked);
-    head_rows_ = rows.size();
+    begin(tokens_.data(), tokens_.size());
+    auto layers = [&](unsigned m) {
+      run_layers(m);
+      if (rows.empty()) members_[m].plan.finish();
+    };
+    pool_.run(layers);
+    end();
+    if (rows.empty()) continue;
+    // The head sees these rows alone.
+    float* residual = buffer(BufferId::residual);
+    for (size_t i = 0; i < rows.size(); ++i)
+      std::memmove(residual + i * n, residual + rows[i] * n, n * sizeof(float));
+    count_ = head_rows_ = rows.size();
     const bool greedy = std::all_of(answered.begin(), answered.end(), [](const pslm_entry* e) {
       return e->wanted == PSLM_WANT_NEXT;
     });
     auto head = [&](unsigned m) {
-      if (!rows.empty()) run_head(m, greedy ? Head::greedy : Head::asked, nullptr);
+      run_head(m, greedy ? Head::greedy : Head::asked, nullptr);
       members_[m].plan.finish();
     };
-    const bool apart = !rows.empty() && rows.size() < tokens_.size();
-    auto layers = [&](unsigned m) {
-      run_layers(m);
-      if (!apart) head(m);
-    };
-    begin(tokens_.data(), tokens_.size());
-    pool_.run(layers);
-    end();
-    if (apart) {  // the head sees these rows alone
-      float* residual = buffer(BufferId::residual);
-      for (size_t i = 0; i < rows.size(); ++i)
-        std::memmove(residual + i * n, residual + rows[i] * n, n * sizeof(float));
-      count_ = rows.size();
-      pool_.run(head);
-    }
+    pool_.run(head);
     for (size_t i = 0; i < answered.size(); ++i) {
       pslm_entry& entry = *answered[i];
       if (entry.wanted == PSLM_WANT_NEXT) *entry.best = best(i);
