@@ -341,7 +341,7 @@ def test_what_cannot_be_is_an_error(
 def test_the_command_line_keeps_prefixes(
     bundle: Callable[[str], Path], tmp_path: Path, read: Read, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["run", str(bundle("fp16")), "the inner " * 8, "-n", "3", "--json"]
+    command = ["run", str(bundle("fp16")), "the inner " * 8, "-n", "3", "--json", "-t", "1"]
     texts = []
     for options in ([], ["--prefixes", str(tmp_path)], ["--prefixes", str(tmp_path)]):
         assert main([*command, *options]) == 0
