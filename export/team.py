@@ -131,8 +131,9 @@ def _first_to_say() -> bool:
     """Whether no other process of the team has failed before, as far as anyone can be asked."""
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, None, False, timedelta(seconds=5))
+        wait = timedelta(seconds=5)
+        store = dist.TCPStore(address, port, None, False, wait)  # type: ignore[attr-defined]
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"pocketslm/failed/{attempt}", 1) == 1
+        return int(store.add(f"pocketslm/failed/{attempt}", 1)) == 1
     except (dist.DistError, RuntimeError):
         return True

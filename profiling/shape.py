@@ -123,12 +123,14 @@ class RandomCheckpoint:
     model's own.
     """
 
-    format, licence, sparse = "random", None, None
+    format = "random"
 
     def __init__(self, name: str, config: ModelConfig) -> None:
         self.name, self.config, self.path = name, config, Path(name)
         self.notes = ["the weights are random: only speed and memory are those of the model"]
         self.made_from: list[str] = []
+        self.licence: str | None = None
+        self.sparse: str | None = None
         self._shapes = parameter_shapes(config)
 
     def files(self) -> list[Path]:
@@ -155,7 +157,7 @@ class RandomCheckpoint:
         letters = [chr(code) for code in byte_alphabet().values()]
         words = (f"word{number}" for number in range(len(letters), self.config.vocab_size))
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        tokenizer = {
+        tokenizer: dict[str, Any] = {
             "added_tokens": [],
             "normalizer": None,
             "pre_tokenizer": level | {"use_regex": True},

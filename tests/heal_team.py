@@ -21,7 +21,7 @@ import torch.distributed.nn  # noqa: F401
 from pocketslm import cli
 from pocketslm.export import heal
 
-STEPS = 35  # a checkpoint after 25
+STEPS = 30  # a checkpoint after 25
 
 
 def main() -> None:
