@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from pocketslm.cli import _parser, main
+from pocketslm.cli import main, make_parser
 from pocketslm.export.heal import HealConfig
 from pocketslm.export.prune.folder import PruneConfig
 from pocketslm.profiling.devices.bench import Conditions
@@ -39,7 +39,7 @@ def _commands(
     return found
 
 
-COMMANDS = _commands(_parser())
+COMMANDS = _commands(make_parser())
 Captured = pytest.CaptureFixture[str]
 
 
@@ -53,7 +53,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Captured) 
 
 def test_help_and_version_are_quick_and_light() -> None:
     code = (
-        "import sys\nfrom pocketslm.cli import _parser, main\n"
+        "import sys\nfrom pocketslm.cli import make_parser, main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'numpy', 'onnxruntime'} & set(sys.modules)"
     )
