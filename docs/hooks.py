@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTED = ("__init__.py", "errors.py", "models", "profiling", "runtime")
 # A list, a table or a heading that Markdown took for a part of the paragraph before it.
 _SWALLOWED = re.compile(r"<p>(?:(?!</p>|<code>).)*?^(?:- |\d+\. |\| |#)", re.DOTALL | re.MULTILINE)
+_TITLES: dict[str | None, str] = {"positional arguments": "argument", "options": "option"}
 log = logging.getLogger("mkdocs.hooks.pocketslm")
 
 
@@ -116,10 +117,8 @@ def _command(parser: argparse.ArgumentParser, summary: str) -> str:
     for group in parser._action_groups:
         actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
         if actions:
-            usual = group.title in ("options", "positional arguments")
-            parts.append(f"| {'' if usual else group.title} | |\n|---|---|")
-            parts += [_option(parser, action) for action in actions]
-            parts.append("")
+            parts += [f"| {_TITLES.get(group.title, group.title)} | meaning |", "|---|---|"]
+            parts += [*(_option(parser, action) for action in actions), ""]
     if parser.epilog:
         word, _, example = parser.epilog.partition(": ")
         parts.append(f"{word.capitalize()}:\n\n```text\n{example}\n```\n")

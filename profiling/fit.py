@@ -73,7 +73,7 @@ class Reached:
     peak; fixed_bytes: peak memory beside weights, keys and values.
 
     The defaults are what the native backend reached in Python on one thread of an AMD EPYC (Zen 4)
-    with models of 135M and 360M parameters, docs/profiling.md#fit.
+    with models of 135M and 360M parameters, docs/how-to/fit-a-budget.md.
     """
 
     decode: float = 0.8

@@ -105,7 +105,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def add_constraint(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the answer must be (docs/structure.md)")
+    group = parser.add_argument_group("what the answer must be (docs/how-to/schema.md)")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--json-schema", metavar="FILE", type=Path, help="JSON of this schema")
     one.add_argument(
