@@ -92,8 +92,8 @@ def command_line() -> str:
     os.environ["COLUMNS"] = "88"  # the width of the usage lines
     parts = [
         "# Command line\n\nMade from the parser: `pocketslm COMMAND --help` prints the same. Every "
-        "command exits with 0 when it is done, with 2 and one line on standard error where something "
-        "was wrong, and with 130 when Ctrl-C interrupted it.\n"
+        "command exits with 0 when it is done, with 2 and one line on standard error where "
+        "something was wrong, and with 130 when Ctrl-C interrupted it.\n"
     ]
     parts += [_command(parser, summary) for parser, summary in _commands(make_parser())]
     return "\n".join(parts)
@@ -113,9 +113,15 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Argume
 
 def _command(parser: argparse.ArgumentParser, summary: str) -> str:
     usage = parser.format_usage().removeprefix("usage: ")
-    parts = [f"## {parser.prog}\n", f"{summary[:1].upper()}{summary[1:]}.\n", f"```text\n{usage}```\n"]
+    parts = [
+        f"## {parser.prog}\n",
+        f"{summary[:1].upper()}{summary[1:]}.\n",
+        f"```text\n{usage}```\n",
+    ]
     for group in parser._action_groups:
-        actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
+        actions = [
+            a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"
+        ]
         if actions:
             parts += [f"| {_TITLES.get(group.title, group.title)} | meaning |", "|---|---|"]
             parts += [*(_option(parser, action) for action in actions), ""]
@@ -135,4 +141,3 @@ def _option(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 def _cell(text: str) -> str:
     text = " ".join(text.split()).replace("|", "\\|")
     return text if text.startswith("`") else text.replace("<", "&lt;").replace("*", "\\*")
-
