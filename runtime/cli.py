@@ -249,10 +249,12 @@ def generation_config(
     arguments: argparse.Namespace, model: Model, base: GenerationConfig | None = None
 ) -> GenerationConfig:
     """The model's own settings, changed by options; a sampling option switches sampling on."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed")
-    sampling = {name: getattr(arguments, name) for name in names}
+    from pocketslm.runtime.model import SAMPLING
+
+    sampling = {name: getattr(arguments, name) for name in SAMPLING}
     if arguments.temperature == 0:
-        refuse(arguments, "with --temperature 0, which draws nothing", *names[1:])
+        others = [name for name in SAMPLING if name != "temperature"]
+        refuse(arguments, "with --temperature 0, which draws nothing", *others)
         sampling = {"do_sample": False}
     elif any(value is not None for value in sampling.values()):
         sampling["do_sample"] = True
