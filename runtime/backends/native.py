@@ -31,7 +31,7 @@ from pocketslm.runtime.ops.ids import ROLE
 ABI_VERSION = 6
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
-# Of the matrices that an adapter may update, in a model.slm.
+# The roles that the matrices which an adapter may update have in a model.slm.
 ROLES = {"q_proj": ROLE["query"], "k_proj": ROLE["key"], "v_proj": ROLE["value"]}
 ROLES |= {"o_proj": ROLE["output"], "gate_proj": ROLE["gate"], "up_proj": ROLE["up"]}
 ROLES |= {"down_proj": ROLE["down"]}
@@ -48,7 +48,7 @@ _ERRORS: dict[int, type[PocketSlmError]] = {
     9: BackendError,
     10: UsageError,
 }
-# Where a call has no place for a line of its own.
+# Messages for calls that take no buffer for one.
 _TEXTS = {
     7: "another thread uses this session",
     8: "this session's threads stayed behind in a fork; open one in this process",
@@ -253,6 +253,7 @@ class NativeModelInfo:
     ``heads``, ``kv_heads``, ``head_dim`` and ``intermediate_size`` are those of the widest layer;
     ``output_size`` is ``vocab_size``, or ``hidden_size`` of an encoder; ``states`` counts what a
     session keeps of its tokens, such as keys and values of a layer.
+
     """
 
     hidden_size: int
@@ -273,8 +274,11 @@ class NativeModelInfo:
 
 @dataclass(frozen=True)
 class OperatorTimes:
-    """Nanoseconds by operator, waiting for other threads included; norms and quantization count to
-    the product they feed. Summed over ``calls`` of the engine with ``tokens`` in all."""
+    """Nanoseconds by operator, including the time spent waiting for other threads. Norms and
+    quantization count towards the product that they feed. The times are sums over ``calls`` of the
+    engine with ``tokens`` in all.
+
+    """
 
     calls: int
     tokens: int
@@ -367,7 +371,7 @@ class NativeLookup:
 class NativeSession:
     """A context over a model: tokens go in, logits come out, keys and values stay.
 
-    Raises BackendError where it comes out of a fork of the process that opened it.
+    Raises BackendError in a fork of the process that opened it.
     """
 
     def __init__(
@@ -413,7 +417,7 @@ class NativeSession:
 
     def after_fork(self) -> None:
         """The library itself knows which sessions have lost their threads."""
-        # Of calls, their buffers and the handle, which calls of other threads must not find closed.
+        # Guards calls, their buffers and the handle, so that no thread uses a closed session.
         self._lock = threading.Lock()
 
     @property
@@ -469,8 +473,10 @@ class NativeSession:
         return best, logits, log_total.value
 
     def step_greedy(self, token: int) -> int:
-        """Append one token; the most probable next one. No logits are copied, and of a split 8-bit
-        head only the rows that may win are read in full (see ``runtime/ops/head.cpp``)."""
+        """Append one token. Returns the most probable next one. No logits are copied, and of a
+        split 8-bit head only the rows that may win are read in full (see ``runtime/ops/head.cpp``).
+
+        """
         if not 0 <= token < self.vocab_size:  # before ctypes cuts it to 32 bits
             raise UsageError(f"token {token} is outside the vocabulary of {self.vocab_size}")
         with self._lock:
@@ -525,10 +531,10 @@ class NativeSession:
             self._error.check(self._library.pslm_truncate(self._open(), length))
 
     def use_adapter(self, updates: Sequence[Update]) -> None:
-        """Add low-rank updates to the matrices in place of any before; with none, all is as it was.
+        """Replace the low-rank updates of the matrices. An empty list restores the plain weights.
 
-        The context is forgotten, because other weights made it. Raises UsageError where an update
-        does not belong to the model.
+        Forgets the context, which other weights computed. Raises UsageError if an update does not
+        belong to the model.
         """
         array = (_Update * len(updates))()
         kept = []  # until they are copied
@@ -557,7 +563,10 @@ class NativeSession:
         return OperatorTimes(**{f.name: getattr(times, f.name) for f in fields(OperatorTimes)})
 
     def save(self, length: int | None = None) -> bytes:
-        """The state after the first positions, for a prefix cache; lengths as in truncate()."""
+        """The state after the first ``length`` positions, for a prefix cache. Accepts the lengths
+        that truncate() accepts.
+
+        """
         limit, filled = self.rewind_limit, self.length
         count = filled if length is None else length
         if count != 0 and not limit <= count <= filled:
@@ -569,7 +578,7 @@ class NativeSession:
         return buffer.raw[:size]
 
     def restore(self, length: int, saved: bytes) -> None:
-        """Replace the context by ``length`` positions that :meth:`save` gave."""
+        """Replace the context with ``length`` positions that :meth:`save` returned."""
         with self._lock:
             status = self._library.pslm_kv_restore(self._open(), length, saved, len(saved))
         if status != 0:
@@ -581,7 +590,7 @@ class NativeSession:
         return self._handle
 
     def close(self) -> None:
-        """Give its memory and threads back; later calls raise UsageError."""
+        """Free its memory and threads. Later calls raise UsageError."""
         with self._lock:
             handle, self._handle = self._handle, ctypes.c_void_p()
             self._library.pslm_session_close(handle)
