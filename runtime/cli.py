@@ -61,12 +61,12 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="print the cosine of the first text's embedding and each other one's instead",
+        help="print the cosine between the first text and each other one instead",
     )
     parser.add_argument(
         "--truncate",
         action="store_true",
-        help="let the first tokens of a text that is too long stand for it",
+        help="cut a text that is too long to its first tokens",
     )
     add_threads(parser)
     add_no_verify(parser)
@@ -94,8 +94,8 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         "--prompt-lookup",
         type=int,
         metavar="N",
-        help="tokens guessed at a time from where the last ones stood before (native, greedy; the "
-        "answer is the same): at most N, 0 for none, by default as many as pay",
+        help="guess at most N tokens at a time, from where the last ones stood before (native and "
+        "greedy only; the answer is the same); 0 turns it off (default: as many as pay off)",
     )
     group.add_argument("--stop", action="append", default=[], help="text that ends generation")
     add_backend(parser)
@@ -190,7 +190,7 @@ def _embed(arguments: argparse.Namespace) -> None:
         for text, cosine in zip(texts[1:], cosines(vectors), strict=True):
             show(f"{cosine:.4f}  {text}")
         return
-    for vector in vectors:  # the shortest digits that are the same float again
+    for vector in vectors:  # the shortest digits that give the same float again
         show(json.dumps([float(str(value)) for value in vector]))
 
 
@@ -207,7 +207,7 @@ def _question() -> str | None:
 def _fitting(
     model: Model, messages: list[dict[str, str]], config: GenerationConfig
 ) -> list[dict[str, str]]:
-    """The messages without the oldest turns, as far as they leave no room for an answer."""
+    """Drop the oldest turns until the messages leave room for an answer."""
     room = config.max_new_tokens or max(1, model.context // 8)
     begin = next(i for i, message in enumerate(messages) if message["role"] != "system")
     dropped = 0
