@@ -36,8 +36,8 @@ class GenerationConfig:
     ``do_sample``: unless it is set, decoding is greedy.
 
     - ``max_new_tokens``: the most new tokens; None goes on until a stop or the end of the context.
-    - ``do_sample``: draw tokens. If False, the most probable token is taken, and temperature, top_k,
-      top_p and min_p are ignored. A temperature of 0 has the same effect.
+    - ``do_sample``: draw tokens. If False, the most probable token is taken, and temperature,
+      top_k, top_p and min_p are ignored. A temperature of 0 has the same effect.
     - ``temperature``, ``top_k``, ``top_p``, ``min_p``: how tokens are drawn.
     - ``repetition_penalty``: makes tokens that were seen less probable. ``penalize_prompt`` says
       whether the prompt's tokens count as seen, as they do in transformers.
@@ -55,6 +55,7 @@ class GenerationConfig:
       max_new_tokens or the context cuts short is not whole. See docs/how-to/schema.md.
 
     Raises UsageError for a value that makes no sense.
+
     """
 
     max_new_tokens: int | None = None
@@ -140,6 +141,7 @@ def generation_defaults(folder: Path) -> GenerationConfig:
     """The model's own sampling settings from ``generation_config.json``, if it has that file.
 
     Fields that transformers knows and we do not are ignored.
+
     """
     path = folder / "generation_config.json"
     if not path.exists():
