@@ -36,6 +36,7 @@ class OnnxSession:
     The cache buffers [1, kv heads, context, head size] are bound once as past and as present, so
     GroupQueryAttention appends in place; a decode step allocates nothing. Their pages come from
     the system when they are first written, so an unused context costs no memory.
+
     """
 
     def __init__(
@@ -46,12 +47,12 @@ class OnnxSession:
         context: int | None,
         profile: str | None = None,
     ) -> None:
-        """profile: the beginning of the path that onnxruntime writes its own profile to."""
+        """``profile``: the beginning of the path to which onnxruntime writes its own profile."""
         self.backend = f"onnxruntime {ort.__version__}"
         self.context = context or graph.context
         self.threads = threads or usable_cores()
         self.length = 0
-        self._process = OneProcess()  # of the cache and what is bound
+        self._process = OneProcess()  # guards the cache and what is bound
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _ERRORS_ONLY
@@ -71,11 +72,14 @@ class OnnxSession:
         self._bind(bundle)
 
     def _use_native_operators(self, options: ort.SessionOptions) -> None:
-        """Let onnxruntime call our operators, with our threads: none of its own would have work."""
+        """Let onnxruntime call our operators with our threads. Threads of its own would have no
+        work.
+
+        """
         from pocketslm.runtime.backends.native import library_path
 
         self.backend += " + pocketslm"
-        self._chunk = self.context  # the operator cuts a prompt up by itself
+        self._chunk = self.context  # the operator splits a prompt by itself
         options.intra_op_num_threads = 1
         options.add_session_config_entry("pocketslm.threads", str(self.threads))
         try:
@@ -92,7 +96,7 @@ class OnnxSession:
         if not {"input_ids", "attention_mask"} <= inputs.keys() or "logits" not in outputs:
             raise BackendError("the graph has no input_ids, attention_mask and logits")
         self._io = self._session.io_binding()
-        width = int(outputs["logits"].shape[2])  # of hidden states where there is no head
+        width = int(outputs["logits"].shape[2])  # the width of hidden states if there is no head
         self.vocab_size = width if bundle.config is None else bundle.config.vocab_size
         self._logits_dtype = _FLOATS[outputs["logits"].type]
         self._logits = np.zeros((1, 1, width), self._logits_dtype)
@@ -120,7 +124,7 @@ class OnnxSession:
             self._io.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._io.bind_output(present, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._caches.append(buffer)
-        self._keeps = bool(self._caches or self._columns)  # an encoder has each text anew
+        self._keeps = bool(self._caches or self._columns)  # an encoder starts anew with each text
         if not self._keeps:
             self._chunk = self.context
         self._trims = "logits_to_keep" in defaults
@@ -176,11 +180,11 @@ class OnnxSession:
 
     @property
     def profile_start_ns(self) -> int:
-        """When the profile began."""
+        """The time at which the profile began."""
         return int(self._session.get_profiling_start_time_ns())
 
     def end_profile(self) -> str:
-        """Write the profile; its path."""
+        """Write the profile. Returns its path."""
         return str(self._session.end_profiling())
 
     def _run(self, tokens: npt.NDArray[np.int64], start: int, all_logits: bool) -> Logits:
