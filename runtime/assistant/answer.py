@@ -15,7 +15,6 @@ Finish = Literal["eos", "stop", "length", "context", "cancelled", "interrupted",
 class Citation:
     """A passage that supports an answer: the characters from ``start`` to ``end`` of the document's
     text, in its chunk number ``chunk``. ``document`` is the document's number in the library.
-
     """
 
     chunk: int
