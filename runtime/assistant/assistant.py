@@ -175,7 +175,6 @@ class Assistant:
 
         Questions that the document itself asks come first, then those that the model makes of
         telling sentences.
-
         """
         run = _Run(self, "suggest", cancel=cancel)
         items: dict[str, Citation] = {}  # by the question
@@ -371,7 +370,6 @@ class _Run:
         """Generate, add to the text and yield its pieces, without space before the first.
 
         capital: the text, which continues a forced beginning, shall begin a sentence.
-
         """
         config = self._assistant.config
         config = config.but(
