@@ -60,7 +60,6 @@ class Session(Protocol):
         A model of embeddings gives hidden states [1, H] or [n, H]; an encoder keeps no tokens. The
         next call may reuse the array. Raises ContextOverflowError, or BackendError if a logit is
         not finite; the cache is then unchanged.
-
         """
         ...
 
@@ -77,7 +76,6 @@ class Session(Protocol):
 class ForgettingSession(Session, Protocol):
     """A session whose state forgets early tokens: attention with a window keeps only the tokens of
     the window, a convolution only its last columns.
-
     """
 
     @property
@@ -108,7 +106,6 @@ class TopSession(Session, Protocol):
     ) -> tuple[npt.NDArray[np.int32], Logits, float]:
         """Append tokens [n]. Returns the ``count`` most probable next tokens (all if there are
         fewer), their logits, and the logarithm of the sum of exp over all logits.
-
         """
         ...
 
@@ -137,7 +134,6 @@ class Lookup(Protocol):
     def judge(self, right: int) -> None:
         """Report how many of the last guesses were right, counted from the first. Call it after
         every :meth:`guess`, even an empty one.
-
         """
         ...
 
@@ -146,7 +142,6 @@ class Lookup(Protocol):
 class GuessingSession(TopSession, Protocol):
     """A session that computes the same bits for tokens together as one by one, so that one call can
     check several guesses.
-
     """
 
     def lookup(self) -> Lookup | None:
@@ -161,7 +156,6 @@ class AdapterSession(Session, Protocol):
     def use_adapter(self, updates: Sequence[Update]) -> None:
         """Replace all earlier updates with these, or with none. Empties the cache. Raises
         UsageError.
-
         """
         ...
 
