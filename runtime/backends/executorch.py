@@ -97,7 +97,6 @@ class Program:
         size.
 
         ``timed``: operators outside the delegate are timed, see :func:`operator_times`.
-
         """
         longest, vocabulary, error = _size(), _size(), ErrorText()
         status = self._library.pslm_et_load(
