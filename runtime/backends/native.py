@@ -253,7 +253,6 @@ class NativeModelInfo:
     ``heads``, ``kv_heads``, ``head_dim`` and ``intermediate_size`` are those of the widest layer;
     ``output_size`` is ``vocab_size``, or ``hidden_size`` of an encoder; ``states`` counts what a
     session keeps of its tokens, such as keys and values of a layer.
-
     """
 
     hidden_size: int
@@ -277,7 +276,6 @@ class OperatorTimes:
     """Nanoseconds by operator, including the time spent waiting for other threads. Norms and
     quantization count towards the product that they feed. The times are sums over ``calls`` of the
     engine with ``tokens`` in all.
-
     """
 
     calls: int
@@ -475,7 +473,6 @@ class NativeSession:
     def step_greedy(self, token: int) -> int:
         """Append one token. Returns the most probable next one. No logits are copied, and of a
         split 8-bit head only the rows that may win are read in full (see ``runtime/ops/head.cpp``).
-
         """
         if not 0 <= token < self.vocab_size:  # before ctypes cuts it to 32 bits
             raise UsageError(f"token {token} is outside the vocabulary of {self.vocab_size}")
@@ -565,7 +562,6 @@ class NativeSession:
     def save(self, length: int | None = None) -> bytes:
         """The state after the first ``length`` positions, for a prefix cache. Accepts the lengths
         that truncate() accepts.
-
         """
         limit, filled = self.rewind_limit, self.length
         count = filled if length is None else length
