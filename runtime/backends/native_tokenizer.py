@@ -18,7 +18,6 @@ class NativeTokenizer:
     """Text to ids and back, from the model file alone. Safe to use from several threads.
 
     Raises :class:`BundleError` for a model whose tokenizer export could not pack.
-
     """
 
     def __init__(self, model: NativeModel) -> None:
@@ -55,7 +54,6 @@ class NativeTokenizer:
 
         ``goes_on``: these are not the first tokens of a text. WordPiece's spaces before signs stay.
         Raises :class:`UsageError` for ids outside the vocabulary.
-
         """
         tokens = np.asarray(ids, np.int64).clip(-1, 2**31 - 1).astype(np.int32)
         call, flags = self._library.pslm_decode, GOES_ON * goes_on
