@@ -36,7 +36,6 @@ class OnnxSession:
     The cache buffers [1, kv heads, context, head size] are bound once as past and as present, so
     GroupQueryAttention appends in place; a decode step allocates nothing. Their pages come from
     the system when they are first written, so an unused context costs no memory.
-
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class OnnxSession:
     def _use_native_operators(self, options: ort.SessionOptions) -> None:
         """Let onnxruntime call our operators with our threads. Threads of its own would have no
         work.
-
         """
         from pocketslm.runtime.backends.native import library_path
 
