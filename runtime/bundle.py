@@ -158,7 +158,6 @@ def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     ``verify`` also compares every file with its SHA-256 (about 0.1 s for 100 MB). Raises
     BundleError for what is missing, altered, unknown or outside the folder, and for a file that
     would be used and is not listed.
-
     """
     path = Path(path)
     if path.suffix == ".pte" and path.is_file():
