@@ -55,7 +55,6 @@ class GenerationConfig:
       max_new_tokens or the context cuts short is not whole. See docs/how-to/schema.md.
 
     Raises UsageError for a value that makes no sense.
-
     """
 
     max_new_tokens: int | None = None
@@ -141,7 +140,6 @@ def generation_defaults(folder: Path) -> GenerationConfig:
     """The model's own sampling settings from ``generation_config.json``, if it has that file.
 
     Fields that transformers knows and we do not are ignored.
-
     """
     path = folder / "generation_config.json"
     if not path.exists():
