@@ -76,7 +76,6 @@ class TokenTexts:
 def read_grammar(kind: ConstraintKind, text: str) -> Grammar:
     """Read a grammar, or take it from the few read last. Raises UsageError as :class:`Grammar`
     does.
-
     """
     return Grammar(kind, text)
 
@@ -105,7 +104,6 @@ class Constraint:
     """Follows one text token by token, and says which tokens a grammar allows next.
 
     What it learned about the grammar survives :meth:`restart`, so that a second text costs less.
-
     """
 
     def __init__(self, grammar: Grammar, texts: TokenTexts) -> None:
