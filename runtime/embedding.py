@@ -50,7 +50,6 @@ def embed(session: Session, ids: Sequence[int], pooling: Pooling, size: int) -> 
 
     Raises BundleError where the graph gives another size, BackendError where the embedding is not
     finite or has no direction.
-
     """
     tokens = np.asarray(ids, np.int64)
     states = session.forward(tokens, all_logits=pooling.kind != "last")
