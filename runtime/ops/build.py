@@ -296,7 +296,6 @@ def executorch_library() -> Path:
 
     It is linked against :func:`library` and ExecuTorch's own Python module, which must be loaded
     before it.
-
     """
     spec = importlib.util.find_spec("executorch")
     if spec is None or not spec.submodule_search_locations:
@@ -354,7 +353,6 @@ def runner(target: str | None = None) -> Path:
     """``pocketslm-run`` for a target (see :func:`find_toolchain`) and these sources.
 
     From the cache, or compiled now.
-
     """
     path = cache_directory() / "-".join(filter(None, ("pocketslm-run", target, source_hash())))
     return path if is_whole(path) else build_runner(path, target)
