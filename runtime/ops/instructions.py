@@ -99,7 +99,6 @@ def count_cases(
     """Instructions a token of each case, from one run of the program.
 
     It writes a line for each token, and the plugin says how many instructions came before that.
-
     """
     asked = [generation for case in cases for generation in _GENERATIONS[case]]
     context = max(64, *(generation.prompt + generation.new for generation in asked))
