@@ -23,7 +23,6 @@ def repetition_penalty(penalty: float, start: int = 0) -> Processor:
     """Divide positive and multiply negative logits of tokens seen from position ``start`` on.
 
     CTRL, https://arxiv.org/abs/1909.05858.
-
     """
 
     def process(ids: Sequence[int], logits: Array) -> Array:
@@ -89,7 +88,6 @@ def multinomial(seed: int | None) -> Sampler:
     The same seed draws the same tokens from the same logits on every machine, and in
     ``pocketslm-run`` (runtime/ops/runner/sampler.cpp): random numbers come from SplitMix64, and the
     weights of :func:`exp_weights` are added in the order of the vocabulary.
-
     """
     state = secrets.randbits(64) if seed is None else seed
 
