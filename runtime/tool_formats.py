@@ -76,7 +76,6 @@ def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
 
     tools: as in transformers and in OpenAI's interface, {"type": "function", "function": {"name",
     "description", "parameters"}}, or the inner object alone. Raises UsageError.
-
     """
     found: dict[str, dict[str, Any]] = {}
     for tool in tools:
@@ -118,7 +117,6 @@ def python_grammar(functions: Mapping[str, Mapping[str, Any]]) -> str:
 def read_calls(form: ToolFormat, text: str) -> list[Call]:
     """Read the calls in a text that stood between ``begin`` and ``end``. Raises UsageError if there
     is none.
-
     """
     readers: dict[str, Callable[[str, ToolFormat], list[Call]]] = {
         "json": _read_json,
