@@ -34,7 +34,6 @@ def reply_with_tools(
     """Answer messages, and read the calls in the answer.
 
     choice: "auto", "required", or the name of the tool to call. Raises UsageError.
-
     """
     functions = functions_of(tools)
     form = format_of(model.tokenizer.chat_template)
