@@ -259,7 +259,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     stated = arguments.bandwidth is not None and arguments.int8 is not None
     if stated and not arguments.records:
         refuse(arguments, "where bandwidth and int8 are stated", "threads")
-    if not stated:  # half of a statement
+    if not stated:  # only one of the two was stated
         where = "without --int8" if arguments.bandwidth else "without --bandwidth"
         refuse(arguments, where, "bandwidth", "int8")
     found = fit(
