@@ -1,4 +1,4 @@
-"""What to run: the tests of one benchmark, with their tokens."""
+"""The tests of one benchmark, with their tokens."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pocketslm.errors import UsageError
 
 SEED = 0
 # Prompts of the SlimLM table (https://arxiv.org/abs/2411.09944): a short question, then documents
-# up to what a phone takes, with the answer's length of that paper's app.
+# up to the longest that a phone can take. Answers are as long as in that paper's app.
 SLIMLM = tuple((prompt, 64) for prompt in (1, 64, 200, 400, 600, 800))
 
 
 @dataclass(frozen=True)
 class Test:
-    """Fields as in Measurement; ids: see Job."""
+    """Fields are as in Measurement, ``ids`` as in Job."""
 
     n_prompt: int
     n_gen: int
@@ -41,10 +41,10 @@ def plan(
     n_both: Sequence[tuple[int, int]] = (),
     context: int | None = None,
 ) -> list[Test]:
-    """Tests of random token ids, each with just the context that it needs unless one is given.
+    """Plan tests of random token ids. Each gets the context that it needs, unless one is given.
 
-    n_depth None takes the longest prompt. n_both: pairs of a prompt and new tokens after it.
-    Raises UsageError.
+    If ``n_depth`` is None, it is the longest prompt. ``n_both`` are pairs of a prompt's length and
+    new tokens after it. Raises UsageError.
     """
     at_least("n_prompt", 1, n_prompt)
     at_least("n_gen", 1, n_gen)
