@@ -1,4 +1,4 @@
-"""``pocketslm device``, and what ``pocketslm bench`` does on one."""
+"""``pocketslm device``, and ``pocketslm bench --device``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """What ``pocketslm bench`` takes to run on a device."""
+    """Add the options of ``pocketslm bench`` for running on a device."""
     group = parser.add_argument_group("on a device")
     group.add_argument("--device", help=f"run the native graph there: {SPECS}")
     group.add_argument("--pin", help="cores to use: big, little, prime, all, or CPUs such as 4-7")
@@ -60,7 +60,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """``pocketslm bench --device``: rows are printed and recorded even when a run is cut short."""
+    """Run ``pocketslm bench --device``. Rows are printed and kept even if a run is cut short."""
     from pocketslm.profiling.devices import open_device
     from pocketslm.profiling.devices.bench import Conditions, bench_on_device
     from pocketslm.profiling.plan import SLIMLM, plan
