@@ -20,10 +20,10 @@ from pocketslm.terminal import (
 
 SPECS = "local, ssh:[user@]host[:port], adb or adb:SERIAL"
 _SECONDS = {
-    "sustained": "repeat each test for so long (default: as often as -r says)",
-    "pause": "between tests (default: local 0, ssh 10, adb 60)",
-    "idle": "to watch a battery at rest first (default: 10)",
-    "interval": "between polls of the sensors (default: 1)",
+    "sustained": "seconds to repeat each test (default: -r times)",
+    "pause": "seconds between tests (default: local 0, ssh 10, adb 60)",
+    "idle": "seconds to watch a battery at rest first (default: 10)",
+    "interval": "seconds between polls of the sensors (default: 1)",
 }
 # Options of `bench` that only a device takes.
 ON_A_DEVICE = ("pin", *(f"{name}_s" for name in _SECONDS))
