@@ -26,6 +26,10 @@ DOCUMENTED = ("__init__.py", "errors.py", "models", "profiling", "runtime")
 # A list, a table or a heading that Markdown took for a part of the paragraph before it.
 _SWALLOWED = re.compile(r"<p>(?:(?!</p>|<code>).)*?^(?:- |\d+\. |\| |#)", re.DOTALL | re.MULTILINE)
 _TITLES: dict[str | None, str] = {"positional arguments": "argument", "options": "option"}
+OURS_ONLY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'self' 'unsafe-inline' data: blob:\">"
+)
 log = logging.getLogger("mkdocs.hooks.pocketslm")
 
 
@@ -59,11 +63,13 @@ def on_page_content(html: str, page: Page, **_: Any) -> None:
         log.warning("%s: not understood: %s", page.file.src_uri, found[0][-60:])
 
 
-def on_post_page(output: str, page: Page, **_: Any) -> None:
+def on_post_page(output: str, page: Page, **_: Any) -> str:
+    """Check what the page loads, and forbid its scripts to load anything from another host."""
     loads = Loads()
     loads.feed(output)
     for address in loads.outside:
         log.warning("%s loads %s from another host", page.file.src_uri, address)
+    return output.replace("<head>", f"<head>\n{OURS_ONLY}", 1)
 
 
 class Loads(HTMLParser):
