@@ -79,7 +79,7 @@ def test() -> None:
     names += [f"-mpocketslm.{name}" for name in MODULES]
     run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=home)
     run("python", "tests/house.py")
-    # Warnings are errors; the site's makers say something about versions to come, which is none.
+    # Warnings are errors. The variable silences a notice about future versions of mkdocs.
     run("mkdocs", "build", "--quiet", "--strict", NO_MKDOCS_2_WARNING="1")
     # Two processes: the tests of one file stay together, since they share what is costly to make.
     # PyTorch takes one thread in each: threads of two that wait for each other cost minutes.

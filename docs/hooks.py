@@ -1,8 +1,8 @@
-"""What the site is built with beside its pages: generated pages, and checks of every page.
+"""Hooks of the site: pages that are generated, and checks of every page.
 
-Pages made here come from what they describe: the command line from its parser, the list of changes
-from CHANGELOG.md. A page that loads something from another host, or whose Markdown was not
-understood, is a warning, which `mkdocs build --strict` turns into an error.
+The reference of the command line is made from the parser, the list of changes from CHANGELOG.md. A
+page that loads something from another host, or whose Markdown was not understood, is a warning,
+which `mkdocs build --strict` turns into an error.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PlainReferences(Extension):
 def on_startup(**_: Any) -> None:
     """Link the documented parts under the name that programs import.
 
-    Before mkdocstrings looks for its paths: where they are missing it would search the environment.
+    This comes before mkdocstrings looks for its paths, or it would search the whole environment.
     """
     home = ROOT / "build" / "docs" / "pocketslm"
     home.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def on_post_page(output: str, page: Page, **_: Any) -> str:
 
 
 class Loads(HTMLParser):
-    """The addresses on other hosts that a page loads, links to click apart."""
+    """Collects the addresses on other hosts that a page loads by itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def command_line() -> str:
 
 
 def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.ArgumentParser, str]]:
-    """Every command under this one, those of a group in its place, with its summary."""
+    """Every command under this one with its summary; a group is replaced by its commands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}

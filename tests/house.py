@@ -36,6 +36,8 @@ GENERATED = ("_table.inl",)
 # Two files that may hold the same lines, and why.
 MAY_REPEAT: dict[frozenset[str], str] = {}
 
+# Comments and imports; the last is a name in an import of several lines.
+_SILENT = re.compile(r"#|//|\*|import |from \S+ import |using |\w+,$")
 Line = tuple[int, str]  # its number in the file and its normalized text
 
 
@@ -113,9 +115,7 @@ def normalized(text: str) -> list[Line]:
     said = []
     for number, line in enumerate(text.splitlines(), 1):
         line = re.sub(r"\s+", " ", line.strip())
-        if re.search(r"\w", line) and not re.match(
-            r"(#|//|\*|import |from \S+ import |using )", line
-        ):
+        if re.search(r"\w", line) and not _SILENT.match(line):
             said.append((number, line))
     return said
 
