@@ -27,10 +27,9 @@ from pocketslm.runtime.generation import greedy_step
 class Job:
     """One test for one worker. Counts are as in a Measurement.
 
-    - ``ids``: the first tokens: the prompt, or the cache's content before decoding (a single token
-      if ``n_depth`` is 0).
-    - ``context``: tokens that the KV cache must hold.
-    - ``cold``: drop the artefact from the page cache first.
+    ids: the tokens that go first: the prompt, or what is in the cache before decoding (a single
+    token with ``n_depth`` 0). context: tokens that the KV cache must hold. cold: drop the artefact
+    from the page cache first.
     """
 
     runtime: str

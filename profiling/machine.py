@@ -73,7 +73,7 @@ def this_machine() -> Machine:
 
 
 def limits(threads: int, buffer_bytes: int | None) -> Limits | None:
-    """This machine's limits for a model of that size, or None without the native operators."""
+    """This machine's roofline for a model of that size; None without the native operators."""
     from pocketslm.runtime.backends.native import load_library
 
     try:

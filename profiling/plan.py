@@ -41,10 +41,10 @@ def plan(
     n_both: Sequence[tuple[int, int]] = (),
     context: int | None = None,
 ) -> list[Test]:
-    """Plan tests of random token ids. Each gets the context that it needs, unless one is given.
+    """Tests of random token ids, each with just the context that it needs unless one is given.
 
-    If ``n_depth`` is None, it is the longest prompt. ``n_both`` are pairs of a prompt's length and
-    new tokens after it. Raises UsageError.
+    n_depth None takes the longest prompt. n_both: pairs of a prompt and new tokens after it.
+    Raises UsageError.
     """
     at_least("n_prompt", 1, n_prompt)
     at_least("n_gen", 1, n_gen)

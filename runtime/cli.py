@@ -207,7 +207,7 @@ def _question() -> str | None:
 def _fitting(
     model: Model, messages: list[dict[str, str]], config: GenerationConfig
 ) -> list[dict[str, str]]:
-    """Drop the oldest turns until the messages leave room for an answer."""
+    """The messages without the oldest turns, as far as they leave no room for an answer."""
     room = config.max_new_tokens or max(1, model.context // 8)
     begin = next(i for i, message in enumerate(messages) if message["role"] != "system")
     dropped = 0

@@ -62,9 +62,8 @@ def sample_document() -> Path:
 class Assistant:
     """A model that works on documents.
 
-    - ``config``: how to generate. Its ``max_new_tokens`` overrides the tasks' own.
-    - ``meanings``: the vectors of the documents' library, for finding by meaning as well. None
-      finds by words only.
+    config: how to generate; its ``max_new_tokens`` overrides those of the tasks. meanings: the
+    vectors of the documents' library, to find by meaning as well; None finds by words only.
     """
 
     # Greedy, and slow to repeat itself: small models fall into loops. Words of the document are
@@ -361,7 +360,7 @@ class _Run:
         return self.add(f"\n\n{lead} {own}")
 
     def answers(self, **changes: Any) -> None:
-        """Set the fields of the final answer."""
+        """What the answer will say."""
         self._answer = replace(self._answer, **changes)
 
     def pieces(

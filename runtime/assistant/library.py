@@ -29,8 +29,8 @@ from pocketslm.runtime.assistant.readers import read_file
 from pocketslm.runtime.assistant.words import words
 
 SCHEMA_VERSION = 2
-# What sqlite3 raises for a file that is damaged or locked, or for a full disk. Its message holds
-# the name of a table, which may not be UTF-8.
+# What sqlite3 raises of a damaged file, or of one that is full or locked: also where the name of a
+# table is no UTF-8, which it puts into its message.
 _DAMAGE = (sqlite3.Error, UnicodeError)
 _APPLICATION_ID = 0x70736C6D  # "pslm"
 _SCHEMA = """

@@ -86,14 +86,14 @@ class ForgettingSession(Session, Protocol):
 
 @runtime_checkable
 class SavingSession(Session, Protocol):
-    """A session whose state can be saved as bytes and restored."""
+    """A session whose state can be had as bytes, and be put back."""
 
     def save(self) -> bytes:
-        """The present state."""
+        """The state as it is now."""
         ...
 
     def restore(self, length: int, saved: bytes) -> None:
-        """Replace the state with one that was saved at ``length`` tokens. Raises UsageError."""
+        """Replace the state by one that was saved at ``length`` tokens. Raises UsageError."""
         ...
 
 
@@ -161,7 +161,7 @@ class AdapterSession(Session, Protocol):
 
 
 def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None:
-    """Refuse bad tokens before anything is allocated or run.
+    """What every backend refuses before anything is allocated or run.
 
     Raises UsageError for an empty call or ids outside the vocabulary, ContextOverflowError if the
     tokens do not fit.
@@ -227,10 +227,11 @@ def open_session(
 ) -> Session:
     """Load the bundle's graph for a backend.
 
-    "auto" takes the bundle's first graph whose backend works here. The native operators need a C++
-    compiler once if the package brought no compiled library. ``context`` limits the KV cache below
-    the graph's own limit. Raises BundleError if the bundle has no such graph or its files changed
-    since they were verified, BackendError if the backend is unknown or not installed.
+    "auto" takes the first of the bundle's graphs whose backend works here: the native operators
+    need a C++ compiler once, where the package was installed without one. ``context`` limits the
+    KV cache below the graph's own limit. Raises BundleError where the bundle has no such graph or
+    its files changed since they were verified, BackendError where the backend is unknown or not
+    installed.
     """
     session = _first_that_opens(bundle, backend, threads, context)
     bundle.require_unchanged()

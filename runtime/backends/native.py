@@ -48,7 +48,7 @@ _ERRORS: dict[int, type[PocketSlmError]] = {
     9: BackendError,
     10: UsageError,
 }
-# Messages for calls that take no buffer for one.
+# Where a call has no place for a line of its own.
 _TEXTS = {
     7: "another thread uses this session",
     8: "this session's threads stayed behind in a fork; open one in this process",
@@ -369,7 +369,7 @@ class NativeLookup:
 class NativeSession:
     """A context over a model: tokens go in, logits come out, keys and values stay.
 
-    Raises BackendError in a fork of the process that opened it.
+    Raises BackendError where it comes out of a fork of the process that opened it.
     """
 
     def __init__(
@@ -415,7 +415,7 @@ class NativeSession:
 
     def after_fork(self) -> None:
         """The library itself knows which sessions have lost their threads."""
-        # Guards calls, their buffers and the handle, so that no thread uses a closed session.
+        # Of calls, their buffers and the handle, which calls of other threads must not find closed.
         self._lock = threading.Lock()
 
     @property
@@ -530,8 +530,8 @@ class NativeSession:
     def use_adapter(self, updates: Sequence[Update]) -> None:
         """Replace the low-rank updates of the matrices. An empty list restores the plain weights.
 
-        Forgets the context, which other weights computed. Raises UsageError if an update does not
-        belong to the model.
+        The context is forgotten, because other weights made it. Raises UsageError where an update
+        does not belong to the model.
         """
         array = (_Update * len(updates))()
         kept = []  # until they are copied
@@ -560,9 +560,7 @@ class NativeSession:
         return OperatorTimes(**{f.name: getattr(times, f.name) for f in fields(OperatorTimes)})
 
     def save(self, length: int | None = None) -> bytes:
-        """The state after the first ``length`` positions, for a prefix cache. Accepts the lengths
-        that truncate() accepts.
-        """
+        """The state after the first positions, for a prefix cache; lengths as in truncate()."""
         limit, filled = self.rewind_limit, self.length
         count = filled if length is None else length
         if count != 0 and not limit <= count <= filled:
@@ -574,7 +572,7 @@ class NativeSession:
         return buffer.raw[:size]
 
     def restore(self, length: int, saved: bytes) -> None:
-        """Replace the context with ``length`` positions that :meth:`save` returned."""
+        """Replace the context by ``length`` positions that :meth:`save` gave."""
         with self._lock:
             status = self._library.pslm_kv_restore(self._open(), length, saved, len(saved))
         if status != 0:
@@ -586,7 +584,7 @@ class NativeSession:
         return self._handle
 
     def close(self) -> None:
-        """Free its memory and threads. Later calls raise UsageError."""
+        """Give its memory and threads back; later calls raise UsageError."""
         with self._lock:
             handle, self._handle = self._handle, ctypes.c_void_p()
             self._library.pslm_session_close(handle)

@@ -71,9 +71,7 @@ class OnnxSession:
         self._bind(bundle)
 
     def _use_native_operators(self, options: ort.SessionOptions) -> None:
-        """Let onnxruntime call our operators with our threads. Threads of its own would have no
-        work.
-        """
+        """Let onnxruntime call our operators, with our threads: none of its own would have work."""
         from pocketslm.runtime.backends.native import library_path
 
         self.backend += " + pocketslm"
