@@ -1,6 +1,6 @@
 """pocketslm: put small language models on phones and edge boards.
 
-``from pocketslm import Model, GenerationConfig`` is how programs use a model (docs/python.md).
+Programs use a model by ``from pocketslm import Model, GenerationConfig``: docs/how-to/python.md.
 """
 
 from __future__ import annotations

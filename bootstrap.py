@@ -1,7 +1,7 @@
 """Set everything up in a virtual environment and run the demonstration or the tests.
 
     python3 bootstrap.py demo    fetch, export, summarise and question a document, measure
-    python3 bootstrap.py test    format, lint, types, tests
+    python3 bootstrap.py test    format, lint, types, rules of the house, documentation, tests
 
 Needs Python 3.11 or later and nothing else; what it runs, it prints.
 """
@@ -78,6 +78,9 @@ def test() -> None:
     names = [f"-ppocketslm.{name}" for name in PACKAGES]
     names += [f"-mpocketslm.{name}" for name in MODULES]
     run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=home)
+    run("python", "tests/house.py")
+    # Warnings are errors. The variable silences a notice about future versions of mkdocs.
+    run("mkdocs", "build", "--quiet", "--strict", NO_MKDOCS_2_WARNING="1")
     # Two processes: the tests of one file stay together, since they share what is costly to make.
     # PyTorch takes one thread in each: threads of two that wait for each other cost minutes.
     # tests/conftest.py says which files go first.

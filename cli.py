@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status (0, 2 for a user's error, 130 for Ctrl-C)."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or locale may lack characters
         sys.stdout.reconfigure(errors="backslashreplace")
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     return guarded(arguments.run, arguments)
 
 
@@ -84,7 +84,8 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser with every command; the reference of the site is made from it."""
     parser = argparse.ArgumentParser(
         prog="pocketslm",
         description="Put small language models on phones and edge boards.",

@@ -1,4 +1,4 @@
-"""Compression methods beside each other on one model: the tables of docs/compression.md.
+"""Compression methods beside each other on one model, as in docs/explanation/compression.md.
 
 Weights alone are compressed; the forward pass is the fp32 reference, on a GPU where torch finds
 one. Rows are appended to a file as they come, and a row that is there already is not made again.

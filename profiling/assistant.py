@@ -1,8 +1,8 @@
-"""The document assistant measured: what it quotes, cites, says, refuses, summarises and suggests.
+"""Measure what the document assistant quotes, cites, says, refuses, summarises and suggests.
 
-Questions and documents are those of `brought`. Beside them, 300 news articles with older questions,
-of one passage or of two; and Wikipedia articles, whose own lead section is the reference for a
-summary of the rest. Fractions come with their 95 % intervals (Wilson 1927).
+Questions and documents come from `brought`. Two more sets are used: 300 news articles with older
+questions, which need one passage or two; and Wikipedia articles, whose lead section is the
+reference for a summary of the rest. Fractions have 95 % intervals (Wilson 1927).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pocketslm.runtime.assistant.words import sentences
 from pocketslm.runtime.model import TextModel
 
 K, MORE = 3, 10
-SAMPLE = 40  # questions that the model speaks to, unless it speaks to all
+SAMPLE = 40  # questions that the model answers, unless it answers all
 # Wikipedia articles of 2 to 8 thousand words whose markup leaves clean text.
 SUMMARIZED = ("Aardvark", "Aardwolf", "Aikido", "Asphalt", "Animal Farm", "Amateur astronomy")
 Step = Callable[[str, float], None]
@@ -39,8 +39,9 @@ Step = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Figure:
-    """Something measured. ``low`` and ``high`` bound a fraction of ``count`` cases; other figures
-    have a unit instead."""
+    """A measured figure. ``low`` and ``high`` bound a fraction of ``count`` cases; other figures
+    have a unit instead.
+    """
 
     name: str
     value: float
@@ -51,7 +52,7 @@ class Figure:
 
 
 def fraction(name: str, cases: Sequence[bool]) -> Figure:
-    """The part of the cases that hold, with Wilson's interval."""
+    """The fraction of cases that hold, with Wilson's interval."""
     n = len(cases)
     if not n:
         return Figure(name, math.nan, 0.0, 1.0, 0)
@@ -72,11 +73,12 @@ def measure(
     tuned: bool = False,
     examples: Callable[[str], None] = lambda text: None,
 ) -> list[Figure]:
-    """Everything, in a few minutes with a 135M model on two cores.
+    """Measure everything, which takes a few minutes with a 135M model on two cores.
 
-    embedder: find by meaning too. every: the model speaks to every question, not to SAMPLE of them.
-    tuned: the half of the questions that constants were chosen on, instead of the other.
-    examples: gets each question with what was shown, to be read.
+    - ``embedder``: find by meaning too.
+    - ``every``: let the model answer every question, not SAMPLE of them.
+    - ``tuned``: use the half of the questions on which constants were chosen, not the other half.
+    - ``examples``: called with each question and the text that was shown, for reading.
     """
     asked = [question for question in brought_questions() if question.apart != tuned]
     figures: list[Figure] = []
@@ -100,7 +102,7 @@ def measure(
 
 
 def _shown_as(question: Brought) -> str:
-    """The kinds that a figure counts together."""
+    """The kinds of questions that one figure counts together."""
     return "paraphrases" if question.kind == "para" else "own words"
 
 
@@ -111,7 +113,7 @@ def _retrieval(
     meanings: Meanings | None,
     step: Step,
 ) -> list[Figure]:
-    """Whether the passage with the answer is among the first, in its document and among all."""
+    """How often the passage with the answer is among the first, in its document and among all."""
     found: dict[str, list[bool]] = defaultdict(list)
     some = [question for question in asked if question.answerable]
     for at, question in enumerate(some):
@@ -247,7 +249,7 @@ def _summaries(assistant: Assistant, library: Library, wiki: Path, step: Step) -
 
 
 def _lead(text: str, count: int) -> str:
-    """The first sentences of a text, as many as have ``count`` words."""
+    """The first sentences of a text, up to ``count`` words."""
     end = 0
     for _, end in sentences(text):
         if len(text[:end].split()) >= count:
@@ -273,7 +275,9 @@ def _first_tokens(assistant: Assistant, document: Document) -> list[Figure]:
 
 @dataclass(frozen=True)
 class Question:
-    """evidence: (number of the article, span in it) that together answer; none: nothing does."""
+    """``evidence``: the spans (number of the article, span) that answer together; empty if nothing
+    does.
+    """
 
     question: str
     evidence: tuple[tuple[int, str], ...]
@@ -293,7 +297,7 @@ def questions() -> list[Question]:
 
 
 def recall(document: Document, question: Question, *, walk: bool) -> float:
-    """The part of a question's evidence that stands whole in the first K passages."""
+    """The part of a question's evidence that the first K passages hold whole."""
     hits = search(document, question.question, K, walk=walk)
     texts = [document.passage(hit.chunk) for hit in hits]
     return fmean(any(span in text for text in texts) for _, span in question.evidence)

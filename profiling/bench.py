@@ -1,8 +1,8 @@
 """Benchmarks in llama-bench's manner: prompt and generation speed, memory and load time.
 
-Each test of each runtime has a process of its own, so that its peak memory is its own. With peers,
-the processes of one test are loaded side by side and take turns repetition by repetition: a
-machine that slows down or speeds up meanwhile does so for all of them.
+Each test of each runtime runs in a process of its own, so that its peak memory is its own. With
+peers, the processes of one test are loaded side by side and take turns, repetition by repetition.
+If the machine slows down or speeds up, it does so for all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Progress = Callable[[str, float], None]
 Say = Callable[[str], None]
 
 TIMEOUT_S = 600.0
-# Before each repetition: the others' threads spin for some 20 ms after their work, then park.
+# Pause before each repetition: the other processes' threads spin for some 20 ms after their work.
 SETTLE_S = 0.1
 
 
@@ -61,21 +61,28 @@ def bench(
     say: Say = lambda message: None,
     progress: Progress = lambda step, fraction: None,
 ) -> list[Measurement]:
-    """Measure bundles and, beside them, peers, in that order for each test and number of threads.
+    """Measure bundles and then peers, for each test and number of threads.
 
-    n_prompt, n_gen: lengths to test; an empty one leaves that kind of test out. n_depth: tokens in
-    the cache before generation, by default the longest prompt tested, else none. n_both: prompts
-    with generation after them. tests: in place of all these. repetitions: counted ones, after one
-    that is not. runs: how often all of it is done, in new processes. threads: empty takes every
-    core that this process may use. cold: drop each artefact from the page cache before loading it.
-    operators: after the repetitions one more, which is not counted, for the time of each operator.
-    context: a KV cache larger than the tests need. parallel: so many texts at once, for each test
-    of generation besides that of one, on the native backend. peers: ``NAME`` or ``NAME=ARTEFACT``,
-    or "all" that can run here; without an artefact it is made of ``source``, the checkpoint that
-    the first bundle was exported from. timeout_s: for one repetition, or for loading and the
-    warm-up. record: a file that rows are appended to as soon as they are measured. say gets which
-    of all peers are left out, and why; progress what is being done and the fraction of all that is
-    done.
+    - ``n_prompt``, ``n_gen``: lengths to test. An empty one leaves that kind of test out.
+    - ``n_depth``: tokens in the cache before generation. The default is the longest prompt tested,
+      or none.
+    - ``n_both``: prompts with generation after them.
+    - ``tests``: replaces the four above.
+    - ``repetitions``: counted repetitions, after a first one that is not counted.
+    - ``runs``: repeat everything so often, each time in new processes.
+    - ``threads``: empty takes every core that this process may use.
+    - ``cold``: drop each artefact from the page cache before loading it.
+    - ``operators``: add one repetition, not counted, that measures the time of each operator.
+    - ``context``: a KV cache larger than the tests need.
+    - ``parallel``: generate so many texts at once, for each test of generation besides that of one
+      text. Native backend only.
+    - ``peers``: ``NAME`` or ``NAME=ARTEFACT``, or "all" for those that can run here. Without an
+      artefact, one is made from ``source``.
+    - ``source``: the checkpoint from which the first bundle was exported.
+    - ``timeout_s``: for one repetition, or for loading and the warm-up.
+    - ``record``: a file to which each row is appended as soon as it is measured.
+    - ``say``: called with each peer that "all" skips, and the reason.
+    - ``progress``: called with the present step and the fraction done.
 
     Every runtime gets the same token ids. Raises UsageError, BundleError, BackendError,
     CheckpointError.
@@ -112,7 +119,7 @@ def bench(
     if not timeout_s > 0:
         raise UsageError(f"timeout is {timeout_s}, expected seconds above 0")
     if record is not None:
-        append_records(record, ())  # where it cannot be written, say so before measuring
+        append_records(record, ())  # fail before measuring if it cannot be written
     contenders = [_ours(bundle, backend) for bundle in opened for backend in backends]
     contenders += _prepare_peers(peers, source, opened[0], say, progress)
     session = _Session(
@@ -132,7 +139,7 @@ def bench(
 
 @dataclass(frozen=True)
 class _Contender:
-    """A runtime with what it runs; fields as in Measurement, backend as in Job."""
+    """A runtime with its artefact. Fields are as in Measurement, ``backend`` as in Job."""
 
     runtime: Runtime
     path: Path
@@ -170,7 +177,7 @@ class _Session:
         }
 
     def start_run(self) -> None:
-        """What follows is a run of its own."""
+        """Begin a new run."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._common |= {"run": uuid.uuid4().hex, "started": now}
 
@@ -332,7 +339,7 @@ def _peer(peer: Peer, path: Path, bundle: Bundle) -> _Contender:
 
 
 def _artefact(peer: Peer, source: Path | None, bundle: Bundle, progress: Progress) -> Path:
-    """What a peer runs, made of the checkpoint."""
+    """Make a peer's artefact from the checkpoint."""
     if source is None:
         raise UsageError(
             f"peer {peer.name} has nothing to run; give --source CHECKPOINT, or its own "
@@ -343,7 +350,7 @@ def _artefact(peer: Peer, source: Path | None, bundle: Bundle, progress: Progres
 
 
 def _checked_source(source: Path, bundle: Bundle) -> str:
-    """SHA-256 of the checkpoint, which must be the one that the bundle was made from."""
+    """The SHA-256 of the checkpoint, from which the bundle must have been made."""
     from pocketslm.models.checkpoint import checkpoint_sha256, open_checkpoint
 
     found = checkpoint_sha256(open_checkpoint(source))
@@ -372,7 +379,9 @@ def _size(path: Path) -> int:
 
 
 def _sha256(path: Path) -> str:
-    """Of a bundle's manifest, which holds its files' own; else of the files, in name order."""
+    """The digest of a bundle's manifest, which holds the digests of its files; otherwise the digest
+    of the files in the order of their names.
+    """
     files = [path / MANIFEST] if (path / MANIFEST).exists() else _files(path)
     digest = hashlib.sha256()
     for file in files:

@@ -1,10 +1,10 @@
-"""What people bring: documents of many kinds and languages, and questions about them.
+"""Documents of many kinds and languages, as people bring them, with questions about them.
 
-The documents were written for this, but for a long PDF of Wikipedia articles and news articles that
-fill the library. A question's kind: "own" uses the words of its document, "para" shares no content
-word with it, "table" and "list" want a cell or all of some items, "both" is asked of all documents
-together, and "none" is answered by nothing. Half of the questions are set apart, by a hash of their
-words: no constant of the assistant was chosen on them.
+The documents were written for this benchmark, except for a long PDF of Wikipedia articles and the
+news articles that fill the library. The kinds of questions: "own" uses the words of its document,
+"para" shares no content word with it, "table" and "list" want a cell or all of some items, "both"
+is asked of all documents together, and nothing answers "none". Half of the questions, by a hash of
+their words, are set apart: no constant of the assistant was chosen on them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pocketslm.runtime.assistant.readers.wikipedia import article
 
 BOOK = ("Aardwolf", "Aikido", "Alchemy", "Agriculture", "Amateur astronomy", "Asphalt")
 BOOK_NAME = "book.en.pdf"
-EVERYWHERE = "*"  # the document of questions that are asked of all
+EVERYWHERE = "*"  # stands for the document of a question that is asked of all
 SHELF = 50  # documents of the library, with news articles to fill it
 
 
 @dataclass(frozen=True)
 class Brought:
-    """A question: right answers match ``pattern``, and stand where ``spans`` do."""
+    """A question. Right answers match ``pattern`` and stand at one of the ``spans``."""
 
     document: str
     kind: str
@@ -39,7 +39,7 @@ class Brought:
 
     @property
     def apart(self) -> bool:
-        """Whether it was set apart."""
+        """Whether the question is in the half that was set apart."""
         return hashlib.sha256(self.question.encode()).digest()[0] % 2 == 0
 
     @property
@@ -90,7 +90,7 @@ def written() -> dict[str, bytes]:
 
 
 def fill(library: Library, news: Path, wiki: Path) -> dict[str, Document]:
-    """A library of SHELF documents; those that are asked about, by name."""
+    """Fill a library with SHELF documents. Returns those with questions, by name."""
     shelf = {}
     for name, data in (written() | {BOOK_NAME: _book(wiki)}).items():
         title, _, kind = name.split(".")

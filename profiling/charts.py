@@ -1,7 +1,7 @@
 """Charts as SVG text: lines and points on axes, and stacked bars. Pure functions of their data.
 
-Colours are variables of :data:`STYLE`, light or dark as the reader's system asks. What is not
-finite, or not positive on a logarithmic axis, is left out; every text is escaped.
+Colours are variables of :data:`STYLE`, light or dark as the reader's system asks. Values that are
+not finite, or not positive on a logarithmic axis, are left out. Every text is escaped.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Axis:
-    """label: with the unit; log: logarithmic; zero: whether a linear axis begins at 0; ticks:
-    where to put them, else at round values."""
+    """- ``label``: the text, with the unit.
+    - ``log``: whether the axis is logarithmic.
+    - ``zero``: whether a linear axis begins at 0.
+    - ``ticks``: places of ticks; None puts them at round values.
+    """
 
     label: str
     log: bool = False
@@ -58,8 +61,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind. name: in the legend, none where empty; colour: an index, None for grey;
-    spans: lowest and highest y of each point; labels: a text beside each point."""
+    """Points of one kind.
+
+    - ``name``: the entry in the legend; empty leaves it out.
+    - ``colour``: an index, or None for grey.
+    - ``spans``: the lowest and highest y of each point.
+    - ``labels``: a text beside each point.
+    """
 
     name: str
     points: Sequence[Point]
@@ -73,7 +81,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Bar:
-    """parts: lengths from left to right, each with a colour's index; mark: a tick beyond them."""
+    """``parts`` are lengths from left to right, each with a colour's index. ``mark`` is a further
+    tick.
+    """
 
     label: str
     parts: Sequence[tuple[float, int]]
@@ -82,7 +92,7 @@ class Bar:
 
 
 def plot(series: Sequence[Series], x: Axis, y: Axis, title: str) -> str:
-    """An SVG element of all series on common axes; ``title`` is for readers of the screen."""
+    """An SVG element of all series on common axes. ``title`` is for screen readers."""
     series = [_drawable(one, x, y) for one in series]
     series = [one for one in series if one.points]
     points = [point for one in series for point in one.points]
@@ -105,7 +115,7 @@ def plot(series: Sequence[Series], x: Axis, y: Axis, title: str) -> str:
 
 
 def bars(rows: Sequence[Bar], title: str, names: Sequence[str] = ()) -> str:
-    """Horizontal bars on a common scale from 0. names: of the parts' colours, for the legend."""
+    """Horizontal bars on a common scale from 0. ``names`` are the colours' names in the legend."""
     ends = [sum(length for length, _ in bar.parts) for bar in rows]
     ends += [bar.mark for bar in rows if bar.mark is not None]
     longest = max((end for end in ends if abs(end) < HUGE), default=0.0) or 1.0
@@ -163,7 +173,7 @@ def number(value: float) -> str:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Those that no other is below and left of, from left to right."""
+    """The points that have no other point below and left of them, from left to right."""
     found: list[Point] = []
     for point in sorted(points):
         if not found or point[1] < found[-1][1]:
@@ -229,7 +239,7 @@ class _Box:
 
 
 def _drawable(one: Series, x: Axis, y: Axis) -> Series:
-    """Without the points that have no place on the axes."""
+    """Drop the points that have no place on the axes."""
 
     def placed(index: int) -> bool:
         values = [*one.points[index], *(one.spans[index] if one.spans else ())]
@@ -288,7 +298,7 @@ def _draw(one: Series, across: _Scale, up: _Scale) -> str:
 
 
 def _label(label: str, x: float, y: float, taken: list[_Box]) -> str:
-    """At the first place around the point where nothing else stands; left out where none is."""
+    """A label at the first free place around the point, or none if there is no free place."""
     width = LETTER * len(label)
     places = [(x + side * 8, y + 4 + down, side) for down in (0, -14, 14) for side in (1, -1)]
     for at, base, side in places:
@@ -312,7 +322,7 @@ def _legend(one: Series, x: float, y: float) -> str:
 
 
 def _cut(text: str, width: float) -> str:
-    """As much of a text as fits: the end tells setups apart, the middle goes."""
+    """Shorten a text to fit. The middle goes, because the ends tell setups apart."""
     room = int(width / LETTER)
     half = (room - 1) // 2
     return text if len(text) <= room else f"{text[:half]}…{text[-half:]}"

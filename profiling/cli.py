@@ -29,7 +29,7 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "bench",
         _bench,
-        "measure speed, memory and load time, perhaps beside other runtimes",
+        "measure speed, memory and load time, alone or beside other runtimes",
         "pocketslm bench out/smollm2 -p 512 -n 128 -r 5 -t 2 --peer ort-genai",
     )
     parser.add_argument("bundle", type=Path, nargs="*")
@@ -61,7 +61,7 @@ def add_commands(commands: Commands) -> None:
         "suggests questions and answers one (default: the document that ships with it)",
     )
     parser.add_argument("-r", "--repetitions", type=int, default=5)
-    parser.add_argument("--runs", type=int, default=1, help="all of it again, in new processes")
+    parser.add_argument("--runs", type=int, default=1, help="repeat everything, in new processes")
     parser.add_argument("--cold", action="store_true", help="load from storage, not page cache")
     parser.add_argument("-t", "--threads", type=numbers, default=[], help="numbers of threads")
     parser.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md")
@@ -97,7 +97,7 @@ def add_commands(commands: Commands) -> None:
         "--backend", default="auto", help="one or several, as native,onnx (default: the first)"
     )
     parser.add_argument(
-        "--operators", action="store_true", help="also the time by operator, of one more repetition"
+        "--operators", action="store_true", help="add a repetition that times each operator"
     )
     devices.add_bench_options(parser)
 
@@ -138,12 +138,12 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--every",
         action="store_true",
-        help="let the model speak to every question, not to a sample",
+        help="let the model answer every question, not a sample",
     )
     parser.add_argument(
         "--tuned",
         action="store_true",
-        help="use the half of the questions that constants were chosen on, not the other",
+        help="use the half of the questions on which constants were chosen, not the other half",
     )
     parser.add_argument(
         "--examples", action="store_true", help="print each question with what is shown"
@@ -155,13 +155,11 @@ def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "compare",
         _compare,
-        "say which tests of two records differ, where the noise allows it",
+        "tell which tests of two records differ, as far as the noise allows",
         "pocketslm compare both.jsonl",
     )
     parser.add_argument("a", help="records of `bench --runs 10 --record`, or llama-bench's JSON")
-    parser.add_argument(
-        "b", nargs="?", help="the same of B (default: the other of the two bundles in A)"
-    )
+    parser.add_argument("b", nargs="?", help="the records of B (default: the second bundle in A)")
 
     parser = commands.add(
         "fit",
@@ -169,16 +167,20 @@ def add_commands(commands: Commands) -> None:
         "predict memory and speed of every catalog model on a device, before exporting any",
         "pocketslm fit --ram 4GB --bandwidth 30GB/s --int8 300GMAC/s",
     )
-    parser.add_argument("--ram", help="what the model may use (default: all of the device's)")
-    parser.add_argument("--bandwidth", help="streaming reads, such as 30GB/s (default: measured)")
     parser.add_argument(
-        "--int8", help="multiply-accumulates, such as 300GMAC/s (default: measured)"
+        "--ram", help="memory that the model may use (default: all of the device's)"
+    )
+    parser.add_argument(
+        "--bandwidth", help="speed of streaming reads, such as 30GB/s (default: measured)"
+    )
+    parser.add_argument(
+        "--int8", help="int8 multiply-accumulates, such as 300GMAC/s (default: measured)"
     )
     parser.add_argument(
         "--records",
         metavar="FILE.jsonl",
-        help="rows of `bench --record` on the device: its limits, what was reached of them, and "
-        "the error of the prediction for each",
+        help="records of `bench --record` on the device, which give its limits, the share of them "
+        "that it reaches, and the error of each prediction",
     )
     parser.add_argument("-c", "--context", type=int, default=2048, help="tokens in the cache")
     parser.add_argument("-p", "--prompt", type=int, default=512, help="tokens of the prompt")
@@ -191,7 +193,9 @@ def add_commands(commands: Commands) -> None:
         "make a page of records: tables, curves, roofline, memory, energy",
         "pocketslm report phone.jsonl laptop.jsonl -o report.html",
     )
-    parser.add_argument("records", nargs="+", help="of `bench --record`, or llama-bench's JSON")
+    parser.add_argument(
+        "records", nargs="+", help="files of `bench --record`, or llama-bench's JSON"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="*.html, *.md or *.csv"
     )
@@ -332,7 +336,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     if any(one.low is None for one in differences):
         say(f"fewer than {LEAST_RUNS} runs on a side say nothing: measure with `bench --runs 10`")
     elif any(not one.in_turns for one in differences):
-        say("what is measured in turns is told apart better: `bench A B --runs 10 --record FILE`")
+        say("runs taken in turns tell more: `bench A B --runs 10 --record FILE`")
 
 
 def _fit(arguments: argparse.Namespace) -> None:
@@ -341,7 +345,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     stated = arguments.bandwidth is not None and arguments.int8 is not None
     if stated and not arguments.records:
         refuse(arguments, "where bandwidth and int8 are stated", "threads")
-    if not stated:  # half of a statement
+    if not stated:  # only one of the two was stated
         where = "without --int8" if arguments.bandwidth else "without --bandwidth"
         refuse(arguments, where, "bandwidth", "int8")
     found = fit(

@@ -1,16 +1,15 @@
-"""Whether two sets of records differ, said only where the noise allows it.
+"""Tell whether two sets of records differ, as far as the noise allows it.
 
 Repetitions within a process are not independent: they share its memory layout, the state of the
 machine, the neighbours' work. So the unit is the run (``bench --runs``): one process, one value,
-the mean of the logarithms of its repetitions' tokens a second (a median of the few would waste a
-third of what they say).
+the mean of the logarithms of its repetitions' tokens a second (the median of so few values would
+waste a third of the information).
 
-Runs that were taken in turns (``bench A B``, or two commands one run each, again and again) are
-compared pair by pair: what drifts meanwhile does so for both. Of sets that were measured one after
-the other the means are compared, and a difference counts only beyond what each set drifted itself:
-their second halves against their first ones, by Student's t of these two observations. That is
-right for noise of the same power at every time scale (1/f), and errs on the safe side for noise
-without memory.
+Runs that were taken in turns (``bench A B``, or two commands of one run each, again and again) are
+compared pair by pair: both share any drift, so it cancels. For sets that were measured one after
+the other we compare means, and widen the interval by each set's own drift: the second half of its
+runs against the first, by Student's t of these two observations. That is right for noise of the
+same power at every time scale (1/f), and errs on the safe side for noise without memory.
 
 Intervals are a studentized bootstrap over runs (Efron and Tibshirani, An Introduction to the
 Bootstrap, 1993, 12.5), which keeps its promise for a handful of runs where the plain percentile one
@@ -43,10 +42,12 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one test: B's tokens a second as a multiple of A's, with the interval that holds it.
+    """The difference in one test: B's tokens a second as a multiple of A's, with its interval.
 
-    verdict: "faster", "slower" (B than A), "no difference" or "cannot tell" (too few runs, and
-    then no interval). runs: of A and of B; in_turns: whether they alternated.
+    - ``verdict``: "faster" or "slower" (B than A), "no difference", or "cannot tell" (too few runs,
+      and then there is no interval).
+    - ``runs``: the number of runs of A and of B.
+    - ``in_turns``: whether the runs alternated.
     """
 
     test: str
@@ -62,7 +63,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Run:
-    """started, name: as in Measurement; speed: the mean logarithm of its tokens a second."""
+    """``started`` and ``name`` are as in Measurement. ``speed`` is the mean logarithm of tokens a
+    second.
+    """
 
     started: str
     name: str
@@ -73,7 +76,7 @@ _Test = tuple[str, str, int]
 
 
 def compare(a: Sequence[Measurement], b: Sequence[Measurement]) -> list[Difference]:
-    """Every test that both did, in A's order; UsageError where there is none."""
+    """Compare every test that both did, in A's order. Raises UsageError if there is none."""
     ours, theirs = _by_test(a), _by_test(b)
     keys = [key for key in ours if key in theirs]
     if not keys:
@@ -101,7 +104,7 @@ def compare(a: Sequence[Measurement], b: Sequence[Measurement]) -> list[Differen
 
 
 def compare_two(rows: Sequence[Measurement]) -> list[Difference]:
-    """As :func:`compare`, of the two bundles that one file holds; UsageError for other than two."""
+    """Compare the two bundles in one file. Raises UsageError unless there are two."""
     sides: dict[tuple[str, str | None], list[Measurement]] = {}
     for row in rows:
         if row.runtime == OURS:
@@ -115,9 +118,9 @@ def compare_two(rows: Sequence[Measurement]) -> list[Difference]:
 
 
 def half_width(a: Floats, b: Floats, confidence: float, *, in_turns: bool) -> float:
-    """Of the interval around mean(b) - mean(a) that holds the true one so often.
+    """Half the width of the confidence interval around mean(b) - mean(a).
 
-    a, b: of runs in the order of time.
+    ``a`` and ``b`` are the values of runs in the order of time.
     """
     if in_turns:
         return _bootstrapped([b - a], confidence)
@@ -130,7 +133,7 @@ def half_width(a: Floats, b: Floats, confidence: float, *, in_turns: bool) -> fl
 
 
 def _bootstrapped(sets: Sequence[Floats], confidence: float) -> float:
-    """Half the interval of a mean, or of a difference of two, of independent values.
+    """Half the interval of a mean of independent values, or of the difference of two means.
 
     The quantile of |t| over resampled values, t studentized by its own resample's error (Welch).
     """
@@ -152,8 +155,9 @@ def _standard_error(values: Floats) -> Any:
 
 
 def _in_turns(a: Sequence[_Run], b: Sequence[_Run]) -> bool:
-    """Whether both are of the same runs, or the first of both began before the second of any, and
-    so on."""
+    """Whether the runs alternated: the first runs of both began before the second run of either,
+    and so on, or both sets come from the same runs.
+    """
     if len(a) != len(b):
         return False
     rounds = list(zip(a, b, strict=True))
@@ -166,8 +170,8 @@ def _in_turns(a: Sequence[_Run], b: Sequence[_Run]) -> bool:
 def _by_test(rows: Sequence[Measurement]) -> dict[_Test, list[_Run]]:
     """The runs of each test, runtime and number of threads, in the order of time.
 
-    The artefact is part of the runtime's name where there are several: it may differ between A
-    and B otherwise, which is what a comparison is for.
+    If there are several artefacts, the artefact is part of the runtime's name. Otherwise it may
+    differ between A and B, which is the purpose of a comparison.
     """
     artefacts = {(row.runtime, row.artefact) for row in rows}
     several = len(artefacts) > len({runtime for runtime, _ in artefacts})

@@ -1,8 +1,9 @@
-"""What holding an answer to a schema costs of a decode step.
+"""The cost of holding an answer to a schema, as a part of a decode step.
 
 ``python -m pocketslm.profiling.constraint_cost BUNDLE [THREADS]`` writes a given answer token by
-token: the step with all logits that constrained decoding takes, then mask and advance, timed apart.
-A first answer finds all that it needs; the next by the same constraint reuses it.
+token. It times the step, which computes all logits as constrained decoding needs them, apart from
+the mask and the advance. The first answer computes everything that it needs; the next one by the
+same constraint reuses it.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def main() -> None:
                 logits = session.forward(np.asarray([token], np.int64))[0]
                 mask_ns[-1].append(middle - begin)
                 step_ns[-1].append(time.perf_counter_ns() - middle)
-        # Of each place, the least of all repeats: what else runs here takes no part.
+        # The least of all repeats at each place, so that other work on the machine does not count.
         mask, step = (np.min(np.asarray(ns), axis=0).mean() / 1e3 for ns in (mask_ns, step_ns))
         print(
             f"{kind} answer: mask {mask:.0f} us a token in the mean, a step {step:.0f} us: "

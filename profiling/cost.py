@@ -1,4 +1,4 @@
-"""What one token costs a model: multiply-accumulates, weights read, keys and values kept."""
+"""The cost of one token: multiply-accumulates, weights read, keys and values kept."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pocketslm.models.sites import axes, sites
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a model, from its configuration.
+    """The cost of a model, from its configuration.
 
-    config: the model. layer_macs: multiply-accumulates of one token in the layers, attention over
-    the context apart. head_macs: in the output head, which a prompt runs for its last token only.
-    embedding_values: entries of the embedding table. tied: whether the head is that table.
+    - ``layer_macs``: multiply-accumulates of one token in the layers, without attention over the
+      context.
+    - ``head_macs``: multiply-accumulates in the output head, which a prompt runs only for its last
+      token.
+    - ``embedding_values``: entries of the embedding table.
+    - ``tied``: whether the head is that table.
     """
 
     config: ModelConfig
@@ -50,12 +53,14 @@ class Cost:
 
     @property
     def read_share(self) -> float:
-        """The part of the weights that a token reads: an embedding table of its own is a row."""
+        """The part of the weights that a token reads: it reads one row of a separate embedding
+        table.
+        """
         read = self.layer_macs + self.head_macs
         return read / (read if self.tied else read + self.embedding_values)
 
     def attention_macs(self, position: int) -> int:
-        """Of one token with ``position`` tokens before it: scores, and the sum of values."""
+        """Attention of one token behind ``position`` others: scores, and the sum of values."""
         seen = position + 1
         return sum(
             2 * a.query_width * (seen if a.window is None else min(seen, a.window))
@@ -63,7 +68,7 @@ class Cost:
         )
 
     def prompt_macs(self, tokens: int) -> int:
-        """Of a whole prompt on an empty cache."""
+        """Multiply-accumulates of a whole prompt on an empty cache."""
         attention = 0
         if not self.config.causal:  # every token sees all of them
             attention = sum(2 * a.query_width * tokens**2 for a in self.config.attentions)
@@ -74,15 +79,15 @@ class Cost:
         return self.layer_macs * tokens + attention + self.head_macs
 
     def token_macs(self, position: int) -> int:
-        """Of one decoded token."""
+        """Multiply-accumulates of one decoded token."""
         return self.layer_macs + self.head_macs + self.attention_macs(position)
 
     def kv_bytes(self, tokens: int, bytes_per_value: float) -> int:
-        """Keys and values of that many tokens, each layer keeping what it can still see."""
+        """Bytes of keys and values of so many tokens; each layer keeps those it can still see."""
         return self.config.state_bytes(tokens, bytes_per_value, batch=PREFILL_BATCH)
 
     def kv_bytes_read(self, position: float, bytes_per_value: float) -> float:
-        """Keys and values that one token with ``position`` tokens before it reads."""
+        """Bytes of keys and values that one token behind ``position`` others reads."""
         return sum(
             2 * a.kv_width * (position if a.window is None else min(position, a.window))
             for a in self.config.attentions

@@ -1,4 +1,4 @@
-"""Which operators an ExecuTorch program runs outside its delegate."""
+"""The operators that an ExecuTorch program runs outside its delegate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def operators_outside(path: Path) -> Counter[str]:
-    """Calls of each operator in one step that no delegate makes."""
+    """How often one step calls each operator outside a delegate."""
     program = _read(path)
     plan = next(plan for plan in program.execution_plan if plan.name == "forward")
     names = (_name(plan, one) for chain in plan.chains for one in chain.instructions)
@@ -29,7 +29,7 @@ def _read(path: Path) -> Any:
 
 
 def _name(plan: Any, instruction: Any) -> str | None:
-    """The operator that an instruction calls; None for a delegate."""
+    """The operator that an instruction calls, or None for a delegate."""
     index = getattr(instruction.instr_args, "op_index", None)
     if index is None:
         return None
@@ -39,7 +39,7 @@ def _name(plan: Any, instruction: Any) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what importing ExecuTorch's Python logs to stderr and warns of."""
+    """Suppress the logs and warnings that importing ExecuTorch's Python causes."""
     sys.stderr.flush()
     kept = os.dup(2)
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What the benchmark asks of a runtime, and ours behind it.
+"""The interface of a runtime to the benchmark, and our own runtime behind it.
 
 A peer is prepared in the parent process (``available``, ``prepare``); every runtime is measured in
 a worker process (``import_library``, ``open``), where one loop times them alike.
@@ -19,6 +19,7 @@ import numpy as np
 from pocketslm import __version__
 from pocketslm.errors import BackendError
 from pocketslm.profiling.machine import installed_version
+from pocketslm.runtime.answer import greedy_step
 from pocketslm.runtime.backends import (
     BACKENDS,
     Part,
@@ -28,12 +29,11 @@ from pocketslm.runtime.backends import (
     open_session,
 )
 from pocketslm.runtime.bundle import open_bundle
-from pocketslm.runtime.generation import greedy_step
 
 
 @dataclass(frozen=True)
 class Job:
-    """One test for one worker. The counts mean what they mean in a Measurement.
+    """One test for one worker. Counts are as in a Measurement.
 
     ids: the tokens that go first: the prompt, or what is in the cache before decoding (a single
     token with ``n_depth`` 0). context: tokens that the KV cache must hold. cold: drop the artefact
@@ -66,21 +66,21 @@ class Engine(Protocol):
         ...
 
     def prefill(self, ids: list[int]) -> int:
-        """Run the first tokens of a sequence, as one call; the most probable next token."""
+        """Run the first tokens of a sequence in one call. Returns the most probable next token."""
         ...
 
     def step(self) -> int:
-        """Run the token that was returned last; the most probable next one."""
+        """Run the token that was returned last. Returns the most probable next one."""
         ...
 
 
 class Runtime(Protocol):
-    """name: as in ``Measurement.runtime``."""
+    """A runtime. ``name`` is as in ``Measurement.runtime``."""
 
     name: str
 
     def version(self) -> str:
-        """Of the installed library."""
+        """The version of the installed library."""
         ...
 
     def import_library(self, job: Job) -> None:
@@ -93,19 +93,19 @@ class Runtime(Protocol):
 
 
 class Peer(Runtime, Protocol):
-    """Another runtime; artefact: what it runs, in words."""
+    """Another runtime. ``artefact`` describes the file that it runs."""
 
     artefact: str
 
     def available(self) -> str | None:
-        """Why it cannot run here and what to do about it, or None when it can."""
+        """None if it can run here. Otherwise the reason, and what to do about it."""
         ...
 
     def prepare(self, source: Path, cache: Path) -> Path:
-        """Make the artefact of a checkpoint, under ``cache`` if it has to be written.
+        """Make the artefact from a checkpoint. A file that has to be written goes under ``cache``.
 
-        Raises UsageError where this runtime cannot be given that checkpoint, BackendError where
-        its own converter fails.
+        Raises UsageError if this runtime cannot use that checkpoint, BackendError if its own
+        converter fails.
         """
         ...
 
@@ -153,7 +153,7 @@ class SessionEngine:
         self._next = 0
 
     def _encode(self, ids: Sequence[int]) -> int:
-        """The hidden states of all tokens, as a mean over them needs; no token follows."""
+        """Compute the hidden states of all tokens, as a mean over them needs. No token follows."""
         self._session.forward(np.asarray(ids, np.int64), all_logits=True)
         return 0
 

@@ -1,8 +1,9 @@
-"""Memory and speed of the catalog's models on a device, predicted before anything is exported.
+"""Predict memory and speed of the catalog's models on a device, before anything is exported.
 
-The roofline: a decoded token reads the weights and the keys and values before it, so its time is
-those bytes over the bandwidth; a prompt multiplies, so its time is its multiply-accumulates over
-the int8 peak. What a program reaches of either is measured, in :class:`Reached`.
+The prediction is a roofline. A decoded token reads the weights and the keys and values before it,
+so its time is those bytes over the bandwidth. A prompt multiplies, so its time is its
+multiply-accumulates over the int8 peak. :class:`Reached` holds the measured share that a program
+reaches of either.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ _EXAMPLES = {"ram": "4GB", "bandwidth": "30GB/s", "int8": "300GMAC/s"}
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are stored, in bits with their group's scale; the head is the embedding's.
+    """How weights are stored, in bits including their group's scale. The head is stored as the
+    embedding.
 
-    integer: whether prompts are multiplied in int8.
+    ``integer`` says whether prompts are multiplied in int8.
     """
 
     name: str
@@ -48,12 +50,12 @@ class Scheme:
     integer: bool = True
 
     def weight_bytes(self, cost: Cost) -> float:
-        """Of the file."""
+        """Bytes of the file."""
         tables = cost.embedding_values * (1 if cost.tied else 2)
         return (cost.layer_macs * self.layer_bits + tables * self.head_bits) / 8
 
     def read_bytes(self, cost: Cost) -> float:
-        """Of the weights, for one token."""
+        """Bytes of weights that one token reads."""
         return (cost.layer_macs * self.layer_bits + cost.head_macs * self.head_bits) / 8
 
 
@@ -69,11 +71,14 @@ SCHEMES = (
 
 @dataclass(frozen=True)
 class Reached:
-    """What a program makes of a machine. decode: its share of the bandwidth; prefill: of the int8
-    peak; fixed_bytes: peak memory beside weights, keys and values.
+    """The part of a machine's limits that a program reaches.
+
+    - ``decode``: the share of the bandwidth.
+    - ``prefill``: the share of the int8 peak.
+    - ``fixed_bytes``: peak memory beside weights, keys and values.
 
     The defaults are what the native backend reached in Python on one thread of an AMD EPYC (Zen 4)
-    with models of 135M and 360M parameters, docs/profiling.md#fit.
+    with models of 135M and 360M parameters, docs/how-to/fit-a-budget.md.
     """
 
     decode: float = 0.8
@@ -83,7 +88,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one model; prefill_tps is None where int8 has no part in it."""
+    """The prediction for one model. ``prefill_tps`` is None if its prompts do not run in int8."""
 
     model: str
     scheme: str
@@ -96,9 +101,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Check:
-    """A measured row beside what was predicted for it from the rows of the other models.
+    """A measured row beside its prediction, which comes from the rows of the other models.
 
-    unit: "t/s" or "MB"; error: predicted / measured - 1.
+    ``unit`` is "t/s" or "MB". ``error`` is predicted / measured - 1.
     """
 
     model: str
@@ -112,7 +117,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Device:
-    """What is predicted for, and where the figures come from."""
+    """The device of a prediction, and the source of its figures."""
 
     ram_bytes: float
     limits: Limits
@@ -170,9 +175,10 @@ def device(
 
 
 def predict(device: Device, context: int, prompt: int) -> list[Prediction]:
-    """Every catalog model in every scheme, by size; speeds after ``context`` and ``prompt`` tokens.
+    """Predict every catalog model in every scheme, ordered by size, for so long a context and
+    prompt.
 
-    The context is at most the model's own; UsageError below 1.
+    The context is at most the model's own. Raises UsageError for less than 1.
     """
     if min(context, prompt) < 1:
         raise UsageError(f"context is {context} and prompt {prompt}, expected at least 1")
@@ -233,7 +239,7 @@ def fit(
     prompt: int,
     say: Callable[[str], None] = lambda message: None,
 ) -> tuple[Device, list[Prediction], list[Check]]:
-    """What ``pocketslm fit`` prints; ``say`` tells of readings that cannot be."""
+    """The output of ``pocketslm fit``. ``say`` is called with readings that are impossible."""
     rows = [] if records is None else possible(read_records(records), say)
     if records is not None and not rows:
         raise UsageError(f"{records} holds no row that can be; measure again with `bench --record`")
@@ -244,10 +250,10 @@ def fit(
 def possible(
     rows: Sequence[Measurement], say: Callable[[str], None] = lambda message: None
 ) -> list[Measurement]:
-    """The rows, the limits of those that went beyond them measured again on this machine.
+    """Drop impossible rows, after measuring the limits again if they were taken on this machine.
 
-    Nothing reads faster than memory: a share above 1 says that the limits were measured while the
-    machine was busy or slow. Rows that are beyond them still, or of another machine, are left out.
+    Nothing reads faster than memory. A share above 1 means that the limits were measured while the
+    machine was busy or slow. Rows that still exceed them, and rows of another machine, are dropped.
     """
     here = this_machine()
     measured: dict[tuple[int, int | None], Limits | None] = {}
@@ -274,7 +280,7 @@ def possible(
 
 
 def _greatest_share(row: Measurement) -> float:
-    """Of a row's own limits; 0 for one that tells nothing of them."""
+    """The share of its own limits that a row reaches, or 0 if the row has no limits."""
     if not _tells(row):
         return 0.0
     return max(_reached_decode(row) or 0.0, _reached_prefill(row) or 0.0)
@@ -356,7 +362,7 @@ def _ram(cost: Cost, scheme: Scheme, context: int, reached: Reached) -> float:
 
 @cache
 def _models() -> list[tuple[str, Cost, int]]:
-    """Of the catalog: name, cost, longest context."""
+    """The catalog's models: name, cost, longest context."""
     return [
         (name, Cost.of(config), config.max_position_embeddings)
         for name, entry in catalog().items()
@@ -365,7 +371,7 @@ def _models() -> list[tuple[str, Cost, int]]:
 
 
 def _model(row: Measurement) -> tuple[str, Cost]:
-    """The catalog model of a row, told by its dimensions: a bundle may have any name."""
+    """The catalog model of a row, found by its dimensions, since a bundle may have any name."""
     for name, cost, _ in _models():
         if (row.macs_per_token, row.head_macs) == (cost.layer_macs, cost.head_macs):
             return name, cost
@@ -379,7 +385,7 @@ def _scheme(row: Measurement, cost: Cost) -> Scheme:
 
 
 def _usable(records: Sequence[Measurement], threads: int | None) -> list[Measurement]:
-    """Rows of catalog models on the native backend with that many threads, else with the most."""
+    """Rows of catalog models on the native backend with so many threads, or with the most."""
     rows = [row for row in records if _tells(row)]
     if threads is None:
         threads = max((row.threads for row in rows), default=None)
@@ -420,7 +426,7 @@ def _mean_depth(row: Measurement) -> float:
 
 
 def _reached(rows: Sequence[Measurement]) -> Reached:
-    """The median of rows, by their own limits; the default where no row tells."""
+    """The median share that rows reach of their own limits, or the default if no row has limits."""
     default = Reached()
     return Reached(
         _median(rows, _reached_decode, default.decode),

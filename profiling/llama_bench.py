@@ -14,7 +14,7 @@ from pocketslm.profiling.records import SCHEMA, Measurement, parse_records, read
 
 
 def read_rows(path: str | Path) -> list[Measurement]:
-    """Records of ours or of llama-bench; UsageError for anything else."""
+    """Read our records or llama-bench's. Raises UsageError for anything else."""
     text = read_text(path)
     objects = _objects(text)
     if objects and all("build_commit" in one and "samples_ns" in one for one in objects):
@@ -25,7 +25,7 @@ def read_rows(path: str | Path) -> list[Measurement]:
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
-    """Of a JSON list or of JSON lines; empty where it is neither."""
+    """The objects of a JSON list or of JSON lines. Empty if the text is neither."""
     try:
         whole = text.lstrip().startswith("[")
         found = json.loads(text) if whole else [json.loads(line) for line in text.splitlines()]

@@ -1,9 +1,9 @@
-"""What prompt lookup gains: the document assistant's tasks on news articles, and free chats.
+"""Measure the gain of prompt lookup, on the assistant's tasks over news articles and on free chats.
 
     python -m pocketslm.profiling.lookup out/smollm2
 
 Every text is generated with and without guesses, in turns, on one model, and the tokens must be the
-same. Printed are tokens a second behind each first token, by the shortest time of each text.
+same. It prints tokens a second after each first token, by the shortest time of each text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model, Record
 from pocketslm.terminal import say
 
-FIRST = 100  # of the news articles that are read
+FIRST = 100  # number of news articles that are read
 CHATS = (
     "Write a short story about a lighthouse keeper.",
     "Explain how a bicycle stays upright.",
@@ -33,13 +33,13 @@ CHATS = (
     "Write a poem about the sea.",
     "Why do leaves change their colour in autumn?",
 )
-TOKENS = 160  # of a chat
+TOKENS = 160  # new tokens of a chat
 
 
 class Timed:
-    """A model that keeps the tokens of all texts and the nanoseconds behind their first ones.
+    """A model that records the tokens of all texts, and the nanoseconds after each first token.
 
-    guesses: as GenerationConfig's ``prompt_lookup_num_tokens``.
+    ``guesses`` is GenerationConfig's ``prompt_lookup_num_tokens``.
     """
 
     def __init__(self, model: Model, guesses: int | None) -> None:
@@ -70,7 +70,7 @@ Task = Callable[[Timed], object]
 
 
 def tasks(document: Document) -> dict[str, Task]:
-    """What the assistant is asked about a document."""
+    """The tasks that the assistant does with a document."""
     question = f"What is said of {document.title}?"
     return {
         "summarise": lambda model: list(Assistant(model).summarize(document)),
@@ -88,7 +88,9 @@ def chat(prompt: str) -> Task:
 
 
 def compare(model: Model, task: Task, repetitions: int) -> tuple[int, int, int]:
-    """Tokens behind first ones, and the least nanoseconds without guesses and with them."""
+    """Count the tokens after the first ones, and take the least nanoseconds without and with
+    guesses.
+    """
     times: dict[int | None, list[int]] = {0: [], None: []}
     for repetition in range(repetitions):
         made = []

@@ -1,9 +1,9 @@
-"""What the loop of ``Model.generate`` costs beside the bare steps of its session.
+"""The cost of the loop in ``Model.generate``, compared with the bare steps of its session.
 
     python -m pocketslm.profiling.loop out/smollm2 -n 128 -r 40
 
-Both decode as many tokens after the same prompt, in turns, on one session; a ratio of 1 is a loop
-that costs nothing.
+Both decode the same number of tokens after the same prompt, in turns, on one session. A ratio of 1
+means that the loop costs nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import statistics
 import time
 from pathlib import Path
 
+from pocketslm.runtime.answer import greedy_step
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.generation import greedy_step
 from pocketslm.runtime.model import Model
 
 
@@ -32,7 +32,7 @@ def bare(model: Model, ids: list[int], count: int) -> float:
 
 
 def generated(model: Model, ids: list[int], count: int) -> float:
-    """The same by :meth:`Model.generate`."""
+    """Seconds of the same steps through :meth:`Model.generate`."""
     with model.engine.exclusive():
         model.engine.session.truncate(0)
     config = GenerationConfig(max_new_tokens=count + 1, ignore_eos=True, prompt_lookup_num_tokens=0)

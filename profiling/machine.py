@@ -1,4 +1,4 @@
-"""Which machine and which software a figure belongs to."""
+"""The machine and the software to which a figure belongs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SOFTWARE = ("numpy", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "e
 
 @dataclass(frozen=True)
 class Cluster:
-    """Cores of one kind. capacity: as the kernel rates them, the fastest of the machine 1024."""
+    """Cores of one kind. ``capacity`` is the kernel's rating; the fastest cores have 1024."""
 
     cpus: tuple[int, ...]
     capacity: int | None = None
@@ -26,11 +26,15 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Machine:
-    """The device behind a figure; what it does not tell is None.
+    """The device behind a figure. Fields that it does not tell are None.
 
-    cpu: its name; cores: logical ones that the measured process may use; arch: as uname says it;
-    kind: how it was reached (local, ssh, adb); product: its model's name; soc: the chip's name;
-    clusters: of all its cores, the fastest first; governor: of the frequency, cpufreq's name.
+    - ``cpu``: the processor's name.
+    - ``cores``: logical cores that the measured process may use.
+    - ``arch``: the name that uname gives.
+    - ``kind``: how the device was reached: local, ssh or adb.
+    - ``product``, ``soc``: the names of the device's model and of its chip.
+    - ``clusters``: all cores by kind, the fastest first.
+    - ``governor``: cpufreq's name for the policy of the frequency.
     """
 
     cpu: str
@@ -47,10 +51,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do with the row's number of threads, measured on it.
+    """The limits of the machine with the row's number of threads, measured on it.
 
-    bandwidth_bytes_s: streaming reads over a buffer of the model's size; int8_macs_s: multiply-
-    accumulates from registers with the fastest int8 instruction.
+    - ``bandwidth_bytes_s``: streaming reads over a buffer of the model's size.
+    - ``int8_macs_s``: multiply-accumulates from registers with the fastest int8 instruction.
     """
 
     bandwidth_bytes_s: float
@@ -83,7 +87,7 @@ def limits(threads: int, buffer_bytes: int | None) -> Limits | None:
 
 
 def software() -> dict[str, str]:
-    """Python and those of the measured libraries that are installed, with their versions."""
+    """The versions of Python and of the measured libraries that are installed."""
     found = {"python": platform.python_version()}
     for name in _SOFTWARE:
         if (installed := installed_version(name)) is not None:
@@ -100,7 +104,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """The marketing name on x86, the board's name where an ARM kernel gives no other."""
+    """The marketing name on x86. On Arm, the board's name if the kernel gives no other."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")

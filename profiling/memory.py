@@ -1,4 +1,4 @@
-"""What this process holds in memory, as the system counts it."""
+"""The memory of this process, as the system counts it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ _ROLLUP = Path("/proc/self/smaps_rollup")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. peak_rss: the most that was ever resident; rss_anon, rss_file: resident now, as own
-    pages and as pages of mapped files; pss, pss_file: the same with pages that other processes
-    map too counted in part. None where the system does not tell.
+    """Sizes in bytes. A size that the system does not tell is None.
+
+    - ``peak_rss``: the most that was ever resident.
+    - ``rss_anon``, ``rss_file``: resident now, in own pages and in pages of mapped files.
+    - ``pss``, ``pss_file``: the same, but pages that several processes map count in part.
     """
 
     peak_rss_bytes: int
@@ -25,7 +27,7 @@ class Memory:
 
 
 def memory() -> Memory:
-    """Of this process: from /proc on Linux, from getrusage elsewhere."""
+    """Measure this process: from /proc on Linux, from getrusage elsewhere."""
     if _STATUS.exists():
         rollup = _ROLLUP.read_text(encoding="utf-8") if _ROLLUP.exists() else ""
         return parse_status(_STATUS.read_text(encoding="utf-8") + rollup)
@@ -39,8 +41,8 @@ def memory() -> Memory:
 def parse_status(text: str) -> Memory:
     """Read ``/proc/<pid>/status`` and ``smaps_rollup``, whose "kB" are KiB.
 
-    VmHWM starts anew with each program, whereas getrusage's maximum survives exec: a small child
-    of a large parent would report the parent.
+    VmHWM starts anew with each program. getrusage's maximum survives exec, so a small child of a
+    large parent would report the parent's memory.
     """
     kib = {}
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Where a repetition's time goes, operator by operator, as the runtime itself counts it."""
+"""The time of a repetition by operator, as the runtime itself counts it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from pocketslm.runtime.bundle import Bundle, Graph, open_bundle
 
 @dataclass(frozen=True)
 class Profiled:
-    """An engine that tells. start: measure from now on; read: nanoseconds by operator, once."""
+    """An engine that measures operators. ``start`` begins; ``read`` returns nanoseconds by
+    operator, once.
+    """
 
     engine: Engine
     start: Callable[[], None]
@@ -29,7 +31,7 @@ class Profiled:
 
 @contextmanager
 def open_profiled(job: Job) -> Iterator[Profiled | None]:
-    """A second session of the job's; None for a runtime that tells nothing."""
+    """Open a second session of the job; None if the runtime does not measure operators."""
     if job.runtime != OURS or job.backend == "runner":
         yield None
         return
@@ -64,7 +66,7 @@ def _onnx(bundle: Bundle, graph: Graph, job: Job, folder: str) -> Profiled:
     from pocketslm.runtime.backends.onnx import OnnxSession
 
     session = OnnxSession(bundle, graph, job.threads, job.context, f"{folder}/profile")
-    # Which of the system's clocks it reads depends on the C++ library that it was built with.
+    # It reads one of two clocks of the system, depending on the C++ library it was built with.
     began = session.profile_start_ns
     clock = min((time.time_ns, time.monotonic_ns), key=lambda one: abs(one() - began))
     started: list[int] = []
@@ -80,7 +82,7 @@ def _onnx(bundle: Bundle, graph: Graph, job: Job, folder: str) -> Profiled:
 
 
 def _executorch(bundle: Bundle, graph: Graph, job: Job) -> Profiled:
-    """Kernels that time those they stand for; the rest of the time is the delegate's.
+    """Load kernels that time the ones they replace. The rest of the time belongs to the delegate.
 
     ExecuTorch's wheels are built without its event tracer, so there is no ETDump to ask.
     """
@@ -103,7 +105,7 @@ def _executorch(bundle: Bundle, graph: Graph, job: Job) -> Profiled:
 
 
 def sum_events(events: list[dict[str, Any]], after_ns: int) -> dict[str, int]:
-    """Of onnxruntime's profile, whose times are in microseconds since its beginning."""
+    """Add up onnxruntime's profile, whose times are microseconds since its beginning."""
     found: Counter[str] = Counter()
     for event in events:
         kernel = event["cat"] == "Node" and event["name"].endswith("_kernel_time")

@@ -1,4 +1,4 @@
-"""What to run: the tests of one benchmark, with their tokens."""
+"""The tests of one benchmark, with their tokens."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pocketslm.errors import UsageError
 
 SEED = 0
 # Prompts of the SlimLM table (https://arxiv.org/abs/2411.09944): a short question, then documents
-# up to what a phone takes, with the answer's length of that paper's app.
+# up to the longest that a phone can take. Answers are as long as in that paper's app.
 SLIMLM = tuple((prompt, 64) for prompt in (1, 64, 200, 400, 600, 800))
 
 
 @dataclass(frozen=True)
 class Test:
-    """Fields as in Measurement; ids: see Job."""
+    """Fields are as in Measurement, ``ids`` as in Job."""
 
     n_prompt: int
     n_gen: int

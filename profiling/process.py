@@ -22,7 +22,7 @@ _STDERR_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Loaded:
-    """A worker's first answer; fields as in Measurement."""
+    """A worker's first answer. Fields are as in Measurement."""
 
     backend: str
     load_ns: int
@@ -31,7 +31,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Sample:
-    """One repetition; fields as in Measurement."""
+    """One repetition. Fields are as in Measurement."""
 
     sample_ns: int
     step_ns: list[int]
@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Operators:
-    """The time of each in one repetition; field as in Measurement."""
+    """The time of each operator in one repetition. The field is as in Measurement."""
 
     operator_ns: dict[str, int] | None
 
@@ -56,10 +56,11 @@ _Answer = TypeVar("_Answer", Loaded, Sample, Operators)
 
 
 class Worker:
-    """A process of its own that runs one job; used with ``with``, which leaves no process.
+    """A separate process that runs one job. Use it in a ``with`` block, which leaves no process
+    behind.
 
-    Everything that goes wrong in it is raised here as a pocketslm error of one line. A worker that
-    takes longer than ``timeout_s`` for one answer is killed.
+    Errors in the worker are raised here, as pocketslm errors of one line. A worker that takes
+    longer than ``timeout_s`` for one answer is killed.
     """
 
     def __init__(self, job: Job, timeout_s: float, command: tuple[str, ...] = _COMMAND) -> None:

@@ -1,4 +1,4 @@
-"""The measurement: one row of every table, with all that is needed to judge or repeat it.
+"""The measurement: one row of a table, with everything needed to judge or repeat it.
 
 Records are files of such rows, one JSON object a line; a run only ever appends to one.
 """
@@ -32,10 +32,11 @@ _AT_LEAST_ONE = (
 
 @dataclass(frozen=True)
 class Energy:
-    """Of the counted repetitions together.
+    """The energy of all counted repetitions together.
 
-    source: the file or command it was read from; label: what is in it, such as "package" or
-    "whole device on battery, idle power subtracted".
+    - ``source``: the file or command that told it.
+    - ``label``: what it includes, such as "package" or "whole device on battery, idle power
+      subtracted".
     """
 
     joules: float
@@ -45,9 +46,9 @@ class Energy:
 
 @dataclass(frozen=True)
 class TracePoint:
-    """Sensors at one moment of a row, at_ns after its first counted repetition began.
+    """The sensors at one moment of a row, ``at_ns`` after its first counted repetition began.
 
-    celsius: by thermal zone; khz: by cluster, in the order of ``Machine.clusters``.
+    ``celsius`` is by thermal zone, ``khz`` by cluster, in the order of ``Machine.clusters``.
     """
 
     at_ns: int
@@ -60,34 +61,43 @@ class TracePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One test of one artefact by one runtime on one machine; what was not measured is None.
+    """One test of one artefact by one runtime on one machine. Fields that were not measured are
+    None.
 
-    A test times a prompt of ``n_prompt`` tokens in one call on an empty cache (pp), or ``n_gen``
-    greedy single-token steps (tg) after ``n_depth`` tokens are in the cache, or such a prompt and
-    then the steps (pp+tg); a count that is left out is 0. With ``n_prompt`` and ``n_depth`` 0 the
-    first step runs the first token of the sequence.
+    A test times one of three things: a prompt of ``n_prompt`` tokens in one call on an empty cache
+    (pp); ``n_gen`` greedy single-token steps (tg) with ``n_depth`` tokens in the cache; or such a
+    prompt and then the steps (pp+tg). Counts that do not apply are 0. If ``n_prompt`` and
+    ``n_depth`` are 0, the first step runs the first token of the sequence.
 
-    run: the same for all rows of one call of ``bench``; their samples of equal index were taken
-    right after each other. started: UTC, ISO 8601. model: the bundle's name, in its peers' rows
-    too; artefact: the name of the file or folder that was run; artefact_sha256: of the manifest of
-    a bundle, else of the artefact's files. runtime: "pocketslm" or a peer's name; backend: what
-    computes. pinning: the CPUs it was bound to, empty where it was not. context: tokens that the KV
-    cache was made for. parallel: texts generated at once, each with a cache of its own; n_gen and
-    n_depth are of each, and so is the time of a step. workload: what the tokens are, such as
-    "random" or "summarize". cold: whether the artefact was dropped from the page cache before it
-    was loaded.
+    - ``run``: the same for all rows of one call of ``bench``. Their samples of equal index were
+      taken right after each other.
+    - ``started``: UTC, ISO 8601.
+    - ``model``: the bundle's name, in its peers' rows too.
+    - ``artefact``: the name of the file or folder that was run.
+    - ``artefact_sha256``: the digest of a bundle's manifest, otherwise of the artefact's files.
+    - ``runtime``: "pocketslm" or a peer's name. ``backend`` is the part that computes.
+    - ``pinning``: the CPUs to which it was bound; empty if it was not.
+    - ``context``: the tokens for which the KV cache was made.
+    - ``parallel``: texts that were generated at once, each with a cache of its own. ``n_gen``,
+      ``n_depth`` and the time of a step are of each text.
+    - ``workload``: what the tokens are, such as "random" or "summarize".
+    - ``cold``: whether the artefact was dropped from the page cache before it was loaded.
 
-    samples_ns: every counted repetition; prefill_ns: the prompt's part of each (pp+tg only);
-    step_ns: every decode step of them, in order, empty where they were not told apart.
-    load_ns: from the artefact's path to a session ready to run, imports and hash checks not
-    counted. base_rss_bytes: the worker's peak before it loaded (interpreter and libraries), which
-    peak_rss_bytes includes; rss_anon_bytes, rss_file_bytes, pss_bytes, pss_file_bytes: steady,
-    after the last repetition. cpu_ns, major_faults: of the counted repetitions together.
-    operator_ns: time by operator of one more repetition, in
-    the runtime's own words. bytes_per_token: weights read for one token;
-    macs_per_token: multiply-accumulates of one token in the layers, attention apart; head_macs:
-    in the output head.
-    quality: as the bundle's manifest has it.
+    - ``samples_ns``: every counted repetition.
+    - ``prefill_ns``: the prompt's part of each repetition (pp+tg only).
+    - ``step_ns``: every decode step in order; empty if steps were not timed apart.
+    - ``load_ns``: from the artefact's path to a session ready to run, without imports and hash
+      checks.
+    - ``base_rss_bytes``: the worker's peak before it loaded (interpreter and libraries).
+      ``peak_rss_bytes`` includes it.
+    - ``rss_anon_bytes``, ``rss_file_bytes``, ``pss_bytes``, ``pss_file_bytes``: steady, after the
+      last repetition.
+    - ``cpu_ns``, ``major_faults``: of all counted repetitions together.
+    - ``operator_ns``: the time by operator of one more repetition, under the runtime's own names.
+    - ``bytes_per_token``: weights read for one token.
+    - ``macs_per_token``: multiply-accumulates of one token in the layers, without attention.
+    - ``head_macs``: multiply-accumulates in the output head.
+    - ``quality``: the quality in the bundle's manifest.
     """
 
     run: str
@@ -181,12 +191,12 @@ class Measurement:
 
     @property
     def title(self) -> str:
-        """The test, with its workload where that is none of random tokens."""
+        """The test's name, with its workload unless the tokens are random."""
         return self.test if self.workload == "random" else f"{self.workload} {self.test}"
 
     @property
     def tokens_per_second(self) -> tuple[float, ...]:
-        """Of each repetition, prompt and new tokens together, of all texts."""
+        """Tokens a second of each repetition, of prompt, new tokens and all texts together."""
         tokens = (self.n_prompt + self.n_gen) * self.parallel
         return tuple(tokens * 1e9 / sample for sample in self.samples_ns)
 
@@ -226,7 +236,7 @@ class Measurement:
         return self.energy.joules / (len(self.samples_ns) * tokens)
 
     def summary(self) -> dict[str, float]:
-        """What tables show, under llama-bench's names where it has one.
+        """The figures that tables show, under llama-bench's names as far as it has them.
 
         avg, median and stddev (of a sample, 0 for a single repetition) are over repetitions. The
         percentiles are latencies: of single decode steps, or of whole prompts (the time to the
@@ -263,9 +273,11 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Measurement:
-        """Strict: UsageError for anything missing, unknown or of the wrong kind."""
+        """Read a row strictly. Raises UsageError for a field that is missing, unknown or of the
+        wrong kind.
+        """
         data = {name: value for name, value in data.items() if name not in ("test", "summary")}
-        _check_schema(data.get("schema"))  # of another one, no other field is known
+        _check_schema(data.get("schema"))  # the fields of another schema are unknown
         try:
             row: Measurement = schema.build(cls, data)
         except ValueError as error:
@@ -274,7 +286,7 @@ class Measurement:
 
     @classmethod
     def from_json(cls, text: str) -> Measurement:
-        """Read one line that :meth:`to_json` wrote; UsageError where it is not one."""
+        """Read one line that :meth:`to_json` wrote. Raises UsageError if it is not one."""
         try:
             data = schema.loads(text)
         except ValueError as error:
@@ -285,7 +297,7 @@ class Measurement:
 
 
 def read_records(path: str | Path) -> list[Measurement]:
-    """Every row of a file of records; UsageError names the line that is not one."""
+    """Read every row of a file. Raises UsageError, which names a line that is not a row."""
     return parse_records(read_text(path), path)
 
 
@@ -297,7 +309,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_records(text: str, path: str | Path) -> list[Measurement]:
-    """As :func:`read_records`, of the text of the file at ``path``."""
+    """As :func:`read_records`, from the text of the file at ``path``."""
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
@@ -311,7 +323,7 @@ def parse_records(text: str, path: str | Path) -> list[Measurement]:
 
 
 def append_records(path: str | Path, rows: Iterable[Measurement]) -> None:
-    """Add rows at the end of a file; what it held stays. UsageError where it cannot be written."""
+    """Append rows to a file. Raises UsageError if it cannot be written."""
     text = "".join(row.to_json() + "\n" for row in rows)
     try:
         with Path(path).open("a", encoding="utf-8") as file:

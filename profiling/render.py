@@ -1,4 +1,4 @@
-"""Writes the benchmark's documents in the kinds that people bring, from one plain notation.
+"""Write the benchmark's documents in many file formats, from one plain notation.
 
 The notation: "# " and "## " begin headings, a blank line ends a paragraph, rows of a table stand
 between vertical bars, "- " begins an item, and a line "---" ends a page or a mail. A file's name
@@ -20,7 +20,7 @@ _BREAK = "---"
 
 
 class Part(NamedTuple):
-    """What a document is made of; ``kind``: h1, h2, p, li, table or break."""
+    """A part of a document. ``kind`` is h1, h2, p, li, table or break."""
 
     kind: str
     text: str = ""
@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 
 def render(text: str, kind: str) -> bytes:
-    """A file of the kind that holds the text."""
+    """A file of this kind with the text."""
     return _WRITERS[kind](text)
 
 
@@ -191,7 +191,7 @@ def _pptx(text: str) -> bytes:
 
 
 def _xlsx(text: str) -> bytes:
-    """Words are shared, numbers are numbers, dates are days with the format of a date."""
+    """Words are shared strings, numbers are numbers, and dates are days with a date format."""
     from datetime import date
 
     strings: dict[str, int] = {}
@@ -329,8 +329,9 @@ _WIDTHS = tuple(
 
 
 def pdf(text: str, columns: int = 1) -> bytes:
-    """A PDF in Helvetica, justified as typesetters do it: the gaps between words are movements of
-    the pen, and no space is ever drawn."""
+    """A PDF in Helvetica, justified as typesetters do it: gaps between words are movements of the
+    pen, and spaces are never drawn.
+    """
     size, leading, top, bottom, left, gap = 10, 13, 790, 60, 60, 20
     width = (475 - gap * (columns - 1)) / columns
     pages: list[list[str]] = [[]]

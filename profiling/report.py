@@ -1,7 +1,7 @@
-"""Records as one page to read: self-contained HTML with charts, or Markdown, or CSV.
+"""Turn records into one page: self-contained HTML with charts, or Markdown, or CSV.
 
-A section stands only where rows hold its data. Rows of one setup and test, from several runs, are
-one point: the median of all their repetitions.
+The page has a section only if rows hold its data. Rows of one setup and test, even from several
+runs, are one point: the median of all their repetitions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class _Setup:
-    """What a colour stands for: one artefact in one runtime on one device."""
+    """One artefact in one runtime on one device. It has one colour."""
 
     artefact: str
     engine: str
@@ -66,7 +66,7 @@ class _Group:
 
 
 class _Rows:
-    """The rows by setup, each with a short name and a colour of its own on the whole page."""
+    """The rows by setup. Each setup has a short name and a colour on the whole page."""
 
     def __init__(self, rows: Sequence[Measurement]) -> None:
         self.all = rows
@@ -89,7 +89,7 @@ class _Rows:
         }
 
     def setup(self, row: Measurement) -> _Setup:
-        """Artefacts of one file name that differ are told apart."""
+        """The setup of a row. Different artefacts with one file name are different setups."""
         engine = f"{row.runtime} {row.runtime_version} ({row.backend})"
         device = str(row.machine.product or row.machine.cpu)
         return _Setup(self._artefacts[id(row)], engine, row.threads, device)
@@ -102,7 +102,7 @@ class _Rows:
         at: Callable[[Measurement], float | None],
         values: Callable[[Measurement], Iterable[float]],
     ) -> list[Series]:
-        """A line of every setup: the median over all repetitions, with their extremes."""
+        """One line for each setup: the median over all repetitions, with their extremes."""
         curves = []
         for setup, rows in self.by_setup.items():
             found: dict[float, list[float]] = {}
@@ -118,8 +118,9 @@ class _Rows:
 
 def write_report(sources: Sequence[str | Path], output: Path) -> int:
     """Read records (ours or llama-bench's) and write the report that the suffix of ``output``
-    names, ``.svg`` the first device's roofline alone; the number of rows. Raises UsageError;
-    nothing is written then."""
+    names; ``.svg`` gives the first device's roofline alone. Returns the number of rows. Raises
+    UsageError, and then writes nothing.
+    """
     if output.suffix not in SUFFIXES:
         raise UsageError(
             f"{output} ends in {output.suffix!r}, expected one of: {', '.join(SUFFIXES)}"
@@ -172,7 +173,7 @@ def html(rows: Sequence[Measurement]) -> str:
 
 
 def roofline(rows: Sequence[Measurement]) -> str:
-    """The roofline of the first device as an SVG file; UsageError where no row has its limits."""
+    """The first device's roofline as an SVG file. Raises UsageError if no row has its limits."""
     data = _Rows(rows)
     found = next(filter(None, (_roofline_chart(data, device) for device in data.devices)), None)
     if found is None:
@@ -250,7 +251,7 @@ def _operators(data: _Rows) -> str:
 
 
 def _operators_chart(data: _Rows, rows: Sequence[Measurement]) -> str:
-    """What the colours cannot tell apart counts together."""
+    """Operators beyond the number of colours are counted together."""
     each = [(row, row.operator_ns or {}, sum((row.operator_ns or {}).values())) for row in rows]
     shares: Counter[str] = Counter()
     for _, times, total in each:
@@ -294,7 +295,7 @@ def _speed(data: _Rows) -> str:
 
 
 def _prompt(row: Measurement) -> float | None:
-    """The length of a prompt that is part of a sweep: those of documents are what they are."""
+    """The length of a prompt, if it is part of a sweep and not the prompt of a document."""
     return row.n_prompt if row.n_prompt and row.workload == "random" else None
 
 
@@ -314,7 +315,7 @@ def _roofline(data: _Rows) -> str:
 
 
 def _roofline_chart(data: _Rows, device: str) -> str:
-    """Empty where no row of the device has its limits."""
+    """Empty if no row of the device has its limits."""
     setups = [setup for setup in data.setups if setup.device == device]
     roofs: dict[int, list[Point]] = {}
     for setup in setups:
@@ -347,7 +348,7 @@ def _roof(threads: int, found: Sequence[Point], low: float, high: float) -> Seri
 
 
 def _dots(data: _Rows, setup: _Setup) -> Series:
-    """Of each test what it computes for a byte of weights, and in a second."""
+    """For each test, multiply-accumulates per byte of weights and per second."""
     found: dict[str, list[Point]] = {}
     for row in data.by_setup[setup]:
         weights = row.bytes_per_token or row.size_bytes
@@ -390,7 +391,9 @@ def _memory(data: _Rows) -> str:
 
 
 def _trace(data: _Rows) -> str:
-    """Only long rows tell something: those of a few points, and not far shorter than others."""
+    """Charts only rows that are long enough to tell something: with several points, and not far
+    shorter than the others.
+    """
     longest = max((row.trace[-1].at_ns for row in data.all if row.trace), default=0)
     rows = [row for row in data.all if row.trace and row.trace[-1].at_ns >= longest / 4]
     sensors: tuple[tuple[str, str, Callable[[TracePoint], object], float], ...] = (
@@ -418,7 +421,7 @@ def _trace(data: _Rows) -> str:
 
 
 def _pareto(data: _Rows) -> str:
-    """Of each setup its size, its fastest decoding and, where it was measured, its quality."""
+    """For each setup its size, its fastest decoding and, if measured, its quality."""
     text = ""
     speeds = {
         setup: statistics.median(speeds)
@@ -521,7 +524,7 @@ def _figure(chart: str) -> str:
 def _table(
     head: Sequence[str], groups: Sequence[tuple[_Group | None, Sequence[Sequence[str]]]]
 ) -> str:
-    """Groups of rows, perhaps under a name with its colour; the first column is a name too."""
+    """A table of groups of rows, each under a name with its colour if it has one."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
         first, *rest = (clean(cell) for cell in cells)
@@ -544,12 +547,12 @@ def _longest(series: Sequence[Series]) -> Sequence[Point]:
 
 
 def _apart(values: Sequence[float]) -> tuple[float, ...]:
-    """The measured places themselves as ticks, where there are few."""
+    """Put ticks at the measured places if there are few."""
     return tuple(values) if len(values) <= 6 else ()
 
 
 def _finite(value: Any) -> float:
-    """NaN for what is no number: records hold what a file says."""
+    """Return NaN for a value that is not a number, since a file may hold anything."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 

@@ -1,4 +1,4 @@
-"""Speed of a model.slm beside what this machine can do.
+"""The speed of a model.slm beside the limits of this machine.
 
 ``python -m pocketslm.profiling.roofline MODEL.slm`` prints prompt and decode speed, every sample,
 decoding as a share of the measured streaming bandwidth, prompts as a share of the int8 peak.

@@ -1,8 +1,8 @@
-"""A model of the catalog with random weights, for runtimes that are to be timed on its shape.
+"""Write a catalog model with random weights, to time runtimes on its shape.
 
     python -m pocketslm.profiling.shape qwen3-0.6b out/qwen3.gguf
 
-writes a GGUF whose matrices are Q4_0. Speed and memory do not depend on what the weights are.
+writes a GGUF whose matrices are Q4_0. Speed and memory do not depend on the weights' values.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from pocketslm.models.sites import is_rounded
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet
 
-BLOCK = 32  # values of a block of Q4_0: a scale in fp16, then two codes a byte
-_DEVIATION = 4.61  # of codes that are uniform on 0 to 15
+BLOCK = 32  # values in a block of Q4_0: a scale in fp16, then two codes a byte
+_DEVIATION = 4.61  # the deviation of codes that are uniform on 0 to 15
 
 
 def metadata(c: ModelConfig) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def metadata(c: ModelConfig) -> dict[str, Any]:
 
 
 def add_metadata(writer: Any, prefix: str, keys: dict[str, Any]) -> None:
-    """``keys`` below ``prefix`` into a GGUFWriter, each as what its value is."""
+    """Add ``keys`` below ``prefix`` to a GGUFWriter, each with the type of its value."""
     for name, value in keys.items():
         key = f"{prefix}.{name}"
         if isinstance(value, bool):

@@ -20,10 +20,11 @@ ANSWERS = ("what", "prompt", "answer", "TTFT", "input, t/s", "output, t/s", "tot
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times a peer's tokens/s ours are, on one test.
+    """Our tokens/s as a multiple of a peer's, on one test.
 
-    peer: its artefact and runtime; median: of our median tokens/s and the peer's; low, high: the
-    extremes of the ratios of repetitions that were taken right after each other.
+    - ``peer``: its artefact and runtime.
+    - ``median``: the ratio of our median tokens/s to the peer's.
+    - ``low``, ``high``: the extreme ratios of repetitions that were taken right after each other.
     """
 
     test: str
@@ -37,8 +38,8 @@ class Ratio:
 def format_rows(rows: Sequence[Measurement], style: str = "md") -> str:
     """All rows as text that ends in a newline; styles: md, json, jsonl, csv.
 
-    md shows medians with the slowest and the fastest repetition, and below them our ratios to the
-    peers' medians where peers were measured; the others carry every field and sample.
+    ``md`` shows medians with the slowest and the fastest repetition and, if peers were measured,
+    our ratios to their medians below. The others carry every field and sample.
     """
     if style not in FORMATS:
         raise UsageError(
@@ -48,8 +49,9 @@ def format_rows(rows: Sequence[Measurement], style: str = "md") -> str:
 
 
 def artefact_names(rows: Sequence[Measurement]) -> list[str]:
-    """What each row's artefact is called: its file name, with the beginning of its SHA-256 (else
-    its size) where the rows have several artefacts of that name."""
+    """A name for each row's artefact: its file name. If several artefacts share that name, the
+    beginning of the SHA-256 follows, or else the size.
+    """
     found: dict[str, set[str]] = {}
     for row in rows:
         found.setdefault(row.artefact, set()).add(_content(row))
@@ -64,7 +66,7 @@ def _content(row: Measurement) -> str:
 
 
 def ratios(rows: Sequence[Measurement]) -> list[Ratio]:
-    """Ours to each peer's, for the tests of one run that both did."""
+    """Our ratios to each peer, for the tests of one run that both did."""
     ours = {_test_key(row): row for row in rows if row.runtime == OURS}
     return [
         _ratio(ours[_test_key(row)], row, name)
@@ -139,11 +141,11 @@ def _md(rows: Sequence[Measurement]) -> str:
 
 
 def answers(rows: Sequence[Measurement]) -> list[tuple[tuple[str, str, str], list[str]]]:
-    """The columns ANSWERS of prompts with answers, as SlimLM prints them
-    (https://arxiv.org/abs/2411.09944), each with its artefact, engine and threads.
+    """The columns ANSWERS for prompts with answers, as SlimLM prints them
+    (https://arxiv.org/abs/2411.09944), with artefact, engine and threads.
 
-    Medians over repetitions. The prompts of one task count together, but for the time to its first
-    token.
+    Figures are medians over repetitions. The prompts of one task are added up, except for the time
+    to its first token.
     """
     tasks: dict[tuple[tuple[str, str, str], tuple[str, ...]], list[Measurement]] = {}
     for row, name in zip(rows, artefact_names(rows), strict=True):
@@ -195,7 +197,7 @@ def _answer(rows: Sequence[Measurement]) -> list[str]:
 
 
 def _shares(row: Measurement) -> str:
-    """Operators by their share of the time, those below a hundredth together."""
+    """Operators by their share of the time. Those below a hundredth are added up."""
     times = row.operator_ns or {}
     total = sum(times.values()) or 1
     order = sorted(times, key=lambda name: -times[name])
@@ -232,7 +234,7 @@ def _engine(row: Measurement) -> str:
 
 
 def md_table(head: list[str], sides: list[str], rows: list[list[str]]) -> str:
-    """Cells padded to equal width, so that the table also reads well as plain text."""
+    """A Markdown table with cells of equal width, so that it also reads well as plain text."""
     lines = [[printable(cell).replace("|", "\\|") for cell in row] for row in [head, *rows]]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     lines = [
@@ -259,7 +261,9 @@ def _jsonl(rows: Sequence[Measurement]) -> str:
 
 
 def _csv(rows: Sequence[Measurement]) -> str:
-    """One column a field; ``machine`` and ``summary`` spread out, lists and maps as JSON."""
+    """One column for each field. ``machine`` and ``summary`` are spread out, lists and maps are
+    JSON.
+    """
     if not rows:
         return ""
     flat = [_flat(row) for row in rows]

@@ -1,10 +1,10 @@
-"""Whether ``pocketslm compare`` is right on this machine: real runs, whose truth is known.
+"""Test whether ``pocketslm compare`` is right on this machine, on real runs with a known truth.
 
 ``python -m pocketslm.profiling.trial BUNDLE RECORDS.jsonl`` lets ``pocketslm bench`` measure one
-bundle three times in turns, the third time slowed down by a tenth: its process is stopped for a
-tenth of the time. Sets of such runs are compared: the first with the second, where a difference is
-an error, and the first with the third, where none is. The records are added to what RECORDS.jsonl
-holds, and all of it is judged, so that a long trial may be made of short ones.
+bundle three times in turns. The third time its process is stopped for a tenth of the time, so it is
+a tenth slower. Then sets of such runs are compared: a difference between the first and the second
+is an error, and so is no difference between the first and the third. New records are appended to
+RECORDS.jsonl and all of them are judged, so that several short trials make a long one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from pocketslm.profiling.compare import LEAST_RUNS, compare
 from pocketslm.profiling.records import Measurement, read_records
 
 SLOWDOWN = 0.1
-_PERIOD_S = 0.01  # of the throttle; a repetition has many of them
+_PERIOD_S = 0.01  # the period of the throttle; a repetition has many
 _Z = 1.96  # of a 95 % interval
 
-_TRUTH = ((1, "no difference"), (2, "slower"))  # of a turn's second and third row to its first
+# The true verdicts for a turn's second and third row against its first.
+_TRUTH = ((1, "no difference"), (2, "slower"))
 _DRAWS = 400
 
 Turn = list[Measurement]
@@ -41,7 +42,7 @@ Turn = list[Measurement]
 
 
 def measure(bundle: Path, record: Path, runs: int, options: Sequence[str]) -> None:
-    """Append the rows of so many runs; BackendError where the benchmark fails."""
+    """Append the rows of so many runs. Raises BackendError if the benchmark fails."""
     command = [sys.executable, "-m", "pocketslm", "bench", *[str(bundle)] * 3]
     command += ["--runs", str(runs), "--record", str(record), *options]
     process = subprocess.Popen(
@@ -81,7 +82,7 @@ def _throttle(bench: int, end: Event) -> None:
             now = time.monotonic()
             if workers[2] != worker:
                 worker, begun, stopped = workers[2], now, 0.0
-            # A sleep is longer than asked for; what counts is the share over many.
+            # A sleep lasts longer than asked for, so the share is kept over many of them.
             owed = SLOWDOWN * (now - begun) / (1 - SLOWDOWN) - stopped
             os.kill(worker, signal.SIGSTOP)
             try:
@@ -94,7 +95,7 @@ def _throttle(bench: int, end: Event) -> None:
 
 @dataclass(frozen=True)
 class Rate:
-    """Of verdicts: how many were right."""
+    """How many verdicts were right."""
 
     what: str
     right: int
@@ -112,11 +113,11 @@ class Rate:
 
 
 def turns(rows: Sequence[Measurement]) -> list[Turn]:
-    """The rows run by run; UsageError where they are not of a trial."""
+    """The rows run by run. Raises UsageError if they do not come from a trial."""
     found: dict[str, Turn] = {}
     for row in rows:
         found.setdefault(row.run, []).append(row)
-    # What was interrupted left fewer.
+    # An interrupted run left fewer rows.
     whole = [turn for turn in found.values() if len(turn) == 3]
     if not whole or any(len({(row.test, row.artefact) for row in turn}) > 1 for turn in whole):
         raise UsageError("the records are not of a trial: three rows of one test and bundle a run")
@@ -124,7 +125,7 @@ def turns(rows: Sequence[Measurement]) -> list[Turn]:
 
 
 def judge(found: Sequence[Turn], runs: int) -> list[Rate]:
-    """Sets of ``runs`` runs compared: of the same runs in turns, and of one set with the next."""
+    """Compare sets of ``runs`` runs: in turns within the same runs, and each set with the next."""
     if runs < LEAST_RUNS or len(found) < 2 * runs:
         raise UsageError(
             f"{len(found)} runs, in sets of {runs}; expected at least two sets of {LEAST_RUNS}"
@@ -142,7 +143,7 @@ def judge(found: Sequence[Turn], runs: int) -> list[Rate]:
 def drawn(found: Sequence[Turn], runs: int) -> list[float]:
     """The shares of right verdicts, in turns, of many sets drawn at random from all runs.
 
-    They share runs, so that no interval belongs to them; but they use all that was measured.
+    The sets share runs, so they have no interval, but they use everything that was measured.
     """
     rng = random.Random(0)
     sets = [rng.sample(list(found), runs) for _ in range(_DRAWS)]

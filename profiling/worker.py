@@ -1,10 +1,11 @@
 """The worker process: one job, timed one repetition at a time.
 
-Protocol, in JSON lines: the parent writes a Job; the worker loads, warms up and answers
-``{"backend", "load_ns", "base_rss_bytes"}``; to each further line of the parent it answers with
-one repetition, the fields of process.Sample, or to the line "operators" with the time of each in
-one more, ``{"operator_ns"}``, which is null where the runtime does not tell; end of input ends it.
-In place of any answer ``{"error", "message"}`` may come: the name and text of a pocketslm error.
+The protocol is JSON lines. The parent writes a Job. The worker loads, warms up and answers
+``{"backend", "load_ns", "base_rss_bytes"}``. It answers each further line with one repetition, the
+fields of process.Sample. It answers the line "operators" with ``{"operator_ns"}``, the time of each
+operator in one more repetition, or null if the runtime does not measure it. The end of input ends
+the worker. Any answer may be ``{"error", "message"}`` instead: the name and text of a pocketslm
+error.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
 
 
 def load(job: Job) -> tuple[Engine, dict[str, Any]]:
-    """Open the job's engine, and say what that took."""
+    """Open the job's engine and measure that."""
     runtime = runtime_named(job.runtime)
     runtime.import_library(job)
     if job.cold:
@@ -61,7 +62,7 @@ def load(job: Job) -> tuple[Engine, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Times:
-    """Nanoseconds of one repetition; fields as in process.Sample."""
+    """Nanoseconds of one repetition. Fields are as in process.Sample."""
 
     sample_ns: int
     prefill_ns: int | None
@@ -85,7 +86,7 @@ def repeat(engine: Engine, job: Job, begin: Callable[[], None] = lambda: None) -
         engine.prefill(job.ids)
     begin()
     marks = [perf_counter_ns()]
-    if not job.n_depth:  # of a generation from nothing, the first step is that of the first token
+    if not job.n_depth:  # if generation starts from nothing, the first step runs the first token
         engine.prefill(job.ids)
         marks.append(perf_counter_ns())
     for _ in range(job.n_gen - (0 if job.n_prompt or job.n_depth else 1)):
@@ -103,7 +104,7 @@ def _used(before: resource.struct_rusage, after: resource.struct_rusage) -> dict
 
 
 def _drop_from_page_cache(path: Path) -> None:
-    """Of a file or a folder's files; the system may keep pages that others have mapped."""
+    """Drop a file, or the files of a folder. The system may keep pages that others have mapped."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,7 +1,7 @@
-"""The document task as a benchmark: the very prompts that the assistant makes of real documents.
+"""The document task as a benchmark: the prompts that the assistant makes for real documents.
 
-The assistant works on each document here, once; what it asks of the model, and how much it is
-answered, become tests to run anywhere. Ids and lengths are those of this machine's answers.
+The assistant works on each document once, on this machine. Its prompts and the lengths of the
+answers become tests that can run anywhere. Their ids and lengths come from this machine's answers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def document_tests(
 ) -> list[Test]:
     """Summarise, suggest questions, ask the first of them, for each document.
 
-    A task that needs the model several times is as many tests. documents: files that ``pocketslm
-    doc`` reads; none takes the one that ships with the package. context: as in ``plan``. Raises
-    DocumentError for a file that cannot be read, UsageError for too small a context.
+    A task that calls the model several times becomes several tests. ``documents`` are files that
+    ``pocketslm doc`` reads, by default the one that ships with the package. ``context`` is as in
+    ``plan``. Raises DocumentError for a file that cannot be read, UsageError for too small a
+    context.
     """
     asked = _Asked(Model.load(bundle))
     assistant = Assistant(asked)
@@ -40,8 +41,8 @@ def document_tests(
             asked.task = "suggest"
             questions = finished(assistant.suggest(document)).items
             asked.task = "ask"
-            # Where it suggests nothing, its own sentences are what it can be asked. Those that it
-            # finds no answer to do not reach the model.
+            # If it suggests nothing, sentences of the document serve as questions. Questions
+            # without an answer do not reach the model.
             said = (document.text[a:b] for a, b in key_sentences(document, 3))
             next(
                 (q for q in (*questions, *said) if finished(assistant.ask(document, q)).found), None
@@ -57,7 +58,7 @@ def document_tests(
 
 
 class _Asked:
-    """A model that remembers what it is asked; a TextModel. calls: task, prompt, new tokens."""
+    """A TextModel that records its calls: task, prompt, new tokens."""
 
     def __init__(self, model: TextModel) -> None:
         self._model = model

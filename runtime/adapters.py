@@ -17,7 +17,7 @@ from pocketslm import schema
 from pocketslm.errors import BundleError
 
 PREFIX, SUFFIX = "adapter-", ".safetensors"
-# No factor of an adapter that was trained comes near it; it is fp16's largest number.
+# The largest fp16 number. No factor of a trained adapter comes near it.
 LARGEST = 65504.0
 _NAME = re.compile(
     r"base_model\.model\.model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+_proj)"
@@ -27,7 +27,7 @@ _NAME = re.compile(
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What is added to a matrix: ``part``, as q_proj, of a layer; b [out, rank] @ a [rank, in]."""
+    """Adds b [out, rank] @ a [rank, in] to one matrix of a layer: ``part``, such as q_proj."""
 
     layer: int
     part: str
@@ -36,9 +36,9 @@ class Update:
 
 
 def read_updates(path: Path, runs: int = 1) -> list[Update]:
-    """The updates of an adapter's file, for each of the ``runs`` of a layer.
+    """Read an adapter's file. A layer that runs several times (``runs``) is updated each time.
 
-    Raises BundleError where it cannot be read or is not such a file.
+    Raises BundleError if the file cannot be read or holds something else.
     """
     found: dict[tuple[int, str], dict[str, npt.NDArray[np.float32]]] = {}
     for name, array in _read(path).items():

@@ -13,19 +13,10 @@ from contextlib import contextmanager
 
 from pocketslm.errors import PocketSlmError, UsageError
 from pocketslm.runtime import forks
+from pocketslm.runtime.answer import Answer, Cache, Limiting, Made, Step
 from pocketslm.runtime.backends import Part, Session, SlotSession, Wanted
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.generation import (
-    Answer,
-    Cache,
-    Closing,
-    Limiting,
-    Made,
-    Step,
-    new_limit,
-    stale,
-    whole,
-)
+from pocketslm.runtime.generation import Closing, new_limit, stale, whole
 from pocketslm.runtime.prefixes import Keeping
 
 # Tokens of a step while answers are made: what is not theirs is for prompts, but some always are.

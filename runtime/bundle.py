@@ -22,7 +22,7 @@ from pocketslm.runtime.adapters import PREFIX, SUFFIX
 MANIFEST = "pocketslm.json"
 GENAI_CONFIG = "genai_config.json"
 SCHEMA = 1
-# Files that are read where they are there.
+# Files that a reader uses if the bundle has them.
 USED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "generation_config.json", GENAI_CONFIG),
@@ -49,8 +49,11 @@ class FileEntry:
 class Manifest:
     """``pocketslm.json``.
 
-    architecture: the model's dimensions; source: name, format, licence, sha256; recipe: enough to
-    rebuild; weights: bytes by storage scheme; quality: as ``pocketslm eval`` measured it, or None.
+    - ``architecture``: the model's dimensions.
+    - ``source``: name, format, licence and SHA-256 of the checkpoint.
+    - ``recipe``: the options that make the same bundle again.
+    - ``weights``: bytes by storage scheme.
+    - ``quality``: what ``pocketslm eval`` measured, or None.
     """
 
     name: str
@@ -75,10 +78,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle; of a foreign folder or file, manifest and config are None.
+    """An opened bundle. A foreign folder or file has no manifest and no config.
 
-    head_dim: what a foreign folder's genai_config.json says; 0 elsewhere. seen: which file each
-    name was when its SHA-256 was taken.
+    - ``head_dim``: the head size in a foreign folder's genai_config.json, else 0.
+    - ``seen``: the identity that each file had when its SHA-256 was computed.
     """
 
     path: Path
@@ -89,9 +92,9 @@ class Bundle:
     seen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def require_unchanged(self) -> None:
-        """BundleError where a file is not the one any more whose SHA-256 was taken.
+        """Raise BundleError if a file was replaced after its SHA-256 was computed.
 
-        What was opened by its name in between is then not what was checked.
+        What was opened by its name since then is not what was checked.
         """
         for name, was in self.seen.items():
             path = self.path / name
@@ -121,12 +124,12 @@ class Bundle:
 
     @property
     def generates(self) -> bool:
-        """Whether it generates text; else it gives embeddings."""
+        """Whether the model generates text. Otherwise it computes embeddings."""
         return self.config is None or self.config.head
 
     @property
     def layer_runs(self) -> int:
-        """How often in succession each stored layer runs."""
+        """How many times in a row each stored layer runs."""
         return self.config.repeats if self.config is not None else 1
 
     def graph_bytes(self, graph: Graph) -> int:
@@ -137,7 +140,7 @@ class Bundle:
         return sum(path.stat().st_size for path in files)
 
     def graph(self, backend: str = "auto") -> Graph:
-        """The graph for a backend, by default the first; BundleError where there is none."""
+        """The graph for a backend, by default the first. Raises BundleError if there is none."""
         for graph in self.graphs:
             if backend in ("auto", graph.backend):
                 return graph
@@ -209,7 +212,7 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def _check_name(where: Path, name: Any) -> None:
-    """Only plain relative names: nothing of a manifest may point outside its folder."""
+    """Refuse all but plain relative names: no manifest may point outside its folder."""
     pure = PurePosixPath(name) if isinstance(name, str) else None
     if (
         pure is None
@@ -226,10 +229,10 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> dict[str, tuple[int, ...]]:
-    """Which file each name was that was verified."""
+    """Check every listed file. Returns the identity of each file that was verified."""
     root, seen = folder.resolve(), {}
     graphs = tuple(graph.file for graph in manifest.graphs)
-    for path in sorted(folder.iterdir()):  # a graph's data is named as it is
+    for path in sorted(folder.iterdir()):  # a graph's data file begins with the graph's name
         if path.name not in manifest.files and path.name.startswith((*USED, *graphs)):
             raise BundleError(
                 f"{path} is used, but the manifest does not list it; remove it or export again"

@@ -1,8 +1,8 @@
-"""A call of a function that cannot be malformed: the schema holds it, the model only chooses.
+"""Calls of functions that are always well-formed: a schema holds them, the model only chooses.
 
-So every call is valid, whatever the model is (PhoneLM, https://arxiv.org/abs/2411.05046, and
-DroidCall, https://arxiv.org/abs/2412.00402, train models for calls like these; validity here needs
-no training, good choices would).
+Every call is valid, whatever the model. PhoneLM (https://arxiv.org/abs/2411.05046) and DroidCall
+(https://arxiv.org/abs/2412.00402) train models for such calls. Here validity needs no training,
+though good choices would.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from pocketslm.runtime.tool_formats import Call
 if TYPE_CHECKING:
     from pocketslm.runtime.model import TextModel
 
-CALL_TOKENS = 120  # that the longest usual call takes
+CALL_TOKENS = 120  # enough for the longest usual call
 
 
 def call_schema(functions: Mapping[str, Mapping[str, Any]], arguments: str = "arguments") -> Any:
     """The JSON schema of a call of any of the functions: {"name": ..., "arguments": {...}}.
 
-    functions: the JSON schema of its arguments by each one's name. arguments: how the member is
-    called. Raises UsageError for none.
+    - ``functions``: the name of each function, with the JSON schema of its arguments.
+    - ``arguments``: the name of the member that holds the arguments.
+
+    Raises UsageError if there are no functions.
     """
     if not functions:
         raise UsageError("there is no function to call")
@@ -47,10 +49,10 @@ def propose(
     functions: Mapping[str, Mapping[str, Any]],
     examples: Sequence[tuple[str, Call]] = (),
 ) -> Call:
-    """The call that a model makes of a request, after examples of requests with theirs.
+    """Turn a request into a call. The prompt shows examples of requests with their calls.
 
-    It is greedy, for any model: without a chat template. Raises UsageError for an empty request or
-    schemas that are not supported, ContextOverflowError where the call does not fit.
+    Decoding is greedy and uses no chat template, so that any model will do. Raises UsageError for
+    an empty request or an unsupported schema, ContextOverflowError if the call does not fit.
     """
     request = " ".join(request.split())
     if not request:

@@ -67,12 +67,12 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="print the cosine of the first text's embedding and each other one's instead",
+        help="print the cosine between the first text and each other one instead",
     )
     parser.add_argument(
         "--truncate",
         action="store_true",
-        help="let the first tokens of a text that is too long stand for it",
+        help="cut a text that is too long to its first tokens",
     )
     add_threads(parser)
     add_no_verify(parser)
@@ -100,8 +100,8 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         "--prompt-lookup",
         type=int,
         metavar="N",
-        help="tokens guessed at a time from where the last ones stood before (native, greedy; the "
-        "answer is the same): at most N, 0 for none, by default as many as pay",
+        help="guess at most N tokens at a time, from where the last ones stood before (native and "
+        "greedy only; the answer is the same); 0 turns it off (default: as many as pay off)",
     )
     group.add_argument("--stop", action="append", default=[], help="text that ends generation")
     add_backend(parser)
@@ -111,7 +111,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
 
 
 def add_constraint(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the answer must be (docs/structure.md)")
+    group = parser.add_argument_group("what the answer must be (docs/how-to/schema.md)")
     one = group.add_mutually_exclusive_group()
     one.add_argument("--json-schema", metavar="FILE", type=Path, help="JSON of this schema")
     one.add_argument(
@@ -198,7 +198,7 @@ def _embed(arguments: argparse.Namespace) -> None:
         for text, cosine in zip(texts[1:], cosines(vectors), strict=True):
             show(f"{cosine:.4f}  {text}")
         return
-    for vector in vectors:  # the shortest digits that are the same float again
+    for vector in vectors:  # the shortest digits that give the same float again
         show(json.dumps([float(str(value)) for value in vector]))
 
 
@@ -249,10 +249,12 @@ def generation_config(
     arguments: argparse.Namespace, model: Model, base: GenerationConfig | None = None
 ) -> GenerationConfig:
     """The model's own settings, changed by options; a sampling option switches sampling on."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed")
-    sampling = {name: getattr(arguments, name) for name in names}
+    from pocketslm.runtime.model import SAMPLING
+
+    sampling = {name: getattr(arguments, name) for name in SAMPLING}
     if arguments.temperature == 0:
-        refuse(arguments, "with --temperature 0, which draws nothing", *names[1:])
+        others = [name for name in SAMPLING if name != "temperature"]
+        refuse(arguments, "with --temperature 0, which draws nothing", *others)
         sampling = {"do_sample": False}
     elif any(value is not None for value in sampling.values()):
         sampling["do_sample"] = True

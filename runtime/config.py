@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pocketslm.errors import UsageError
 
-# What an answer may be held to, by the option that says so.
+# The options that hold an answer to something.
 ConstraintKind = Literal["json_schema", "regex", "grammar"]
 CONSTRAINTS: tuple[ConstraintKind, ...] = ("json_schema", "regex", "grammar")
 
-# Below it logits divided by it may not be finite any more.
+# Logits divided by less may not be finite any more.
 LEAST_TEMPERATURE = 1e-6
 # Whole numbers up to here are the same in JSON, which the runner reads.
 MOST_SEED = 10**15
@@ -32,21 +32,28 @@ def _whole(value: object) -> bool:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Names, meanings and defaults as in transformers, but greedy unless told otherwise.
+    """Options of generation. Names, meanings and defaults are those of transformers, but for
+    ``do_sample``: unless it is set, decoding is greedy.
 
-    max_new_tokens: None generates until a stop or the end of the context. do_sample: False takes
-    the most probable token and ignores temperature, top_k, top_p and min_p; so does a temperature
-    of 0. penalize_prompt: whether repetition_penalty counts the prompt's tokens as seen, as it does
-    in transformers. stop_strings: text that ends generation and is not returned. seed: None draws
-    differently each time. ignore_eos: go on after an end-of-sequence token, as benchmarks do.
-    logprobs: say how probable each token was, which takes the logits of the whole vocabulary.
-    prompt_lookup_num_tokens: the native engine guesses at most so many tokens from where the last
-    ones stood before in the prompt or answer, and checks them in one step. The tokens are the same.
-    None guesses as many as pay, 0 none; with sampling or logprobs none are.
-    json_schema, regex, grammar: what the answer must be (docs/structure.md), one of them at most: a
-    JSON schema, as its text or as the value that it stands for; an expression that the whole answer
-    matches; a grammar in GBNF. The answer ends where nothing may follow; one that max_new_tokens or
-    the context cuts short is not whole.
+    - ``max_new_tokens``: the most new tokens; None goes on until a stop or the end of the context.
+    - ``do_sample``: draw tokens. If False, the most probable token is taken, and temperature,
+      top_k, top_p and min_p are ignored. A temperature of 0 has the same effect.
+    - ``temperature``, ``top_k``, ``top_p``, ``min_p``: how tokens are drawn.
+    - ``repetition_penalty``: makes tokens that were seen less probable. ``penalize_prompt`` says
+      whether the prompt's tokens count as seen, as they do in transformers.
+    - ``seed``: makes drawing repeatable; None draws differently each time.
+    - ``stop_strings``: texts that end generation. They are not part of the answer.
+    - ``ignore_eos``: go on after an end-of-sequence token, as benchmarks do.
+    - ``logprobs``: give the log-probability of each token, which takes the logits of the whole
+      vocabulary.
+    - ``prompt_lookup_num_tokens``: the most tokens that the native engine guesses, from where the
+      last tokens stood before in the prompt or answer, and checks in one step. The answer is the
+      same. None guesses as many as pay off, 0 none. Sampling and logprobs turn guessing off.
+    - ``json_schema``, ``regex``, ``grammar``: hold the answer to one of these at most. They are a
+      JSON schema, as text or as the value that it stands for; an expression that the whole answer
+      matches; and a grammar in GBNF. The answer ends where nothing may follow. An answer that
+      max_new_tokens or the context cuts short is not whole. See docs/how-to/schema.md.
+
     Raises UsageError for a value that makes no sense.
     """
 
@@ -110,7 +117,7 @@ class GenerationConfig:
 
     @property
     def constraint(self) -> tuple[ConstraintKind, str] | None:
-        """What the answer is held to: the kind and its text."""
+        """The kind and the text of the constraint, or None."""
         for kind in CONSTRAINTS:
             if isinstance(text := getattr(self, kind), str):
                 return kind, text
@@ -118,7 +125,7 @@ class GenerationConfig:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn, not chosen."""
+        """Whether tokens are drawn at random."""
         return self.do_sample and self.temperature > 0
 
     def but(self, **changes: Any) -> GenerationConfig:

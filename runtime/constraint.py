@@ -25,8 +25,10 @@ MAY_END, MUST_END = 1, 2
 class TokenTexts:
     """The bytes of every token of a vocabulary, as a tree. Safe to use from several threads.
 
-    texts: empty for tokens that are never allowed, such as special ones. ends: tokens that end a
-    text. strip: the first token's leading space is no part of a text.
+    - ``texts``: the bytes of each token, empty for tokens that are never allowed, such as special
+      ones.
+    - ``ends``: the tokens that end a text.
+    - ``strip``: the leading space of a text's first token is not part of the text.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class TokenTexts:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, size: int) -> TokenTexts:
-        """Those of a tokenizer, for a model of ``size`` logits."""
+        """The bytes of a tokenizer's tokens, for a model with ``size`` logits."""
         special = tokenizer.special_ids | tokenizer.eos_token_ids
         texts = [b"" if id_ in special else tokenizer.token_bytes(id_) for id_ in range(size)]
         spaced = next(
@@ -72,14 +74,16 @@ class TokenTexts:
 
 @lru_cache(maxsize=16)
 def read_grammar(kind: ConstraintKind, text: str) -> Grammar:
-    """The grammar, of which the last few are kept. Raises UsageError as :class:`Grammar` does."""
+    """Read a grammar, or take it from the few read last. Raises UsageError as :class:`Grammar`
+    does.
+    """
     return Grammar(kind, text)
 
 
 class Grammar:
     """A schema, an expression or a grammar, read. Safe to use from several threads.
 
-    Raises UsageError, which names what is wrong or not supported.
+    Raises UsageError, which names the part that is wrong or not supported.
     """
 
     def __init__(self, kind: ConstraintKind, text: str) -> None:
@@ -97,9 +101,9 @@ class Grammar:
 
 
 class Constraint:
-    """One text that a grammar allows, as it is made token by token.
+    """Follows one text token by token, and says which tokens a grammar allows next.
 
-    What was learnt of the grammar is kept over :meth:`restart`, so that a second text costs less.
+    What it learned about the grammar survives :meth:`restart`, so that a second text costs less.
     """
 
     def __init__(self, grammar: Grammar, texts: TokenTexts) -> None:
@@ -119,9 +123,9 @@ class Constraint:
             self._library.pslm_constraint_restart(self._handle)
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
-        """Set the logits [V] of tokens that may not be next to minus infinity, in place.
+        """Set the logits [V] of tokens that may not come next to minus infinity, in place.
 
-        Raises UsageError where none may: the vocabulary cannot write what the grammar asks for.
+        Raises UsageError if no token may come next: the vocabulary cannot write such a text.
         """
         assert logits.dtype == np.float32
         assert logits.flags.c_contiguous
@@ -132,7 +136,7 @@ class Constraint:
             self._error.check(status)
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """Whether each token [V] may be next."""
+        """Whether each token [V] may come next."""
         words = np.zeros(-(-self.texts.count // 64), np.uint64)
         with self._lock:
             status = self._library.pslm_constraint_mask(
@@ -143,7 +147,7 @@ class Constraint:
         return bits[: self.texts.count].astype(np.bool_)
 
     def advance(self, token: int) -> None:
-        """Go on behind a token. Raises UsageError, and changes nothing, where it may not be."""
+        """Append a token. Raises UsageError, and changes nothing, if it may not come next."""
         with self._lock:
             status = self._library.pslm_constraint_advance(
                 self._handle, token, self._error.argument
@@ -152,7 +156,7 @@ class Constraint:
 
     @property
     def may_end(self) -> bool:
-        """Whether the text is whole as it is."""
+        """Whether the text may end here."""
         return bool(self._state() & MAY_END)
 
     @property

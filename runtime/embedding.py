@@ -18,11 +18,11 @@ Vector = npt.NDArray[np.float32]
 def tokens_of(
     text: str, number: int, tokenizer: Tokenizer, pooling: Pooling, context: int, *, truncate: bool
 ) -> list[int]:
-    """The tokens that stand for a text, with those that the tokenizer adds.
+    """The tokens of a text, including those that the tokenizer adds.
 
-    ``number`` names the text in messages. ``truncate``: of a text that is too long, the first
-    tokens count. Raises ContextOverflowError for one that is too long otherwise, UsageError for
-    one without tokens.
+    ``number`` names the text in messages. With ``truncate``, a text that is too long is cut to its
+    first tokens; otherwise it raises ContextOverflowError. Raises UsageError for a text without
+    tokens.
     """
     most = min(pooling.max_tokens or context, context)
     room = most - len(tokenizer.affixes)
@@ -39,7 +39,7 @@ def tokens_of(
 
 
 def cosines(vectors: Vector) -> Vector:
-    """The cosine of the first of embeddings [n, size] and each other one: [n - 1]."""
+    """The cosines [n - 1] between the first embedding of [n, size] and each other one."""
     lengths = np.linalg.norm(vectors, axis=1)
     found: Vector = vectors[1:] @ vectors[0] / (lengths[1:] * lengths[0])
     return found

@@ -1,7 +1,7 @@
-"""What must not go on as it was in a process that came out of ``os.fork()``.
+"""Objects that start afresh in a process that ``os.fork()`` made.
 
-Threads and children stay with the parent: a lock that another thread held would be waited for for
-ever, and a pipe to a child is the parent's to write.
+Threads and child processes stay with the parent. In the fork, a lock that another thread held would
+never be released, and a pipe to a child still belongs to the parent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 
 class Forked(Protocol):
-    """An object that is told, in the new process, before anything else uses it there."""
+    """An object that is told of a fork, in the new process, before anything else uses it there."""
 
     def after_fork(self) -> None: ...
 

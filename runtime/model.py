@@ -12,6 +12,7 @@ import numpy as np
 
 from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.runtime.adapters import PREFIX, SUFFIX, read_updates
+from pocketslm.runtime.answer import Finish, Limiting, Step
 from pocketslm.runtime.backends import (
     AdapterSession,
     SavingSession,
@@ -23,7 +24,7 @@ from pocketslm.runtime.batching import Batch
 from pocketslm.runtime.bundle import Bundle, open_bundle
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.embedding import Vector, embed, tokens_of
-from pocketslm.runtime.generation import Engine, Finish, Limiting, Step
+from pocketslm.runtime.generation import Engine
 from pocketslm.runtime.prefixes import ANYONE, Keeping, Prefixes
 from pocketslm.runtime.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from pocketslm.runtime.tokenizer.vocabulary import any_of

@@ -81,16 +81,16 @@ def min_p(p: float) -> Processor:
 
 
 def greedy(logits: Array) -> int:
-    """The most probable token; the lowest id where several are."""
+    """The most probable token. Among equals, the lowest id."""
     return int(logits.argmax())
 
 
 def multinomial(seed: int | None) -> Sampler:
     """Draw from the softmax of the logits.
 
-    The same seed draws the same tokens from the same logits on every machine, and by the native
-    operators (runtime/ops/sampler.cpp): random numbers are those of SplitMix64, and
-    weights those of :func:`exp_weights`, added in the order of the vocabulary.
+    The same seed draws the same tokens from the same logits on every machine, and by
+    the native operators (runtime/ops/sampler.cpp): random numbers come from SplitMix64, and the
+    weights of :func:`exp_weights` are added in the order of the vocabulary.
     """
     state = secrets.randbits(64) if seed is None else seed
 
@@ -145,7 +145,7 @@ def chooser_for(config: GenerationConfig, prompt_length: int) -> Choose:
 
 
 def highest_needed(config: GenerationConfig) -> int | None:
-    """How many of the highest logits decide the next token; None where all of them may."""
+    """How many of the highest logits decide the next token, or None if any logit may."""
     if config.repetition_penalty != 1.0:
         return None
     return (config.top_k or None) if config.samples else 1
@@ -155,10 +155,10 @@ _TAYLOR = [np.float32(1) / np.float32(n) for n in (720, 120, 24, 6, 2, 1, 1)]
 
 
 def exp_weights(logits: Array) -> Array:
-    """The softmax without its division: exp of each logit less the highest, exact to about 10^-6.
+    """The softmax before its division: exp(logit - highest logit), exact to about 10^-6.
 
-    In fp32, each operation rounded by itself, so that every machine gets the same bits; those of
-    the native ``exp_of``. Logits of minus infinity weigh 0.
+    Computed in fp32, with each operation rounded by itself, so that every machine, and the native
+    ``exp_of``, gets the same bits. Logits of minus infinity weigh 0.
     """
     x = np.maximum(logits - logits.max(), np.float32(-87))
     shifted = x * np.float32(1.44269504) + np.float32(12582912)  # rounds to a whole number
@@ -175,7 +175,7 @@ def exp_weights(logits: Array) -> Array:
 
 
 def log_sum_exp(logits: Array) -> float:
-    """A token's logit less this is the natural log of its probability."""
+    """The log of the sum of exp: a token's log-probability is its logit minus this."""
     top = logits.max()
     total = np.exp(logits - top, dtype=np.float32).sum(dtype=np.float64)
     return float(top + np.log(total))

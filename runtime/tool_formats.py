@@ -1,4 +1,4 @@
-"""How the families of models write calls of tools, and how their texts are read."""
+"""How each family of models writes tool calls, and how such texts are read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ class Call:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """One family's.
+    """How one family writes tool calls.
 
-    marks: texts of a chat template that know this format. begin, end: what stands around a call, or
-    around a list of them; no begin where a call is the whole answer. style: how a call is written.
-    arguments: of a call in JSON, the member with the arguments. listed: calls stand in a list.
+    - ``marks``: texts that only a chat template with this format has.
+    - ``begin``, ``end``: what stands around a call, or around a list of calls. ``begin`` is empty
+      if a call is the whole answer.
+    - ``style``: how a call is written.
+    - ``arguments``: in a call in JSON, the member that holds the arguments.
+    - ``listed``: calls stand in a list.
     """
 
     name: str
@@ -38,7 +41,7 @@ class ToolFormat:
     listed: bool = False
 
 
-# The first that a template matches is meant.
+# The first format whose marks a template has is the template's.
 FORMATS = (
     ToolFormat(
         "LFM2", ("<|tool_call_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", "python"
@@ -57,7 +60,7 @@ FORMATS = (
 
 
 def format_of(template: str | None) -> ToolFormat:
-    """The format that a chat template teaches. Raises UsageError for one that is not known."""
+    """The format of a chat template. Raises UsageError if it is not known."""
     for one in FORMATS if template and "tools" in template else ():
         if all(mark in (template or "") for mark in one.marks):
             return one
@@ -69,7 +72,7 @@ def format_of(template: str | None) -> ToolFormat:
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The schema of its parameters by each tool's name.
+    """The name of each tool, with the schema of its parameters.
 
     tools: as in transformers and in OpenAI's interface, {"type": "function", "function": {"name",
     "description", "parameters"}}, or the inner object alone. Raises UsageError.
@@ -95,7 +98,7 @@ def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
 
 
 def python_grammar(functions: Mapping[str, Mapping[str, Any]]) -> str:
-    """In GBNF, a list of calls of these functions, with the names of their parameters."""
+    """A grammar in GBNF for a list of calls of these functions, with their parameters' names."""
     calls = []
     for name, schema in functions.items():
         keys = " | ".join(json.dumps(f"{key}=") for key in schema.get("properties", {}))
@@ -112,7 +115,9 @@ def python_grammar(functions: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def read_calls(form: ToolFormat, text: str) -> list[Call]:
-    """The calls in a text without what stands around it. Raises UsageError where it is none."""
+    """Read the calls in a text that stood between ``begin`` and ``end``. Raises UsageError if there
+    is none.
+    """
     readers: dict[str, Callable[[str, ToolFormat], list[Call]]] = {
         "json": _read_json,
         "python": _read_python,
@@ -152,7 +157,7 @@ def _read_gemma(text: str, form: ToolFormat) -> list[Call]:
     match = _GEMMA.match(text)
     if match is None:
         raise ValueError
-    # As JSON: strings between <escape>, and members without quotes.
+    # Turn it into JSON: strings stand between <escape>, and members have no quotes.
     parts = text[match.end() - 1 :].split("<escape>")
     for at in range(0, len(parts), 2):
         parts[at] = re.sub(r"([{,]\s*)([^\s{}\[\],:\"]+)\s*:", r'\1"\2":', parts[at])

@@ -18,7 +18,7 @@ from pocketslm.runtime.tool_formats import (
 )
 
 if TYPE_CHECKING:
-    from pocketslm.runtime.generation import Finish
+    from pocketslm.runtime.answer import Finish
     from pocketslm.runtime.model import Reply, TextModel
 
 MOST_CALLS = 8  # in one answer
@@ -31,7 +31,7 @@ def reply_with_tools(
     choice: str,
     config: GenerationConfig,
 ) -> Reply:
-    """The answer to messages, with the calls in it.
+    """Answer messages, and read the calls in the answer.
 
     choice: "auto", "required", or the name of the tool to call. Raises UsageError.
     """
@@ -54,7 +54,7 @@ def reply_with_tools(
 
 
 class _Writer:
-    """An answer that grows by text and calls."""
+    """Builds an answer out of text and calls."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class _Writer:
                 return
 
     def _began(self, text: str) -> bool:
-        """Whether it was the mark that ended the text."""
+        """Whether the mark of a call ended the text."""
         tokenizer = self.model.tokenizer
         mark = tokenizer.token_id(self.form.begin)
         if mark is not None:
@@ -108,7 +108,7 @@ class _Writer:
         return text + self.form.begin in tokenizer.decode(self.made)
 
     def _whole_answer(self) -> None:
-        """A call is an answer that begins with a brace."""
+        """An answer that begins with a brace is a call."""
         begun = ""
         records = self.model.generate(self.ids, self.config)
         for record in records:
@@ -121,7 +121,7 @@ class _Writer:
             self.text = self._generate(self.config)
 
     def call(self) -> bool:
-        """Write one call, or one list of them; False where the answer ends with it."""
+        """Write one call, or one list of calls. Returns False if the answer ends with it."""
         if self.form.begin:
             self.ids += self.model.tokenizer.encode(self.form.begin, parse_special=True)
         text = self._generate(self.held)

@@ -14,16 +14,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from pocketslm.cli import _parser, main
+from pocketslm.cli import main, make_parser
 from pocketslm.export.heal import HealConfig
 from pocketslm.export.prune.folder import PruneConfig
 from pocketslm.profiling.devices.bench import Conditions
 from pocketslm.runtime.bundle import MANIFEST
+from pocketslm.runtime.cli import add_generation, generation_config
+from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model, Record
+from pocketslm.terminal import record_given
 
 
 def _commands(
@@ -39,7 +43,7 @@ def _commands(
     return found
 
 
-COMMANDS = _commands(_parser())
+COMMANDS = _commands(make_parser())
 Captured = pytest.CaptureFixture[str]
 
 
@@ -51,9 +55,23 @@ def test_every_command_has_help_with_an_example(command: str, capsys: Captured) 
     assert f"example: pocketslm {command} " in capsys.readouterr().out
 
 
+def test_every_option_of_generation_arrives() -> None:
+    """An option that is parsed and then dropped would do nothing."""
+    parser = argparse.ArgumentParser()
+    record_given(parser)
+    add_generation(parser)
+    (group,) = (g for g in parser._action_groups if (g.title or "").startswith("generation"))
+    model = SimpleNamespace(defaults=GenerationConfig())
+    for action in group._group_actions:
+        arguments = parser.parse_args(
+            [action.option_strings[-1], "3" if action.type is int else "0.5"]
+        )
+        assert generation_config(arguments, cast(Model, model)) != model.defaults, action.dest
+
+
 def test_help_and_version_are_quick_and_light() -> None:
     code = (
-        "import sys\nfrom pocketslm.cli import _parser, main\n"
+        "import sys\nfrom pocketslm.cli import make_parser, main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "assert not {'torch', 'numpy', 'onnxruntime'} & set(sys.modules)"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from pocketslm.errors import BackendError
 from pocketslm.runtime.model import Model, TextModel
 
-# Engine -> (strings key of its name, strings key of where it was tried). See docs/android.md.
+# Engine -> (strings key of its name, of where it was tried). See docs/explanation/app.md.
 ENGINES = {
     "auto": ("engine_auto", ""),
     "runner": ("engine_runner", "tested_runner"),

@@ -1,6 +1,6 @@
 """Android's side, through pyjnius: files, intents, sharing, screen readers. Runs on phones only.
 
-What of this was tried where is in docs/android.md.
+What of this was tried where is in docs/explanation/app.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a measurement runs: this machine, a board over ssh, a phone over adb."""
+"""The places where a measurement runs: this machine, a board over ssh, a phone over adb."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pocketslm.profiling.devices.device import Device
 def open_device(spec: str) -> Device:
     """The device that ``local``, ``ssh:[user@]host[:port]`` or ``adb[:serial]`` names.
 
-    UsageError where it names none, DeviceError where it cannot be reached.
+    Raises UsageError if it names no device, DeviceError if the device cannot be reached.
     """
     from pocketslm.profiling.devices.adb import AdbDevice
     from pocketslm.profiling.devices.local import LocalDevice

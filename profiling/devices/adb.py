@@ -12,11 +12,11 @@ from pocketslm.errors import DeviceError
 from pocketslm.profiling.devices.device import Device, last_words
 
 FOLDER = "/data/local/tmp/pocketslm"
-# adb's own push cannot be continued (the phone removes half a file), so it gets the small ones.
+# adb's own push cannot resume (the phone removes half a file), so only small files go that way.
 PUSH_WHOLE_BYTES = 16 << 20
 TRANSFER_TIMEOUT_S = 600.0
 
-# What adb itself says, as against the programs of the phone.
+# Messages of adb itself, as opposed to the phone's programs.
 _FROM_ADB = re.compile("error:|adb:|\\* ")
 _HINTS = {
     "no devices": "no device is attached: plug it in, allow USB debugging in its developer "
@@ -44,8 +44,8 @@ class AdbDevice(Device):
         self.shell("true")
 
     def command(self, script: str) -> list[str]:
-        # Where the phone lacks the shell protocol with exit codes (Android 6 and older), adb says
-        # so: its output could not be trusted to be what the program wrote.
+        # Phones with Android 6 and older lack the shell protocol with exit codes, and adb says so.
+        # Their output might not be the program's.
         return [*self._adb, "shell", "-T", script]
 
     def lost(self, status: int, text: str) -> str | None:
@@ -84,7 +84,7 @@ class AdbDevice(Device):
 
 
 def attached() -> list[tuple[str, str, str]]:
-    """(serial, state, model) of what `adb devices -l` lists."""
+    """(serial, state, model) of each device that `adb devices -l` lists."""
     done = subprocess.run(
         [_program(), "devices", "-l"],
         stdin=subprocess.DEVNULL,

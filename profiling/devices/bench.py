@@ -1,4 +1,4 @@
-"""Benchmarks on a device: the runner does the work there, the sensors are read beside it."""
+"""Benchmarks on a device: the runner works there while the sensors are read."""
 
 from __future__ import annotations
 
@@ -38,14 +38,17 @@ _PROBE_BYTES = (1 << 20, 1 << 30)
 
 @dataclass(frozen=True)
 class Conditions:
-    """How tests run on a device.
+    """The conditions under which tests run on a device.
 
-    pin: big, little, prime, all or CPUs such as 4-7; None leaves it to the system. sustained_s:
-    repeat without a pause for so long, to see it throttle; 0: ``repetitions`` times. cold: drop
-    the model from the page cache and load it anew before each repetition, which is counted at once.
-    operators: after the repetitions one more, for the time of each operator.
-    pause_s: between tests; None takes the device's own. idle_s: how long to watch a battery's
-    drain at rest beforehand. interval_s: between polls of the sensors; 0 leaves them out.
+    - ``pin``: big, little, prime, all or CPUs such as 4-7. None leaves it to the system.
+    - ``sustained_s``: repeat for so many seconds without a pause, to see it throttle. 0 repeats
+      ``repetitions`` times.
+    - ``cold``: before each repetition, drop the model from the page cache and load it anew. There
+      is no warm-up.
+    - ``operators``: add one repetition for the time of each operator.
+    - ``pause_s``: seconds between tests. None takes the device's own.
+    - ``idle_s``: how long to watch a battery's drain at rest beforehand.
+    - ``interval_s``: seconds between polls of the sensors. 0 turns the sensors off.
     """
 
     repetitions: int = 5
@@ -79,11 +82,12 @@ def bench_on_device(
     runs: int = 1,
     progress: Progress = lambda step, fraction: None,
 ) -> None:
-    """Measure the native graphs of bundles; ``keep`` gets each row as soon as there is one.
+    """Measure the native graphs of bundles. ``keep`` is called with each row as soon as it is
+    measured.
 
-    threads: numbers of threads; empty takes one a core of the cores chosen. runs: how often all of
-    it is done. A test that is cut short, by a pulled cable as by Ctrl-C, still gives the row of
-    what was counted until then. Raises DeviceError, UsageError, BundleError, BackendError.
+    ``threads`` are numbers of threads; if empty, each chosen core gets one. ``runs`` repeats
+    everything. A test that a pulled cable or Ctrl-C cuts short still gives a row of the repetitions
+    counted until then. Raises DeviceError, UsageError, BundleError, BackendError.
     """
     at_least("runs", 1, [runs])
     at_least("threads", 1, threads)
@@ -110,7 +114,7 @@ def bench_on_device(
 
 @dataclass
 class _Counted:
-    """What the repetitions of one test gave so far."""
+    """The counted repetitions of one test so far."""
 
     loaded: dict[str, Any]
     limits: Limits
@@ -157,7 +161,7 @@ class _Session:
         self._limits: dict[int, Limits] = {}
 
     def prepare(self) -> None:
-        """Look at the device, and bring there what runs."""
+        """Look at the device and install the runner and the model."""
         self.machine = read_machine(self._device)
         pin = self._conditions.pin
         self.cpus = cpufreq.pinned(pin, self.machine.clusters) if pin else ()
@@ -185,14 +189,16 @@ class _Session:
         }
 
     def _measure_idle(self) -> None:
-        """A battery also feeds the screen and the radio: what they draw is told apart."""
+        """Measure the drain at rest: a battery also feeds the screen and the radio."""
         source = find_source(self._seen)
         if source is not None and source.on_battery and self._conditions.idle_s:
             self._progress(f"power at rest, {self._conditions.idle_s:g} s", 0.0)
             self._idle_watts = idle_watts(self._device, self._seen, self._conditions.idle_s)
 
     def measure(self, test: Test, threads: int, run: dict[str, Any], done: float) -> None:
-        """One test; its row is kept even when it is cut short. run: the row's fields of its run."""
+        """Run one test. Its row is kept even if the test is cut short. ``run`` has the fields of
+        the run.
+        """
         limits = self._probe(threads)
         with RunnerProcess(self._device, self._conditions.timeout_s) as runner:
             base = runner.ask("stats")["peak_rss_bytes"]
@@ -220,7 +226,7 @@ class _Session:
                     self._keep(self._row(test, counted, sampler, run))
 
     def _turns(self) -> Iterator[int]:
-        """The repetitions, as many as asked for or for as long."""
+        """The repetitions: so many, or for so many seconds."""
         start, turn = time.monotonic(), 0
         while turn == 0 or (
             time.monotonic() - start < self._conditions.sustained_s
@@ -233,7 +239,7 @@ class _Session:
             turn += 1
 
     def _probe(self, threads: int) -> Limits:
-        """The roofline, once for each number of threads; its memory is not the model's."""
+        """Measure the limits once for each number of threads, apart from the model's memory."""
         if threads not in self._limits:
             size = min(max(self._common["size_bytes"], _PROBE_BYTES[0]), _PROBE_BYTES[1])
             with RunnerProcess(self._device, self._conditions.timeout_s) as runner:
@@ -274,13 +280,13 @@ class _Session:
         )
 
     def _pss(self, pid: int, stats: dict[str, Any]) -> int | None:
-        """As Android counts it, where the kernel is too old to tell the runner itself (4.14)."""
+        """PSS as Android counts it, if the kernel (before 4.14) is too old to tell the runner."""
         if stats["pss_bytes"] or self._device.kind != "adb":
             return None
         return total_pss(self._device.shell(f"dumpsys meminfo {pid} || true"))
 
     def _reasons(self) -> list[str]:
-        """What the system says about throttling, right after the run."""
+        """The system's reasons for throttling, right after the run."""
         tree = parse(self._device.shell(script((), thermal.COMMANDS)))
         return thermal.throttle_reasons(tree)
 
@@ -293,7 +299,7 @@ class _Session:
             joules -= self._idle_watts * sum(counted.samples_ns) / 1e9
             label += f", idle {self._idle_watts:.3g} W subtracted"
         elif source.charging:
-            return None  # what flows into a battery is not what the device draws
+            return None  # the current into a battery is not the device's own draw
         return Energy(joules, source.name, label)
 
     def _row(

@@ -1,4 +1,4 @@
-"""``pocketslm device``, and what ``pocketslm bench`` does on one."""
+"""``pocketslm device``, and ``pocketslm bench --device``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pocketslm.terminal import (
 
 SPECS = "local, ssh:[user@]host[:port], adb or adb:SERIAL"
 _SECONDS = {
-    "sustained": "repeat each test for so long (default: as often as -r says)",
-    "pause": "between tests (default: local 0, ssh 10, adb 60)",
-    "idle": "to watch a battery at rest first (default: 10)",
-    "interval": "between polls of the sensors (default: 1)",
+    "sustained": "seconds to repeat each test (default: -r times)",
+    "pause": "seconds between tests (default: local 0, ssh 10, adb 60)",
+    "idle": "seconds to watch a battery at rest first (default: 10)",
+    "interval": "seconds between polls of the sensors (default: 1)",
 }
 # Options of `bench` that only a device takes.
 ON_A_DEVICE = ("pin", *(f"{name}_s" for name in _SECONDS))
@@ -51,7 +51,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """What ``pocketslm bench`` takes to run on a device."""
+    """Add the options of ``pocketslm bench`` for running on a device."""
     group = parser.add_argument_group("on a device")
     group.add_argument("--device", help=f"run the native graph there: {SPECS}")
     group.add_argument("--pin", help="cores to use: big, little, prime, all, or CPUs such as 4-7")
@@ -60,7 +60,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """``pocketslm bench --device``: rows are printed and recorded even when a run is cut short."""
+    """Run ``pocketslm bench --device``. Rows are printed and kept even if a run is cut short."""
     from pocketslm.profiling.devices import open_device
     from pocketslm.profiling.devices.bench import Conditions, bench_on_device
     from pocketslm.profiling.plan import SLIMLM, plan

@@ -1,4 +1,4 @@
-"""What every device can do, once there is a way to run a shell script on it."""
+"""The abilities of every device, given a way to run a shell script on it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ _STDERR_CHARACTERS = 300
 class Device(ABC):
     """A machine that runs our programs: this one, a board over ssh, a phone over adb.
 
-    name: as the user wrote it; kind: its first part; folder: where our files lie on it; pause_s:
-    between two tests, unless the user says otherwise, so that the second one does not begin hot.
-    Whatever goes wrong is a DeviceError of one line. Used with ``with``, which closes it.
+    - ``name``: as the user wrote it. ``kind`` is its first part.
+    - ``folder``: the place of our files on it.
+    - ``pause_s``: the default pause between two tests, so that the second does not begin hot.
+
+    Every failure is a DeviceError of one line. Use it in a ``with`` block, which closes it.
     """
 
     name: str
@@ -40,18 +42,19 @@ class Device(ABC):
 
     @abstractmethod
     def command(self, script: str) -> list[str]:
-        """A command of this machine that runs ``script`` in the device's sh, input, output and
-        exit status passed through."""
+        """A command for this machine that runs ``script`` in the device's sh. Input, output and
+        exit status pass through.
+        """
 
     def lost(self, status: int, text: str) -> str | None:
-        """What to tell the user where it was the connection that failed, not the script.
+        """The message for the user if the connection failed and not the script; otherwise None.
 
-        text: all that the command of :meth:`command` wrote to stderr.
+        ``text`` is everything that the command of :meth:`command` wrote to stderr.
         """
         return None
 
     def close(self) -> None:  # noqa: B027 - most keep nothing open
-        """End what was kept open."""
+        """Close what was kept open."""
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +68,7 @@ class Device(ABC):
         self.close()
 
     def shell(self, script: str, timeout_s: float = SCRIPT_TIMEOUT_S) -> str:
-        """Run a script to its end; its output."""
+        """Run a script to its end. Returns its output."""
         try:
             done = subprocess.run(
                 self.command(script),
@@ -84,7 +87,7 @@ class Device(ABC):
         return done.stdout.decode(errors="replace")
 
     def stream(self, script: str, stderr: IO[bytes]) -> subprocess.Popen[str]:
-        """Start a script whose input and output are lines; the caller ends it."""
+        """Start a script that reads and writes lines. The caller ends it."""
         return subprocess.Popen(
             self.command(script),
             stdin=subprocess.PIPE,
@@ -109,10 +112,10 @@ class Device(ABC):
         return DeviceError(f"{self.name}: a command failed with status {status}: {last}")
 
     def push(self, local: Path, name: str, progress: Progress = lambda step, part: None) -> str:
-        """Bring a file to the device; its path there.
+        """Copy a file to the device. Returns its path there.
 
-        A file of that name with the same SHA-256 stays. What an interrupted transfer left is
-        continued if it is the beginning of this file. The name is given only to a whole file.
+        A file of that name with the same SHA-256 is left alone. An interrupted transfer resumes if
+        its part is the beginning of this file. Only a whole file gets the name.
         """
         target, part = f"{self.folder}/{name}", f"{self.folder}/{name}{PART}"
         size, digest = local.stat().st_size, file_sha256(local)
@@ -142,11 +145,11 @@ class Device(ABC):
             aside.replace(local)
 
     def clean(self) -> None:
-        """Remove everything that we ever put there."""
+        """Remove everything that we put there."""
         self.shell(f"rm -rf {shlex.quote(self.folder)}")
 
     def _state(self, *paths: str) -> list[tuple[str, int]]:
-        """(SHA-256, bytes) of files of our folder, which is made; ("", 0) for those not there."""
+        """(SHA-256, bytes) of files in our folder, which is made; ("", 0) for missing files."""
         names = " ".join(shlex.quote(path) for path in paths)
         output = self.shell(
             f"mkdir -p {shlex.quote(self.folder)} && for f in {names}; do "
@@ -163,7 +166,7 @@ class Device(ABC):
             ) from None
 
     def _send(self, local: Path, offset: int, part: str, progress: Callable[[int], None]) -> None:
-        """Append to ``part`` what the file holds from ``offset`` on; 0 starts it anew."""
+        """Append the file's bytes from ``offset`` on to ``part``; 0 starts ``part`` anew."""
         arrow = ">>" if offset else ">"
         with tempfile.TemporaryFile() as stderr, local.open("rb") as source:
             source.seek(offset)
@@ -212,7 +215,7 @@ class Device(ABC):
 
 @contextmanager
 def watchdog(seconds: float, act: Callable[[], None]) -> Iterator[None]:
-    """Calls ``act`` where what it guards takes longer; it never keeps the process alive."""
+    """Call ``act`` if the guarded block takes longer. It never keeps the process alive."""
     timer = Timer(seconds, act)
     timer.daemon = True
     try:
@@ -223,14 +226,14 @@ def watchdog(seconds: float, act: Callable[[], None]) -> Iterator[None]:
 
 
 def last_words(text: str) -> str:
-    """The line of a failed command's output that says why."""
+    """The line of a failed command's output that gives the reason."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines or ["it said nothing"])[-1][:_STDERR_CHARACTERS]
 
 
 def file_sha256(path: Path, size: int | None = None) -> str:
-    """Of a file, or of its first ``size`` bytes."""
+    """The digest of a file, or of its first ``size`` bytes."""
     digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
     with path.open("rb") as file:
         while left and (chunk := file.read(min(left, _CHUNK))):

@@ -1,4 +1,4 @@
-"""The fingerprint of a device: what a figure belongs to."""
+"""The fingerprint of a device, to which its figures belong."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ _ARM_CORES = {
 
 
 def read_machine(device: Device) -> Machine:
-    """Ask the device; DeviceError where it is no Linux."""
+    """Ask the device. Raises DeviceError if it does not run Linux."""
     return machine(parse(device.shell(script(FILES, COMMANDS))), device.kind)
 
 
 def machine(tree: Tree, kind: str) -> Machine:
-    """The record's fingerprint, of the text of FILES and COMMANDS."""
+    """Make the record's fingerprint from the text of FILES and COMMANDS."""
     arch = tree.get("$ uname -m", "")
     memory = tree.get("/proc/meminfo", "").split()
     total = memory[1] if memory[:1] == ["MemTotal:"] and len(memory) > 1 else ""
@@ -85,7 +85,7 @@ def machine(tree: Tree, kind: str) -> Machine:
 
 
 def _cpu(tree: Tree) -> str:
-    """The name that the kernel gives, or the kinds of Arm cores, the fastest ones first."""
+    """The kernel's name for the CPU, or the kinds of its Arm cores, the fastest first."""
     counts: dict[str, int] = {}
     cpuinfo = tree.get("/proc/cpuinfo", "")
     for line in cpuinfo.splitlines():

@@ -1,4 +1,4 @@
-"""What measuring costs: tokens/s with the sensors polled beside, against the bare runner.
+"""The cost of measuring: tokens/s with the sensors polled, against the bare runner.
 
 ``python -m pocketslm.profiling.devices.overhead BUNDLE --device adb`` loads the runner once and
 decodes in turns with and without a sampler. It polls twenty times as often as a benchmark does, so
@@ -23,7 +23,7 @@ from pocketslm.profiling.devices.runner import RunnerProcess, install
 from pocketslm.profiling.sensors.sampler import Sampler, read_sensors
 from pocketslm.runtime.bundle import open_bundle
 
-EVERY_S = 0.05  # as against the 1 s of a benchmark
+EVERY_S = 0.05  # a benchmark polls every 1 s
 _RESAMPLES = 10_000
 
 
@@ -49,7 +49,7 @@ def measure(
 
         once(polled=False)
         for index in range(rounds):
-            # There and back, so that a steady drift favours none.
+            # Alternate the order, so that a steady drift favours neither.
             order = (False, True) if index % 2 == 0 else (True, False)
             times = {polled: once(polled) for polled in order}
             found.append((times[False], times[True]))
@@ -57,7 +57,7 @@ def measure(
 
 
 def interval(pairs: list[tuple[int, int]]) -> tuple[float, float, float]:
-    """(median, low, high) of polled to bare tokens/s: a bootstrap over rounds, seed 0."""
+    """(median, low, high) of polled over bare tokens/s, by a bootstrap over rounds with seed 0."""
     ratios = np.array([bare / polled for bare, polled in pairs])
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (_RESAMPLES, len(ratios))), axis=1)

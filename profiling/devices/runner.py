@@ -1,4 +1,4 @@
-"""``pocketslm-run --json`` on a device: put there, started, asked, ended."""
+"""``pocketslm-run --json`` on a device: install, start, ask and end it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pocketslm.runtime.ops import build
 
 PROGRAM = "pocketslm-run"
 _EXIT_TIMEOUT_S = 10.0
-_NOT_EXECUTABLE = 126  # sh's status where the kernel does not take the program
-# What shells say of a program for another processor; some try it as a script.
+_NOT_EXECUTABLE = 126  # sh's status if the kernel refuses the program
+# Messages of shells about a program for another processor. Some try it as a script.
 _NOT_A_PROGRAM = re.compile(rf"[Ee]xec format|not executable|{PROGRAM}:.*([Ss]yntax|not found)")
 
 
 def install(device: Device, machine: Machine, model: Path, progress: Progress) -> str:
-    """Put the runner and a ``model.slm`` on the device, where they are not there already.
+    """Put the runner and a ``model.slm`` on the device unless they are there already.
 
-    Returns the model's path there. It is named by its hash, so that models do not push each other
-    out. Raises DeviceError, also where no runner exists for the device's processor.
+    Returns the model's path there. The file is named by its hash, so that models do not replace
+    each other. Raises DeviceError, also if no runner exists for the device's processor.
     """
     program = device.push(runner_for(machine), PROGRAM, progress)
     device.shell(f"chmod 755 {shlex.quote(program)}")
@@ -52,17 +52,17 @@ def runner_for(machine: Machine) -> Path:
 
 
 class RunnerProcess:
-    """A running runner; used with ``with``, which leaves no process on the device.
+    """A running runner. Use it in a ``with`` block, which leaves no process on the device.
 
-    An error that the runner reports is a BackendError; an end of the process or the connection,
-    or no answer within ``timeout_s``, is a DeviceError.
+    An error that the runner reports is a BackendError. If the process or the connection ends, or no
+    answer comes within ``timeout_s``, that is a DeviceError.
     """
 
     def __init__(self, device: Device, timeout_s: float) -> None:
         self._device, self._timeout_s, self._timed_out = device, timeout_s, False
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         folder = shlex.quote(device.folder)
-        # A shell of its own waits for the program, and tells by its status what ended it.
+        # A separate shell waits for the program, and its status tells what ended the program.
         start = f"echo $$; exec ./{PROGRAM} --json"
         self._process = device.stream(f"cd {folder} && sh -c '{start}'; exit $?", self._stderr)
         self.pid = 0
@@ -87,7 +87,7 @@ class RunnerProcess:
         self.close()
 
     def close(self) -> None:
-        """End the runner: kindly, then by force, on the device as well as here."""
+        """End the runner, by force if it must be, on the device as well as here."""
         try:
             with suppress(OSError, ValueError):
                 assert self._process.stdin is not None

@@ -1,4 +1,4 @@
-"""A board over ssh: the system's own client, so that its keys, hosts and settings count."""
+"""A board over ssh, through the system's own client, so that its keys, hosts and settings apply."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pocketslm.profiling.devices.device import Device, last_words
 
 FOLDER = "$HOME/.cache/pocketslm-device"
 _MARK = "pocketslm:"
-_UNREACHABLE = 255  # ssh's own status, as against the script's
+_UNREACHABLE = 255  # ssh's own status, as opposed to the script's
 
 
 class SshDevice(Device):
@@ -50,8 +50,9 @@ class SshDevice(Device):
             raise
 
     def _find_folder(self) -> str:
-        """Where FOLDER is on the board, whose shell must print nothing else: what a program writes
-        could not be told from it."""
+        """Find FOLDER on the board. The board's shell must print nothing else, since that would mix
+        with the output of programs.
+        """
         said = self.shell(f'echo "{_MARK}{FOLDER}"').removesuffix("\n")
         before, _, folder = said.partition(_MARK)
         if before:
@@ -64,7 +65,7 @@ class SshDevice(Device):
         return folder
 
     def command(self, script: str) -> list[str]:
-        # The user's own shell may be any; it only starts sh.
+        # The user's own shell only starts sh, so any shell will do.
         return [*self._ssh, "--", self._host, f"exec sh -c {shlex.quote(script)}"]
 
     def lost(self, status: int, text: str) -> str | None:

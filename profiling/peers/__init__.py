@@ -17,7 +17,7 @@ PEERS = {peer.name: peer for peer in _ALL}
 
 
 def runtime_named(name: str) -> Runtime:
-    """Ours or a peer; UsageError for an unknown name."""
+    """Our runtime or a peer. Raises UsageError for an unknown name."""
     if name == PocketSlm.name:
         return PocketSlm()
     if name not in PEERS:
@@ -26,7 +26,7 @@ def runtime_named(name: str) -> Runtime:
 
 
 def parse_peer(text: str) -> tuple[Peer, Path | None]:
-    """``NAME`` or ``NAME=ARTEFACT``; UsageError for anything else."""
+    """Read ``NAME`` or ``NAME=ARTEFACT``. Raises UsageError for anything else."""
     name, has_path, path = text.partition("=")
     if name not in PEERS or (has_path and not path):
         raise UsageError(
@@ -37,9 +37,9 @@ def parse_peer(text: str) -> tuple[Peer, Path | None]:
 
 
 def choose_peers(texts: Sequence[str]) -> list[tuple[Peer, Path | None, bool]]:
-    """Peers with their artefact, and whether they are there because of "all".
+    """The peers with their artefacts, and whether "all" chose them.
 
-    BackendError for one that is named and cannot run here, UsageError for an unknown one.
+    Raises BackendError for a named peer that cannot run here, UsageError for an unknown one.
     """
     named = [parse_peer(text) for text in texts if text != ALL]
     for peer, _ in named:

@@ -4,7 +4,7 @@
 
 Gemma 3 has a rotary table for each kind of layer. transformers 5 keeps the parameters of each in
 ``rope_parameters``; the builder (0.18) reads one table there and the other's base from
-``rope_local_base_freq``, and fails on the nested form. Here it gets the form that it reads.
+``rope_local_base_freq``, and fails on the nested form. This module gives it the form that it reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BUILDER = "onnxruntime_genai.models.builder"
 
 
 def flatten(config: Any) -> Any:
-    """The configuration, with the parameters of two tables where the builder looks for them."""
+    """Move the parameters of two tables to the places where the builder looks for them."""
     kinds = getattr(config, "rope_parameters", None)
     if isinstance(kinds, dict) and kinds.keys() == {"full_attention", "sliding_attention"}:
         config.rope_parameters = dict(kinds["full_attention"])

@@ -49,7 +49,7 @@ class LlamaCpp:
 
 
 def _rounded(source: Path, kind: str, cache: Path) -> Path:
-    """What ``llama-quantize --allow-requantize SOURCE OUT KIND`` writes, once for a checkpoint."""
+    """The output of ``llama-quantize --allow-requantize SOURCE OUT KIND``, written once."""
     target = cache / f"{source.stem.rpartition('.')[0] or source.stem}.{kind}.gguf"
     if target.exists():
         return target
@@ -66,8 +66,8 @@ def quantize(
 ) -> None:
     """Write ``target``, the GGUF ``source`` rounded again to llama.cpp's type ``kind``.
 
-    ``importance``: float32 mean squares of the inputs of tensors, by their names in the file.
-    Raises BackendError where llama.cpp cannot do it.
+    ``importance``: float32 mean squares of each tensor's inputs, by its name in the file. Raises
+    BackendError if llama.cpp cannot do it.
     """
     import llama_cpp
 

@@ -55,7 +55,9 @@ class OrtGenai:
 
 
 def _write_hf(source: Path, folder: Path) -> None:
-    """The builder reads Hugging Face folders only; a GGUF file is dequantized for it."""
+    """Write a Hugging Face folder, the only form that the builder reads. GGUF files are
+    dequantized.
+    """
     from pocketslm.models.checkpoint import open_checkpoint
     from pocketslm.models.hf_writer import save_hf
 
@@ -84,7 +86,7 @@ def _build(checkpoint: Path, out: Path, downloads: Path) -> None:
 
 
 def _window(folder: Path) -> int:
-    """Of the model's layers; 0 where none has one."""
+    """The window of the model's layers, or 0 if none has one."""
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     found: int = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 0)
     return found
@@ -97,8 +99,8 @@ class _Engine:
         self.backend = "onnxruntime cpu"
         options = {"intra_op_num_threads": job.threads}
         try:
-            # One more than the cache holds: the token chosen last counts, though it is never run.
-            # Its operator refuses a cache that is shorter than a layer's window.
+            # One more than the cache holds, because the token chosen last counts though it is never
+            # run. The operator refuses a cache that is shorter than a layer's window.
             length = max(job.context + 1, _window(Path(job.artefact)))
             config = og.Config(job.artefact)
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))

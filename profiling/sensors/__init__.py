@@ -1,1 +1,1 @@
-"""What a device tells about itself: pure readers over the text of its files and commands."""
+"""Read a device's sensors: pure functions over the text of its files and commands."""

@@ -24,7 +24,7 @@ MOST_CPUS = 4096  # as many as Linux is built for
 def clusters(tree: Tree, cores: int) -> tuple[Cluster, ...]:
     """The cores by capacity and greatest frequency, the fastest cluster first.
 
-    cores: how many there are, where the tree does not say. A symmetric machine has one cluster.
+    ``cores`` is the number of cores if the tree does not tell. A symmetric machine has one cluster.
     """
     try:
         cpus = parse_cpus(tree["/sys/devices/system/cpu/possible"])
@@ -40,10 +40,10 @@ def clusters(tree: Tree, cores: int) -> tuple[Cluster, ...]:
 
 
 def khz(tree: Tree, before: Tree | None, machine_clusters: Sequence[Cluster]) -> tuple[int, ...]:
-    """The frequency of each cluster; empty where one does not tell.
+    """The frequency of each cluster. Empty if any cluster does not tell.
 
-    The mean since the reading ``before``, where the kernel counts the time in each state; else
-    the greatest one at this moment.
+    If the kernel counts the time in each state, it is the mean since the reading ``before``.
+    Otherwise it is the greatest frequency at this moment.
     """
     found = []
     for cluster in machine_clusters:
@@ -76,7 +76,7 @@ def _states(text: str) -> dict[int, int]:
 
 
 def polled_files(tree: Tree, machine_clusters: Sequence[Cluster]) -> list[str]:
-    """One CPU's files for cores that share a clock, each core's own elsewhere (as on x86)."""
+    """One CPU's files for cores that share a clock; otherwise each core's own, as on x86."""
     found = matching(tree, f"{_CPU}[0-9]*/cpufreq/scaling_cur_freq")
     if len(machine_clusters) > 1:
         first = {
@@ -88,7 +88,7 @@ def polled_files(tree: Tree, machine_clusters: Sequence[Cluster]) -> list[str]:
 
 
 def governor(tree: Tree) -> str | None:
-    """cpufreq's, those of several clusters joined."""
+    """cpufreq's governor. Those of several clusters are joined."""
     found = dict.fromkeys(tree[path] for path in matching(tree, f"{_CPU}*/scaling_governor"))
     return ", ".join(found) or None
 
@@ -96,7 +96,8 @@ def governor(tree: Tree) -> str | None:
 def pinned(choice: str, machine_clusters: Sequence[Cluster]) -> tuple[int, ...]:
     """The CPUs that ``--pin`` names: big, little, prime, all, or a list such as 4-6,7.
 
-    big is every cluster but the slowest, where there are several. UsageError otherwise.
+    ``big`` is every cluster but the slowest, if there are several. Raises UsageError for anything
+    else.
     """
     every = tuple(cpu for cluster in machine_clusters for cpu in cluster.cpus)
     named = {
@@ -119,7 +120,7 @@ def pinned(choice: str, machine_clusters: Sequence[Cluster]) -> tuple[int, ...]:
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:
-    """``0-3,6`` as the kernel writes lists of CPUs; ValueError where it is not one."""
+    """Read a list of CPUs as the kernel writes it: ``0-3,6``. Raises ValueError otherwise."""
     cpus: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")

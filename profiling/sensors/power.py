@@ -1,4 +1,4 @@
-"""Where a device tells what power it draws, and what those figures mean.
+"""Find the power that a device draws, and say what the figures mean.
 
 Three kinds: counters of energy (powercap), meters of power (hwmon, INA219/226/3221, the rails of a
 Jetson or of a Raspberry Pi 5), and the battery's voltage and current.
@@ -27,7 +27,7 @@ FILES = (
 )
 COMMANDS = ("vcgencmd pmic_read_adc", "dumpsys battery")
 
-# What carries everything else: a device that has one of these must not count its parts as well.
+# Rails that carry everything else. A device that has one must not count its parts as well.
 _TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "5V_IN", "SYS5V", "VDD_SYS", "TOTAL")
 _INSTRUMENTS = ("ina219", "ina220", "ina226", "ina231", "ina238", "ina260", "ina3221", "ina2")
 # A phone that runs a model draws 0.1 A to 5 A: below this the figure is in milliamperes.
@@ -37,12 +37,14 @@ _LEAST_MICROVOLTS = 100_000  # and the voltage of a cell, 3 V to 9 V, in millivo
 
 @dataclass(frozen=True)
 class Source:
-    """A place that tells power or energy.
+    """A place where a device tells power or energy.
 
-    name: the file or command; label: what is in the figure. read: the cumulative joules of a
-    counter, or the watts of a meter, from a tree that holds ``files`` and ``commands``; None where
-    they are missing. wraps_at: joules at which a counter starts anew. on_battery: whether idle
-    power has to be subtracted, since it is a screen's and a radio's as well.
+    - ``name``: the file or command. ``label`` says what the figure includes.
+    - ``read``: the cumulative joules of a counter, or the watts of a meter, from a tree that holds
+      ``files`` and ``commands``. None if they are missing.
+    - ``wraps_at``: the joules at which a counter starts anew.
+    - ``on_battery``: whether idle power must be subtracted, because a screen and a radio draw it
+      too.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Source:
 
 
 def find_source(tree: Tree) -> Source | None:
-    """The best one of a device: nearest to the processor, or the whole board, or the battery."""
+    """The best source of a device: nearest to the processor, or the whole board, or the battery."""
     for find in (_powercap, _rails, _pmic, _battery):
         if (source := find(tree)) is not None and source.read(tree) is not None:
             return source
@@ -67,8 +69,8 @@ def find_source(tree: Tree) -> Source | None:
 def cumulative(source: Source, readings: Sequence[tuple[float, Tree]]) -> list[tuple[float, float]]:
     """(seconds, joules since the first reading) from readings of (seconds, tree).
 
-    Counters are unwrapped, meters integrated by trapezoids; readings that lack the source are
-    left out.
+    Counters are unwrapped, and meters are integrated by trapezoids. Readings that lack the source
+    are left out.
     """
     points: list[tuple[float, float]] = []
     previous = (0.0, 0.0)
@@ -88,7 +90,7 @@ def cumulative(source: Source, readings: Sequence[tuple[float, Tree]]) -> list[t
 
 
 def between(points: Sequence[tuple[float, float]], start: float, end: float) -> float | None:
-    """Joules from start to end, linear between readings; None where they do not span it."""
+    """Joules from start to end, linear between readings, or None if the readings do not span it."""
     if len(points) < 2 or start < points[0][0] or end > points[-1][0]:
         return None
     return _at(points, end) - _at(points, start)
@@ -102,7 +104,7 @@ def _at(points: Sequence[tuple[float, float]], when: float) -> float:
 
 
 def _powercap(tree: Tree) -> Source | None:
-    """RAPL: the packages together, or the whole platform where it has a counter of its own."""
+    """RAPL: all packages together, or the whole platform if it has its own counter."""
     zones = {
         folder: tree.get(f"{folder}/name", "")
         for folder in folders(matching(tree, f"{_POWERCAP}/energy_uj"))
@@ -121,7 +123,7 @@ def _powercap(tree: Tree) -> Source | None:
         read=_sum_of(files, 1e-6),
         files=files,
         is_counter=True,
-        # Counters of several packages wrap one by one, which their sum shows as the same step.
+        # Counters of several packages wrap one by one. Their sum then drops by one counter's range.
         wraps_at=min(ranges) * 1e-6,
     )
 
@@ -182,7 +184,7 @@ def pmic_watts(text: str) -> float | None:
 
 
 def _battery(tree: Tree) -> Source | None:
-    """The battery's outflow, from its files or, where those are locked, from Android's service."""
+    """The battery's outflow, from its files or, if those are locked, from Android's service."""
     for folder in folders(matching(tree, f"{_BATTERY}/current_now")):
         if tree.get(f"{folder}/type", "Battery") != "Battery":
             continue
@@ -214,7 +216,7 @@ def _battery(tree: Tree) -> Source | None:
 
 
 def _dumpsys(tree: Tree) -> dict[str, int] | None:
-    """``dumpsys battery``; the current is in it with some vendors only."""
+    """Read ``dumpsys battery``, which holds the current with some vendors only."""
     text = tree.get("$ dumpsys battery", "")
     found = {
         name: int(value) for name, value in re.findall(r"^([\w ]+): (-?\d{1,18})$", text, re.M)
@@ -223,8 +225,8 @@ def _dumpsys(tree: Tree) -> dict[str, int] | None:
 
 
 def _convention(current: int, voltage: int, status: str) -> tuple[float, str, bool]:
-    """Watts of outflow for a product of current and voltage, what to say of it, and whether the
-    battery is being charged. Its unit and sign differ by vendor.
+    """Turn current and voltage, whose unit and sign differ by vendor, into watts of outflow. Also
+    returns a description, and whether the battery is being charged.
     """
     in_milliamperes = 0 < abs(current) < _LEAST_MICROAMPERES
     # The kernel's convention is positive into the battery, some vendors have the other: what the

@@ -1,6 +1,6 @@
 """Polls a device's sensors beside a run.
 
-One shell on the device answers all polls, and reads files without starting a process: a poll of
+One shell on the device answers all polls and reads files without starting a process, so a poll of
 ten files costs the device a fraction of a millisecond.
 """
 
@@ -28,13 +28,13 @@ _END = "end of poll"
 
 
 def read_sensors(device: Device) -> Tree:
-    """Everything that the device tells, once."""
+    """Read everything that the device tells, once."""
     return parse(device.shell(script(FILES, COMMANDS)))
 
 
 @dataclass(frozen=True)
 class Poll:
-    """at_ns: of this machine's monotonic clock, in the middle of the exchange."""
+    """``at_ns`` is this machine's monotonic clock in the middle of the exchange."""
 
     at_ns: int
     tree: Tree
@@ -43,10 +43,11 @@ class Poll:
 class Sampler:
     """Polls every ``interval_s`` while used with ``with``, and whenever :meth:`poll` is called.
 
-    With an interval of 0 only then.
+    With an interval of 0 it polls only when :meth:`poll` is called.
 
-    seen: what :func:`read_sensors` gave; pid: of the process whose memory belongs in the trace. A
-    connection that is lost ends the polls; whoever runs the work on it will say so.
+    ``seen`` is the result of :func:`read_sensors`. ``pid`` is the process whose memory belongs in
+    the trace. A lost connection ends the polls; the caller, whose work runs on it too, reports
+    that.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Sampler:
             self.poll()
 
     def trace(self, start_ns: int) -> tuple[TracePoint, ...]:
-        """The polls, the last one before ``start_ns`` counted as its beginning."""
+        """The polls. The last one before ``start_ns`` counts as the beginning."""
         points = []
         before: Poll | None = None
         watts = self._watts()
@@ -149,7 +150,7 @@ class Sampler:
         return tuple(points[first:])
 
     def joules(self, windows_ns: Sequence[tuple[int, int]]) -> float | None:
-        """Energy within windows of time together; None where the polls do not tell."""
+        """The energy within all windows of time together, or None if the polls do not tell."""
         if self.source is None:
             return None
         points = power.cumulative(
@@ -160,7 +161,7 @@ class Sampler:
         return sum(known) if known and len(known) == len(each) else None
 
     def _watts(self) -> list[float | None]:
-        """Of a meter at each poll; of a counter since the poll before."""
+        """Watts: a meter's at each poll, a counter's since the poll before."""
         if self.source is None:
             return [None] * len(self.polls)
         if not self.source.is_counter:
@@ -179,7 +180,7 @@ class Sampler:
 
 
 def idle_watts(device: Device, seen: Tree, seconds: float) -> float | None:
-    """The mean power that the device draws while it does nothing, for so long."""
+    """The mean power of the device while it does nothing for so many seconds."""
     with Sampler(device, seen, (), interval_s=min(1.0, seconds / 4)) as sampler:
         time.sleep(seconds)
         sampler.poll()

@@ -1,4 +1,4 @@
-"""Temperatures, and what the system itself says about throttling."""
+"""Temperatures, and the system's own word on throttling."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TELLING = re.compile("cpu|soc|skin|big|mid|lit|batt|shell|quiet")
 
 
 def celsius(tree: Tree) -> dict[str, float]:
-    """By zone. Zones of equal type get a number; those that report nonsense are left out."""
+    """Degrees by zone. Zones of equal type get a number; zones that report nonsense are skipped."""
     found: dict[str, float] = {}
     for path in matching(tree, "/sys/class/thermal/thermal_zone*/temp"):
         folder = path.rpartition("/")[0]
@@ -54,7 +54,7 @@ def celsius(tree: Tree) -> dict[str, float]:
 
 
 def _add(found: dict[str, float], name: str, value: int | None) -> None:
-    """Millidegrees by the kernel's documentation; some drivers report whole or tenth degrees."""
+    """The kernel documents millidegrees, but some drivers report whole or tenth degrees."""
     if value is None:
         return
     degrees = float(value)
@@ -72,7 +72,7 @@ def _add(found: dict[str, float], name: str, value: int | None) -> None:
 
 
 def throttle_reasons(tree: Tree) -> list[str]:
-    """Why the system says that it holds performance back now; empty where it does not say so."""
+    """The system's reasons for holding performance back now. Empty if it gives none."""
     reasons = []
     if match := re.search(
         r"throttled=0x([0-9a-fA-F]{1,16})", tree.get("$ vcgencmd get_throttled", "")
@@ -87,10 +87,10 @@ def throttle_reasons(tree: Tree) -> list[str]:
 
 
 def polled_files(tree: Tree) -> list[str]:
-    """The files to read again and again, of those that gave a temperature once.
+    """The files to poll, out of those that gave a temperature once.
 
-    Phones have up to a hundred zones, some slow to read: then those that say how hot the
-    processor, the skin and the battery are.
+    Phones have up to a hundred zones, some slow to read. There only the zones of the processor, the
+    skin and the battery are polled.
     """
     files = matching(tree, POLLED[0]) or matching(tree, POLLED[1])
     if len(files) <= _MOST_ZONES:

@@ -10,17 +10,17 @@ from pocketslm.profiling.records import TracePoint
 # The tenths are compared by their medians; a smaller loss is within what scheduling does.
 SLOWDOWN = 0.10
 FREQUENCY_DROP = 0.05
-_LEAST_PIECES = 20  # with fewer a tenth is one sample, and one sample is no trend
+_LEAST_PIECES = 20  # with fewer pieces a tenth is one sample, and one sample is no trend
 
 
 def throttled(
     pieces_ns: Sequence[int], trace: Sequence[TracePoint], reasons: Sequence[str]
 ) -> bool | None:
-    """From the time of equal pieces of work in order, the trace over them, and what the system
-    itself says (see ``throttle_reasons``). None where there is too little to judge by.
+    """Judge by the times of equal pieces of work in order, the trace over them, and the system's
+    own word (see ``throttle_reasons``). None if there is too little to judge by.
 
-    The last tenth must be slower than the first by 10 %, and, where frequencies are known, the
-    clock lower by 5 %: else something other than heat was in the way.
+    The last tenth must be 10 % slower than the first and, if frequencies are known, the clock 5 %
+    lower. Otherwise the cause was not heat.
     """
     if reasons:
         return True

@@ -1,7 +1,7 @@
 """A device's files and the output of its commands as one text, and as a mapping.
 
-The text is what a shell script prints on the device, one line of a file a line: the path, a tab,
-the line. For a command the path is ``$ COMMAND``. The same text is a recording for tests.
+A shell script on the device prints the text. Each line holds a path, a tab and one line of that
+file; for a command the path is ``$ COMMAND``. Tests use the same text as a recording.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ _UNSAFE = re.compile(r"[^\w@%+=:,./*?\[\]-]", re.ASCII)  # in a shell's word, pa
 
 
 def script(files: Sequence[str], commands: Sequence[str] = ()) -> str:
-    """Prints these files, which may be patterns, and commands; what cannot be read is left out.
+    """A script that prints these files, which may be patterns, and commands. It skips what it
+    cannot read.
 
-    Of a file's name only the marks of a pattern mean something: the device may have named it.
-    A file takes no new process: reading one costs microseconds, while starting one costs more than
-    the kernel needs to answer.
+    In a file's name only the marks of a pattern are special, because the device may have named it.
+    Reading a file starts no process: that costs microseconds, while a process costs more than the
+    kernel needs to answer.
     """
     lines = 'while read -r v || [ -n "$v" ]; do echo "$f\t$v"; done'
     parts = []
@@ -35,7 +36,7 @@ def script(files: Sequence[str], commands: Sequence[str] = ()) -> str:
 
 
 def parse(text: str) -> Tree:
-    """Paths and commands with their lines, joined by newlines."""
+    """Map each path and command to its lines, joined by newlines."""
     found: dict[str, list[str]] = {}
     for line in text.splitlines():
         path, tab, value = line.partition("\t")
@@ -64,12 +65,12 @@ def natural(path: str) -> list[tuple[int, str]]:
 
 
 def number(tree: Tree, path: str) -> int | None:
-    """A file that holds one integer; None where it is missing or holds something else."""
+    """The integer in a file, or None if the file is missing or holds something else."""
     return whole(tree.get(path, ""))
 
 
 def whole(text: str, base: int = 10) -> int | None:
-    """The integer that a text is, as a device wrote it; None where it is none of 64 bits."""
+    """The integer in a text that a device wrote, or None if it is not a 64-bit integer."""
     try:
         value = int(text, base)
     except ValueError:

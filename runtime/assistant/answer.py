@@ -1,4 +1,4 @@
-"""What a task yields: pieces of text while it runs, and at its end an `Answer`."""
+"""The events of a task: pieces of text while it runs, and an `Answer` at its end."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 Task = Literal["summarize", "ask", "suggest", "rewrite"]
-# As a generation's, or "cancelled", or "interrupted" by the end of the program, or "none" where the
-# model was not asked.
+# The finish of a generation, or "cancelled", or "interrupted" by the end of the program, or "none"
+# if the model was not asked.
 Finish = Literal["eos", "stop", "length", "context", "cancelled", "interrupted", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """A passage that an answer rests on: characters start to end of the document's text, which lie
-    in its chunk number ``chunk``; ``document`` is its number in the library."""
+    """A passage that supports an answer: the characters from ``start`` to ``end`` of the document's
+    text, in its chunk number ``chunk``. ``document`` is the document's number in the library.
+    """
 
     chunk: int
     start: int
@@ -26,11 +27,16 @@ class Citation:
 class Answer:
     """The end of a task.
 
-    request: the question or instruction. text: all that was yielded. own: the part of it in the
-    model's words, "" where none of them was supported; the rest are quotes. found: whether the
-    document holds what was asked for. by_meaning: whether it was searched by meaning as well as by
-    words. items: the questions of "suggest". prompt_tokens, new_tokens, ttft_ms (time to first
-    token) and decode_tps are those of the last generation, ``seconds`` of the whole task.
+    - ``request``: the question or instruction.
+    - ``text``: all text that was yielded.
+    - ``own``: the part of ``text`` in the model's words, empty if none of them was supported. The
+      rest are quotes.
+    - ``found``: whether the document holds what was asked for.
+    - ``by_meaning``: whether the search went by meaning as well as by words.
+    - ``items``: the questions of "suggest".
+    - ``prompt_tokens``, ``new_tokens``, ``ttft_ms`` (time to first token), ``decode_tps``: measured
+      on the last generation.
+    - ``seconds``: the time of the whole task.
     """
 
     task: Task

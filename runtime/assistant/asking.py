@@ -1,4 +1,4 @@
-"""What kind of answer a question wants, and whether a sentence holds one of that kind."""
+"""The kind of answer that a question wants, and whether a sentence holds one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def wanted(question: str) -> Wanted:
 
 
 def holds(sentence: str, kind: Wanted) -> float:
-    """1 where a sentence holds what is wanted, -1 where it does not, 0 where nobody can say."""
+    """1 if a sentence holds what is wanted, -1 if it does not, 0 if that cannot be told."""
     if not kind:
         return 0.0
     if kind == "person":

@@ -1,11 +1,11 @@
 """The document assistant: summarise, ask, suggest questions, rewrite; on the device, no screen.
 
-Every task is a generator of `Event`: pieces of text as they are made, and at last one `Answer`.
-To stop one, set the ``threading.Event`` given as ``cancel``, from any thread: it ends with what it
-has, as finish "cancelled". Closing the generator stops it too.
+Every task is a generator of `Event`: pieces of text as they are made, and finally one `Answer`. To
+stop a task, set the ``threading.Event`` that it was given as ``cancel``, from any thread. The task
+then ends with the text so far and the finish "cancelled". Closing the generator stops it too.
 
-An answer begins with what the document says, which needs no model and is there at once. What the
-model says follows where its numbers, names and negations stand in what it read, else nothing does.
+An answer begins with quotes from the document, which need no model and are there at once. The
+model's words follow only if their numbers, names and negations stand in the text that it read.
 
 Prompts begin with the document or its passages in their order, so that a model which keeps the
 KV cache of what it read does not read them again for the next task.
@@ -46,9 +46,9 @@ SUGGESTIONS = 3
 KEY_SENTENCES = 5  # of a summary
 TRIES = 2  # questions asked for with one sentence
 NEW_TOKENS: dict[Task, int] = {"summarize": 120, "ask": 60, "suggest": 32, "rewrite": 320}
-# Of English; a part of a document is first taken to have the most, and counted then.
+# For English. A part of a document is first assumed to have the most, then counted.
 MOST_CHARACTERS_A_TOKEN = 8
-# Tokens left free, because texts joined may be more tokens than apart.
+# Tokens left free, because joined texts may take more tokens than the texts apart.
 JOINTS = 8
 LEAST_READ = 16
 ENDS = ".!?。！？"  # of sentences that were not cut
@@ -96,9 +96,10 @@ class Assistant:
     def summarize(
         self, document: Document, cancel: threading.Event | None = None
     ) -> Iterator[Event]:
-        """The document's key sentences, then what of the model's summary of them they support.
+        """The document's key sentences, then the sentences of the model's summary that they
+        support.
 
-        Of a table, a log or code, which nobody can summarise as prose, what it is and how it
+        A table, a log or code cannot be summarised as prose: the answer says what it is and how it
         begins.
         """
         run = _Run(self, "summarize", cancel=cancel)
@@ -129,11 +130,11 @@ class Assistant:
         question: str,
         cancel: threading.Event | None = None,
     ) -> Iterator[Event]:
-        """What a document, or several of one library, say to a question.
+        """Answer a question from one document, or from several of one library.
 
-        First the sentences that answer it, with title, page and heading; then the model's own
-        sentence where it is supported. Where nothing answers it, that is said, with the nearest
-        sentences, found is False and the model is not asked.
+        The sentences that answer it come first, with title, page and heading; then the model's own
+        sentence, if it is supported. If nothing answers the question, the answer says so and shows
+        the nearest sentences, ``found`` is False and the model is not asked.
         """
         if not (question := " ".join(question.split())):
             raise UsageError("the question is empty")
@@ -224,7 +225,7 @@ class Assistant:
         instruction: str = "in simple words",
         cancel: threading.Event | None = None,
     ) -> Iterator[Event]:
-        """The passage said differently; ContextOverflowError where it is too long."""
+        """Say the passage differently. Raises ContextOverflowError if it is too long."""
         if not passage.strip():
             raise UsageError("the passage is empty")
         run = _Run(self, "rewrite", instruction, cancel)
@@ -241,7 +242,7 @@ class Assistant:
     def _context(
         self, shelf: Sequence[Document], hits: Sequence[Hit], request: str, begin: str
     ) -> str:
-        """What goes into the prompt: all of a short document, else the first passages that fit."""
+        """The text for the prompt: all of a short document, or the first passages that fit."""
         budget = self._budget("ask", request, begin)
         if len(shelf) == 1 and self._fits(shelf[0].text, budget):
             return shelf[0].text
@@ -300,7 +301,7 @@ class Assistant:
     def _ids(
         self, text: str, request: str, *, frame: str = "document", begin: str = ""
     ) -> list[int]:
-        """The prompt's tokens; ``begin``: how the answer is made to begin."""
+        """The prompt's tokens. ``begin`` is the forced beginning of the answer."""
         before, _, after = self._prompt(frame).partition("{document}")
         content = before + text + after.replace("{request}", request)
         tokenizer = self.model.tokenizer
@@ -310,7 +311,7 @@ class Assistant:
         ]
 
     def _request(self, name: str, /, **values: str) -> str:
-        """A prompt with its {names} filled in; braces in the values stay what they are."""
+        """Fill in the {names} of a prompt. Braces in the values stay as they are."""
         return re.sub(r"\{(\w+)\}", lambda found: values[found[1]], self._prompt(name))
 
     def _prompt(self, name: str, language: str = "") -> str:
@@ -344,7 +345,7 @@ def _join(hits: Sequence[Hit]) -> str:
 
 
 class _Run:
-    """A task under way: its text so far, and what it took."""
+    """A task under way: its text so far, and its cost."""
 
     def __init__(
         self,
@@ -364,12 +365,12 @@ class _Run:
         return self._cancel.is_set()
 
     def add(self, text: str) -> str:
-        """Text of the answer that no model made."""
+        """Add text that no model made."""
         self.text += text
         return text
 
     def says(self, lead: str, own: str) -> str:
-        """The model's own words, under a line that says whose they are."""
+        """Add the model's own words, under a line that says whose they are."""
         self.answers(own=own)
         return self.add(f"\n\n{lead} {own}")
 
@@ -429,7 +430,7 @@ class _Run:
         )
 
     def take(self, ids: Sequence[int], stop: tuple[str, ...] = (), *, capital: bool = False) -> str:
-        """Generate a text of its own, which is no part of the answer yet."""
+        """Generate a text that is not yet part of the answer."""
         before, self.text = self.text, ""
         for _ in self.pieces(ids, stop, capital=capital):
             pass

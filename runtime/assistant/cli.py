@@ -191,7 +191,7 @@ def _meaning(arguments: argparse.Namespace) -> None:
 
 
 def _index(meanings: Meanings) -> None:
-    """Read what was not read yet; Ctrl-C ends it and keeps what there is."""
+    """Compute the missing vectors. Ctrl-C ends it and keeps those that are done."""
     cancel = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: cancel.set())
     try:
@@ -217,7 +217,9 @@ def _embedder(bundle: Path) -> Model:
 
 
 def _meanings(library: Library) -> Meanings | None:
-    """By the library's model of embeddings; None, and a line why, where it cannot be used."""
+    """The vectors by the library's model of embeddings. If it cannot be used, prints why and
+    returns None.
+    """
     from pocketslm.runtime.assistant.meaning import Meanings
 
     if not (path := library.setting(_EMBEDDINGS)):
@@ -306,8 +308,9 @@ def _rewrite(arguments: argparse.Namespace) -> None:
 
 
 def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> None:
-    """Run tasks on a document or, if ``whole``, on all of the library; what is asked of the library
-    is remembered there."""
+    """Run tasks on a document or, if ``whole``, on all documents of the library, which remembers
+    them.
+    """
     from pocketslm.runtime.assistant.assistant import sample_document
     from pocketslm.runtime.assistant.library import Library
 
@@ -316,7 +319,7 @@ def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> 
     if apart:
         refuse(arguments, "with a document that is not in it", "library", "prefix_mb")
     answers = []
-    # Without a document a library that is not there is not made either.
+    # Without a document, do not make a library that does not exist.
     bare = which is None and not _place(arguments).exists()
     with Library(":memory:") if apart or bare else _library(arguments) as library:
         if apart:
@@ -358,7 +361,9 @@ def _show(
     cancel: threading.Event,
     shelf: Sequence[Document] = (),
 ) -> Answer:
-    """Print an answer as it comes, unless as JSON; Ctrl-C sets ``cancel`` and keeps the rest."""
+    """Print an answer as it comes, unless JSON is wanted. Ctrl-C sets ``cancel`` and keeps the
+    rest.
+    """
     from pocketslm.runtime.assistant.answer import Answer
     from pocketslm.runtime.assistant.assistant import quoted
 
@@ -440,7 +445,7 @@ def _library(arguments: argparse.Namespace) -> Library:
 
 
 def _place(arguments: argparse.Namespace) -> Path:
-    """Where the library is."""
+    """The path of the library."""
     path: Path = arguments.library or Path(os.environ.get(LIBRARY_VARIABLE) or LIBRARY_DEFAULT)
     return path.expanduser()
 

@@ -18,7 +18,7 @@ HEADING_CHARACTERS = 120
 
 
 class Block(NamedTuple):
-    """What readers find: a paragraph, or a heading (level 1 to 6), and its page if known."""
+    """A part that a reader found: a paragraph or heading (level 1 to 6), and its page if known."""
 
     text: str
     level: int = 0
@@ -50,8 +50,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document of a library; ``id`` is its number there, ``added`` an ISO time, UTC,
-    ``language`` a code of ISO 639-1, or "" where it is not known."""
+    """A document of a library. ``id`` is its number there, ``added`` an ISO time in UTC,
+    ``language`` a code of ISO 639-1, empty if the language is not known.
+    """
 
     id: int
     title: str
@@ -70,8 +71,8 @@ class Document:
 def make_source(title: str, kind: str, blocks: Iterable[Block]) -> Source:
     """The text of blocks, with a blank line between them, in chunks.
 
-    A chunk ends with a section or near CHUNK_CHARACTERS at the end of a sentence, and where one
-    sentence is longer than that, inside it.
+    A chunk ends with a section, or at the end of a sentence near CHUNK_CHARACTERS. A sentence that
+    is longer than that is cut.
     """
     parts: list[str] = []
     chunks: list[Chunk] = []

@@ -42,13 +42,13 @@ _SCRIPTS = (
     ("hi", re.compile(r"[\u0900-\u097f]")),
     ("ru", re.compile(r"[\u0400-\u04ff]")),
 )
-# A script counts where it has this part of the letters; kana are few in some Japanese texts.
+# A script counts if it has this part of the letters. Some Japanese texts have few kana.
 _SCRIPT_SHARE = {"ja": 0.05}
 _SHARE = 0.3
 _LETTER = re.compile(r"[^\W\d_]")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 SAMPLE_CHARACTERS = 20_000
-# Below this part of stop words a text is of no language that we know: a table, code, names.
+# A text with fewer stop words than this is in no language that we know: a table, code, names.
 LEAST_STOP_WORDS = 0.12
 # Languages whose capitals say nothing (every noun has one), or that have none.
 _NO_NAMES = frozenset(("de", "ar", "zh", "ja", "ko", "hi"))
@@ -71,7 +71,7 @@ _ENGLISH = frozenset(
     """
     )
 )
-# What questions are made of elsewhere, as far as the lists lack it; numbers are never stop words.
+# Question words of other languages that the lists lack. Numbers are never stop words.
 _ASKING = {
     "de": "wie wer was wann wo warum wieso woher wohin welche welcher welches welchen viel viele "
     "muss müssen darf dürfen kann können gibt heißt lange hoch groß mache tue sage bis ab",
@@ -97,7 +97,7 @@ _NUMBERS = frozenset(
 
 
 def detect(text: str) -> str:
-    """The language of a text by its letters and commonest words; "" where that says none."""
+    """The language of a text, by its letters and commonest words, or "" if they do not tell."""
     sample = text[:SAMPLE_CHARACTERS]
     letters = len(_LETTER.findall(sample))
     if not letters:
@@ -134,7 +134,7 @@ def stop_words(language: str) -> frozenset[str]:
 
 @lru_cache(maxsize=1 << 17)
 def stem(word: str, language: str = "en") -> str:
-    """A lower-case word without its endings, by Snowball's rules for the language."""
+    """The stem of a lower-case word, by Snowball's rules for the language."""
     stemmer = _stemmer(language or "en")
     if stemmer is None or len(word) > 60 or not word.isalpha():
         return word

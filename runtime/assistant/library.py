@@ -67,7 +67,7 @@ CREATE TABLE postings (
 ) WITHOUT ROWID;
 CREATE INDEX names ON postings (document, chunk) WHERE named;
 """
-# What a library of version 1 lacks. An answer without a document was asked of all of them.
+# What a library of version 1 lacks. An answer without a document belongs to all documents.
 _SCHEMA_2 = """
 CREATE TABLE history (
     id INTEGER PRIMARY KEY,
@@ -102,7 +102,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A task of the past: when, and what came of it."""
+    """A past task, with its time and answer."""
 
     id: int
     time: str
@@ -110,7 +110,7 @@ class Asked:
 
 
 class Library:
-    """A library file, made where there is none; ":memory:" keeps it in memory.
+    """A library file, which is made if it does not exist. ":memory:" keeps it in memory.
 
     Safe to use from several threads and processes. Raises DocumentError for a file that is no
     library or of a newer version.
@@ -165,7 +165,9 @@ class Library:
             self._database.execute(statement)
 
     def _renew(self) -> None:
-        """A library of version 1: its documents get a language, and an index in its stems."""
+        """Bring a library of version 1 up to date: its documents get a language and an index of
+        stems.
+        """
         run = self._database.execute
         run("ALTER TABLE documents ADD COLUMN language TEXT NOT NULL DEFAULT ''")
         run("ALTER TABLE history RENAME TO old_history")
@@ -182,7 +184,7 @@ class Library:
             self._index(number, document)
 
     def add(self, source: Source | Path) -> Document:
-        """Keep a document, read from a file where that is given; one of the same text is kept once.
+        """Add a document, or the document in a file. Documents of equal text are kept once.
 
         Raises DocumentError for a file that cannot be read.
         """
@@ -223,7 +225,7 @@ class Library:
         return [Entry(*row) for row in rows]
 
     def open(self, document: int) -> Document:
-        """The document with this number; DocumentError where there is none."""
+        """The document with this number. Raises DocumentError if there is none."""
         found = self._rows(
             "SELECT title, kind, added, pages, text, language FROM documents WHERE id = ?", document
         )
@@ -238,7 +240,7 @@ class Library:
         return Document(document, title, kind, added, text, parts, pages, language, self)
 
     def find(self, name: str) -> Document:
-        """The document of this number or title; DocumentError where none or several have it."""
+        """The document with this number or title. Raises DocumentError unless one has it."""
         if name.isdecimal() and len(name) < 19:
             return self.open(int(name))
         rows = self._rows("SELECT id FROM documents WHERE title = ?", name)
@@ -277,7 +279,7 @@ class Library:
     def remember(self, document: int | None, answer: Answer) -> None:
         """Add an answer to the history of a document, or of all of them (None).
 
-        Nothing is kept of a document that is gone: it may have been removed while it was read.
+        Does nothing if the document is gone: it may have been removed meanwhile.
         """
         data = json.dumps(asdict(answer), ensure_ascii=False)
         with self._transaction() as run:
@@ -309,7 +311,7 @@ class Library:
     def postings(
         self, documents: Sequence[int], terms: Sequence[str]
     ) -> list[tuple[int, str, int, int, int]]:
-        """(document, term, chunk, how often, words of the chunk) wherever a term stands."""
+        """(document, term, chunk, count, words in the chunk) of each chunk with such a term."""
         return self._rows(
             "SELECT document, term, chunk, count, words FROM postings JOIN chunks USING "
             f"(document, chunk) WHERE document IN ({_marks(documents)}) AND term IN "
@@ -344,13 +346,13 @@ class Library:
             run("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
 
     def meanings(self, document: int) -> list[tuple[int, bytes]]:
-        """(chunk, its vectors) as far as they are kept, by chunk."""
+        """(chunk, its vectors) for every chunk that has vectors, in order."""
         return self._rows(
             "SELECT chunk, vectors FROM meanings WHERE document = ? ORDER BY chunk", document
         )
 
     def keep_meanings(self, document: int, rows: Sequence[tuple[int, bytes]]) -> bool:
-        """Keep vectors of chunks; False where the document is gone."""
+        """Keep vectors of chunks. Returns False if the document is gone."""
         with self._transaction() as run:
             if not run("SELECT 1 FROM documents WHERE id = ?", (document,)).fetchone():
                 return False
@@ -374,7 +376,7 @@ class Library:
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
-        """All or nothing of what runs inside."""
+        """A transaction: all changes inside are kept, or none."""
         with self._lock:
             try:
                 self._database.execute("BEGIN IMMEDIATE")
@@ -414,7 +416,7 @@ def _marks(values: Sequence[Any]) -> str:
 
 
 def _count(source: Source | Document, chunk: Chunk) -> tuple[Counter[str], set[str]]:
-    """How often each term counts in a chunk, its heading's words too, and which are names."""
+    """Count each term of a chunk, its heading included, and tell which terms are names."""
     found: Iterable[Any] = list(words(source.text[chunk.start : chunk.end], source.language))
     counts = Counter(word.term for word in found)
     names = {word.term for word in found if word.named}

@@ -1,7 +1,7 @@
-"""What passages and sentences mean, as vectors of an embedding model that the library keeps.
+"""The meanings of passages and sentences: vectors of an embedding model, kept in the library.
 
-The vectors are computed after a document was added, in the background, a few passages at a time;
-what is there is used at once, and what a stop leaves out is computed the next time.
+Vectors are computed in the background after a document was added, a few passages at a time. They
+are used as soon as they exist; those that a stop left out are computed the next time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pocketslm.runtime.assistant.words import sentences
 
 # Chunks whose vectors are kept in one transaction.
 BATCH = 16
-MOST_SENTENCES = 40  # of a chunk: a table of single words has no more meaning than its first rows
+MOST_SENTENCES = 40  # in a chunk: a table of single words means no more than its first rows
 _SETTING = "embedder"
 Vector = npt.NDArray[np.float32]
 
@@ -43,7 +43,7 @@ class Embedder(Protocol):
 
 
 def spans_of(document: Document, chunk: Chunk) -> list[tuple[int, int]]:
-    """What a chunk's vectors stand for: itself, then its sentences."""
+    """The spans that a chunk's vectors stand for: the chunk, then its sentences."""
     return [
         (chunk.start, chunk.end),
         *sentences(document.text, chunk.start, chunk.end)[:MOST_SENTENCES],
@@ -59,7 +59,7 @@ def pack(vectors: Vector) -> bytes:
 
 
 class Meanings:
-    """The vectors of a library's documents, by one model; those of another model are dropped."""
+    """The vectors of a library's documents by one model. Vectors of another model are dropped."""
 
     def __init__(self, library: Library, embedder: Embedder, name: str = "") -> None:
         """``name`` tells the model from others (default: its own)."""
@@ -74,7 +74,7 @@ class Meanings:
     def index(
         self, documents: Sequence[int] | None = None, cancel: threading.Event | None = None
     ) -> Iterator[Progress]:
-        """Compute what is missing, of some documents or of all; a step a batch."""
+        """Compute the missing vectors of some documents or of all. Yields after each batch."""
         if documents is None:
             documents = self.library.without_meanings()
         for number in documents:
@@ -100,9 +100,11 @@ class Meanings:
         return vector
 
     def likeness(self, document: Document, question: Vector) -> dict[int, Vector]:
-        """chunk -> the cosines of its vectors (itself, its sentences) to a question's vector."""
+        """For each chunk, the cosines of its vectors (the chunk, its sentences) to a question's
+        vector.
+        """
         with self._lock:
-            # A number may be given again after its document was removed.
+            # After a document was removed, another may get its number.
             added, vectors = self._kept.get(document.id, ("", None))
             if vectors is None or added != document.added:
                 rows = self.library.meanings(document.id)
@@ -130,6 +132,6 @@ class _Vectors:
 
 
 def _in_place(chunk: Chunk, sentence: str) -> str:
-    """A sentence after the heading that it stands under, which says what it is about."""
+    """A sentence behind its heading, which says what the sentence is about."""
     heading = chunk.heading.rpartition(" › ")[2]
     return f"{heading}: {sentence}" if heading and heading not in sentence else sentence

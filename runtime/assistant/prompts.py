@@ -9,7 +9,7 @@ from importlib.resources.abc import Traversable
 DEFAULT = "default"
 
 
-# What families of models speak, where that is not every language.
+# The languages of families of models that do not speak every language.
 _SPOKEN = {"smollm2": ("en",), "tinyllama": ("en",), "phi": ("en",)}
 
 
@@ -25,7 +25,7 @@ def prompt(name: str, model: str, language: str = "") -> str:
 
 
 def speaks(model: str, language: str) -> bool:
-    """Whether a model is known to write a language; of a language unknown, yes."""
+    """Whether a model can write a language. Returns True for an unknown language."""
     for family, languages in _SPOKEN.items():
         if family in model.lower():
             return not language or language in languages

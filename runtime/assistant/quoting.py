@@ -1,4 +1,4 @@
-"""Choosing the sentences of a document that answer a question, without a model that speaks.
+"""Choose the sentences of a document that answer a question, without a language model.
 
 Each sentence of the best passages gets the logarithm of the odds that it answers, by a logistic
 regression whose features are named in FEATURES. Its weights were fitted on one half of the
@@ -23,16 +23,18 @@ from pocketslm.runtime.assistant.words import sentences, terms
 
 FEATURES = (
     "bias",
-    "words",  # the part of the question's weight that the sentence or the document's title holds
-    "heading",  # that the headings above it hold besides
-    "beside",  # that the sentences before and after it hold besides
+    "words",  # how much of the question's weight the sentence or the document's title holds
+    "heading",  # how much more the headings above it hold
+    "beside",  # how much more the sentences before and after it hold
     "alike",  # its cosine to the question
     "kind",  # whether it holds the kind of answer that is wanted
-    "passage",  # its passage's score, of the best passage's
+    "passage",  # its passage's score, as a part of the best passage's
     "heads",  # whether it is a heading
 )
 WORDS, HEADS = FEATURES.index("words"), FEATURES.index("heads")
-GROUNDS, GROUND = 5, 0.8  # sentences, and the part of the best one's words of the question
+# How many sentences may support the model's, and how much of the question each must hold, compared
+# with the best.
+GROUNDS, GROUND = 5, 0.8
 PASSAGES = 8  # whose sentences are looked at
 MOST = 2  # sentences that are quoted
 CLOSE = 1.0  # a further one is quoted where its odds are within e to the power of this
@@ -42,10 +44,11 @@ _ITEM = re.compile(r"(?:[-*•–]|\d{1,2}[.)])\s")
 
 
 class Weights(NamedTuple):
-    """sentence: one weight for each feature. Whether there is an answer at all: ``answerable`` are
-    the weights of 1, of the best sentence's score, and of how much of the question's weight its
-    passages hold; in a long document more words meet by chance, so every tenfold of passages takes
-    away RISE, besides ``least``."""
+    """- ``sentence``: one weight for each feature.
+    - ``answerable``: whether there is an answer at all. The weights of 1, of the best sentence's
+      score, and of the part of the question's weight that its passages hold. In a long document
+      more words meet by chance, so every tenfold of passages takes away RISE, besides ``least``.
+    """
 
     sentence: tuple[float, ...]
     answerable: tuple[float, float, float]
@@ -59,7 +62,7 @@ RISE = 0.4
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sentence with what speaks for it."""
+    """A sentence with its features and score."""
 
     document: Document
     citation: Citation
@@ -69,9 +72,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Quotes:
-    """The sentences that answer best, the best first. found: whether they can be the answer.
-    grounds: the sentences that alone may support what a model says, as they hold about as much of
-    the question as the best."""
+    """The sentences that answer best, the best first. ``found`` says whether they can be the
+    answer. ``grounds`` are the only sentences that may support a model's own: they hold about as
+    much of the question as the best.
+    """
 
     citations: tuple[Citation, ...] = ()
     found: bool = False
@@ -79,7 +83,7 @@ class Quotes:
 
 
 def choose(hits: Sequence[Hit], question: str, passages: int) -> Quotes:
-    """The sentences that answer a question; ``passages``: of all that was searched."""
+    """The sentences that answer a question. ``passages`` counts all that were searched."""
     weights = BY_MEANING if any(hit.likeness is not None for hit in hits) else BY_WORDS
     ranked = sorted(candidates(hits, question, weights), key=lambda found: -found.score)
     if not ranked:
@@ -147,7 +151,7 @@ def _sum(share: dict[str, float], some: set[str]) -> float:
 
 
 def _shares(document: Document, question: str) -> dict[str, float]:
-    """What part of a question each of its terms is: the rarer in the document, the more."""
+    """The share of each term in the question's weight: the rarer in the document, the larger."""
     asked = terms(question, document.language)
     often: dict[str, int] = defaultdict(int)
     for _, term, *_ in document.library.postings([document.id], asked):
@@ -159,7 +163,7 @@ def _shares(document: Document, question: str) -> dict[str, float]:
 
 
 def _whole(found: Candidate) -> Citation:
-    """A sentence, with the rest of what it quotes and the list that it announces."""
+    """A sentence, with the rest of a quotation in it and the list that it announces."""
     citation, text = found.citation, found.document.text
     chunk, end = found.document.chunks[citation.chunk], citation.end
     after = sentences(text, citation.end, chunk.end)
@@ -185,7 +189,7 @@ def _is_open(text: str) -> bool:
 
 
 def _merged(citations: Sequence[Citation]) -> Iterator[Citation]:
-    """Without those that lie in one before them."""
+    """Drop citations that lie within an earlier one."""
     kept: list[Citation] = []
     for one in citations:
         if not any(

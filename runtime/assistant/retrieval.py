@@ -1,9 +1,10 @@
 """Which passages answer a question: BM25 by words, a walk over shared names, and meaning.
 
-The walk follows MiniRAG's heterogeneous graph (arXiv 2501.06713) without its model: chunks and
-names are its nodes, a chunk has an edge to each name in it. A question that needs two passages, the
-second of which shares no word with it but a name with the first, finds both. Meaning, where a model
-of embeddings is at hand, finds passages that share no word with the question.
+The walk follows MiniRAG's heterogeneous graph (arXiv 2501.06713) without its model. Chunks and
+names are its nodes, and a chunk has an edge to each name in it. Some questions need two passages,
+of which the second shares no word with the question, only a name with the first: the walk finds
+both. If there is a model of embeddings, meaning finds passages that share no word with the
+question.
 """
 
 from __future__ import annotations
@@ -17,18 +18,17 @@ from pocketslm.runtime.assistant.document import Chunk, Document
 from pocketslm.runtime.assistant.meaning import Meanings, Vector
 from pocketslm.runtime.assistant.words import terms
 
-K1, B = 1.2, 0.75  # as SQLite's FTS5 and Lucene have them
-# Walks begin at this many of the best chunks; WALK is what a walk's end gains for each name that
-# it shares, times the score of its beginning, the rarity of the name, and TRUST plus the part of
-# the question that the end itself holds.
+K1, B = 1.2, 0.75  # the values of SQLite's FTS5 and Lucene
+# A walk starts at each of the SEEDS best chunks. For every shared name its end gains WALK *
+# score(start) * rarity(name) * (TRUST + the part of the question that the end holds).
 SEEDS, WALK, TRUST = 3, 0.4, 0.3
-# A name in more of the chunks than this says nothing about which belong together.
+# A name in a larger part of the chunks does not tell which of them belong together.
 COMMON = 0.05
 # The graph cannot lift a chunk by more than this many names.
 MOST_NAMES = 4
 SHORT = 30  # chunks
-# What meaning counts against words: a cosine of 1 is as much as MEANING times the best BM25 score.
-# In a chunk its likest sentence and itself count, by SENTENCE and the rest.
+# The weight of meaning: a cosine of 1 counts as much as MEANING times the best BM25 score. A
+# chunk's cosine is that of its most similar sentence, times SENTENCE, plus its own, times the rest.
 MEANING, SENTENCE = 1.0, 0.7
 
 Place = tuple[int, int]
@@ -37,8 +37,9 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A chunk of a document with its score, how much of the question's weight its words carry
-    (0 to 1), and the cosines of itself and its sentences to the question where meaning is known."""
+    """A chunk of a document with its score, the part of the question's weight that its words carry
+    (0 to 1), and the cosines of the chunk and its sentences to the question, if they are known.
+    """
 
     document: Document
     chunk: Chunk
@@ -55,9 +56,10 @@ def search(
     walk: bool = True,
     meanings: Meanings | None = None,
 ) -> list[Hit]:
-    """The k best chunks of one document or several, best first; none where nothing is like it.
+    """The k best chunks of one document or several, best first. Empty if nothing is like the
+    question.
 
-    walk: False is plain BM25. meanings: None is words only.
+    ``walk=False`` is plain BM25. Without ``meanings`` only words count.
     """
     shelf = [documents] if isinstance(documents, Document) else list(documents)
     if not shelf:
@@ -107,8 +109,8 @@ def _by_words(
         for _, term, *_ in postings:
             chunks_of[term] += 1
         weight = {term: idf(chunks_of[term], count) for term in wanted}
-        # As if of a longer document, or in one of few passages a word that is not there would be
-        # all.
+        # Counts as in a longer document, or in one of few passages a missing word would be
+        # everything.
         worth = {term: idf(chunks_of[term], max(count, SHORT)) for term in wanted}
         total = sum(worth.values()) or 1.0
         for number, term, chunk, often, length in postings:
@@ -121,7 +123,7 @@ def _by_words(
 
 
 def _fused(score: dict[Place, float], likeness: dict[Place, Vector]) -> dict[Place, float]:
-    """Scores by words, the best as 1, and by meaning added."""
+    """Scores by words, scaled so that the best is 1, plus scores by meaning."""
     best = max(score.values(), default=0.0) or 1.0
     fused = {place: value / best for place, value in score.items()}
     for place, cosines in likeness.items():
@@ -141,9 +143,9 @@ def _walk(
     covered: dict[Place, float],
     wanted: set[str],
 ) -> dict[Place, float]:
-    """Scores with what comes over shared names from the best chunks; the best one stays first.
+    """Add to the scores what the best chunks pass on over shared names. The best one stays first.
 
-    Of several walks to a chunk the best counts.
+    If several walks reach a chunk, the best counts.
     """
     seeds = sorted(score, key=lambda place: (-score[place], place))[:SEEDS]
     if not seeds:

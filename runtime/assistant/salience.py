@@ -1,4 +1,4 @@
-"""Which sentences carry a document, and which questions a sentence answers."""
+"""The sentences that carry a document, and the questions that a sentence answers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pocketslm.runtime.assistant.words import sentences, terms, words
 
 Span = tuple[int, int]
 
-# A sentence of fewer or more words is a heading, a fragment or a list.
+# A sentence with fewer or more words than this is a heading, a fragment or a list.
 LEAST_WORDS, MOST_WORDS = 8, 45
-CHARACTERS_A_WORD = 2  # of scripts without spaces
+CHARACTERS_A_WORD = 2  # for scripts without spaces
 SAMPLE = 20_000  # characters that show whether a text is prose
 NOT_PROSE = frozenset(("csv", "xlsx", "log", "code"))
 # A question for a reader names things; these words name the document itself.
@@ -27,7 +27,7 @@ _SELF = re.compile(
 # The part of a question's terms that its sentence must hold.
 HELD = 0.75
 MOST_QUESTION_WORDS = 20
-LEAST_NEW = 2  # words of a sentence that a question about it does not say
+LEAST_NEW = 2  # a sentence has so many words that a question about it does not say
 _WORDS = re.compile(r"\w+")
 _COUNT = re.compile(
     r"(?<![\w.,$€£-])(?!(?:19|20)\d\d\b)\d[\d,]* (?!per|January|February|March|April|May|June|"
@@ -106,8 +106,9 @@ def question_words(sentence: str) -> list[str]:
 
 
 def is_answered(question: str, passage: str, language: str = "en") -> bool:
-    """Whether a question is whole, about something, in the words of its passage and with no number
-    or name of its own."""
+    """Whether a question is whole, is about something, uses the words of its passage, and has no
+    number or name that the passage lacks.
+    """
     if not re.fullmatch(r"\w[^?\n]+ [^?\n]+\?", question) or _SELF.search(question):
         return False
     if not numbers(question) <= numbers(passage) or invented_names(question, passage, language):

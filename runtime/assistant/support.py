@@ -1,4 +1,4 @@
-"""Whether a sentence of a model rests on what it read: its numbers, names, negations and words."""
+"""Whether a document supports a model's sentence: its numbers, names, negations and words."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pocketslm.runtime.assistant.language import has_names
 from pocketslm.runtime.assistant.words import Word, terms, words
 
-# The part of a sentence's own words that must stand in the text it rests on.
+# The part of a sentence's own words that must stand in the text that supports it.
 HELD = 0.8
-# The part of all its words that must come in that text's order: in another they may exchange who is
-# the chair and who the manager.
+# The part of all its words that must stand in the order of that text. In another order the words
+# could swap the chair and the manager.
 ORDER = 0.7
 _TOKEN = re.compile(r"\w+")
 _NUMBER = re.compile(r"\d+(?:[.,:/-]\d+)*")
@@ -49,12 +49,12 @@ _YES = re.compile(r"^\W*(?:yes|ja|oui|sí)\b", re.IGNORECASE)
 def ground_of(
     sentence: str, grounds: Sequence[str], question: str = "", language: str = "en"
 ) -> int | None:
-    """Which of some sentences of a document supports a sentence of a model; None: none does.
+    """The sentence of a document that supports a model's sentence, or None.
 
-    One alone must: every number and name of the model's sentence stands in it or in the question,
-    most of the model's words stand in it and in its order, and it negates if and only if the
-    model's does. A sentence that says nothing which the question does not say is not supported,
-    nor is one with half a quotation.
+    A single sentence must hold it all: every number and name of the model's sentence stands in it
+    or in the question, most of the model's words stand in it and in its order, and it negates if
+    and only if the model's does. A model's sentence that only repeats the question is not
+    supported, nor is one with half a quotation.
     """
     ours, said_no = set(terms(sentence, language)), bool(_NEGATIONS.search(sentence))
     new = ours - set(terms(question, language))
@@ -92,7 +92,7 @@ def common_words(ours: Sequence[str], theirs: Sequence[str]) -> int:
 
 
 def numbers(text: str) -> set[str]:
-    """The numbers of a text in one form: 1,500 and 1500, six and 6 are the same."""
+    """The numbers of a text in one form, in which 1,500 is 1500 and six is 6."""
     found = {_GROUPS.sub("", match).strip(".,:/-") for match in _NUMBER.findall(text)}
     # The parts of dates and times may be said apart.
     found |= {part for match in list(found) for part in re.split(r"[:/-]", match)}

@@ -30,7 +30,7 @@ BACKENDS = {
     "executorch-pocketslm": ("pocketslm.runtime.backends.executorch", "executorch"),
     "runner": ("pocketslm.runtime.backends.runner", "runtime"),
 }
-# A backend reads the graph of its own name, but for these.
+# Most backends read the graph of their own name. These do not.
 GRAPHS = {"runner": "native"}
 
 # Those whose sessions may have several contexts.
@@ -43,11 +43,12 @@ MAX_SLOTS = 16
 class Session(Protocol):
     """A loaded graph and its KV cache, for one sequence.
 
-    Calls from several threads come after each other, and together make one sequence: who wants one
-    of their own takes :class:`pocketslm.runtime.generation.Engine`.
+    Several threads may call it, one at a time, but all work on the same sequence. Use
+    :class:`pocketslm.runtime.generation.Engine` to give each caller its own.
 
-    backend: a short name with version; vocab_size; context: the longest sequence in tokens;
-    threads in use.
+    - ``backend``: a short name with version.
+    - ``context``: the longest sequence in tokens.
+    - ``threads``: how many are in use.
     """
 
     backend: str
@@ -63,28 +64,30 @@ class Session(Protocol):
     def forward(self, tokens: npt.NDArray[np.int64], *, all_logits: bool = False) -> Logits:
         """Append tokens [n] to the cache; logits [1, V] of the last, or [n, V] of all.
 
-        A model of embeddings gives hidden states [1, H] or [n, H]; an encoder keeps no tokens.
-        The array may be reused by the next call. Raises ContextOverflowError, and BackendError
-        where a logit is not finite; the cache is then what it was.
+        A model of embeddings gives hidden states [1, H] or [n, H]; an encoder keeps no tokens. The
+        next call may reuse the array. Raises ContextOverflowError, or BackendError if a logit is
+        not finite; the cache is then unchanged.
         """
         ...
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens of the cache.
 
-        Any length up to the one now, but see :class:`ForgettingSession`. Raises UsageError.
+        Any length up to the present one will do, but see :class:`ForgettingSession`. Raises
+        UsageError.
         """
         ...
 
 
 @runtime_checkable
 class ForgettingSession(Session, Protocol):
-    """A session whose state may forget tokens before the last: attention with a window keeps those
-    of the window, a convolution its last columns."""
+    """A session whose state forgets early tokens: attention with a window keeps only the tokens of
+    the window, a convolution only its last columns.
+    """
 
     @property
     def rewind_limit(self) -> int:
-        """``truncate`` takes 0 and any length from this one to the length now."""
+        """``truncate`` accepts 0, and any length from this one to the present one."""
         ...
 
 
@@ -119,17 +122,18 @@ class Penalty:
 
 @runtime_checkable
 class TopSession(Session, Protocol):
-    """A session whose output head picks out the most probable tokens by itself."""
+    """A session that finds the most probable tokens without giving all logits."""
 
     def forward_top(
         self, tokens: npt.NDArray[np.int64], count: int
     ) -> tuple[npt.NDArray[np.int32], Logits, float]:
-        """Append tokens [n]; the ``count`` most probable next ones, or all where there are fewer,
-        their logits, and the logarithm of the sum of exp over all logits."""
+        """Append tokens [n]. Returns the ``count`` most probable next tokens (all if there are
+        fewer), their logits, and the logarithm of the sum of exp over all logits.
+        """
         ...
 
     def step_greedy(self, token: int) -> int:
-        """Append one token; the most probable next one, as soon as that is certain."""
+        """Append one token. Returns the most probable next one as soon as it is certain."""
         ...
 
     def forward_greedy(
@@ -138,8 +142,8 @@ class TopSession(Session, Protocol):
         following: int = 1,
         penalty: Penalty | None = None,
     ) -> npt.NDArray[np.int32]:
-        """The same for tokens [n]: what follows each of the last ``following`` of them, penalized
-        by what was seen up to it."""
+        """Append tokens [n]. Returns what most probably follows each of the last ``following``,
+        penalized by what was seen up to it."""
         ...
 
 
@@ -157,28 +161,31 @@ class DrawingSession(Session, Protocol):
 
 
 class Lookup(Protocol):
-    """Guesses what follows in a text, from where its last tokens stood before."""
+    """Guesses how a text goes on, from an earlier place where its last tokens stood."""
 
     def push(self, tokens: Sequence[int]) -> None:
         """Append to the text."""
         ...
 
     def guess(self, most: int) -> list[int]:
-        """At most ``most`` tokens that may follow, or none where that is not worth it."""
+        """At most ``most`` tokens that may follow. None at all if a guess would not pay off."""
         ...
 
     def judge(self, right: int) -> None:
-        """Tell how many of the last guesses, also of none, were right, from the first on."""
+        """Report how many of the last guesses were right, counted from the first. Call it after
+        every :meth:`guess`, even an empty one.
+        """
         ...
 
 
 @runtime_checkable
 class GuessingSession(TopSession, Protocol):
-    """A session whose tokens get the same bits together as one by one: guesses can be checked in
-    one call."""
+    """A session that computes the same bits for tokens together as one by one, so that one call can
+    check several guesses.
+    """
 
     def lookup(self) -> Lookup | None:
-        """For a new text; None where wrong guesses cannot be taken back."""
+        """A lookup for a new text, or None if this session cannot take wrong guesses back."""
         ...
 
 
@@ -187,7 +194,9 @@ class AdapterSession(Session, Protocol):
     """A session that adds low-rank updates to its weights as it runs."""
 
     def use_adapter(self, updates: Sequence[Update]) -> None:
-        """Use these in place of any before, or none; the cache is emptied. Raises UsageError."""
+        """Replace all earlier updates with these, or with none. Empties the cache. Raises
+        UsageError.
+        """
         ...
 
 
@@ -244,8 +253,8 @@ class SlotSession(Session, Protocol):
 def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None:
     """What every backend refuses before anything is allocated or run.
 
-    Raises UsageError for no tokens or ids outside the vocabulary, ContextOverflowError where they
-    do not fit.
+    Raises UsageError for an empty call or ids outside the vocabulary, ContextOverflowError if the
+    tokens do not fit.
     """
     if tokens.ndim != 1 or tokens.size == 0:
         raise UsageError(f"forward needs at least one token, as a vector, not {tokens.shape}")
@@ -262,7 +271,7 @@ def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None
 
 
 def check_logits(session: Session, logits: Logits) -> None:
-    """Raises BackendError where a logit is NaN or infinite: no token can be chosen by it."""
+    """Raise BackendError if a logit is NaN or infinite: no token could be chosen."""
     if not np.isfinite(logits).all():
         raise BackendError(
             f"{session.backend}: the model's logits are not finite: its weights are damaged"
@@ -270,13 +279,13 @@ def check_logits(session: Session, logits: Logits) -> None:
 
 
 def check_threads(threads: int | None) -> None:
-    """Raises UsageError for a number of threads that no backend starts."""
+    """Raise UsageError for a number of threads that no backend starts."""
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise UsageError(f"threads is {threads}, expected 1 to {MAX_THREADS}")
 
 
 class OneProcess:
-    """The lock of a session whose runtime has threads that a fork leaves behind."""
+    """The lock of a session whose runtime has threads, which a fork would leave behind."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -288,7 +297,7 @@ class OneProcess:
 
     @property
     def lock(self) -> threading.Lock:
-        """To be held while the session is used. Raises BackendError in a forked process."""
+        """Hold this while you use the session. Raises BackendError in a forked process."""
         if self._forked:
             raise BackendError(
                 "this session's threads stayed behind in a fork; load the model in this process"
@@ -297,7 +306,7 @@ class OneProcess:
 
 
 def usable_cores() -> int:
-    """Logical cores that this process may run on: less than all inside many containers."""
+    """Logical cores that this process may run on; many containers allow only some of them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """ExecuTorch: one session over a .pte that keeps its KV cache inside, ours or export_llm's.
 
-ExecuTorch's Python bindings take torch's tensors, and importing torch costs 90 MB and a second.
-So its libraries are loaded here without them, and called through
+ExecuTorch's Python bindings take torch's tensors, and importing torch costs 90 MB and a second. So
+this module loads its libraries without the bindings and calls them through
 ``runtime/ops/bindings/executorch_program.h``.
 """
 
@@ -31,7 +31,7 @@ PREFILL_CHUNK = 128
 # After root offset and magic: the extended header of ExecuTorch's schema/extended_header.cpp.
 _HEADER = struct.Struct("<8x4sIQQQ")
 _CONTEXT = "get_max_context_len"
-# ExecuTorch itself, and kernels of LLM graphs that register themselves with it.
+# ExecuTorch itself, and kernels of LLM graphs that register themselves.
 _LIBRARIES = (
     "extension/pybindings/_portable_lib.*.so",
     "extension/llm/custom_ops/libcustom_ops_aot_lib.so",
@@ -69,7 +69,7 @@ def bare_graph(path: Path) -> Graph:
 
 
 class Program:
-    """A .pte file in ExecuTorch's runtime. Raises BundleError where it is none."""
+    """A .pte file in ExecuTorch's runtime. Raises BundleError if the file is something else."""
 
     def __init__(self, path: Path) -> None:
         _check_length(path)
@@ -93,7 +93,8 @@ class Program:
         return list(found[: count.value])
 
     def load(self, *, timed: bool = False) -> tuple[int, int]:
-        """Load forward; the most tokens it takes at once, and its vocabulary.
+        """Load ``forward``. Returns the most tokens that it takes at once, and its vocabulary's
+        size.
 
         ``timed``: operators outside the delegate are timed, see :func:`operator_times`.
         """
@@ -105,7 +106,7 @@ class Program:
         return longest.value, vocabulary.value
 
     def forward(self, tokens: npt.NDArray[np.int64], start: int, logits: Logits) -> None:
-        """Append tokens [n]; ``logits`` [vocabulary] becomes those of the last one."""
+        """Append tokens [n]. Writes the logits [vocabulary] of the last one into ``logits``."""
         error = ErrorText()
         status = self._library.pslm_et_forward(
             self._handle, tokens.ctypes.data, len(tokens), start, logits.ctypes.data, error.argument
@@ -116,7 +117,7 @@ class Program:
 class ExecuTorchSession:
     """One sequence; forward(tokens [1, n], start [1]) appends to the cache that the method holds.
 
-    ExecuTorch has one thread pool a process: the last session's ``threads`` count for all.
+    ExecuTorch has one thread pool per process, so the last session's ``threads`` apply to all.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class ExecuTorchSession:
         with self._process.lock:
             check_tokens(self, tokens)
             tokens = np.ascontiguousarray(tokens, np.int64)
-            # Of a piece most files give the last token's logits only.
+            # Most files return logits only for the last token of a call.
             step = 1 if all_logits else self._chunk
             logits = np.empty((len(tokens) if all_logits else 1, self.vocab_size), np.float32)
             for at in range(0, len(tokens), step):
@@ -176,7 +177,7 @@ def operator_times() -> dict[str, tuple[int, int]]:
 
 
 def _check_length(path: Path) -> None:
-    """ExecuTorch maps the file and would read past its end; BundleError where it is cut short."""
+    """Raise BundleError if the file is cut short: ExecuTorch would read past its end."""
     with path.open("rb") as file:
         head = file.read(_HEADER.size)
     if len(head) == _HEADER.size:
@@ -191,8 +192,9 @@ def _check_length(path: Path) -> None:
 def load_library() -> ctypes.CDLL:
     """ExecuTorch's libraries, and ours over them with its signatures declared."""
     root = Path(next(iter(executorch.__path__)))
-    # MKL, behind the attention on x86, rounds by how its buffers happen to lie in memory; int8
-    # activations turn that into another text in each run. This asks for the same bits every time.
+    # MKL, which computes the attention on x86, rounds by where its buffers happen to lie in memory,
+    # and int8 activations turn that into another text in each run. This setting asks for the same
+    # bits every time.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     try:
         for pattern in _LIBRARIES:

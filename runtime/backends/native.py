@@ -44,7 +44,7 @@ from pocketslm.runtime.ops.ids import ROLE
 
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
-# Of the matrices that an adapter may update, in a model.slm.
+# The roles that the matrices which an adapter may update have in a model.slm.
 ROLES = {"q_proj": ROLE["query"], "k_proj": ROLE["key"], "v_proj": ROLE["value"]}
 ROLES |= {"o_proj": ROLE["output"], "gate_proj": ROLE["gate"], "up_proj": ROLE["up"]}
 ROLES |= {"down_proj": ROLE["down"]}
@@ -64,15 +64,11 @@ def open_session(
     )
 
 
-def _penalty(penalty: Penalty | None) -> Any:
-    """The address of a penalty, or none. What it points to lives as long as it does."""
-    if penalty is None:
-        return None
-    seen = np.ascontiguousarray(penalty.seen, np.int32)
-    entry = PenaltyEntry(penalty.factor, seen.ctypes.data, seen.size)
-    address = ctypes.pointer(entry)
-    address.seen = seen
-    return address
+def _penalty_entry(penalty: Penalty) -> PenaltyEntry:
+    tokens = np.ascontiguousarray(penalty.seen, np.int32)
+    entry = PenaltyEntry(penalty.factor, tokens.ctypes.data, tokens.size)
+    entry.tokens = tokens
+    return entry
 
 
 def _encode(isa: str | None) -> bytes | None:
@@ -106,8 +102,10 @@ class NativeModelInfo:
 
 @dataclass(frozen=True)
 class OperatorTimes:
-    """Nanoseconds by operator, waiting for other threads included; norms and quantization count to
-    the product they feed. Summed over ``calls`` of the engine with ``tokens`` in all."""
+    """Nanoseconds by operator, including the time spent waiting for other threads. Norms and
+    quantization count towards the product that they feed. The times are sums over ``calls`` of the
+    engine with ``tokens`` in all.
+    """
 
     calls: int
     tokens: int
@@ -342,8 +340,9 @@ class NativeSession:
         return best, logits, log_total.value
 
     def step_greedy(self, token: int) -> int:
-        """Append one token; the most probable next one. No logits are copied, and of a split 8-bit
-        head only the rows that may win are read in full (see ``runtime/ops/head.cpp``)."""
+        """Append one token. Returns the most probable next one. No logits are copied, and of a
+        split 8-bit head only the rows that may win are read in full (see ``runtime/ops/head.cpp``).
+        """
         if not 0 <= token < self.vocab_size:  # before ctypes cuts it to 32 bits
             raise UsageError(f"token {token} is outside the vocabulary of {self.vocab_size}")
         with self._lock:
@@ -366,7 +365,7 @@ class NativeSession:
             raise UsageError(f"what follows {following} tokens of {ids.size} was asked for")
         ids = np.ascontiguousarray(ids, dtype=np.int32)
         found = np.empty(following, np.int32)
-        penalized = _penalty(penalty)
+        penalized = ctypes.byref(_penalty_entry(penalty)) if penalty else None
         with self._lock:
             status = self._library.pslm_forward_greedy(
                 self._open(),
@@ -407,7 +406,7 @@ class NativeSession:
             self._error.check(self._library.pslm_truncate(self._open(), length))
 
     def use_adapter(self, updates: Sequence[Update]) -> None:
-        """Add low-rank updates to the matrices in place of any before; with none, all is as it was.
+        """Replace the low-rank updates of the matrices. An empty list restores the plain weights.
 
         The context is forgotten, because other weights made it. Raises UsageError where an update
         does not belong to the model.
@@ -488,9 +487,10 @@ class NativeSession:
             entry.tokens, entry.count = tokens.ctypes.data, tokens.size
             entry.best = best.ctypes.data if best is not None else None
             entry.logits = logits.ctypes.data if logits is not None else None
-            penalty = _penalty(part.penalty)
-            entry.penalty = penalty
-            kept += [tokens, penalty]
+            if part.penalty is not None:
+                kept.append(_penalty_entry(part.penalty))
+                entry.penalty = ctypes.pointer(kept[-1])
+            kept.append(tokens)
             found.append((best, logits))
         with self._lock:
             status = self._library.pslm_forward_slots(

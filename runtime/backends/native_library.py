@@ -69,6 +69,7 @@ class UpdateEntry(ctypes.Structure):
 
 class PenaltyEntry(ctypes.Structure):
     _fields_ = (("factor", ctypes.c_float), ("seen", ctypes.c_void_p), ("count", _size))
+    tokens: Any = None  # where ``seen`` points to
 
 
 class Generation(ctypes.Structure):

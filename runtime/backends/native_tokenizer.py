@@ -16,7 +16,7 @@ SPECIAL, WHOLE, GOES_ON = 1, 2, 4  # PSLM_TEXT_
 
 
 class NativeTokenizer:
-    """Text to ids and back, with no file but the model's own. Safe to use from several threads.
+    """Text to ids and back, from the model file alone. Safe to use from several threads.
 
     Raises :class:`BundleError` for a model whose tokenizer export could not pack.
     """
@@ -47,11 +47,11 @@ class NativeTokenizer:
             ) from None
         flags = SPECIAL * parse_special | WHOLE * add_special_tokens
         call = self._library.pslm_encode
-        # A byte is a token at most, but for what NFC makes of it.
+        # A byte becomes at most one token, unless NFC lengthens the text.
         return list(_filled(call, self._handle, data, len(data), flags, ctypes.c_int32, len(data)))
 
     def decode(self, ids: Sequence[int], *, goes_on: bool = False) -> bytes:
-        """The bytes of ``ids`` without special tokens, which may end inside a character.
+        """The bytes of ``ids`` without special tokens. They may end inside a character.
 
         ``goes_on``: these are not the first tokens of a text. WordPiece's spaces before signs stay.
         Raises :class:`UsageError` for ids outside the vocabulary.
@@ -69,7 +69,7 @@ class NativeTokenizer:
 
 
 def _filled(call: Any, handle: Any, data: Any, size: int, flags: int, kind: Any, guess: int) -> Any:
-    """What ``call`` gives, in memory of the guessed size or else of the size that it asks for."""
+    """The result of ``call``, in memory of the guessed size or else of the size it asks for."""
     count, error = ctypes.c_size_t(), ErrorText()
     for attempt in range(2):
         capacity = count.value if attempt else guess + 16

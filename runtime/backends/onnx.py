@@ -46,12 +46,12 @@ class OnnxSession:
         context: int | None,
         profile: str | None = None,
     ) -> None:
-        """profile: the beginning of the path that onnxruntime writes its own profile to."""
+        """``profile``: the beginning of the path to which onnxruntime writes its own profile."""
         self.backend = f"onnxruntime {ort.__version__}"
         self.context = context or graph.context
         self.threads = threads or usable_cores()
         self.length = 0
-        self._process = OneProcess()  # of the cache and what is bound
+        self._process = OneProcess()  # guards the cache and what is bound
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = _ERRORS_ONLY
@@ -75,7 +75,7 @@ class OnnxSession:
         from pocketslm.runtime.backends.native_library import library_path
 
         self.backend += " + pocketslm"
-        self._chunk = self.context  # the operator cuts a prompt up by itself
+        self._chunk = self.context  # the operator splits a prompt by itself
         options.intra_op_num_threads = 1
         options.add_session_config_entry("pocketslm.threads", str(self.threads))
         try:
@@ -92,7 +92,7 @@ class OnnxSession:
         if not {"input_ids", "attention_mask"} <= inputs.keys() or "logits" not in outputs:
             raise BackendError("the graph has no input_ids, attention_mask and logits")
         self._io = self._session.io_binding()
-        width = int(outputs["logits"].shape[2])  # of hidden states where there is no head
+        width = int(outputs["logits"].shape[2])  # the width of hidden states if there is no head
         self.vocab_size = width if bundle.config is None else bundle.config.vocab_size
         self._logits_dtype = _FLOATS[outputs["logits"].type]
         self._logits = np.zeros((1, 1, width), self._logits_dtype)
@@ -120,7 +120,7 @@ class OnnxSession:
             self._io.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._io.bind_output(present, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             self._caches.append(buffer)
-        self._keeps = bool(self._caches or self._columns)  # an encoder has each text anew
+        self._keeps = bool(self._caches or self._columns)  # an encoder starts anew with each text
         if not self._keeps:
             self._chunk = self.context
         self._trims = "logits_to_keep" in defaults
@@ -176,11 +176,11 @@ class OnnxSession:
 
     @property
     def profile_start_ns(self) -> int:
-        """When the profile began."""
+        """The time at which the profile began."""
         return int(self._session.get_profiling_start_time_ns())
 
     def end_profile(self) -> str:
-        """Write the profile; its path."""
+        """Write the profile. Returns its path."""
         return str(self._session.end_profiling())
 
     def _run(self, tokens: npt.NDArray[np.int64], start: int, all_logits: bool) -> Logits:

@@ -1,8 +1,8 @@
 """``pocketslm-run`` as a child process: the native engine where no library can be loaded.
 
-An app on a phone may start a program that lies beside its native libraries, and needs no ctypes, no
-compiler and no wheel for it; a model that is too large then ends the child and not the app. The
-child speaks JSON lines (``runtime/ops/runner/protocol.cpp``).
+An app on a phone may start a program that lies beside its native libraries. That needs no ctypes,
+no compiler and no wheel, and a model that is too large ends the child and not the app. The child
+speaks JSON lines (``runtime/ops/runner/protocol.cpp``).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import numpy.typing as npt
 from pocketslm import schema
 from pocketslm.errors import BackendError, ContextOverflowError, PocketSlmError, UsageError
 from pocketslm.runtime import forks
+from pocketslm.runtime.answer import Step
 from pocketslm.runtime.backends import Logits, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import CONSTRAINTS, GenerationConfig
-from pocketslm.runtime.generation import Step
 
 PROGRAM = "POCKETSLM_RUN"
 """The environment variable that names the program; without it, it is built once and cached."""
@@ -62,10 +62,10 @@ def program() -> Path:
 class RunnerSession:
     """A model and its KV cache in a child process.
 
-    The tokens of the sequence are kept here too, and every request carries them: the child reads
-    only what it does not hold. So a child that died is started again by the next request, which
-    reads its prompt anew. Requests have numbers, which their answers repeat: a child that answers
-    anything else is ended, so that no answer is ever taken for another's.
+    The tokens of the sequence are kept here too, and every request carries them; the child reads
+    only those that it does not hold. If a child died, the next request starts another, which reads
+    the prompt anew. Requests have numbers, which their answers repeat. A child that answers with
+    another number is ended, so that no answer is taken for another's.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class RunnerSession:
         self._load |= {"threads": threads} if threads else {}
         self._ids: list[int] = []
         self._numbers = itertools.count(1)
-        self._read = bytearray()  # of the child's output, not yet taken
+        self._read = bytearray()  # output of the child that nobody has taken yet
         self._process: subprocess.Popen[bytes] | None = None
         self.after_fork()
         forks.watch(self)
@@ -89,9 +89,9 @@ class RunnerSession:
         self.load_ms: float = loaded["load_ms"]
 
     def after_fork(self) -> None:
-        """The child is the parent's, which goes on with it; the next request starts another."""
-        self._asking = threading.Lock()  # of requests with their answers
-        self._write = threading.Lock()  # of the pipe, which a cancel takes at any time
+        """The child process stays with the parent; the next request starts another."""
+        self._asking = threading.Lock()  # held from a request to its answers
+        self._write = threading.Lock()  # guards the pipe, into which a cancel may write at any time
         self._running: str | None = None  # the generation whose answers are not read to the end
         if self._process is not None:
             self._process.returncode = 0  # not ours to wait for
@@ -104,7 +104,7 @@ class RunnerSession:
 
     @property
     def pid(self) -> int | None:
-        """The child, for who measures or watches it."""
+        """The child's process id, for those who measure or watch it."""
         process = self._process
         return process.pid if process else None
 
@@ -130,10 +130,10 @@ class RunnerSession:
     def generate(
         self, ids: Sequence[int], config: GenerationConfig, eos: Collection[int], limit: int
     ) -> Generator[Step, None, None]:
-        """Steps made by the child, with no logits on the way (see Engine.generate).
+        """Let the child generate; no logits cross the pipe (see Engine.generate).
 
-        Closing the iterator, another request or :meth:`cancel` ends the generation; after a cancel
-        there is no last step with a finish. Raises UsageError when it is resumed after another
+        Closing the iterator, another request or :meth:`cancel` ends the generation. After a cancel
+        there is no last step with a finish. Raises UsageError if it is resumed after another
         request.
         """
         start = time.perf_counter_ns()
@@ -188,7 +188,7 @@ class RunnerSession:
             yield last
 
     def cancel(self) -> None:
-        """End the generation that runs now, also while it reads its prompt; from any thread."""
+        """End the present generation, even while it reads its prompt. Any thread may call this."""
         if (name := self._running) is not None:
             self._cancel(name)
 
@@ -202,7 +202,7 @@ class RunnerSession:
         return self.ask(op="stats")
 
     def bench(self, prompt_tokens: int, new_tokens: int, repeats: int) -> dict[str, Any]:
-        """``prefill_ns`` and ``decode_ns``, one each per repeat."""
+        """Measure: ``prefill_ns`` and ``decode_ns`` have one value for each repeat."""
         with self._asking:
             self._ids = []
             return self._ask(
@@ -226,7 +226,7 @@ class RunnerSession:
         if getattr(self, "_process", None):
             self.close()
 
-    # What follows is called with _asking held, but for _cancel.
+    # Callers of the methods below hold _asking, except for _cancel.
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         self._ready()
@@ -260,7 +260,7 @@ class RunnerSession:
             raise
 
     def _send(self, request: dict[str, Any]) -> str:
-        """The number that the answers will have."""
+        """Send a request. Returns the number that its answers will have."""
         name = str(next(self._numbers))
         try:
             self._put({**request, "id": name})
@@ -282,7 +282,7 @@ class RunnerSession:
                 left = left[process.stdin.write(left) :]
 
     def _next_of(self, name: str) -> dict[str, Any]:
-        """The next event of the generation ``name``, while it is the one that runs."""
+        """The next event of the generation ``name``, as long as that is the present one."""
         with self._asking:
             if self._running != name:
                 raise UsageError(
@@ -299,7 +299,7 @@ class RunnerSession:
             return event
 
     def _event(self, name: str, timeout_s: float | None = None) -> dict[str, Any]:
-        """The next event, which must be one of the request ``name``."""
+        """The next event, which must belong to the request ``name``."""
         process = self._process
         if process is None or process.stdout is None:
             raise BackendError("pocketslm-run was closed")
@@ -319,7 +319,7 @@ class RunnerSession:
         return event
 
     def _line(self, pipe: int, timeout_s: float | None) -> bytes:
-        """The next line. What has come of it is kept where Ctrl-C ends the waiting."""
+        """The next line. If Ctrl-C ends the waiting, the part that has come is kept."""
         ready = select.poll()
         ready.register(pipe, select.POLLIN)
         searched = 0
@@ -338,7 +338,7 @@ class RunnerSession:
         return line
 
     def _end_running(self) -> None:
-        """Let a generation that nobody reads any more come to its end."""
+        """Bring a generation that nobody reads any more to its end."""
         name, self._running = self._running, None
         if name is None:
             return

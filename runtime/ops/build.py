@@ -1,9 +1,9 @@
-"""Compile the native operators with whatever C++17 compiler there is, and nothing else.
+"""Compile the native operators. Any C++17 compiler will do, and nothing else is needed.
 
 ``python -m pocketslm.runtime.ops.build`` builds the shared library; ``--runner`` builds the static
 program ``pocketslm-run``, with ``--target aarch64-linux`` for phones and boards. The package's
 ``setup.py`` calls :func:`build_library`; the backend calls :func:`library`, which compiles on first
-use where no library for these sources lies in the package or the cache.
+use if neither the package nor the cache holds a library for these sources.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COMMON = (
     *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
     *(f"grammar/{name}" for name in ("machine", "numbers", "regex", "token_trie")),
 )
-# What frameworks load of the library: onnxruntime finds RegisterCustomOps in it.
+# For frameworks that load the library: onnxruntime looks for RegisterCustomOps.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
 RUNNER = ("chat", "engine", "main", "protocol")
 # Text to tokens and back, for both.
@@ -144,7 +144,7 @@ def source_hash() -> str:
 
 @functools.cache
 def _digest(*suffixes: str) -> str:
-    """The hash of the sources that end so."""
+    """The hash of all sources whose names end with one of these."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
         if path.suffix in suffixes and path.name != "__init__.py":
@@ -164,8 +164,8 @@ def compile_and_link(
 ) -> Path:
     """Compile ``names`` and the kernels side by side, link them, and move the result into place.
 
-    What was compiled is kept in the cache, for other programs of the same sources and flags; with
-    ``keep``, in that folder, beside which gcov writes.
+    Compiled objects stay in the cache, for other programs with the same sources and flags. With
+    ``keep`` they stay in that folder, beside which gcov writes.
     """
     warnings: tuple[str, ...] = (
         "-Wno-maybe-uninitialized",
@@ -215,12 +215,12 @@ def _scratch(folder: Path) -> AbstractContextManager[str | Path]:
     return aside(folder)
 
 
-OBJECT_DAYS = 14  # an object that was not asked for since goes
+OBJECT_DAYS = 14  # an object that nothing used for so long is removed
 
 
 @contextmanager
 def _objects() -> Iterator[Path | None]:
-    """The folder of compiled objects, for one process at a time: others find what it made."""
+    """The folder of compiled objects, locked for one process; the next finds what it made."""
     try:
         folder = cache_directory() / "objects"
     except ImportError:  # the package itself is being built
@@ -253,13 +253,14 @@ def _version(command: tuple[str, ...]) -> str:
     return done.stdout
 
 
-# A program or library ends with this and the SHA-256 of all before it, which loaders do not read:
-# one that was cut, as by a loss of power, would end the process that loads it.
+# Every program or library ends with this and the SHA-256 of all bytes before it. Loaders do not
+# read it. Without it a file that was cut, as by a loss of power, would crash the process that loads
+# it.
 SEAL = b"\npocketslm "
 
 
 def seal(path: Path) -> None:
-    """Say at the end of the file what it holds, and have it on the disk."""
+    """Append the file's SHA-256 and write it to the disk."""
     with path.open("r+b") as file:
         digest = hashlib.sha256(file.read()).digest()
         file.write(SEAL + digest)
@@ -268,7 +269,7 @@ def seal(path: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a program or library is there, as it was built."""
+    """Whether a program or library exists and is as it was built."""
     try:
         data = path.read_bytes()
     except OSError:

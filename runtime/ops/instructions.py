@@ -1,8 +1,8 @@
-"""Instructions per token on aarch64, counted by qemu: what a phone's CPU will be given.
+"""Instructions per token on aarch64, counted by qemu: the work of a phone's CPU.
 
 ``python -m pocketslm.runtime.ops.instructions Q4_0=MODEL.slm`` builds ``pocketslm-run`` for aarch64
-and runs it on each kernel path. It prints a table, beside the counts that are recorded for that
-name. Needs ``qemu-aarch64`` with plugins (Debian: ``qemu-user``).
+and runs it on each kernel path. It prints a table with the recorded counts of that name beside the
+new ones. Needs ``qemu-aarch64`` with plugins (Debian: ``qemu-user``).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pocketslm.runtime.ops import build
 PATHS = ("neon_i8mm", "neon_dotprod", "scalar")
 PROMPT = "Once upon a time"  # four tokens of most vocabularies
 RECORDED = Path(__file__).with_name("instruction_counts.json")
-# A count may exceed the recorded one by this part: compilers of other versions.
+# A count may exceed the recorded one by this fraction, since compilers of other versions differ.
 TOLERANCE = 0.01
 
-# The rows of the table. All but prompts are of one further token.
+# The rows of the table. All but the prompts count one further token.
 DECODE_4, DECODE_512 = "decode at 4", "decode at 512"
 PROMPT_16, PROMPT_128 = "prompt of 16", "prompt of 128"
 WHOLE_HEAD, SAMPLING = "greedy, whole head", "sampling"
@@ -55,9 +55,9 @@ class Generation:
 
 
 _ONE = Generation(1, 1)
-_FEW = 8  # new tokens that a decoding count is the mean of
+_FEW = 8  # a decoding count is the mean over so many new tokens
 _SAMPLED = (("temperature", 0.8), ("top_p", 0.95), ("seed", 1))
-# A penalty below 1 needs all logits, and changes few instructions else.
+# A penalty below 1 needs all logits, and otherwise costs few instructions.
 _PENALIZED = (("repetition_penalty", 0.9999),)
 _GENERATIONS: Mapping[str, tuple[Generation, ...]] = {
     DECODE_4: (Generation(4, 2 + _FEW),),
@@ -77,7 +77,7 @@ def build_plugin(output: Path) -> Path:
 
 
 def _counted(plugin: Path, command: Sequence[str], text: str = "") -> tuple[str, str]:
-    """What a program for aarch64 wrote to standard output and standard error."""
+    """Run a program for aarch64. Returns its standard output and standard error."""
     qemu = shutil.which("qemu-aarch64")
     if qemu is None:
         raise BackendError("qemu-aarch64 is not installed; `apt-get install qemu-user`")
@@ -114,7 +114,7 @@ def count_cases(
     marks = [int(found) for found in re.findall(r"^written at: (\d+)$", said, re.MULTILINE)]
     if len(marks) != len(events):
         raise BackendError(f"{len(events)} events in {len(marks)} writes; is this an old runner?")
-    # Of each generation, where it began (the answer to reset) and where each of its tokens was.
+    # For each generation: the count at its beginning (the answer to reset) and at each token.
     starts = [mark for mark, event in zip(marks, events, strict=True) if event["event"] == "reset"]
     tokens: list[list[int]] = []
     for mark, event in zip(marks, events, strict=True):
@@ -135,10 +135,10 @@ def count_cases(
 
 
 def count_peer(plugin: Path, command: str, cases: Sequence[str] = CASES) -> dict[str, float]:
-    """The same of any program for aarch64, from the difference of two runs.
+    """Count any program for aarch64, from the difference between two runs.
 
-    command: of the program, where ``{prompt}`` and ``{new}`` stand for the numbers of tokens.
-    Cases that it cannot be asked for are left out.
+    ``command`` holds ``{prompt}`` and ``{new}`` in place of the numbers of tokens. Cases that the
+    program cannot run are left out.
     """
     if "{prompt}" not in command or "{new}" not in command:
         raise BackendError(f"{command!r} must say {{prompt}} and {{new}}, the numbers of tokens")
@@ -161,7 +161,7 @@ def count_peer(plugin: Path, command: str, cases: Sequence[str] = CASES) -> dict
 
 
 def recorded() -> dict[str, dict[str, dict[str, float]]]:
-    """Millions of instructions a token by model, path and case, as they were when last recorded."""
+    """The recorded counts: millions of instructions a token by model, path and case."""
     if not RECORDED.exists():
         return {}
     table: dict[str, dict[str, dict[str, float]]] = json.loads(RECORDED.read_text())

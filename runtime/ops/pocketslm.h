@@ -148,7 +148,7 @@ PSLM_API pslm_status pslm_vocabulary_open(const char* bytes, const uint64_t* off
 PSLM_API void pslm_vocabulary_close(pslm_vocabulary* vocabulary);
 
 typedef enum {
-  PSLM_GRAMMAR_JSON_SCHEMA = 1, /* draft 2020-12: docs/structure.md says what of it */
+  PSLM_GRAMMAR_JSON_SCHEMA = 1, /* draft 2020-12: docs/how-to/schema.md says what of it */
   PSLM_GRAMMAR_REGEX = 2,       /* that the whole text matches */
   PSLM_GRAMMAR_GBNF = 3
 } pslm_grammar_kind;

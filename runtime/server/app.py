@@ -24,8 +24,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from pocketslm.errors import PocketSlmError
+from pocketslm.runtime.answer import Finish
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.generation import Finish
 from pocketslm.runtime.model import Model, Record, Reply, TextModel
 from pocketslm.runtime.server import ollama
 from pocketslm.runtime.server.metrics import MEDIA_TYPE, Measured, Metrics

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pocketslm.errors import UsageError
-from pocketslm.runtime.generation import Finish
+from pocketslm.runtime.answer import Finish
 
 # Why an answer ended, in OpenAI's words and Ollama's.
 FINISH: dict[Finish | None, str] = {"eos": "stop", "stop": "stop", None: "stop"}

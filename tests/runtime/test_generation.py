@@ -19,8 +19,8 @@ from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
 from pocketslm.profiling.engine import SessionEngine
 from pocketslm.runtime import generation, sampling
+from pocketslm.runtime.answer import Step
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
-from pocketslm.runtime.generation import Step
 from pocketslm.runtime.model import Model, _with_text
 from pocketslm.runtime.tokenizer import StreamDecoder
 

@@ -1,8 +1,8 @@
-"""Files to text: each format has one reader, which yields blocks and refuses what is hostile.
+"""Turn files into text. Each format has one reader, which yields blocks and refuses hostile files.
 
-Limits hold before time and memory are spent: the size of the file, what an archive unpacks to, how
-many tags, paragraphs, pages and characters come out. A reader's time is linear in the bytes that it
-reads. What it cannot take is a DocumentError of one sentence.
+Limits apply before time and memory are spent: on the size of the file, on what an archive unpacks
+to, and on the number of tags, paragraphs, pages and characters. A reader's time is linear in the
+bytes that it reads. If it cannot read a file, it raises a DocumentError of one sentence.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KINDS = {
 
 
 def read_file(path: Path) -> Source:
-    """The document in a file, by its name's ending; raises DocumentError."""
+    """Read the document in a file, whose name tells its kind. Raises DocumentError."""
     try:
         with path.open("rb") as file:
             return read_stream(file, path.name)
@@ -54,12 +54,12 @@ def read_file(path: Path) -> Source:
 
 
 def read_stream(file: IO[bytes], name: str) -> Source:
-    """The document in an open file, which may be a pipe."""
+    """Read the document in an open file, which may be a pipe."""
     return read_bytes(file.read(MAX_FILE_BYTES + 1), name)
 
 
 def read_bytes(data: bytes, name: str) -> Source:
-    """The document in ``data``; ``name``: its file name, which says the kind."""
+    """Read the document in ``data``. ``name`` is its file name, which tells its kind."""
     if len(data) > MAX_FILE_BYTES:
         raise DocumentError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB")
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -77,7 +77,7 @@ def read_bytes(data: bytes, name: str) -> Source:
 
 
 def _kind(data: bytes, name: str) -> str:
-    """By the ending, and a PDF or archive under another name by how it begins."""
+    """The kind, by the name's ending, or by the first bytes of a PDF or archive."""
     ending = Path(name).suffix.lower()
     kind = next((kind for kind, (_, endings) in KINDS.items() if ending in endings), "")
     begins = "pdf" if data[:1024].lstrip().startswith(b"%PDF-") else ""

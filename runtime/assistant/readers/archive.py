@@ -1,4 +1,4 @@
-"""Zip archives and the XML in them, from people who may mean harm."""
+"""Read zip archives and the XML in them, which may be hostile."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.readers.limits import ElementCount
 
 MAX_MEMBERS = 10_000
-# What a large archive may unpack to, and a small one, which office programs pack to a tenth.
+# The most that a large and a small archive may unpack to. Office programs pack to a tenth.
 MAX_UNPACKED_BYTES, MAX_UNPACKED_OF_SMALL = 128 << 20, 48 << 20
 MAX_DEPTH = 256
-MAX_NAMESPACE_CHARACTERS = 1000  # each of its tags comes with it
+MAX_NAMESPACE_CHARACTERS = 1000  # every tag carries its namespace
 
-# What zipfile raises for damage, by the method that a member is packed with.
+# What zipfile raises for a damaged member, depending on its compression.
 _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
     *(OSError, EOFError, ValueError, OverflowError, NotImplementedError),
@@ -28,9 +28,9 @@ _DAMAGE = (
 
 
 class Archive:
-    """A zip file of which only so many bytes are ever unpacked, whatever it declares.
+    """A zip file that unpacks only so many bytes, whatever it declares.
 
-    elements: counts what the XML and the pages in it hold together.
+    ``elements`` counts the elements of all XML and pages in the archive together.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -48,7 +48,7 @@ class Archive:
         return self._zip.namelist()
 
     def read(self, name: str) -> bytes:
-        """A member; DocumentError where there is none, it is damaged, locked or a bomb."""
+        """Read a member. Raises DocumentError if it is missing, damaged, locked or a bomb."""
         try:
             with self._zip.open(name) as member:
                 data = member.read(self._left + 1)
@@ -74,10 +74,10 @@ def parse_xml(
 ) -> None:
     """Stream XML to callbacks, with tags and attributes as "namespace name" (no tree is built).
 
-    count: of the elements of a file with other XML in it. Raises DocumentError for what is not
-    well-formed, nests deeper than MAX_DEPTH, has too many elements, or declares what makes much of
-    little, as a billion laughs does and no office program: entities, attributes with defaults, long
-    namespaces.
+    ``count`` counts the elements of a file with several XML parts. Raises DocumentError for XML
+    that is not well-formed, nests deeper than MAX_DEPTH, has too many elements, or makes much out
+    of little, as "billion laughs" does and no office program: by entities, attributes with
+    defaults, or long namespaces.
     """
     parser = expat.ParserCreate(namespace_separator=" ")
     parser.buffer_text = True
@@ -120,7 +120,7 @@ def relation_of(attributes: dict[str, str]) -> str:
 
 
 def relations(archive: Archive, part: str) -> dict[str, str]:
-    """The parts of an office file that one of them names: id -> path."""
+    """The parts of an office file that another part names: id -> path."""
     folder, name = posixpath.split(part)
     found: dict[str, str] = {}
 

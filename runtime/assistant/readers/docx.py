@@ -9,7 +9,7 @@ from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml
 from pocketslm.runtime.assistant.readers.limits import BlockCount, check_characters
 
-# As Word writes it, and the "strict" form of the standard.
+# Namespaces as Word writes them, and those of the standard's "strict" form.
 _NAMESPACES = frozenset(
     (
         "http://schemas.openxmlformats.org/wordprocessingml/2006/main",
@@ -27,12 +27,12 @@ def read(data: bytes) -> Iterator[Block]:
     archive = Archive(data)
     xml = archive.read("word/document.xml")
     parse_xml(xml, body.start, body.end, body.text, count=archive.elements)
-    # Pages are where Word broke them when it last saved; a file without breaks names none.
+    # Pages begin where Word broke them when it last saved. A file without breaks has no pages.
     return (block if body.pages > 1 else block._replace(page=None) for block in body.blocks)
 
 
 class _Paragraph:
-    """What is being read: a paragraph, or a row of a table."""
+    """The paragraph or table row that is being read."""
 
     def __init__(self, begins: int) -> None:
         self.parts: list[str] = []
@@ -42,17 +42,17 @@ class _Paragraph:
 
 
 class _Body:
-    """What ``word/document.xml`` says, event by event."""
+    """The content of ``word/document.xml``, event by event."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self.pages = 1
         self._count = BlockCount()
-        self._characters = 0  # of text, also of what is not yet in a block
+        self._characters = 0  # of all text, including text that is not yet in a block
         self._now = _Paragraph(self.pages)
         self._around: list[_Paragraph] = []  # those that hold the text box that is being read
         self._in_text = False
-        self._skipping = 0  # copies of a drawing for old programs, one in another
+        self._skipping = 0  # how many nested copies of a drawing for old programs are open
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         if self._skipping or tag == _FALLBACK:
@@ -123,7 +123,7 @@ class _Body:
 
 
 def _name(tag: str) -> str:
-    """The tag of a Word document without its namespace; those of others as they are."""
+    """The tag without Word's namespace. Tags of other namespaces stay as they are."""
     namespace, _, name = tag.rpartition(" ")
     return name if namespace in _NAMESPACES else tag
 

@@ -35,7 +35,7 @@ def read(data: bytes) -> Iterator[Block]:
 
 
 def _package(archive: Archive) -> str:
-    """Where META-INF/container.xml says that the list of contents is."""
+    """The path of the list of contents, as META-INF/container.xml gives it."""
     found: list[str] = []
 
     def start(tag: str, attributes: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """HTML, and the chapters of an EPUB: text of the body, with its headings.
 
-A scanner of our own and not ``html.parser``, whose time is quadratic in tags that do not end, by
-the version of Python: here whatever is looked for in vain is looked for once.
+It uses a scanner of our own. ``html.parser`` takes quadratic time for tags that do not end, in some
+versions of Python. Here every failed search is made only once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TAG_TO_FIRST_END = re.compile(r"<(/?)([a-zA-Z][^\s/>]*+)[^>]*+>")
 _LONG_NUMBER = re.compile(r"&#[xX]?[0-9a-fA-F]{9,}+;?")
 _SPACE = re.compile(r"\s++")
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
-# What has no text to read, with its content. ``head`` needs no entry: its other elements are empty.
+# Elements whose content is not text to read. ``head`` needs no entry: its other elements are empty.
 _SKIPPED = {
     name: re.compile(rf"</(?i:{name})(?=[\s/>])")
     for name in (
@@ -40,14 +40,14 @@ _BLOCKS = frozenset(
 
 
 def read(data: bytes, count: ElementCount | None = None) -> Iterator[Block]:
-    """Blocks of a page; ``count``: of the tags of a file with other pages."""
+    """The blocks of a page. ``count`` counts the tags of a file with several pages."""
     charset = _CHARSET.search(data[:2048])
     markup = decode(data, charset[1].decode("ascii") if charset else "")
     return parse(markup, count or ElementCount(len(data)))
 
 
 def parse(markup: str, count: ElementCount) -> Iterator[Block]:
-    """Blocks of a page; a broken or unclosed tag costs structure, never text."""
+    """The blocks of a page. A broken or unclosed tag costs structure, never text."""
     page = _Page()
     for piece in _pieces(markup, count):
         yield from page.take(piece)
@@ -55,7 +55,7 @@ def parse(markup: str, count: ElementCount) -> Iterator[Block]:
 
 
 class _Piece(NamedTuple):
-    """Text, or a tag: ``tag`` is its name, with a slash before it where it ends an element."""
+    """Text, or a tag. ``tag`` is its name, with a slash before it if it ends an element."""
 
     tag: str
     text: str = ""
@@ -63,11 +63,11 @@ class _Piece(NamedTuple):
 
 def _pieces(markup: str, count: ElementCount) -> Iterator[_Piece]:
     """The text and tags of a page that are to be read, in order."""
-    missing: set[str] = set()  # what does not come any more
+    missing: set[str] = set()  # marks that do not occur any more
     tag = _TAG
 
     def end_of(mark: str, start: int) -> int:
-        """Where the next ``mark`` ends; 0: nowhere."""
+        """The end of the next ``mark``, or 0 if there is none."""
         if mark in missing:
             return 0
         if mark in _SKIPPED:
@@ -90,7 +90,7 @@ def _pieces(markup: str, count: ElementCount) -> Iterator[_Piece]:
             end = end_of(">", start)
             if end and opening[1][-1].isalpha():
                 found = tag.match(markup, start)
-                if not found:  # its quotes do not close, and so no others are believed
+                if not found:  # its quotes do not close, so other quotes do not count either
                     tag = _TAG_TO_FIRST_END
                     found = tag.match(markup, start)
                 if found:
@@ -110,14 +110,14 @@ def _pieces(markup: str, count: ElementCount) -> Iterator[_Piece]:
 
 
 class _Page:
-    """Puts pieces together to blocks."""
+    """Puts pieces together into blocks."""
 
     def __init__(self) -> None:
         self._text: list[str] = []
         self._level = 0
 
     def take(self, piece: _Piece) -> Iterator[Block]:
-        """Add a piece; yields the block that it ends."""
+        """Add a piece. Yields the block that it ends."""
         tag = piece.tag
         name = tag.removeprefix("/")
         if not tag:

@@ -1,4 +1,4 @@
-"""How much a document may hold. Readers count while they work, so a bomb is refused early."""
+"""The limits of a document. Readers count while they work, so a bomb is refused early."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ MAX_FILE_BYTES = 128 << 20
 MAX_ENCODED_BYTES = 64 << 20  # of a text file, a page or a chapter
 MAX_TEXT_CHARACTERS = 16 << 20
 MAX_BLOCKS = 1 << 18
-# Tags of a page, elements of an XML file: as many as a large file may have, and a small one.
+# The most tags of a page, or elements of an XML file, in a large and in a small file.
 MAX_ELEMENTS, MAX_ELEMENTS_OF_SMALL = 1 << 22, 1 << 20
 
 
 class BlockCount:
-    """Counts blocks and their characters; DocumentError as soon as they are too many."""
+    """Counts blocks and their characters. Raises DocumentError as soon as there are too many."""
 
     def __init__(self) -> None:
         self._blocks = self._characters = 0
@@ -30,7 +30,7 @@ class BlockCount:
 
 
 class ElementCount:
-    """Counts tags of a file of ``size`` bytes; DocumentError at the one that is too many."""
+    """Counts the tags of a file of ``size`` bytes. Raises DocumentError if there are too many."""
 
     def __init__(self, size: int) -> None:
         self._count = 0

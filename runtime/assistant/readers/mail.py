@@ -1,4 +1,4 @@
-"""Mails: who wrote whom when about what, and the text; attachments are named, not read."""
+"""Mails: sender, recipients, date, subject and text. Attachments are named, not read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers import html, text
 from pocketslm.runtime.assistant.readers.limits import MAX_ENCODED_BYTES, ElementCount
 
-MAX_PARTS = 30  # of one mail that hold parts, and how deep they may nest
-MAX_LINES = 1 << 20  # each is held against the end of every part around it
+MAX_PARTS = 30  # how many parts of a mail may hold parts, and how deep they may nest
+MAX_LINES = 1 << 20  # each is compared with the end of every part around it
 MAX_HEADER_BYTES = 16 << 10  # the standard library's time is not linear in one
 SHOWN = ("From", "To", "Cc", "Date")
 _SHOWN_CHARACTERS = 500
 _FROM_LINE = re.compile(rb"^From .*\n", re.MULTILINE)
 _BOUNDARY = re.compile(rb"boundary=", re.IGNORECASE)
-# A header of those that are taken apart, with the lines that continue it.
+# A header that is parsed, with the lines that continue it.
 _FIELD = re.compile(
     rb"^(?:content-[a-z-]{1,40}|subject|from|to|cc|date):[^\n]*+(?:\n[ \t][^\n]*+)*+",
     re.MULTILINE | re.IGNORECASE,
@@ -29,14 +29,14 @@ _FIELD = re.compile(
 
 
 def read(data: bytes) -> Iterator[Block]:
-    """One mail."""
+    """Read one mail."""
     if len(data) > MAX_ENCODED_BYTES:
         raise DocumentError(f"is a mail of more than {MAX_ENCODED_BYTES >> 20} MiB")
     return _mail(data.replace(b"\r\n", b"\n"))
 
 
 def read_box(data: bytes) -> Iterator[Block]:
-    """A file of mails, each after a line that begins with "From "."""
+    """Read a file of mails, each after a line that begins with "From "."""
     data = data.replace(b"\r\n", b"\n")
     places = [match.span() for match in _FROM_LINE.finditer(data)]
     if not places or data[: places[0][0]].strip():
@@ -70,7 +70,9 @@ def _mail(data: bytes) -> Iterator[Block]:
 
 
 def _check(data: bytes) -> None:
-    """DocumentError for so many lines or parts, or such long headers, that it takes too long."""
+    """Raise DocumentError if a mail has too many lines or parts, or too long headers, to read in
+    time.
+    """
     if data.count(b"\n") > MAX_LINES:
         raise DocumentError(f"is a mail of more than {MAX_LINES} lines")
     if len(_BOUNDARY.findall(data)) > MAX_PARTS:
@@ -88,14 +90,14 @@ def _body(content: bytes, charset: str, *, marked: bool) -> Iterator[Block]:
 
 
 def _kind(part: Message) -> str:
-    """Of a part that is text to read."""
+    """The kind of a part, if it is text to read."""
     if part.is_multipart() or part.get_content_disposition() == "attachment":
         return ""
     return part.get_content_type()
 
 
 def _file(part: Message) -> str:
-    """The name of what is attached."""
+    """The name of an attachment."""
     try:
         name = part.get_filename() or ""
     except (ValueError, LookupError):

@@ -55,7 +55,7 @@ def read(data: bytes) -> Iterator[Block]:
 
 
 def _front_matter(text: str) -> int:
-    """Where the text begins after the fields at its top, which describe it (YAML or TOML)."""
+    """The beginning of the text after the fields at its top, which describe it (YAML or TOML)."""
     rows = lines(text)
     first = next(rows)
     ends = _FRONT_MATTER.get(first.rstrip(), ())
@@ -97,7 +97,9 @@ def _without_comments(text: str) -> str:
 
 
 def _without_emphasis(text: str) -> str:
-    """Text without marks of emphasis and code: a mark goes where its partner is on its line."""
+    """Text without marks of emphasis and code. A mark is removed if its partner is on the same
+    line.
+    """
     parts: list[str] = []
     opened: dict[str, int] = {}  # mark -> its place in ``parts``
     at = 0
@@ -109,7 +111,7 @@ def _without_emphasis(text: str) -> str:
             opened.clear()
         elif not match[1]:
             before, after = text[match.start() - 1 : match.start()], text[at : at + 1]
-            anywhere = mark == "**"  # the others are no marks inside a word
+            anywhere = mark == "**"  # inside a word the others are not marks
             closes = before and not before.isspace() and (anywhere or not after.isalnum())
             if closes and mark in opened:
                 parts[opened.pop(mark)] = mark = ""

@@ -9,9 +9,9 @@ from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml
 from pocketslm.runtime.assistant.readers.limits import BlockCount
 
 _OASIS = "urn:oasis:names:tc:opendocument:xmlns:"
-# What is no text of the document: what was deleted, and comments.
+# Elements that are not text of the document: deleted text and comments.
 _SKIPPED = (f"{_OASIS}text:1.0 tracked-changes", f"{_OASIS}office:1.0 annotation")
-_MOST_SPACES = 100  # that one mark stands for
+_MOST_SPACES = 100  # for which one mark can stand
 
 
 def read(data: bytes) -> Iterator[Block]:
@@ -90,6 +90,6 @@ class _Body:
 
 
 def _name(tag: str) -> str:
-    """The tag's own name where it is OpenDocument's."""
+    """The name of an OpenDocument tag without its namespace."""
     namespace, _, name = tag.rpartition(" ")
     return name if namespace.startswith(_OASIS) else ""

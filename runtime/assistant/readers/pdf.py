@@ -17,8 +17,8 @@ from pocketslm.runtime.assistant.readers.text import LIST_ITEM
 
 MAX_PAGES = 5000
 MAX_UNPACKED = 32 << 20  # of one stream
-# What the contents of pages hold in bytes, and one stream in tokens: as much as a small file may
-# have; a larger one may have more, by its size.
+# The most bytes of all pages' contents, and tokens of one stream, in a small file. A larger file
+# may have more, in proportion to its size.
 MAX_CONTENTS_OF_SMALL, MAX_TOKENS_OF_SMALL = 4 << 20, 400_000
 # Thousandths of an em. Typesetters that justify draw no spaces but move the pen by 180 to 400.
 WIDEST_JOINT = 140
@@ -28,7 +28,7 @@ FULL = 0.7  # of the longest line of a paragraph: shorter ones end where their a
 GAP = 1.35  # times the usual way from line to line begins a paragraph
 HEADING_CHARACTERS = 120
 _HYPHENATED = re.compile(r"[^\W\d_](?:-|\u00ad|\u2010)$")
-# Letters that fonts join, which nobody types.
+# Ligatures, which fonts have and nobody types.
 _LIGATURES = {
     code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xFB00, 0xFB07), 0xA0)
 }
@@ -67,7 +67,7 @@ def read(data: bytes) -> Iterator[Block]:
                     raise DocumentError("draws too much on its pages for its size; print it anew")
                 source.extract_text(visitor_text=page.take)
             yield from page.blocks(number)
-            reader.resolved_objects.clear()  # or memory grows with every page read
+            reader.resolved_objects.clear()  # otherwise memory grows with every page
     except DocumentError:
         raise
     except GeneratorExit:
@@ -85,8 +85,8 @@ def read(data: bytes) -> Iterator[Block]:
 def _see_narrow_gaps() -> None:
     """Let pypdf see gaps between words of fonts without a space.
 
-    It takes half the average width of their glyphs for half a space, which is wider than the gaps
-    of justified text, and joins the words.
+    pypdf takes half the average width of a font's glyphs for half a space. Gaps of justified text
+    are narrower, so it would join the words.
     """
     from pypdf._text_extraction._text_extractor import TextExtraction
 
@@ -117,7 +117,7 @@ class _Page:
         self._fresh = True
 
     def take(self, text: str, cm: list[float], tm: list[float], _: Any, size: Any) -> None:
-        """A piece of text as pypdf finds it, with the matrices that place it."""
+        """Take a piece of text from pypdf, with the matrices that place it."""
         text = text.translate(_LIGATURES).encode("utf-8", "replace").decode("utf-8")
         first, *others = text.split("\n")
         self._add(first, cm, tm, size)
@@ -144,7 +144,7 @@ class _Page:
         self._parts, self._size, self._fresh = [], 0.0, True
 
     def blocks(self, number: int) -> Iterator[Block]:
-        """Its paragraphs and headings."""
+        """The page's paragraphs and headings."""
         self._end_line()
         sizes: Counter[float] = Counter()
         for line in self._lines:
@@ -178,7 +178,7 @@ def _level(line: _Line, usual: float) -> int:
 
 
 def _leading(lines: list[_Line]) -> float:
-    """The usual way down from a line to the next."""
+    """The usual distance from a line to the next."""
     ways: Counter[float] = Counter()
     for one, other in pairwise(lines):
         if 0 < one.y - other.y < 4 * one.size:
@@ -187,8 +187,9 @@ def _leading(lines: list[_Line]) -> float:
 
 
 def _joined(lines: list[str], full: float) -> str:
-    """The lines of a paragraph as one, but for those shorter than ``full`` times the longest, which
-    end an item or a verse; words that a line end had divided are whole again."""
+    """Join the lines of a paragraph. Lines shorter than ``full`` times the longest end an item or a
+    verse, and keep their ends. Words that a line end had divided become whole again.
+    """
     least = full * max(map(len, lines))
     parts: list[str] = []
     for line, after in zip(lines, [*lines[1:], ""], strict=True):

@@ -47,10 +47,10 @@ def read(data: bytes) -> Iterator[Block]:
 
 def _blocks(data: bytes) -> Iterator[Block]:
     said: list[str] = []
-    raw = bytearray()  # bytes that are not decoded yet, or a character may be cut in two
+    raw = bytearray()  # bytes that are not decoded yet, since a character may be split
     skipping, after, level, page, row = False, 1, 0, "cp1252", False
     groups: list[tuple[bool, int]] = []
-    left = 0  # characters that stand for the last \u in old programs
+    left = 0  # characters that old programs show in place of the last \u
     starts = False  # whether a group has just begun
     count = ElementCount(len(data))
 

@@ -1,4 +1,4 @@
-"""Tables as people ask about them: each row a passage, its cells with their columns' names."""
+"""Tables, read for questions: each row is a passage, and each cell has its column's name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers import text
 from pocketslm.runtime.assistant.readers.limits import check_characters
 
-NAME_CHARACTERS = 60  # of a column: each row repeats it
+NAME_CHARACTERS = 60  # of a column's name, which every row repeats
 MOST_COLUMNS = 1 << 14  # as a spreadsheet has
 _DELIMITERS = ",;\t|"
 _NUMBER = re.compile(r"[-+]?[\d.,:/ %€$£-]*\d[\d.,:/ %€$£-]*")
-# Characters without a line end; longer files are no tables.
+# The most characters without a line end. Files with longer lines are not tables.
 _LONGEST_LINE = 1 << 20
 
 
 def read(data: bytes) -> Iterator[Block]:
-    """A file of comma-separated values; one of a single column is read as text."""
+    """Read comma-separated values. A file with a single column is read as text."""
     content = text.decode(data)
     check_characters(len(content))
     first = next(line for line in text.lines(content + "\n ") if line.strip() or line == " ")
@@ -40,10 +40,11 @@ def _rows(content: str, delimiter: str) -> Iterator[list[str]]:
 
 
 def named_rows(rows: Iterable[Sequence[str]]) -> Iterator[Block]:
-    """Blocks of rows, "column: value | column: value"; a table without a row of names has none.
+    """Blocks of rows, as "column: value | column: value". Without a row of names, cells have no
+    names.
 
-    The first row with two cells names the columns, if all of its cells are words. Rows before it
-    are its titles.
+    The first row with two cells names the columns if all of its cells are words. Rows before it are
+    titles.
     """
     names: list[str] | None = None
     for row in rows:

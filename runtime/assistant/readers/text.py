@@ -1,4 +1,4 @@
-"""Plain text: paragraphs apart by blank lines; a form feed begins a page."""
+"""Plain text: blank lines separate paragraphs, and a form feed begins a page."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Encodings that pages declare. Python knows more, some of them no encodings of text (hex, bz2) or
-# able to make half a surrogate pair (utf-7, unicode_escape).
+# Encodings that pages declare. Python knows more, but some do not encode text (hex, bz2), and some
+# can make half a surrogate pair (utf-7, unicode_escape).
 _DECLARED = re.compile(
     r"iso-?8859-?\d+|latin-?\d|windows-?\d+|cp-?\d+|koi8-?[rtu]|gbk|gb2312|gb18030|big5(-?hkscs)?|"
     r"shift-?jis|sjis|euc-?(jp|kr)|iso-?2022-?(jp|kr)|macintosh|mac-?roman|tis-?620|us-ascii"
@@ -25,7 +25,7 @@ _DECLARED = re.compile(
 _PAGE_END, _LINE_END = re.compile("\f"), re.compile("\n")
 BLANK_LINE = re.compile(r"\n\s*\n")
 LIST_ITEM = re.compile(r"\s*+(?:[-*•+]|\d{1,3}[.)])\s")
-# Shorter lines are verse, code or a table, and keep their ends.
+# Shorter lines belong to verse, code or a table, and keep their ends.
 _WRAPPED = 50
 HEADING_LEVEL, HEADING_CHARACTERS = 2, 70
 MOST_LINES = 40
@@ -37,7 +37,7 @@ def read(data: bytes) -> Iterator[Block]:
     paged = "\f" in text
     for number, page in enumerate(split(_PAGE_END, text), 1):
         place = number if paged else None
-        before = ""  # the paragraph that the next one decides about
+        before = ""  # the last paragraph; the next one decides whether it is a heading
         for paragraph in split(BLANK_LINE, page):
             if before.strip():
                 level = HEADING_LEVEL if _heads(before, paragraph) else 0
@@ -61,7 +61,7 @@ def _heads(paragraph: str, after: str) -> bool:
 
 
 def read_lines(data: bytes) -> Iterator[Block]:
-    """Logs and source code: every line stays one; a part of at most MOST_LINES is a block."""
+    """Read logs and source code. Every line stays a line; at most MOST_LINES make a block."""
     text = decode(data)
     check_characters(len(text))
     part: list[str] = []
@@ -76,9 +76,9 @@ def read_lines(data: bytes) -> Iterator[Block]:
 
 
 def decode(data: bytes, declared: str = "") -> str:
-    """Text of UTF-8, UTF-16 with its mark, the encoding ``declared``, or Windows-1252.
+    """Decode UTF-8, UTF-16 with its mark, the encoding ``declared``, or Windows-1252.
 
-    Raises DocumentError for what is no text, or too much of it.
+    Raises DocumentError for data that is not text, or is too long.
     """
     if len(data) > MAX_ENCODED_BYTES:
         raise DocumentError(f"holds more than {MAX_ENCODED_BYTES >> 20} MiB of text; split it")
@@ -112,7 +112,7 @@ def lines(text: str) -> Iterator[str]:
 
 
 def unwrap(paragraph: str) -> str:
-    """The lines of a paragraph joined where an editor had wrapped them."""
+    """Join the lines of a paragraph that an editor had wrapped."""
     joined = io.StringIO()
     length = 0  # of the line that is being joined
     for line in lines(paragraph):

@@ -24,7 +24,7 @@ _LAST = ("See also", "References", "Notes", "External links", "Further reading")
 
 
 _PAGE = re.compile(r"<title>(.*?)</title>.*?<text[^>]*>(.*?)</text>", re.DOTALL)
-_SENTENCES = 200  # characters that a paragraph of prose has at least
+_SENTENCES = 200  # the least characters of a paragraph of prose
 
 
 def article(wiki: Path, title: str) -> Iterator[Block]:
@@ -36,9 +36,9 @@ def article(wiki: Path, title: str) -> Iterator[Block]:
 
 
 def prose(wiki: Path) -> str:
-    """The paragraphs of all articles, a line each, an empty line between articles.
+    """The paragraphs of all articles, one per line, with an empty line between articles.
 
-    Raises ValueError where the file is no such dump.
+    Raises ValueError if the file is not such a dump.
     """
     try:
         dump = bz2.decompress(wiki.read_bytes()).decode("utf-8")

@@ -13,11 +13,11 @@ from pocketslm.runtime.assistant.readers.limits import check_characters
 from pocketslm.runtime.assistant.readers.tables import MOST_COLUMNS, named_rows
 
 _BOOK = "xl/workbook.xml"
-_DATE_FORMATS = {*range(14, 18), 22, *range(27, 37), *range(50, 59)}  # that need no definition
+_DATE_FORMATS = {*range(14, 18), 22, *range(27, 37), *range(50, 59)}  # without a definition
 _LITERAL = re.compile(r'"[^"]*+"?|\\.|\[[^\]]*+\]?')
 _COLUMN = re.compile(r"[A-Z]{1,3}")
 _LAST_DAY = 2_958_465  # the end of the year 9999
-GAP_COST = 8  # characters that an empty cell counts as: it takes as much memory
+GAP_COST = 8  # an empty cell counts as so many characters, since it takes as much memory
 _EPOCH = datetime(1899, 12, 30)  # so that days after February 1900 are right
 
 
@@ -77,7 +77,7 @@ def _strings(archive: Archive) -> list[str]:
 
 
 def _date_styles(archive: Archive) -> set[int]:
-    """Which of the cells' formats show a number as a date."""
+    """The cell formats that show a number as a date."""
     codes: dict[str, bool] = {}
     formats: list[bool] = []
     cells = False
@@ -104,7 +104,7 @@ def _date_styles(archive: Archive) -> set[int]:
 
 
 class _Sheet:
-    """A sheet's rows of shown values; what cells share is counted each time that it is used."""
+    """A sheet's rows of shown values. A shared text counts each time that a cell uses it."""
 
     def __init__(
         self, archive: Archive, file: str, strings: list[str], dates: set[int], later: int
