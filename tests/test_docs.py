@@ -61,7 +61,9 @@ def test_the_page_of_the_runner() -> None:
     require(text, re.findall(r"request\.(?:text|number|count|flag|list|value)\(\"(\w+)\"", code))
     require(text, re.findall(r"emit\(\"(\w+)\"", code))
     require(text, re.findall(r"\\\"(\w+)\\\":", code.replace('\\"event\\"', "")))
-    require(text, re.findall(r"outcome\.reason = \"(\w+)\"", source("runner/engine.cpp")))
+    reasons = re.search(r"kReasons\[\] = \{([^}]*)\}", source("runner/engine.cpp"))
+    assert reasons
+    require(text, [*re.findall(r"\w+", reasons[1]), "cancelled"])
 
 
 def test_the_page_of_the_c_interface() -> None:

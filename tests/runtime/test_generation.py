@@ -18,6 +18,7 @@ from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
 from pocketslm.profiling.engine import SessionEngine
+from pocketslm.runtime import answer as answer_module
 from pocketslm.runtime import generation, sampling
 from pocketslm.runtime.answer import Step
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
@@ -134,7 +135,7 @@ def test_the_native_head_s_own_choice_draws_the_same(
     config = GenerationConfig(max_new_tokens=20, ignore_eos=True, **options)
     model = Model.load(tiny_bundle, backend="native")
     fused = [(r.token, r.logprob) for r in model.generate(PROMPT, config)]
-    monkeypatch.setattr(generation, "highest_needed", lambda _: None)
+    monkeypatch.setattr(answer_module, "highest_needed", lambda _: None)
     whole = [(r.token, r.logprob) for r in model.generate(PROMPT, config)]
     assert [token for token, _ in fused] == [token for token, _ in whole]
     if config.logprobs:
