@@ -4,8 +4,8 @@
 
 Both servers run on this machine, on a model of the same weights, and take turns: in each round
 every number of clients asks each server, and each client its own question. Answers are streamed and
-of a fixed length. Printed are, over all rounds, the tokens a second of all clients, and the times to
-the first token and between two tokens.
+of a fixed length. Printed are, over all rounds, the tokens a second of all clients, and the times
+to the first token and between two tokens.
 """
 
 from __future__ import annotations
