@@ -2,10 +2,10 @@
 
     python -m pocketslm.profiling.serving out/smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-Both servers run on this machine, one at a time and turn by turn, on a model of the same weights. A
-number of clients ask for streamed answers of a fixed length, each one question after the other, and
-every client its own. Printed are the tokens a second of all, and the times to the first token and
-between two tokens.
+Both servers run on this machine, on a model of the same weights, and take turns: in each round
+every number of clients asks each server, and each client its own question. Answers are streamed and
+of a fixed length. Printed are, over all rounds, the tokens a second of all clients, and the times
+to the first token and between two tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +58,12 @@ class Taken:
     @property
     def per_second(self) -> float:
         return self.tokens * 1e9 / self.wall_ns
+
+    def add(self, other: Taken) -> None:
+        self.tokens += other.tokens
+        self.wall_ns += other.wall_ns
+        self.first_ns += other.first_ns
+        self.gaps_ns += other.gaps_ns
 
 
 def ask(port: int, question: str, tokens: int) -> Taken:
@@ -96,27 +102,23 @@ def ask(port: int, question: str, tokens: int) -> Taken:
     return Taken(len(marks), marks[-1] - start, [marks[0] - start], gaps)
 
 
-def load(port: int, clients: int, rounds: int, tokens: int) -> Taken:
-    """So many clients at once, each with ``rounds`` questions one after the other."""
+def load(port: int, clients: int, first: int, tokens: int) -> Taken:
+    """So many clients at once, with questions from the ``first`` on."""
     ready = Barrier(clients + 1)
 
-    def client(number: int) -> list[Taken]:
+    def client(number: int) -> Taken:
         ready.wait()
-        mine = [QUESTIONS[(number + turn * clients) % len(QUESTIONS)] for turn in range(rounds)]
-        return [ask(port, question, tokens) for question in mine]
+        return ask(port, QUESTIONS[(first + number) % len(QUESTIONS)], tokens)
 
+    taken = Taken()
     with ThreadPoolExecutor(clients) as threads:
-        running = [threads.submit(client, number) for number in range(clients)]
+        answers = [threads.submit(client, number) for number in range(clients)]
         ready.wait()
         start = time.perf_counter_ns()
-        taken = [one for answers in running for one in answers.result()]
-        wall = time.perf_counter_ns() - start
-    return Taken(
-        sum(one.tokens for one in taken),
-        wall,
-        [ns for one in taken for ns in one.first_ns],
-        [ns for one in taken for ns in one.gaps_ns],
-    )
+        for answer in answers:
+            taken.add(answer.result())
+    taken.wall_ns = time.perf_counter_ns() - start
+    return taken
 
 
 @contextmanager
@@ -168,37 +170,33 @@ def main() -> int:
     parser.add_argument("--clients", type=numbers, default=[1, 2, 4, 8], help="(default: 1,2,4,8)")
     parser.add_argument("--parallel", type=int, help="of our server (default: the most clients)")
     parser.add_argument("-n", "--tokens", type=int, default=64, help="of an answer (default: 64)")
-    parser.add_argument("-r", "--rounds", type=int, default=2, help="of questions (default: 2)")
+    parser.add_argument("-r", "--rounds", type=int, default=3, help="(default: 3)")
     parser.add_argument("-t", "--threads", type=int, default=usable_cores())
     args = parser.parse_args()
-    port = free_port()
     parallel = args.parallel or max(args.clients)
-    servers = {"pocketslm": ours(args.bundle, port, parallel, args.threads)}
+    ports = {"pocketslm": free_port()}
+    commands = [ours(args.bundle, ports["pocketslm"], parallel, args.threads)]
     if args.gguf:
-        servers["llama-cpp-python"] = theirs(args.gguf, port, args.threads)
-    rows: list[list[str]] = []
-    alone: dict[str, Taken] = {}
+        ports["llama-cpp-python"] = free_port()
+        commands.append(theirs(args.gguf, ports["llama-cpp-python"], args.threads))
+    taken = {(name, clients): Taken() for name in ports for clients in args.clients}
     try:
-        for name, command in servers.items():
-            with running(command, port):
+        with ExitStack() as stack:
+            for command, port in zip(commands, ports.values(), strict=True):
+                stack.enter_context(running(command, port))
                 ask(port, QUESTIONS[0], 8)  # first touches of memory, not counted
-                for clients in args.clients:
-                    taken = load(port, clients, args.rounds, args.tokens)
-                    alone.setdefault(name, taken)
-                    gaps = [ns / 1e6 for ns in taken.gaps_ns]
-                    rows.append(
-                        [
-                            name,
-                            str(clients),
-                            f"{taken.per_second:.1f}",
-                            f"{taken.per_second / alone[name].per_second:.2f}",
-                            f"{statistics.median(taken.first_ns) / 1e6:.0f} ms",
-                            *(f"{percentile(gaps, p):.1f} ms" for p in (50, 99)),
-                        ]
-                    )
+            for turn in range(args.rounds):
+                for (name, clients), one in taken.items():
+                    one.add(load(ports[name], clients, turn * clients, args.tokens))
     except PocketSlmError as error:
         print(error, file=sys.stderr)
         return 2
+    rows = []
+    for (name, clients), one in taken.items():
+        gain = one.per_second / taken[name, args.clients[0]].per_second
+        times = [f"{percentile(one.gaps_ns, percent) / 1e6:.1f} ms" for percent in (50, 99)]
+        first = f"{statistics.median(one.first_ns) / 1e6:.0f} ms"
+        rows.append([name, str(clients), f"{one.per_second:.1f}", f"{gain:.2f}", first, *times])
     head = ["server", "clients", "t/s of all", "of the first", "TTFT", "a token, p50", "p99"]
     show(md_table(head, ["l", *"rrrrrr"], rows), end="")
     return 0
