@@ -1,6 +1,7 @@
 // Several contexts of one session under sanitizers: prompts and single tokens together, every kind of
 // what may be wanted, and another thread that asks meanwhile.
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <thread>
 #include <vector>
@@ -24,6 +25,7 @@ int main(int, char** arguments) {
       pslm_length(session);
       pslm_kv_bytes(session, 3);
       pslm_use_slot(session, 1, {});  // busy, or done
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
   });
   std::vector<int32_t> tokens;
