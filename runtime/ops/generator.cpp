@@ -3,7 +3,9 @@
 // Greedy tokens are picked by the head, and guesses at those behind them are checked in the same call;
 // everything else is picked from all logits. What was made ahead waits until it is asked for.
 #include <algorithm>
+#include <cmath>
 #include <deque>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -21,7 +23,9 @@ constexpr size_t kPart = 256;  // tokens of a text that are read at a time
 pslm_status check_sampling(const pslm_generation& options, pslm_error error) {
   const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
   const char* wrong = nullptr;
-  if (!within(options.temperature, 0, 100)) wrong = "a temperature is 0 to 100";
+  // Logits over a lower one are infinite.
+  if (options.temperature != 0 && !within(options.temperature, 1e-6f, 1e9f))
+    wrong = "a temperature is 0, or 1e-6 to 1e9";
   if (!within(options.top_p, 0, 1) || !within(options.min_p, 0, 1))
     wrong = "top_p and min_p are 0 to 1";
   if (!within(options.repetition_penalty, 0.01f, 100)) wrong = "a repetition penalty is 0.01 to 100";
@@ -268,6 +272,15 @@ pslm_status pslm_sampler_pick(pslm_sampler* sampler, float* logits, size_t count
   if (const pslm_status status =
           check_vocabulary(static_cast<uint32_t>(count), seen, seen_count, error))
     return status;
+  // Minus infinity is what a constraint rules out.
+  float highest = -std::numeric_limits<float>::infinity();
+  bool numbers = true;
+  for (size_t i = 0; i < count; ++i) {
+    numbers &= !std::isnan(logits[i]);
+    highest = std::max(highest, logits[i]);
+  }
+  if (!numbers || !std::isfinite(highest))
+    return report(error, PSLM_ERROR_NOT_FINITE, "no token can be drawn from logits that are not finite");
   return guarded(error, [&] {
     *token = sampler->sampler.pick(logits, count, seen, seen_count);
     return PSLM_OK;

@@ -282,7 +282,7 @@ PSLM_API pslm_status pslm_lookup_judge(pslm_lookup* lookup, size_t right, pslm_e
  * repetition_penalty, which are 1, is greedy to the end of the context. */
 typedef struct {
   uint32_t max_tokens;         /* 0: as many as the context holds */
-  float temperature;           /* 0: the most probable token */
+  float temperature;           /* 1e-6 to 1e9, or 0: the most probable token */
   uint32_t top_k;              /* 0: all */
   float top_p, min_p;          /* 1 and 0: all */
   float repetition_penalty;    /* 0.01 to 100; 1: none */

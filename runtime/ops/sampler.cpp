@@ -107,6 +107,7 @@ void Sampler::keep_nucleus() {
   const auto lower = [](const auto& a, const auto& b) {
     return a.first != b.first ? a.first < b.first : a.second > b.second;
   };
+  if (candidates_.empty()) return;
   std::make_heap(candidates_.begin(), candidates_.end(), lower);
   double mass = 0;
   size_t left = candidates_.size();

@@ -14,7 +14,7 @@ import pocketslm
 from pocketslm import GenerationConfig, Model
 from pocketslm.errors import UsageError
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "python.md"
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ std::string parse(int count, char** values, Arguments& out) {
     } else if (name == "--top-k") {
       valid = whole(0, 1 << 24, out.generation.options.top_k);
     } else if (name == "--temperature") {
-      valid = parse_number(value, 0, 100, n);
+      valid = parse_number(value, 0, 1e9, n);
       out.generation.options.temperature = static_cast<float>(n);
     } else if (name == "--top-p") {
       valid = parse_number(value, 0, 1, n);

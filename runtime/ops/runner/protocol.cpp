@@ -354,7 +354,7 @@ class Server {
     pslm_generation& options = generation.options;
     options.max_tokens = request.count("max_tokens", 128, 1, 1 << 24);
     generation.ignore_eos = request.flag("ignore_eos");
-    options.temperature = static_cast<float>(request.number("temperature", 0, 0, 100));
+    options.temperature = static_cast<float>(request.number("temperature", 0, 0, 1e9));
     options.top_k = request.count("top_k", 0, 0, 1 << 24);
     options.top_p = static_cast<float>(request.number("top_p", 1, 0, 1));
     options.min_p = static_cast<float>(request.number("min_p", 0, 0, 1));

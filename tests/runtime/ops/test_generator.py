@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from native_support import quantize, tiny_config, write_tiny
 
-from pocketslm.errors import ContextOverflowError, UsageError
+from pocketslm.errors import BackendError, ContextOverflowError, UsageError
 from pocketslm.models.tensors import Weight
 from pocketslm.runtime.backends.native import NativeModel, NativeSession
 from pocketslm.runtime.backends.native_library import ErrorText, MadeEntry
@@ -157,7 +157,8 @@ def test_it_is_held_to_a_constraint(model: NativeModel) -> None:
 def test_what_cannot_be_is_refused(model: NativeModel) -> None:
     session, config = model.session(threads=1, context=32), GenerationConfig()
     for options, what in (
-        ({"temperature": float("nan")}, "temperature is 0 to 100"),
+        ({"temperature": float("nan")}, "temperature is 0, or 1e-6"),
+        ({"temperature": 1e-30}, "temperature is 0, or 1e-6"),
         ({"top_p": 1.5}, "top_p and min_p"),
         ({"repetition_penalty": 0.0}, "repetition penalty is 0.01 to 100"),
     ):
@@ -191,6 +192,17 @@ def test_the_program_of_the_docs_says_what_the_runner_says(
         )
     ]
     assert told[0].rstrip(b"\n") == told[1].rstrip(b"\n") != b""
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nothing_is_drawn_from_what_is_no_number(bad: float) -> None:
+    sampler = NativeSampler(GenerationConfig(do_sample=True, top_p=0.9), 0)
+    logits = np.zeros(20, np.float32)
+    logits[3] = bad
+    with pytest.raises(BackendError, match="not finite"):
+        sampler([], logits)
+    with pytest.raises(BackendError, match="not finite"):
+        sampler([], np.full(20, -np.inf, np.float32))
 
 
 @pytest.mark.parametrize("top_k", [0, 20])

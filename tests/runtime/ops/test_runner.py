@@ -268,6 +268,7 @@ def test_threads_stay_on_the_cpus_asked_for(runner_path: Path, chat_model: Path)
         ({"op": "probe", "thread": 1}, "'thread' is unknown here"),
         ({"op": "reset", "x": 1}, "'x' is unknown here"),
         ({"op": "generate", "tokens": [1], "temperature": -1}, "'temperature' must be"),
+        ({"op": "generate", "tokens": [1], "temperature": 1e-30}, "temperature is 0, or 1e-6"),
         ({"op": "generate", "tokens": [1], "max_tokens": 1.5}, "'max_tokens' must be"),
         ({"op": "generate", "tokens": [1], "top_p": "x"}, "'top_p' must be"),
         ({"op": "bench", "prompt_tokens": 500}, "do not fit"),
