@@ -28,21 +28,12 @@ from pathlib import Path
 from threading import Barrier
 
 from pocketslm.errors import BackendError, PocketSlmError
+from pocketslm.profiling.lookup import CHATS
 from pocketslm.profiling.records import percentile
 from pocketslm.profiling.tables import md_table
 from pocketslm.runtime.backends import usable_cores
 from pocketslm.terminal import numbers, show
 
-QUESTIONS = (
-    "Write a short story about a lighthouse keeper.",
-    "Explain how a bicycle stays upright.",
-    "Give me five ideas for a birthday party.",
-    "What is the difference between a virus and a bacterium?",
-    "Write a polite letter to a landlord about a broken heater.",
-    "How do I cook rice?",
-    "Describe a walk through an old town in the rain.",
-    "What should I know before I adopt a dog?",
-)
 WAIT_S = 120.0  # for a server to start, and for a token
 
 
@@ -108,7 +99,7 @@ def load(port: int, clients: int, first: int, tokens: int) -> Taken:
 
     def client(number: int) -> Taken:
         ready.wait()
-        return ask(port, QUESTIONS[(first + number) % len(QUESTIONS)], tokens)
+        return ask(port, CHATS[(first + number) % len(CHATS)], tokens)
 
     taken = Taken()
     with ThreadPoolExecutor(clients) as threads:
@@ -184,7 +175,7 @@ def main() -> int:
         with ExitStack() as stack:
             for command, port in zip(commands, ports.values(), strict=True):
                 stack.enter_context(running(command, port))
-                ask(port, QUESTIONS[0], 8)  # first touches of memory, not counted
+                ask(port, CHATS[0], 8)  # first touches of memory, not counted
             for turn in range(args.rounds):
                 for (name, clients), one in taken.items():
                     one.add(load(ports[name], clients, turn * clients, args.tokens))

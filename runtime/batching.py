@@ -16,7 +16,7 @@ from pocketslm.runtime import forks
 from pocketslm.runtime.answer import Answer, Cache, Limiting, Made, Step
 from pocketslm.runtime.backends import Part, Session, SlotSession, Wanted
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.generation import Closing, new_limit, stale, whole
+from pocketslm.runtime.generation import Generating, new_limit, stale, whole
 from pocketslm.runtime.prefixes import Keeping
 
 # Tokens of a step while answers are made: what is not theirs is for prompts, but some always are.
@@ -67,7 +67,7 @@ class _Seat:
         )
 
 
-class Batch:
+class Batch(Generating):
     """What :class:`pocketslm.runtime.generation.Engine` is, for several generations at once.
 
     Each gives the tokens that it would give alone. As many run as the session has slots; others
@@ -76,12 +76,12 @@ class Batch:
     would wait for it.
     """
 
+    session: SlotSession
     follows_by_itself = False
 
     def __init__(self, session: SlotSession) -> None:
         self.session = session
         self._slots = [Cache(slot) for slot in session.slots]
-        self._closed = False
         self.after_fork()
         forks.watch(self)
 
@@ -145,23 +145,6 @@ class Batch:
             for seat in self._seats:
                 seat.over = True
             self._changed.notify_all()
-
-    def close(self) -> None:
-        """End the generations that run now and give the session's memory and threads back.
-
-        Later calls raise UsageError; a second close does nothing.
-        """
-        if self._closed:
-            return
-        self.cancel()
-        with self.exclusive():
-            self._closed = True
-            if isinstance(self.session, Closing):
-                self.session.close()
-
-    def _open(self) -> None:
-        if self._closed:
-            raise UsageError("this model was closed; load it again")
 
     def _steps(
         self,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from operator import index
 from typing import Protocol, runtime_checkable
 
@@ -107,11 +108,46 @@ class Closing(Protocol):
     def close(self) -> None: ...
 
 
-class Engine:
+class Generating(ABC):
+    """A session that texts are generated with, by one caller or several."""
+
+    session: Session
+    _closed = False
+
+    @abstractmethod
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Change the session so that what it holds counts no more."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """End what is generated now, after the tokens that are being made; from any thread.
+
+        It has no last step with a finish.
+        """
+
+    def close(self) -> None:
+        """End the generations that run now and give the session's memory and threads back.
+
+        Later calls raise UsageError; a second close does nothing.
+        """
+        if self._closed:
+            return
+        self.cancel()
+        with self.exclusive():
+            self._closed = True
+            if isinstance(self.session, Closing):
+                self.session.close()
+
+    def _open(self) -> None:
+        if self._closed:
+            raise UsageError("this model was closed; load it again")
+
+
+class Engine(Generating):
     """A session that remembers which tokens its cache holds, and reuses them.
 
     A prompt that begins as the last sequence did is only prefilled from where it differs: the
-    second question about a document does not read the document again. ``keeping`` holds more than
+    second question about a document does not read the document again. `keep_with` holds more than
     the last sequence, see :mod:`pocketslm.runtime.prefixes`.
 
     Any thread may generate at any time: generations come after each other, and each gives what it
@@ -124,7 +160,6 @@ class Engine:
         self.session = session
         self.cache = Cache(session)
         self._turns = Turns()
-        self._closed = False
 
     parallel = 1  # generations at once; see :class:`pocketslm.runtime.batching.Batch`
 
@@ -197,23 +232,6 @@ class Engine:
         self._turns.cancel()
         if isinstance(self.session, Cancelling):
             self.session.cancel()
-
-    def close(self) -> None:
-        """End the generation that runs now and give the session's memory and threads back.
-
-        Later calls raise UsageError; a second close does nothing.
-        """
-        if self._closed:
-            return
-        self.cancel()
-        with self.exclusive():
-            self._closed = True
-            if isinstance(self.session, Closing):
-                self.session.close()
-
-    def _open(self) -> None:
-        if self._closed:
-            raise UsageError("this model was closed; load it again")
 
     def _in_turn(self, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
         """The same steps, the last of them when the turn is over."""

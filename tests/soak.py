@@ -26,7 +26,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from pocketslm.profiling.serving import QUESTIONS, free_port, ours, running
+from pocketslm.profiling.lookup import CHATS
+from pocketslm.profiling.serving import free_port, ours, running
 
 PARALLEL = 4
 CLIENTS = 7
@@ -63,7 +64,7 @@ class Clients:
         self.lock = threading.Lock()
 
     def good(self, rng: Random) -> None:
-        question = rng.choice(QUESTIONS)
+        question = rng.choice(CHATS)
         status, body = request(self.port, "/v1/chat/completions", chat(question, temperature=0))
         if status == 503:
             self.counts["busy"] += 1
@@ -84,7 +85,7 @@ class Clients:
                 {"max_tokens": 1},
             )
         )
-        self._expect(chat(rng.choice(QUESTIONS), **options), 200, 503)
+        self._expect(chat(rng.choice(CHATS), **options), 200, 503)
 
     def rubbish(self, rng: Random) -> None:
         bad: tuple[Any, ...] = ([], {"messages": 1}, {"messages": []}, {"n": 2}, chat("a", seed=-1))
@@ -92,7 +93,7 @@ class Clients:
         self._raw(rng.randbytes(rng.randrange(2000)))
 
     def hang_up(self, rng: Random) -> None:
-        body = json.dumps(chat(rng.choice(QUESTIONS), stream=rng.random() < 0.5)).encode()
+        body = json.dumps(chat(rng.choice(CHATS), stream=rng.random() < 0.5)).encode()
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
         )
