@@ -147,7 +147,8 @@ def resident(process: int) -> int:
 def soak(bundle: Path, minutes: float) -> list[str]:
     """What was wrong; nothing where all is well."""
     port, seconds = free_port(), minutes * 60
-    with running(ours(bundle, port, PARALLEL, 2), port):
+    # States of earlier prompts fill the memory that they may have before the middle of a run.
+    with running([*ours(bundle, port, PARALLEL, 2), "--prefix-mb", "16"], port):
         clients, process = Clients(port), child()
         memory: list[int] = []
         until = time.monotonic() + seconds
