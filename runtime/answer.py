@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -49,19 +48,6 @@ class Step(NamedTuple):
     logprob: float | None
     time_ns: int
     finish: Finish | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Logits of the tokens that may come next.
-
-    tokens: their ids, in ascending order; None where there is a logit for each of the vocabulary.
-    log_total: the logarithm of the sum of exp over all logits of the vocabulary, where wanted.
-    """
-
-    logits: Logits
-    tokens: npt.NDArray[np.int32] | None
-    log_total: float | None
 
 
 class Limiting(Protocol):
@@ -258,7 +244,7 @@ class Answer:
         self.wanted = Wanted.LOGITS
         if picks and not config.logprobs:
             self.wanted = Wanted.NEXT
-        elif highest is not None and isinstance(cache.session, TopSession):
+        elif highest is not None and fused:
             self.wanted = Wanted.TOP
         self.highest = highest or 0
         self._greedy = greedy_step(cache.session)
@@ -310,32 +296,36 @@ class Answer:
         if self.wanted == Wanted.NEXT:
             assert following.tokens is not None
             return Made(int(following.tokens[0]))
-        return self._choose(self._scores(following))
+        return self._choose(following)
 
-    def _choose(self, scores: Scores, guessed: Sequence[int] = ()) -> Made:
-        """The token that comes next; ``guessed``: those behind ``ids`` that were right."""
+    def _choose(self, following: Following, guessed: Sequence[int] = ()) -> Made:
+        """The token that comes next by its logits; ``guessed``: those behind ``ids`` that were
+        right."""
         limits = self._limits
+        tokens, logits, total = self._in_order(following)
         # The raw ones say how probable the token was.
-        processed = scores.logits.copy() if self._config.logprobs else scores.logits
+        processed = logits.copy() if self._config.logprobs else logits
         if limits:
             limits.apply(processed)
         choice = self._choose_token([*self.ids, *guessed] if guessed else self.ids, processed)
-        token = choice if scores.tokens is None else int(scores.tokens[choice])
+        token = choice if tokens is None else int(tokens[choice])
         if limits:
             limits.advance(token)
-        total = scores.log_total
-        logprob = None if total is None else float(scores.logits[choice]) - total
+        logprob = None if total is None else float(logits[choice]) - total
         return Made(token, logprob, limits is not None and limits.must_end)
 
-    def _scores(self, following: Following) -> Scores:
-        """The same with all that is asked for, in the order of the vocabulary."""
+    def _in_order(
+        self, following: Following
+    ) -> tuple[npt.NDArray[np.int32] | None, Logits, float | None]:
+        """The same in the order of the vocabulary, and its last part where probabilities are asked
+        for."""
         tokens, logits, total = following
         assert logits is not None
         asked = self._config.logprobs
         if tokens is None:
-            return Scores(logits, None, log_sum_exp(logits) if asked else None)
+            return None, logits, log_sum_exp(logits) if asked else None
         order = np.argsort(tokens)  # as in the vocabulary, so that a seed draws the same
-        return Scores(logits[order], tokens[order], total if asked else None)
+        return tokens[order], logits[order], total if asked else None
 
     def _follow(self, new: Sequence[int], guessed: Sequence[int]) -> list[Made]:
         """Append tokens and guesses at the ones behind them; the tokens that follow, up to the
@@ -358,7 +348,7 @@ class Answer:
         rows = session.forward(tokens, all_logits=bool(guessed))[-1 - len(guessed) :]
         made: list[Made] = []
         for at, row in enumerate(rows):
-            made.append(self._choose(self._scores(Following(None, row, None)), guessed[:at]))
+            made.append(self._choose(Following(None, row, None), guessed[:at]))
             if at == len(guessed) or made[-1].token != guessed[at] or made[-1].whole:
                 break
         return made

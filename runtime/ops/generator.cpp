@@ -141,29 +141,26 @@ struct pslm_generator {
   // Appends tokens of the text, the last of which are guesses, and picks what follows, up to the first
   // that was not guessed.
   pslm_status append(const int32_t* tokens, size_t count, size_t guessed, pslm_error error) {
-    const size_t rows = 1 + guessed, width = logits_.size();
+    const size_t rows = 1 + guessed, width = logits_.size(), known = text_.size();
     const bool by_logits = sampler_.needs_logits() || options_.logprobs || options_.constraint;
     int32_t best[1 + PromptLookup::kMost];
     std::vector<float>& out = guessed ? rows_ : logits_;
+    if (guessed) text_.insert(text_.end(), tokens + 1, tokens + count);  // until all are picked
     pslm_status status;
     if (by_logits) {
       out.resize(std::max(out.size(), rows * width));
       status = pslm_forward(session_, tokens, count, guessed ? PSLM_LOGITS_ALL : PSLM_LOGITS_LAST,
                             out.data(), out.size(), error);
     } else {
-      const size_t first = sampler_.penalty() > 1 ? from() : text_.size();
-      std::vector<int32_t> seen(text_.begin() + static_cast<std::ptrdiff_t>(first), text_.end());
-      seen.insert(seen.end(), tokens + count - guessed, tokens + count);
-      const pslm_penalty penalty{sampler_.penalty(), seen.data(), seen.size()};
-      status = pslm_forward_greedy(session_, tokens, count, rows, &penalty, best, error);
+      const pslm_penalty penalty{sampler_.penalty(), text_.data() + from(), text_.size() - from()};
+      status = pslm_forward_greedy(session_, tokens, count, rows,
+                                   penalty.factor > 1 ? &penalty : nullptr, best, error);
     }
     for (size_t at = 0; status == PSLM_OK && at < rows; ++at) {
       held_ += at ? 1 : count - guessed;
       if (by_logits) {
         if (guessed) std::copy_n(out.data() + at * width, width, logits_.data());
-        text_.insert(text_.end(), tokens + count - guessed, tokens + count - guessed + at);
-        status = pick(error);
-        text_.resize(text_.size() - at);
+        status = pick(known + at, error);
       } else {
         ready_.push_back({best[at]});
       }
@@ -171,11 +168,12 @@ struct pslm_generator {
           ready_.back().token != tokens[count - guessed + at])
         break;
     }
+    text_.resize(known);
     return status;
   }
 
-  // A token from logits_, behind text_.
-  pslm_status pick(pslm_error error) {
+  // A token from logits_, behind the first `known` of text_.
+  pslm_status pick(size_t known, pslm_error error) {
     if (options_.logprobs) raw_ = logits_;  // before any penalty
     if (options_.constraint) {
       const pslm_status status =
@@ -183,7 +181,7 @@ struct pslm_generator {
       if (status != PSLM_OK) return status;
     }
     Picked picked{sampler_.pick(logits_.data(), logits_.size(), text_.data() + from(),
-                                text_.size() - from())};
+                                known - from())};
     if (options_.logprobs) picked.logprob = log_probability(raw_, picked.token);
     if (options_.constraint) {
       if (const pslm_status status =

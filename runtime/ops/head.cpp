@@ -213,7 +213,9 @@ void Session::run_head(unsigned m, Head head, float* logits) {
         const Asked asked = head == Head::greedy  ? Asked{nullptr, 0}
                             : head == Head::asked ? asked_[t + i]
                                                   : Asked{logits + (t + i) * w.rows, 0};
-        finish_logits(!asked.logits && !asked.top && !penalizes_, row, live, first);
+        // What a row's penalty asks for is no other row's: each gets the bits that it gets alone.
+        const bool ranked = !asked.logits && !asked.top && !(penalized_[t + i].factor > 1);
+        finish_logits(ranked, row, live, first);
         if (asked.logits) {
           member.finite &= all_finite(row, live);
           std::memcpy(asked.logits + first, row, live * sizeof(float));

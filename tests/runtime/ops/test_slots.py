@@ -12,7 +12,7 @@ from program_cases import DECODERS, program
 from program_support import VOCABULARY
 
 from pocketslm.errors import ContextOverflowError, UsageError
-from pocketslm.runtime.backends import Part, Wanted
+from pocketslm.runtime.backends import Part, Penalty, Wanted
 from pocketslm.runtime.backends.native import NativeModel, NativeSession
 from pocketslm.runtime.backends.native_library import Entry, ErrorText, isa_names
 
@@ -151,3 +151,17 @@ def test_memory_of_an_unused_slot_is_not_touched(chat_model: Path) -> None:
     for slot in session.slots[1:]:
         slot.forward(np.arange(count) % 90)
     assert resident() - before > session.kv_bytes / 2
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_penalty_is_for_one_slot(name: str, tmp_path: Path) -> None:
+    """Also where it makes logits take their factor and cap, which others do without."""
+    model = NativeModel(program(name).write(tmp_path / "m.slm"))
+    alone = [model.session(threads=1) for _ in range(SLOTS)]
+    together = model.session(threads=2, slots=SLOTS)
+    for step in pieces(((20, 3, 1), (1, 1, 1), (2, 1, 1))):
+        best = [int(model.session(threads=1).forward(ids)[0].argmax()) for _, ids in step]
+        penalties = [None, Penalty(1.3, np.array(best)), Penalty(100.0, TOKENS[2, :30])]
+        parts = [Part(slot, ids, Wanted.NEXT, penalty=penalties[slot]) for slot, ids in step]
+        for (slot, ids), found in zip(step, together.forward_slots(parts), strict=True):
+            assert found.tokens == alone[slot].forward_greedy(ids, 1, penalties[slot])
