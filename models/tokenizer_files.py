@@ -127,6 +127,7 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
         "post_processor",
         _template(vocabulary, "bos" if add_bos else None, "eos" if add_eos else None),
     )
+    document["model"] = document.pop("model")  # last, as in Hugging Face's files
     config: Json = {
         "add_bos_token": add_bos,
         "add_eos_token": add_eos,

@@ -15,6 +15,7 @@ from pocketslm.runtime.adapters import PREFIX, SUFFIX, read_updates
 from pocketslm.runtime.answer import Finish, Limiting, Step
 from pocketslm.runtime.backends import (
     AdapterSession,
+    PackedSession,
     SavingSession,
     Session,
     SlotSession,
@@ -144,8 +145,9 @@ class Model:
         BackendError, TokenizerError, UsageError.
         """
         bundle = open_bundle(path, verify=verify)
-        tokenizer = load_tokenizer(bundle.path)
         session = open_session(bundle, backend, threads, context, parallel)
+        packed = session.tokenizer() if isinstance(session, PackedSession) else None
+        tokenizer = load_tokenizer(bundle.path, packed=packed)
         engine: Engine | Batch = Engine(session)
         if isinstance(session, SlotSession) and len(session.slots) > 1:
             engine = Batch(session)
@@ -468,7 +470,7 @@ def _marked_stops(
     texts = {
         text: id_
         for id_ in tokenizer.special_ids
-        if (text := tokenizer.texts[id_]) and any(text in stop for stop in stop_strings)
+        if (text := tokenizer.text_of(id_)) and any(text in stop for stop in stop_strings)
     }
     special = any_of(texts)
     if special is None:

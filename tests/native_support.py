@@ -325,3 +325,16 @@ def reference_logits(
     tied = c.tie_word_embeddings
     head = embedding if tied else get("lm_head.weight", c.vocab_size, c.hidden_size)
     return x @ head.T
+
+
+def model_with_tokenizer(folder: Path, tokenizer: bytes | None, size: int = 3002) -> NativeModel:
+    """A tiny random model with a packed tokenizer, or none, in its file."""
+    config = tiny_config(vocab_size=size)
+    weights = tiny_weights(config, lambda _, w: w)
+    lower(
+        trace(config, config.max_position_embeddings),
+        weights,
+        folder / "model.slm",
+        tokenizer=tokenizer,
+    )
+    return NativeModel(folder / "model.slm")

@@ -18,6 +18,7 @@ from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.tokenizer.packed import PackedTokenizer
 
 Logits = npt.NDArray[np.float32]
 
@@ -106,6 +107,15 @@ class SavingSession(Session, Protocol):
 
     def restore(self, length: int, saved: bytes | memoryview) -> None:
         """Replace the state by one that was saved at ``length`` tokens. Raises UsageError."""
+        ...
+
+
+@runtime_checkable
+class PackedSession(Session, Protocol):
+    """A session whose model file has the tokenizer, too."""
+
+    def tokenizer(self) -> PackedTokenizer | None:
+        """What export packed of ``tokenizer.json``; None where it is of a form that it does not."""
         ...
 
 

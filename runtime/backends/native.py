@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.errors import BackendError, UsageError
+from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.backends import (
@@ -38,6 +38,7 @@ from pocketslm.runtime.backends.native_library import (
     load_library,
 )
 from pocketslm.runtime.backends.native_sampler import NativeSampler
+from pocketslm.runtime.backends.native_tokenizer import NativeTokenizer
 from pocketslm.runtime.bundle import Bundle, Graph, file_entry
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.ops.ids import ROLE
@@ -382,6 +383,13 @@ class NativeSession:
     def sampler(self, config: GenerationConfig, prompt: int) -> NativeSampler:
         """See :class:`pocketslm.runtime.backends.DrawingSession`."""
         return NativeSampler(config, prompt)
+
+    def tokenizer(self) -> NativeTokenizer | None:
+        """See :class:`pocketslm.runtime.backends.PackedSession`."""
+        try:
+            return NativeTokenizer(self.model)
+        except BundleError:  # there is none, or one for another version of the library
+            return None
 
     def lookup(self) -> NativeLookup | None:
         """See :class:`pocketslm.runtime.backends.GuessingSession`."""

@@ -17,7 +17,7 @@ from pocketslm.errors import (
 )
 from pocketslm.runtime.ops import build
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 _ERRORS: dict[int, type[PocketSlmError]] = {
     1: UsageError,
@@ -138,6 +138,7 @@ def load_library() -> ctypes.CDLL:
         "model_blob": (pointer, (pointer, _u32, p(_size))),
         "tokenizer_open": (ctypes.c_int, (pointer, p(pointer), NativeError)),
         "tokenizer_close": (None, (pointer,)),
+        "tokenizer_pieces": (ctypes.c_int, (pointer, p(pointer), p(p(_u32)), p(_size))),
         **dict.fromkeys(
             ("encode", "decode"),
             (ctypes.c_int, (pointer, pointer, _size, _u32, pointer, _size, p(_size), NativeError)),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pocketslm.errors import TokenizerError
-from pocketslm.runtime.backends.native import NativeModel
 from pocketslm.runtime.backends.native_library import ErrorText, load_library
+
+if TYPE_CHECKING:
+    from pocketslm.runtime.backends.native import NativeModel
 
 SPECIAL, WHOLE, GOES_ON = 1, 2, 4  # PSLM_TEXT_
 
@@ -18,12 +20,14 @@ SPECIAL, WHOLE, GOES_ON = 1, 2, 4  # PSLM_TEXT_
 class NativeTokenizer:
     """Text to ids and back, from the model file alone. Safe to use from several threads.
 
-    Raises :class:`BundleError` for a model whose tokenizer export could not pack.
+    size: one more than the largest id. Raises :class:`BundleError` for a model whose tokenizer
+    export could not pack.
     """
+
+    name = "native"
 
     def __init__(self, model: NativeModel) -> None:
         self.model = model  # keeps the mapping alive
-        self.vocab_size = model.info.vocab_size
         self._library = load_library()
         self._handle = ctypes.c_void_p()
         error = ErrorText()
@@ -32,12 +36,37 @@ class NativeTokenizer:
                 model._handle, ctypes.byref(self._handle), error.argument
             )
         )
+        data, offsets, count = (
+            ctypes.c_void_p(),
+            ctypes.POINTER(ctypes.c_uint32)(),
+            ctypes.c_size_t(),
+        )
+        status = self._library.pslm_tokenizer_pieces(
+            self._handle, ctypes.byref(data), ctypes.byref(offsets), ctypes.byref(count)
+        )
+        error.check(status)
+        self.size: int = count.value
+        self._data, self._offsets = data.value or 0, offsets
+
+    def piece(self, id_: int) -> bytes:
+        """The bytes of a token inside a text; empty for an id that is not used."""
+        if not 0 <= id_ < self.size:
+            return b""
+        start, end = self._offsets[id_], self._offsets[id_ + 1]
+        return ctypes.string_at(self._data + start, end - start)
 
     def encode(
-        self, text: str, *, parse_special: bool = False, add_special_tokens: bool = False
+        self,
+        text: str,
+        *,
+        parse_special: bool = False,
+        add_special_tokens: bool = False,
+        at_start: bool = True,
     ) -> list[int]:
         """The ids of ``text``; the arguments are those of
-        :meth:`pocketslm.runtime.tokenizer.Tokenizer.encode`."""
+        :meth:`pocketslm.runtime.tokenizer.Tokenizer.encode`.
+
+        at_start: nothing stands before the text."""
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -45,7 +74,7 @@ class NativeTokenizer:
                 f"cannot encode text with the lone surrogate {text[error.start]!r}; expected "
                 "Unicode text; decode its source with errors='replace'"
             ) from None
-        flags = SPECIAL * parse_special | WHOLE * add_special_tokens
+        flags = SPECIAL * parse_special | WHOLE * add_special_tokens | GOES_ON * (not at_start)
         call = self._library.pslm_encode
         # A byte becomes at most one token, unless NFC lengthens the text.
         return list(_filled(call, self._handle, data, len(data), flags, ctypes.c_int32, len(data)))

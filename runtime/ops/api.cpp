@@ -508,6 +508,13 @@ pslm_status pslm_tokenizer_open(const pslm_model* model, pslm_tokenizer** tokeni
 
 void pslm_tokenizer_close(pslm_tokenizer* tokenizer) { delete tokenizer; }
 
+pslm_status pslm_tokenizer_pieces(const pslm_tokenizer* tokenizer, const char** bytes,
+                                  const uint32_t** offsets, size_t* count) {
+  if (!tokenizer || !bytes || !offsets || !count) return PSLM_ERROR_ARGUMENT;
+  tokenizer->tokenizer.pieces(bytes, offsets, count);
+  return PSLM_OK;
+}
+
 namespace {
 
 // Into the caller's memory, if it is large enough; `capacity` 0 asks for the size alone.
@@ -528,13 +535,16 @@ pslm_status pslm_encode(const pslm_tokenizer* tokenizer, const char* text, size_
                         pslm_error error) {
   if (!tokenizer || (bytes && !text) || (capacity && !tokens) || !count)
     return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  if (flags & ~uint32_t{PSLM_TEXT_SPECIAL | PSLM_TEXT_WHOLE})
+  if (flags & ~uint32_t{PSLM_TEXT_SPECIAL | PSLM_TEXT_WHOLE | PSLM_TEXT_GOES_ON})
     return report(error, PSLM_ERROR_ARGUMENT, "unknown flags of text");
+  if (flags & PSLM_TEXT_WHOLE && flags & PSLM_TEXT_GOES_ON)
+    return report(error, PSLM_ERROR_ARGUMENT, "a whole text cannot go on");
   return guarded(error, [&] {
     const Tokenizer& own = tokenizer->tokenizer;
     std::vector<int32_t> out;
     const TextPart part{{text, bytes}, (flags & PSLM_TEXT_SPECIAL) != 0};
-    flags & PSLM_TEXT_WHOLE ? own.encode_whole(part, out) : own.encode({part}, out);
+    const bool starts = !(flags & PSLM_TEXT_GOES_ON);
+    flags & PSLM_TEXT_WHOLE ? own.encode_whole(part, out) : own.encode({part}, out, starts);
     return hand_over(out.data(), out.size(), tokens, capacity, count, error);
   });
 }

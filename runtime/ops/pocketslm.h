@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 7
+#define PSLM_ABI_VERSION 8
 
 typedef enum {
   PSLM_OK = 0,
@@ -53,7 +53,7 @@ typedef enum {
 enum {
   PSLM_TEXT_SPECIAL = 1, /* encode: the names of special tokens mean them; not for users' text */
   PSLM_TEXT_WHOLE = 2,   /* encode: with what stands around a text, such as BOS; not for chats */
-  PSLM_TEXT_GOES_ON = 4  /* decode: these are not the first tokens of a text */
+  PSLM_TEXT_GOES_ON = 4  /* it is not the beginning of a text; not beside PSLM_TEXT_WHOLE */
 };
 typedef enum { PSLM_LOGITS_NONE = 0, PSLM_LOGITS_LAST = 1, PSLM_LOGITS_ALL = 2 } pslm_logits;
 
@@ -121,6 +121,10 @@ PSLM_API const void* pslm_model_blob(const pslm_model* model, uint32_t role, siz
 PSLM_API pslm_status pslm_tokenizer_open(const pslm_model* model, pslm_tokenizer** tokenizer,
                                          pslm_error error);
 PSLM_API void pslm_tokenizer_close(pslm_tokenizer* tokenizer);
+/* The bytes of all tokens, special ones too: those of token i are bytes[offsets[i]] up to
+ * bytes[offsets[i + 1]], for i < count. They live as long as the model. */
+PSLM_API pslm_status pslm_tokenizer_pieces(const pslm_tokenizer* tokenizer, const char** bytes,
+                                           const uint32_t** offsets, size_t* count);
 /* UTF-8 to tokens; `flags` are PSLM_TEXT_ values. `count` becomes the number of tokens. Where they
  * are more than `capacity`, none is written, which is an error unless `capacity` is 0. */
 PSLM_API pslm_status pslm_encode(const pslm_tokenizer* tokenizer, const char* text, size_t bytes,

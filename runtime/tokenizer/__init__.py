@@ -1,8 +1,9 @@
 """Text to token ids and back, from the tokenizer files that Hugging Face writes.
 
-`load_tokenizer(folder)` gives a `Tokenizer`. It encodes with the `tokenizers` wheel where that is
-installed, and otherwise with the pure Python reader in `bpe`, which gives the same ids.
-Decoding, streaming and chat templates are one code for both.
+`load_tokenizer(folder)` gives a `Tokenizer`. It encodes with what export packed into a model file,
+where a caller has that open; else with the `tokenizers` wheel, where that is installed; else with
+the pure Python reader in `bpe`. All give the same ids. Decoding, streaming and chat templates are
+one code for all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pocketslm.runtime.tokenizer.identity import (
     special_names,
     with_added_tokens,
 )
+from pocketslm.runtime.tokenizer.packed import PackedTokenizer, PackedVocabulary, read_head
 from pocketslm.runtime.tokenizer.stream import StreamDecoder
 from pocketslm.runtime.tokenizer.unicode_classes import WHITE_SPACE, characters
 from pocketslm.runtime.tokenizer.vocabulary import Vocabulary, any_of
@@ -44,7 +46,7 @@ _SPACES = characters(WHITE_SPACE)
 
 
 class Encoder(Protocol):
-    """Text to ids; the two implementations differ only here."""
+    """Text to ids; the implementations differ only here."""
 
     name: str
 
@@ -61,7 +63,7 @@ class Tokenizer:
     def __init__(
         self,
         encoder: Encoder,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary | PackedVocabulary,
         decoder: decoders.Decoder,
         affixes: postprocessors.Affixes,
         variables: Mapping[str, str],
@@ -97,7 +99,7 @@ class Tokenizer:
 
     @property
     def name(self) -> str:
-        """The implementation in use: `tokenizers` or `python`."""
+        """The implementation in use: `native`, `tokenizers` or `python`."""
         return self._encoder.name
 
     @property
@@ -124,6 +126,10 @@ class Tokenizer:
     def texts(self) -> Mapping[int, str]:
         """The text of every token, as the vocabulary writes it."""
         return self._vocabulary.texts
+
+    def text_of(self, token_id: int) -> str | None:
+        """The text of one token, as the vocabulary writes it; None for an id that is not used."""
+        return self._vocabulary.text_of(token_id)
 
     @property
     def affixes(self) -> tuple[int, ...]:
@@ -179,10 +185,10 @@ class Tokenizer:
                     f"token id {token_id} is negative; expected 0 to {self.vocab_size - 1}; "
                     "check where the ids come from"
                 )
-            text = self._vocabulary.texts.get(token_id)
-            if text is None:
+            decode = self._decoder.first if first else self._decoder.inner
+            known = self._vocabulary.bytes_of(token_id, decode)
+            if known is None:
                 return b""
-            known = (self._decoder.first if first else self._decoder.inner)(text)
             self._bytes[key] = known
         return known
 
@@ -241,8 +247,9 @@ class Tokenizer:
         fragments = self._render(
             messages, add_generation_prompt=add_generation_prompt, strftime_now=strftime_now
         )
-        texts = self._vocabulary.texts
-        return "".join(part if isinstance(part, str) else texts[part] for part in fragments)
+        return "".join(
+            part if isinstance(part, str) else self.text_of(part) or "" for part in fragments
+        )
 
     def turn_end(self) -> int | None:
         """The token with which the chat template closes the assistant's turn; None if there is
@@ -290,11 +297,16 @@ class Tokenizer:
         return ids
 
 
-def load_tokenizer(folder: str | Path, implementation: Implementation = "auto") -> Tokenizer:
+def load_tokenizer(
+    folder: str | Path,
+    implementation: Implementation = "auto",
+    packed: PackedTokenizer | None = None,
+) -> Tokenizer:
     """The tokenizer in `folder`, from `tokenizer.json` and those of the other `FILES` that it has.
 
     `implementation` is `tokenizers` (the wheel), `python` (no wheel needed) or `auto`, the wheel
-    where it is installed. Both give the same ids.
+    where it is installed. Both give the same ids. `packed` is what export made of `tokenizer.json`;
+    it takes the place of either, which costs neither the time nor the memory of a large file.
     Raises `TokenizerError` for missing or malformed files and unsupported components.
     """
     found: dict[str, bytes] = {}
@@ -318,13 +330,24 @@ def load_tokenizer(folder: str | Path, implementation: Implementation = "auto") 
             f"{Path(folder) / 'tokenizer.json'} does not exist; expected the tokenizer file that "
             "Hugging Face writes; fetch or export the model again"
         )
-    return load_tokenizer_files(found, implementation)
+    if packed is None:
+        return _load(found, implementation)
+    return _load(found, implementation, (packed, lambda: load_tokenizer(folder, "python").texts))
 
 
 def load_tokenizer_files(
     files: Mapping[str, bytes | str], implementation: Implementation = "auto"
 ) -> Tokenizer:
     """Like `load_tokenizer`, from the contents of the files by name."""
+    return _load(files, implementation)
+
+
+def _load(
+    files: Mapping[str, bytes | str],
+    implementation: Implementation,
+    packed: tuple[PackedTokenizer, Callable[[], Mapping[int, str]]] | None = None,
+) -> Tokenizer:
+    """`packed` comes with what reads the text of every token."""
     if implementation not in get_args(Implementation):
         raise TokenizerError(
             f"tokenizer implementation {implementation!r} is unknown; expected one of "
@@ -336,31 +359,36 @@ def load_tokenizer_files(
             "tokenizer.json is missing; expected the tokenizer file that Hugging Face writes; "
             "fetch or export the model again"
         )
-    document, config, generation, special_map, model = (
+    config, generation, special_map, model = (
         fields.parse_object(text[name], name) if name in text else {}
         for name in (
-            "tokenizer.json",
             "tokenizer_config.json",
             "generation_config.json",
             "special_tokens_map.json",
             "config.json",
         )
     )
-    merged = with_added_tokens(document, config, special_map)
-    normalizer = normalizers.build(merged.get("normalizer"))
-    vocabulary = Vocabulary(merged, normalizer)
+    encoder: Encoder
+    vocabulary: Vocabulary | PackedVocabulary
+    merged = read_head(text["tokenizer.json"], config, special_map) if packed else None
+    if packed and merged is not None:
+        encoder, vocabulary = packed[0], PackedVocabulary(merged, *packed)
+    else:
+        document = fields.parse_object(text["tokenizer.json"], "tokenizer.json")
+        merged = with_added_tokens(document, config, special_map)
+        normalizer = normalizers.build(merged.get("normalizer"))
+        vocabulary = Vocabulary(merged, normalizer)
+        if _use_wheel(implementation):
+            whole = text["tokenizer.json"] if merged == document else json.dumps(merged)
+            encoder = wheel.WheelEncoder(whole, merged, vocabulary)
+        else:
+            encoder = PythonEncoder(merged, vocabulary, normalizer)
     variables = special_names(config, special_map)
     named = {
         name: id_
         for name, token in variables.items()
         if (id_ := vocabulary.id_of(token)) is not None
     }
-    encoder: Encoder
-    if _use_wheel(implementation):
-        whole = text["tokenizer.json"] if merged == document else json.dumps(merged)
-        encoder = wheel.WheelEncoder(whole, merged, vocabulary)
-    else:
-        encoder = PythonEncoder(merged, vocabulary, normalizer)
     return Tokenizer(
         encoder,
         vocabulary,

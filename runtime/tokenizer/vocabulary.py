@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,22 +68,9 @@ class Vocabulary:
             self.texts[token.id] = self.normalized.get(token.id, token.content)
 
     def _read_added(self, document: Mapping[str, object]) -> list[AddedToken]:
-        where = "added_tokens"
         found: dict[str, AddedToken] = {}
         next_id = len(self.ids)
-        for node in fields.optional(document, where, list, [], "tokenizer"):
-            entry = fields.mapping(node, where)
-            token = AddedToken(
-                id=fields.field(entry, "id", int, where),
-                content=fields.field(entry, "content", str, where),
-                special=fields.field(entry, "special", bool, where),
-                normalized=fields.field(entry, "normalized", bool, where),
-                single_word=fields.optional(entry, "single_word", bool, False, where),
-                lstrip=fields.optional(entry, "lstrip", bool, False, where),
-                rstrip=fields.optional(entry, "rstrip", bool, False, where),
-            )
-            if not token.content:
-                continue
+        for token in added_tokens(document):
             expected = self.ids.get(token.content)
             if expected is None and token.content in found:
                 expected = found[token.content].id
@@ -108,6 +95,33 @@ class Vocabulary:
             if token.content == text:
                 return token.id
         return self.ids.get(text)
+
+    def text_of(self, id_: int) -> str | None:
+        """The text of a token; None for an id that is not used."""
+        return self.texts.get(id_)
+
+    def bytes_of(self, id_: int, decode: Callable[[str], bytes]) -> bytes | None:
+        """What `decode` makes of the text of a token; None for an id that is not used."""
+        text = self.texts.get(id_)
+        return None if text is None else decode(text)
+
+
+def added_tokens(document: Mapping[str, object]) -> Iterator[AddedToken]:
+    """The added tokens of a `tokenizer.json` that have a text, in its order."""
+    where = "added_tokens"
+    for node in fields.optional(document, where, list, [], "tokenizer"):
+        entry = fields.mapping(node, where)
+        token = AddedToken(
+            id=fields.field(entry, "id", int, where),
+            content=fields.field(entry, "content", str, where),
+            special=fields.field(entry, "special", bool, where),
+            normalized=fields.field(entry, "normalized", bool, where),
+            single_word=fields.optional(entry, "single_word", bool, False, where),
+            lstrip=fields.optional(entry, "lstrip", bool, False, where),
+            rstrip=fields.optional(entry, "rstrip", bool, False, where),
+        )
+        if token.content:
+            yield token
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str] | None:

@@ -156,10 +156,11 @@ struct Tokenizer::Encoding {
   std::unordered_map<std::string_view, std::pair<size_t, size_t>> seen = {};
 };
 
-void Tokenizer::encode(const std::vector<TextPart>& parts, std::vector<int32_t>& out) const {
+void Tokenizer::encode(const std::vector<TextPart>& parts, std::vector<int32_t>& out,
+                       bool start) const {
   Encoding encoding{out};
   std::string plain;
-  bool start = true, strip = false;
+  bool strip = false;
   const auto flush = [&](bool strip_end) {
     if (strip) plain.erase(0, space_run(plain));
     if (strip_end) plain.resize(trailing_space(plain));

@@ -25,13 +25,19 @@ class Tokenizer {
   bool loaded() const { return count_ != 0; }
 
   // Neighbouring parts are one text. Takes time in proportion to it, or to n log n of a word.
-  void encode(const std::vector<TextPart>& parts, std::vector<int32_t>& out) const;
+  // `start`: nothing stands before them.
+  void encode(const std::vector<TextPart>& parts, std::vector<int32_t>& out,
+              bool start = true) const;
   // The same between what stands before and after a text that is not a chat, commonly the
   // beginning-of-sequence token; an encoder has two. Of a text of more than `most` tokens with
   // these, the first ones are kept.
   void encode_whole(TextPart text, std::vector<int32_t>& out,
                     size_t most = std::numeric_limits<size_t>::max()) const;
 
+  // Token i is bytes[offsets[i]] up to bytes[offsets[i + 1]].
+  void pieces(const char** bytes, const uint32_t** offsets, size_t* count) const {
+    *bytes = text_, *offsets = offsets_, *count = count_;
+  }
   // The bytes of one token; empty for special ones.
   std::string_view bytes(int32_t token) const;
   // Whether one space at the start of an answer is the tokenizer's and not the text's.

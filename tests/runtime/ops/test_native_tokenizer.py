@@ -10,32 +10,17 @@ import native_support
 import pytest
 
 from pocketslm.errors import BundleError, TokenizerError, UsageError
-from pocketslm.export.lower.native import lower
 from pocketslm.export.lower.native_tokenizer import pack_tokenizer
-from pocketslm.export.lower.trace import trace
-from pocketslm.runtime.backends.native import NativeModel
 from pocketslm.runtime.backends.native_library import ErrorText, load_library
 from pocketslm.runtime.backends.native_tokenizer import NativeTokenizer
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 from tokenizer_support import document, hard_texts, loaded, word_piece
 
 
-def model(folder: Path, tokenizer: bytes | None, size: int = 3002) -> NativeModel:
-    config = native_support.tiny_config(vocab_size=size)
-    weights = native_support.tiny_weights(config, lambda _, w: w)
-    lower(
-        trace(config, config.max_position_embeddings),
-        weights,
-        folder / "model.slm",
-        tokenizer=tokenizer,
-    )
-    return NativeModel(folder / "model.slm")
-
-
 def opened(style: str, folder: Path) -> NativeTokenizer:
     packed, reason = pack_tokenizer(document(style))
     assert packed is not None, reason
-    return NativeTokenizer(model(folder, packed))
+    return NativeTokenizer(native_support.model_with_tokenizer(folder, packed))
 
 
 @pytest.mark.parametrize("style", ["smollm", "qwen2", "gpt4o", "llama2", "gemma"])
@@ -57,7 +42,7 @@ def test_ids_and_text_equal_the_python_reader(style: str, tmp_path: Path) -> Non
 def test_word_pieces_equal_the_python_reader(tmp_path: Path) -> None:
     packed, reason = pack_tokenizer(word_piece())
     assert packed is not None, reason
-    native = NativeTokenizer(model(tmp_path, packed))
+    native = NativeTokenizer(native_support.model_with_tokenizer(tmp_path, packed))
     python = load_tokenizer_files({"tokenizer.json": word_piece()}, "python")
     for text in hard_texts(300):
         for special in (False, True):
@@ -93,7 +78,7 @@ def test_models_without_a_usable_tokenizer(
     packed: bytes | None, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BundleError, match=message):
-        NativeTokenizer(model(tmp_path, packed))
+        NativeTokenizer(native_support.model_with_tokenizer(tmp_path, packed))
 
 
 def test_the_border_checks_its_arguments(tmp_path: Path) -> None:
