@@ -1,9 +1,7 @@
 """The build of a wheel compiles the native operators where there is a compiler."""
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -18,10 +16,12 @@ class BuildPy(build_py):
         if self.editable_mode:
             return
         # The copy that was just made: the library's name is a hash of what a user will have.
-        operators = Path(self.build_lib) / "pocketslm" / "runtime" / "ops"
-        build = _load(operators / "build.py")
+        sys.path.insert(0, str(Path(self.build_lib).resolve()))
+        sys.dont_write_bytecode = True  # it would be part of the wheel
+        from pocketslm.runtime.ops import build
+
         try:
-            build.build_library(operators / "lib")
+            build.build_library(build.SOURCES / "lib")
         except build.BuildError as error:
             self.warn(f"the native operators were not compiled: {error}")
 
@@ -35,16 +35,6 @@ class PlatformWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pocketslm_build", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 setup(cmdclass={"build_py": BuildPy, "bdist_wheel": PlatformWheel})

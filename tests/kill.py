@@ -237,7 +237,7 @@ class Compile(Target):
         found = list((self.cache / "native").glob("lib*.so"))
         for path in found:
             require(build.is_whole(path), f"{path.name} is half a file")
-        for path in (self.cache / "native" / "objects").glob("*"):
+        for path in (self.cache / "native" / "objects").glob("*.o"):
             require(path.stat().st_size == 100000, f"{path.name} is half a file")
         return "new" if found else "none"
 

@@ -20,13 +20,15 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+from pocketslm.cache import cache_dir
+from pocketslm.folders import aside
 
 SOURCES = Path(__file__).resolve().parent
 HEADERS = (".def", ".h", ".inl")
@@ -167,34 +169,35 @@ def compile_and_link(
     Compiled objects stay in the cache, for other programs with the same sources and flags. With
     ``keep`` they stay in that folder, beside which gcov writes.
     """
-    warnings: tuple[str, ...] = (
-        "-Wno-maybe-uninitialized",
-    )  # GCC 12 warns inside its own intrinsics headers
-    if toolchain.is_clang:
-        warnings = ()
+    defaults = () if toolchain.is_clang else ("-Wno-maybe-uninitialized",)  # in GCC 12's intrinsics
+    if toolchain.is_zig:
+        defaults = ("-g0",)  # it writes debug information unless told otherwise
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
     if kernels:
         units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
     with (
-        _scratch(output.parent) if keep is None else nullcontext(keep) as scratch,
+        aside(output.parent) if keep is None else nullcontext(keep) as scratch,
         nullcontext() if keep or "-isystem" in flags else _objects() as objects_folder,
     ):
         Path(scratch).mkdir(parents=True, exist_ok=True)
 
         def compile_unit(unit: tuple[str, tuple[str, ...]]) -> str:
             name, extra = unit
-            target = Path(scratch) / f"{Path(name).name}.o"
             source = SOURCES / f"{name}.cpp"
-            options = (*FLAGS, *warnings, *flags, *extra)
-            kept = objects_folder and objects_folder / f"{_key(source, toolchain, options)}.o"
-            if kept and kept.exists():
+            options = (*FLAGS, *defaults, *flags, *extra)
+            compiler = [*toolchain.command, *options, "-I", str(SOURCES), "-c", str(source), "-o"]
+            if objects_folder is None:
+                target = Path(scratch) / f"{Path(name).name}.o"
+                run([*compiler, str(target)])
+                return str(target)
+            kept = objects_folder / f"{_key(source, toolchain, options)}.o"
+            if kept.exists():
                 os.utime(kept)
-                return str(kept)
-            compiler = [*toolchain.command, *options, "-I", str(SOURCES)]
-            run([*compiler, "-c", str(source), "-o", str(target)])
-            if kept:
-                target = target.replace(kept)
-            return str(target)
+            else:
+                part = kept.with_suffix(".part")  # ours alone: the folder is locked
+                run([*compiler, str(part)])
+                part.replace(kept)
+            return str(kept)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
@@ -205,36 +208,29 @@ def compile_and_link(
     return output
 
 
-def _scratch(folder: Path) -> AbstractContextManager[str | Path]:
-    """A folder for what is compiled."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        from pocketslm.folders import aside
-    except ImportError:  # the package itself is being built
-        return tempfile.TemporaryDirectory(dir=folder)
-    return aside(folder)
-
-
 OBJECT_DAYS = 14  # an object that nothing used for so long is removed
 
 
 @contextmanager
 def _objects() -> Iterator[Path | None]:
-    """The folder of compiled objects, locked for one process; the next finds what it made."""
+    """The folder of compiled objects, locked for one process; the next finds what it made.
+
+    None where nothing can be kept: a wheel may be built without a home folder.
+    """
+    folder = cache_directory() / "objects"
     try:
-        folder = cache_directory() / "objects"
-    except ImportError:  # the package itself is being built
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
         yield None
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         oldest = time.time() - OBJECT_DAYS * 86400
         for path in folder.iterdir():
             if path.stat().st_mtime < oldest:
                 path.unlink()
-        yield folder
+        yield folder if os.access(folder, os.W_OK) else None
     finally:
         os.close(handle)
 
@@ -333,8 +329,6 @@ def build_runner(output: Path, target: str | None = None, sanitize: str | None =
 
 
 def cache_directory() -> Path:
-    from pocketslm.cache import cache_dir
-
     return cache_dir() / "native"
 
 
