@@ -7,7 +7,6 @@
 
 #include "border.h"
 #include "cpu.h"
-#include "finite.h"
 #include "lookup.h"
 #include "model_file.h"
 #include "pocketslm.h"
@@ -301,14 +300,11 @@ pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates, 
                           std::to_string(u.layer) + " is for " + std::to_string(u.rows) + " x " +
                           std::to_string(u.cols) + ", the matrix is " +
                           std::to_string(matrix->rows) + " x " + std::to_string(matrix->cols));
-      slot->rank = u.rank, slot->rows = matrix->rows;
-      slot->a.assign(u.a, u.a + matrix->cols * u.rank);
-      slot->b.assign(u.b, u.b + u.rank * matrix->rows);
-      if (!all_finite(slot->a.data(), slot->a.size()) ||
-          !all_finite(slot->b.data(), slot->b.size()))
+      if (!in_half_range(u.a, matrix->cols * u.rank) || !in_half_range(u.b, u.rank * matrix->rows))
         return report(error, PSLM_ERROR_ARGUMENT,
                       "update of role " + std::to_string(u.role) + ", layer " +
-                          std::to_string(u.layer) + " has numbers that are not finite");
+                          std::to_string(u.layer) + " has numbers that are not within fp16's range");
+      *slot = LowRank::packed(u.a, u.b, u.rank, matrix->rows, matrix->cols);
     }
     engine.set_updates(std::move(all));
     return PSLM_OK;

@@ -175,11 +175,9 @@ def compile_and_link(
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
     if kernels:
         units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
-    with (
-        aside(output.parent) if keep is None else nullcontext(keep) as scratch,
-        nullcontext() if keep or "-isystem" in flags else _objects() as objects_folder,
-    ):
+    with aside(output.parent) if keep is None else nullcontext(keep) as scratch:
         Path(scratch).mkdir(parents=True, exist_ok=True)
+        objects_folder = None if keep or "-isystem" in flags else _objects()
 
         def compile_unit(unit: tuple[str, tuple[str, ...]]) -> str:
             name, extra = unit
@@ -191,12 +189,13 @@ def compile_and_link(
                 run([*compiler, str(target)])
                 return str(target)
             kept = objects_folder / f"{_key(source, toolchain, options)}.o"
-            if kept.exists():
-                os.utime(kept)
-            else:
-                part = kept.with_suffix(".part")  # ours alone: the folder is locked
-                run([*compiler, str(part)])
-                part.replace(kept)
+            with _locked(kept):  # another process may be compiling it
+                if kept.exists():
+                    os.utime(kept)
+                else:
+                    part = kept.with_suffix(".part")
+                    run([*compiler, str(part)])
+                    part.replace(kept)
             return str(kept)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -211,26 +210,40 @@ def compile_and_link(
 OBJECT_DAYS = 14  # an object that nothing used for so long is removed
 
 
-@contextmanager
-def _objects() -> Iterator[Path | None]:
-    """The folder of compiled objects, locked for one process; the next finds what it made.
+def _objects() -> Path | None:
+    """The folder of compiled objects, without those that nothing used for long.
 
     None where nothing can be kept: a wheel may be built without a home folder.
     """
     folder = cache_directory() / "objects"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
     except OSError:
-        yield None
-        return
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    for path in filter(_unused, folder.glob("*.o")):
+        with _locked(path):
+            if _unused(path):
+                path.unlink()
+    return folder
+
+
+def _unused(path: Path) -> bool:
+    try:
+        return path.stat().st_mtime < time.time() - OBJECT_DAYS * 86400
+    except FileNotFoundError:  # another process removed it
+        return False
+
+
+@contextmanager
+def _locked(kept: Path) -> Iterator[None]:
+    """Hold the lock of an object. A lock serves the objects whose names begin alike, so that there
+    are few such files, and they stay."""
+    handle = os.open(kept.with_name(f"{kept.name[:2]}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        oldest = time.time() - OBJECT_DAYS * 86400
-        for path in folder.iterdir():
-            if path.stat().st_mtime < oldest:
-                path.unlink()
-        yield folder if os.access(folder, os.W_OK) else None
+        yield
     finally:
         os.close(handle)
 

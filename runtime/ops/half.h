@@ -1,6 +1,7 @@
 // IEEE half precision without hardware support.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -43,6 +44,18 @@ static inline uint16_t float_to_half(float value) {
   }
   bits += 0xfff + (bits >> 13 & 1);
   return static_cast<uint16_t>(sign | (bits - 0x38000000) >> 13);
+}
+
+// Whether all can be rounded to finite halves; NaN cannot.
+static inline bool in_half_range(const float* x, size_t n) {
+  uint32_t largest = 0;
+  for (size_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest <= 0x477fe000;  // 65504
 }
 
 }  // namespace pocketslm

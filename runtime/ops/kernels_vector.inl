@@ -161,6 +161,31 @@ float to_i8(const float* x, size_t n, int8_t* out) {
   return peak / 127.0f;
 }
 
+void lower_rank(const uint16_t* a, const float* x, size_t cols, size_t panels, float* out) {
+  for (size_t p = 0; p < panels; ++p, a += cols * 16) {
+    V16 sums[4] = {zero(), zero(), zero(), zero()};  // four, since each one waits for itself
+    size_t c = 0;
+    for (; c + 4 <= cols; c += 4)
+      for (size_t i = 0; i < 4; ++i)
+        sums[i] = fma(set1(x[c + i]), load_kv(a + (c + i) * 16), sums[i]);
+    for (; c < cols; ++c) sums[c % 4] = fma(set1(x[c]), load_kv(a + c * 16), sums[c % 4]);
+    store(out + p * 16, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  }
+}
+
+void add_low_rank(const uint16_t* b, const float* low, size_t rank, size_t blocks, float* out) {
+  for (size_t k = 0; k < blocks; ++k, b += rank * 16) {
+    V16 even = load(out + k * 16), odd = zero();
+    size_t r = 0;
+    for (; r + 2 <= rank; r += 2) {
+      even = fma(set1(low[r]), load_kv(b + r * 16), even);
+      odd = fma(set1(low[r + 1]), load_kv(b + (r + 1) * 16), odd);
+    }
+    if (r < rank) even = fma(set1(low[r]), load_kv(b + r * 16), even);
+    store(out + k * 16, add(even, odd));
+  }
+}
+
 void weigh_scales(const uint16_t* scales, const float* weights, size_t groups, float* out) {
   V16 sum = zero();
   for (size_t g = 0; g < groups; ++g) {

@@ -192,7 +192,8 @@ PSLM_API void pslm_session_close(pslm_session* session);
 PSLM_API pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t count,
                                      size_t positions, size_t length, pslm_error error);
 /* A low-rank update of one of a layer's matrices [rows, cols], by the role that it has in
- * model.slm: y += b^T (a^T x), with a [cols][rank] and b [rank][rows] as floats. */
+ * model.slm: y += b^T (a^T x), with a [cols][rank] and b [rank][rows] as floats, which are rounded to
+ * fp16. */
 typedef struct {
   uint32_t role, layer, rows, cols, rank;
   const float *a, *b;

@@ -287,7 +287,7 @@ void Session::set_updates(std::vector<StepUpdates> updates) {
   updates_hidden_ = false;
   for (size_t i = 0; i < updates.size(); ++i) {
     const auto& [first, second, third] = updates[i].of;
-    widest = std::max(widest, first.rank + second.rank + third.rank);
+    widest = std::max(widest, first.width() + second.width() + third.width());
     const Step& step = program_.steps[i];
     updates_hidden_ |=
         step.code == Code::project_add && step.buffer == BufferId::hidden && first.rank;
@@ -298,20 +298,21 @@ void Session::set_updates(std::vector<StepUpdates> updates) {
   rewind({});
 }
 
-// What updates make of the input that they read: [token][update][rank], null where there is none.
+// What updates make of the input that they read: [token][update][rank], ranks in whole panels, null
+// where there is none.
 // One token is cheaper to do again in each thread than to share.
 const float* Session::lower(unsigned m, std::initializer_list<const LowRank*> updates,
                             const PanelView& panel) {
   size_t width = 0;
-  for (const LowRank* update : updates) width += update->rank;
+  for (const LowRank* update : updates) width += update->width();
   if (!width) return nullptr;
   float* out = count_ == 1 ? members_[m].lowered.data() : lowered_.data();
   const auto fill = [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
       float* low = out + t * width;
       for (const LowRank* update : updates) {
-        if (update->rank) update->lower(panel.values(t), low);
-        low += update->rank;
+        if (update->rank) update->lower(kernels_, panel.values(t), low);
+        low += update->width();
       }
     }
   };
@@ -325,7 +326,7 @@ void Session::project(unsigned m, const Step& step, const StepUpdates& updates) 
   float* const outputs[] = {buffer(BufferId::query), buffer(BufferId::key),
                             buffer(BufferId::value)};
   const float* low = lower(m, {&query, &key, &value}, input);
-  const size_t ranks = query.rank + key.rank + value.rank;
+  const size_t ranks = query.width() + key.width() + value.width();
   size_t total = 0;
   for (const Matrix* w : step.w) total += w ? w->blocks() : 0;
   share_weights(m, total, step.w[0]->block_bytes, [&](size_t begin, size_t end) {
@@ -345,10 +346,11 @@ void Session::project(unsigned m, const Step& step, const StepUpdates& updates) 
                 float* out = outputs[part] + (t + i) * w.rows + b * kBlockRows;
                 std::memcpy(out, y + i * width, width * sizeof(float));
                 for (size_t j = 0; bias && j < width; ++j) out[j] += bias[b * kBlockRows + j];
-                if (low) update.add(low + (t + i) * ranks + rank, b * kBlockRows, width, out);
+                if (low)
+                  update.add(kernels_, low + (t + i) * ranks + rank, b * kBlockRows, width, out);
               }
             });
-      first = last, rank += update.rank;
+      first = last, rank += update.width();
     }
   });
 }
@@ -386,7 +388,7 @@ void Session::add_projection(unsigned m, const Step& step, const StepUpdates& up
       for (size_t i = 0; i < tokens; ++i) {
         float* x = residual + (t + i) * w.rows + b * kBlockRows;
         for (size_t j = 0; j < width; ++j) x[j] += y[i * width + j];
-        if (low) update.add(low + (t + i) * update.rank, b * kBlockRows, width, x);
+        if (low) update.add(kernels_, low + (t + i) * update.width(), b * kBlockRows, width, x);
       }
     });
     return;
@@ -396,7 +398,7 @@ void Session::add_projection(unsigned m, const Step& step, const StepUpdates& up
     for (size_t i = 0; i < tokens; ++i) {
       float* row = y + i * width;
       for (size_t j = 0; bias && j < width; ++j) row[j] += bias[first + j];
-      if (low) update.add(low + (t + i) * update.rank, first, width, row);
+      if (low) update.add(kernels_, low + (t + i) * update.width(), first, width, row);
       if (normed) {
         std::memcpy(&projected_[(t + i) * w.rows + first], row, width * sizeof(float));
         continue;
@@ -421,7 +423,7 @@ void Session::gated(unsigned m, const Step& step, const StepUpdates& updates) {
   const PanelView hidden{&hidden_panel_, count_, step.width, buffer(BufferId::hidden)};
   const bool want_floats = step.keeps_floats || updates_hidden_;
   const float* low = lower(m, {&gate_update, &up_update}, input);
-  const size_t ranks = gate_update.rank + up_update.rank;
+  const size_t ranks = gate_update.width() + up_update.width();
   const bool has_gate = step.w[0];
   size_t unit_bytes = 0;
   for (const Matrix* w : {step.w[0], step.w[1]}) unit_bytes += w ? 2 * w->block_bytes : 0;
@@ -445,8 +447,9 @@ void Session::gated(unsigned m, const Step& step, const StepUpdates& updates) {
         }
         for (size_t i = 0; low && i < tile.tokens; ++i) {
           const float* row = low + (t + i) * ranks;
-          if (has_gate) gate_update.add(row, unit * kGroup, kGroup, gate + i * kGroup);
-          up_update.add(row + gate_update.rank, unit * kGroup, kGroup, up + i * kGroup);
+          if (has_gate) gate_update.add(kernels_, row, unit * kGroup, kGroup, gate + i * kGroup);
+          up_update.add(kernels_, row + gate_update.width(), unit * kGroup, kGroup,
+                        up + i * kGroup);
         }
         if (has_gate)
           kernels_.gated[activation](gate, up, tile.tokens * kGroup, gate);

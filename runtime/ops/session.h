@@ -263,7 +263,7 @@ class Session {
 
   std::vector<StepUpdates> updates_;
   bool updates_hidden_ = false;  // products of hidden have updates, which read floats
-  std::vector<float> lowered_;  // a^T x of updates that read the same, [token][update][rank]
+  std::vector<float> lowered_;  // a^T x of updates that read the same, see lower()
 
   OperatorClock clock_;
   std::vector<uint64_t> work_;

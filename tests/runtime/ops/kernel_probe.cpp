@@ -1,5 +1,6 @@
 // Single kernels of a path, for tests.
 #include "cpu.h"
+#include "low_rank.h"
 
 using namespace pocketslm;
 
@@ -20,6 +21,18 @@ __attribute__((visibility("default"))) void probe_layer_norm(const char* isa, co
                                                              const float* bias, size_t n,
                                                              float eps, float* out) {
   select_kernels(isa)->layer_norm(x, weight, bias, n, eps, out);
+}
+
+// lowered: ranks in whole panels of 16
+__attribute__((visibility("default"))) void probe_low_rank(const char* isa, const float* a,
+                                                           const float* b, size_t rank, size_t rows,
+                                                           size_t cols, const float* x,
+                                                           float* lowered, float* out) {
+  const Kernels& kernels = *select_kernels(isa);
+  const LowRank update = LowRank::packed(a, b, rank, rows, cols);
+  update.lower(kernels, x, lowered);
+  update.add(kernels, lowered, 0, rows / 2, out);
+  update.add(kernels, lowered, rows / 2, rows / 2, out + rows / 2);
 }
 
 __attribute__((visibility("default"))) void probe_soft_cap(const char* isa, float* x, size_t n,

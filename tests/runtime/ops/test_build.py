@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
@@ -45,6 +46,22 @@ def test_any_other_content_is_not_whole(built: Path, tmp_path: Path) -> None:
         assert not build.is_whole(path)
     assert not build.is_whole(tmp_path / "nothing")
     assert not build.is_whole(tmp_path)
+
+
+def test_objects_that_nothing_used_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while another process compiles: one lock is held for each, not one for all."""
+    monkeypatch.setenv("POCKETSLM_CACHE", str(tmp_path))
+    folder = build.cache_directory() / "objects"
+    folder.mkdir(parents=True)
+    old, fresh = folder / "ab01.o", folder / "cd02.o"
+    for path in (old, fresh):
+        path.touch()
+    os.utime(old, (0, 0))
+    with build._locked(fresh):
+        assert build._objects() == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["ab.lock", "cd.lock", "cd02.o"]
 
 
 def test_a_cut_library_in_the_cache_is_built_again(

@@ -128,6 +128,34 @@ def test_soft_cap(probe: ctypes.CDLL) -> None:
             assert np.isnan(out[-1])
 
 
+@pytest.mark.parametrize(
+    ("rank", "rows", "cols"), [(1, 32, 32), (8, 64, 33), (16, 32, 64), (37, 96, 160)]
+)
+def test_low_rank_updates(rank: int, rows: int, cols: int, probe: ctypes.CDLL) -> None:
+    """y += b^T (a^T x), with a and b in fp16; ranks that fill no panel are zeros."""
+    rng = np.random.default_rng(rank)
+    a, b = (rng.normal(size=shape).astype(np.float16) for shape in ((cols, rank), (rank, rows)))
+    x, before = (rng.normal(size=size).astype(np.float32) for size in (cols, rows))
+    low = a.T.astype(np.float64) @ x
+    expected = before + low @ b.astype(np.float64)
+    found = {}
+    for isa in isa_names():
+        lowered, out = np.full(-(-rank // 16) * 16, np.nan, np.float32), before.copy()
+        factors = a.astype(np.float32), b.astype(np.float32)  # exact in fp16
+        sizes = map(ctypes.c_size_t, (rank, rows, cols))
+        parts = map(pointer, (x, lowered, out))
+        probe.probe_low_rank(isa.encode(), *map(pointer, factors), *sizes, *parts)
+        terms = np.abs(a.T.astype(np.float64)) @ np.abs(x)
+        assert_close(lowered[:rank], low, EPS * cols * terms)
+        assert not lowered[rank:].any()
+        assert_close(
+            out, expected, EPS * (cols + rank) * (1 + terms @ np.abs(b.astype(np.float64)))
+        )
+        found[isa] = out
+    for isa in SIMD_PATHS:
+        np.testing.assert_array_equal(found[isa], found[SIMD_PATHS[0]])
+
+
 @dataclass
 class Attention:
     """Queries against a cache as it lies in memory; what lies past its end is NaN."""
