@@ -74,6 +74,12 @@ def wanted(question: str) -> Wanted:
     return "number" if _NUMBER.search(question) else ""
 
 
+def asking_words(question: str) -> str:
+    """The words that say which kind of answer a question wants, such as "How much" and "cost"."""
+    found = (pattern.search(question.strip(" ¿¡\"'“„«")) for pattern in (_TIME, _PERSON, _NUMBER))
+    return " ".join(match.group().strip() for match in found if match)
+
+
 def holds(sentence: str, kind: Wanted) -> float:
     """1 if a sentence holds what is wanted, -1 if it does not, 0 if that cannot be told."""
     if not kind:

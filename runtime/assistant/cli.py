@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from pocketslm.runtime.model import Model
     from pocketslm.runtime.prefixes import Prefixes
 
-    Start = Callable[[Assistant, Sequence[Document], threading.Event], Iterator[Event]]
+    # The last is the question before.
+    Start = Callable[[Assistant, Sequence[Document], threading.Event, str], Iterator[Event]]
 
 _EMBEDDINGS = "embeddings"  # the library's setting: the bundle of its model of embeddings
 LIBRARY_VARIABLE = "POCKETSLM_DOCUMENTS"
@@ -278,20 +279,23 @@ def _remove(arguments: argparse.Namespace) -> None:
 
 
 def _summarize(arguments: argparse.Namespace) -> None:
-    _work(arguments, lambda assistant, shelf, cancel: assistant.summarize(shelf[0], cancel))
+    _work(arguments, lambda assistant, shelf, cancel, _: assistant.summarize(shelf[0], cancel))
 
 
 def _suggest(arguments: argparse.Namespace) -> None:
-    _work(arguments, lambda assistant, shelf, cancel: assistant.suggest(shelf[0], cancel))
+    _work(arguments, lambda assistant, shelf, cancel, _: assistant.suggest(shelf[0], cancel))
 
 
 def _ask(arguments: argparse.Namespace) -> None:
     def ask(question: str) -> Start:
         def start(
-            assistant: Assistant, shelf: Sequence[Document], cancel: threading.Event
+            assistant: Assistant,
+            shelf: Sequence[Document],
+            cancel: threading.Event,
+            before: str,
         ) -> Iterator[Event]:
             say(f"> {question}")
-            return assistant.ask(shelf, question, cancel)
+            return assistant.ask(shelf, question, cancel, before)
 
         return start
 
@@ -342,10 +346,12 @@ def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> 
             keep_in = None if apart or not whole else library
             assistant, cancel = _assistant(arguments, keep_in), threading.Event()
             assistant.meanings = None if apart else _meanings(library)
+            before = library.last_question(kept) if whole and not apart else ""
             for task in tasks:
-                events = task(assistant, shelf, cancel)
+                events = task(assistant, shelf, cancel, before)
                 answer = _show(arguments, assistant, events, cancel, shelf)
                 answers.append(_as_dict(assistant, answer, shelf))
+                before = answer.asked
                 if not apart:
                     library.remember(kept, answer)
                 if cancel.is_set():
@@ -391,6 +397,8 @@ def _show(
         say("  (nothing in the document is cited)")
     notes = []
     if answer.task == "ask":
+        if answer.asked != answer.request:
+            notes.append(f"asked as: {answer.asked}")
         notes.append("found by words and meaning" if answer.by_meaning else "found by words")
     if answer.new_tokens:
         speed = f", {answer.decode_tps:.1f} tok/s" if answer.decode_tps else ""

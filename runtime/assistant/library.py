@@ -300,6 +300,11 @@ class Library:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DocumentError(f"{self.path} holds a damaged answer: {error}") from None
 
+    def last_question(self, document: int | None) -> str:
+        """The question asked last, as it was understood; "" if none was asked."""
+        asked = (one.answer for one in reversed(self.history(document)))
+        return next((one.asked or one.request for one in asked if one.task == "ask"), "")
+
     def forget(self, document: int | None, asked: int | None = None) -> None:
         """Delete one entry of a document's history, or all of it."""
         with self._transaction() as run:
