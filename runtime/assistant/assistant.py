@@ -188,7 +188,7 @@ class Assistant:
     def find(self, shelf: Sequence[Document], question: str) -> tuple[list[Hit], Quotes]:
         """The passages and sentences that answer a question, without the model."""
         hits = search(shelf, question, PASSAGES, meanings=self.meanings)
-        return hits, choose(hits, question, sum(len(document.chunks) for document in shelf))
+        return hits, choose(hits, question)
 
     def suggest(self, document: Document, cancel: threading.Event | None = None) -> Iterator[Event]:
         """At most three questions that the assistant itself answers with the sentence that each

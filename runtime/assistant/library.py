@@ -325,6 +325,16 @@ class Library:
             *terms,
         )
 
+    def known(self, documents: Sequence[int], terms: Sequence[str]) -> set[str]:
+        """Those of some terms that stand in some documents."""
+        rows = self._rows(
+            f"SELECT DISTINCT term FROM postings WHERE document IN ({_marks(documents)}) AND term "
+            f"IN ({_marks(terms)})",
+            *documents,
+            *terms,
+        )
+        return {term for (term,) in rows}
+
     def names(self, document: int, chunks: Sequence[int]) -> list[tuple[str, int]]:
         """(term, chunk) of the names in some chunks."""
         return self._rows(

@@ -17,7 +17,8 @@ from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block, Source, make_source
 from pocketslm.runtime.assistant.readers.limits import MAX_FILE_BYTES, limited
 
-Reader = Callable[[bytes], Iterable[Block]]
+# Takes the bytes of a file; that of PDFs takes a password too.
+Reader = Callable[..., Iterable[Block]]
 
 # Kind -> (module of its reader and the reader's name, file name endings).
 KINDS = {
