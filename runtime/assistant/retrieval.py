@@ -31,7 +31,7 @@ SHORT = 30  # chunks
 # chunk holds the whole question, and less if it holds a part: words that meet by chance must not
 # outweigh meaning. A chunk's cosine is that of its most similar sentence, times SENTENCE, plus its
 # own, times the rest.
-WORDS, SENTENCE = 0.4, 0.7
+WORDS, SENTENCE = 0.3, 0.7
 
 Place = tuple[int, int]
 """(document's number, chunk)"""
