@@ -13,14 +13,28 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
+IMPORTS = ROOT / "build" / "mypy"  # a folder that holds the package under its own name
 BUNDLE = "out/smollm2"
 PACKAGES = ("models", "export", "runtime", "profiling", "android")
 MODULES = ("cache", "cli", "errors", "folders", "inspection", "terminal", "__main__")
+
+# What the tests run, as options of runtime/ops/build.py: the library, and the runner, also under
+# sanitizers and, by zig, for Arm.
+BUILDS = (
+    "",
+    "--runner --output build/native/run",
+    "--runner --sanitize address,undefined --output build/native/run-address",
+    "--runner --sanitize thread --output build/native/run-thread",
+)
+ARM_BUILDS = ("--runner --target aarch64-linux --output build/native/run-arm",)
 
 DEMO = f"""
 pocketslm fetch smollm2-135m-instruct
@@ -47,7 +61,9 @@ def main() -> int:
             for line in DEMO.strip().splitlines():
                 run(*shlex.split(line))
         else:
-            install("dev")
+            link()
+            with compiling(sys.executable, BUILDS):
+                install("dev")
             test()
     except subprocess.CalledProcessError as error:
         print(f"\nfailed with status {error.returncode}: {shlex.join(error.cmd)}", file=sys.stderr)
@@ -60,27 +76,51 @@ def install(extra: str) -> None:
     """The package with an extra into ``.venv``, in place: edits count at once."""
     if not PYTHON.exists():
         run(sys.executable, "-m", "venv", str(VENV))
+    # Of 25,000 modules few are imported, and Python compiles those when they are.
+    pip = (str(PYTHON), "-m", "pip", "install", "--no-compile")
+    pip += ("--quiet", "--disable-pip-version-check")
     # The exact torch first: a newer one would bring gigabytes that nobody here uses.
-    pip = (str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     run(*pip, "torch==2.13.0")
     run(*pip, "--editable", f".[{extra}]")
+
+
+def link() -> None:
+    """Link this folder as ``pocketslm``: mypy and Python find packages by the folder's name."""
+    IMPORTS.mkdir(parents=True, exist_ok=True)
+    place = IMPORTS / "pocketslm"
+    if not place.is_symlink():
+        place.symlink_to(ROOT, target_is_directory=True)
+
+
+@contextmanager
+def compiling(python: str, builds: tuple[str, ...]) -> Iterator[None]:
+    """Compile while the block runs, which keeps one core busy at most.
+
+    Compiled objects stay in the cache. A build that fails, as without sanitizers, is left to the
+    test that needs it.
+    """
+
+    def build() -> None:
+        for options in builds:
+            command = (python, "-m", "pocketslm.runtime.ops.build", *options.split())
+            run(*command, check=False, PYTHONPATH=str(IMPORTS))
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(build)
+        yield
+    done.result()
 
 
 def test() -> None:
     run("ruff", "format", "--check", ".")
     run("ruff", "check", ".")
-    # mypy finds packages by folder name; the package is this folder under another name.
-    home = ROOT / "build" / "mypy"
-    home.mkdir(parents=True, exist_ok=True)
-    link = home / "pocketslm"
-    if not link.is_symlink():
-        link.symlink_to(ROOT, target_is_directory=True)
-    names = [f"-ppocketslm.{name}" for name in PACKAGES]
-    names += [f"-mpocketslm.{name}" for name in MODULES]
-    run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=home)
     run("python", "tests/house.py")
-    # Warnings are errors. The variable silences a notice about future versions of mkdocs.
-    run("mkdocs", "build", "--quiet", "--strict", NO_MKDOCS_2_WARNING="1")
+    with compiling(str(PYTHON), ARM_BUILDS):
+        names = [f"-ppocketslm.{name}" for name in PACKAGES]
+        names += [f"-mpocketslm.{name}" for name in MODULES]
+        run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=IMPORTS)
+        # Warnings are errors. The variable silences a notice about future versions of mkdocs.
+        run("mkdocs", "build", "--quiet", "--strict", NO_MKDOCS_2_WARNING="1")
     # Two processes: the tests of one file stay together, since they share what is costly to make.
     # PyTorch takes one thread in each: threads of two that wait for each other cost minutes.
     # tests/conftest.py says which files go first.
@@ -96,10 +136,12 @@ def test() -> None:
     run(*command, OMP_NUM_THREADS="1")
 
 
-def run(*command: str, cwd: Path = ROOT, **environment: str) -> None:
+def run(*command: str, cwd: Path = ROOT, check: bool = True, **environment: str) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
+    # Python shall keep what it compiles: the tests start hundreds of processes.
     path = f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run(command, check=True, cwd=cwd, env=os.environ | {"PATH": path, **environment})
+    usual = {"PATH": path, "PYTHONDONTWRITEBYTECODE": ""}
+    subprocess.run(command, check=check, cwd=cwd, env=os.environ | usual | environment)
 
 
 if __name__ == "__main__":

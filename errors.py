@@ -45,6 +45,10 @@ class DocumentError(PocketSlmError):
     """A document or library is missing, damaged, hostile, locked or of an unknown kind."""
 
 
+class LockedError(DocumentError):
+    """A document needs a password, or another one."""
+
+
 class UsageError(PocketSlmError):
     """An option or argument has a value that makes no sense."""
 

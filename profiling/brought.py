@@ -3,14 +3,16 @@
 The documents were written for this benchmark, except for a long PDF of Wikipedia articles and the
 news articles that fill the library. The kinds of questions: "own" uses the words of its document,
 "para" shares no content word with it, "table" and "list" want a cell or all of some items, "both"
-is asked of all documents together, and nothing answers "none". Half of the questions, by a hash of
-their words, are set apart: no constant of the assistant was chosen on them.
+is asked of all documents together, and nothing answers "none". Half of the questions of
+``questions.txt``, by a hash of their words, are set apart: no constant of the assistant was chosen
+on them. Those of ``tuning.txt``, more paraphrases and unanswerable ones, are there to choose on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -36,11 +38,12 @@ class Brought:
     question: str
     pattern: str
     spans: tuple[str, ...]
+    tuning: bool = False
 
     @property
     def apart(self) -> bool:
         """Whether the question is in the half that was set apart."""
-        return hashlib.sha256(self.question.encode()).digest()[0] % 2 == 0
+        return not self.tuning and hashlib.sha256(self.question.encode()).digest()[0] % 2 == 0
 
     @property
     def language(self) -> str:
@@ -66,8 +69,12 @@ class Brought:
 
 def brought_questions() -> list[Brought]:
     """The questions that ship with the package."""
-    found, document = [], ""
-    for line in (_folder() / "questions.txt").read_text("utf-8").splitlines():
+    return [*_read("questions.txt"), *_read("tuning.txt", tuning=True)]
+
+
+def _read(name: str, *, tuning: bool = False) -> Iterator[Brought]:
+    document = ""
+    for line in (_folder() / name).read_text("utf-8").splitlines():
         if line.startswith("== "):
             document = line.removeprefix("== ")
             continue
@@ -75,8 +82,7 @@ def brought_questions() -> list[Brought]:
             part.replace("\\|", "|").strip() for part in re.split(r"(?<!\\)\|(?= )", line)
         )
         wanted = () if spans == "-" else tuple(spans.split(" && "))
-        found.append(Brought(document, kind, question, pattern, wanted))
-    return found
+        yield Brought(document, kind, question, pattern, wanted, tuning)
 
 
 def written() -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,11 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("prompt", help='the prompt; "-" reads it from standard input')
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help='a text that the prompt is about, which follows it; "-" reads it from standard input',
+    )
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
     parser.add_argument(
         "--prefixes",
@@ -50,6 +55,12 @@ def add_commands(commands: Commands) -> None:
 
     parser = commands.add("chat", _chat, "talk with a model", "pocketslm chat out/smollm2")
     parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="append each message to this file, as a line of JSON with its role and content",
+    )
     add_system(parser)
     add_generation(parser)
     add_constraint(parser)
@@ -143,10 +154,10 @@ def _text_of(path: Path | None) -> str | None:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.raw:
         refuse(arguments, "with --raw, which has no messages", "system")
+    prompt = _prompt(arguments)
     model = load(arguments)
     if arguments.prefixes is not None:
         model.use_prefixes(arguments.prefixes)
-    prompt = read_input("a prompt") if arguments.prompt == "-" else arguments.prompt
     config = generation_config(arguments, model)
     config = config.but(logprobs=arguments.json, **_constraint(arguments))
     records = (
@@ -157,12 +168,26 @@ def _run(arguments: argparse.Namespace) -> None:
     finish(model, stream(records, quiet=arguments.json), arguments.json)
 
 
+def _prompt(arguments: argparse.Namespace) -> str:
+    """The prompt, and the text that it is about."""
+    from pocketslm.errors import UsageError
+
+    if arguments.prompt == "-" == arguments.text:
+        raise UsageError("standard input is the prompt or the text, not both; name a file")
+    prompt: str = read_input("a prompt") if arguments.prompt == "-" else arguments.prompt
+    if arguments.text is None:
+        return prompt
+    file = None if arguments.text == "-" else Path(arguments.text)
+    return f"{prompt}\n\n{read_input('a text') if file is None else _text_of(file)}"
+
+
 def _chat(arguments: argparse.Namespace) -> None:
     from pocketslm.errors import ContextOverflowError, TokenizerError, UsageError
 
     model = load(arguments)
     config = generation_config(arguments, model).but(**_constraint(arguments))
     messages = _system(arguments)
+    _log(arguments.log, messages)  # now, so that a file that cannot be written is said at once
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a byte that is no UTF-8 must not end the chat
     say(f"{model.name}, context {model.context}. Ctrl-D ends, Ctrl-C stops.")
@@ -181,7 +206,22 @@ def _chat(arguments: argparse.Namespace) -> None:
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer.text})
+        _log(arguments.log, messages[-2:])
         finish(model, answer)
+
+
+def _log(file: Path | None, messages: Sequence[dict[str, str]]) -> None:
+    """Append messages to a log, if there is one."""
+    from pocketslm.errors import UsageError
+
+    if file is None:
+        return
+    lines = [json.dumps(message, ensure_ascii=False) + "\n" for message in messages]
+    try:
+        with file.open("a", encoding="utf-8") as log:
+            log.writelines(lines)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror}; choose another") from None
 
 
 def _embed(arguments: argparse.Namespace) -> None:

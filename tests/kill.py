@@ -514,7 +514,7 @@ def campaign(name: str, rounds: int, seed: int = 0) -> dict[str, Any]:
                 where = f"{name}, round {number}, seed {seed}, killed at {at}"
                 raise Lost(f"{where}: {type(error).__name__}: {error}") from error
             most = max(most, left)
-        for _ in range(10):  # undisturbed ones end well and leave nothing
+        for _ in range(min(rounds, 10)):  # undisturbed ones end well and leave nothing
             target.prepare()
             run(target, None)
             target.check()

@@ -97,6 +97,9 @@ USER_ERRORS = {
     "bad zeros": (["prune", "HF", "OUT", "--text", "TEXT", "--sparse", "4:2"], "'4:2', expected"),
     "bad method": (["export", "HF", "OUT", "--method", "magic"], "'magic', expected one of rtn"),
     "no recipe": (["export", "HF", "OUT", "--recipe", "nowhere.toml"], "cannot read nowhere.toml"),
+    "text and prompt": (["run", "BUNDLE", "-", "--text", "-"], "the prompt or the text, not both"),
+    "no text": (["run", "BUNDLE", "hi", "--text", "nowhere"], "nowhere cannot be read"),
+    "no log": (["chat", "BUNDLE", "--log", "nowhere/log"], "nowhere/log cannot be written"),
     "bad sampling": (["run", "BUNDLE", "hi", "--top-p", "7"], "top_p is 7.0"),
     "bad window": (["app", "--size", "tiny"], "expected one such as 412x860"),
     "bad backend": (["run", "BUNDLE", "hi", "--backend", "tpu"], "'tpu' is unknown"),
@@ -153,6 +156,7 @@ WITHOUT_EFFECT = [
     "run BUNDLE hi --temperature 0 | --seed 1",
     "doc add a b | --title x",
     "doc ask BUNDLE What? --document - | --library FILE",
+    "doc ask BUNDLE What? --document 1 | --password-file FILE",
     "bench BUNDLE | --pin big",
     "bench BUNDLE | --sustained 1",
     "bench BUNDLE | --pause 1",
@@ -302,6 +306,34 @@ def test_chat_reads_a_pipe(
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nagain\n"))
     assert main(["chat", str(tiny_bundle), "-n", "5"]) == 0
     assert capsys.readouterr().err.count("TTFT") == 2
+
+
+def test_a_chat_is_logged_and_the_log_grows(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log.jsonl"
+    for said in ("hello", "ça va?"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        assert main(["chat", str(tiny_bundle), "-n", "5", "--log", str(log)]) == 0
+    messages = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [message["content"] for message in messages][::2] == ["hello", "ça va?"]
+
+
+def test_a_text_follows_the_prompt(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def scores(*options: str) -> list[float]:
+        assert main(["run", str(tiny_bundle), *options, "-n", "4", "--json"]) == 0
+        found: list[float] = json.loads(capsys.readouterr().out)["logprobs"]
+        return found
+
+    whole = pytest.approx(scores("Sum up:\n\nA cat sat."), rel=1e-5)
+    assert scores("Sum up:") != whole
+    (tmp_path / "cat.txt").write_text("A cat sat.")
+    assert scores("Sum up:", "--text", str(tmp_path / "cat.txt")) == whole
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A cat sat."))
+    assert scores("Sum up:", "--text", "-") == whole
 
 
 def test_a_chat_goes_on_when_its_context_is_full(

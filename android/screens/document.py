@@ -84,6 +84,8 @@ class AnswerCard(Card):
         if not answer.found:
             notes.append(t("not_found"))
         if answer.task == "ask":
+            if answer.asked not in ("", answer.request):
+                notes.append(t("asked_as", question=answer.asked))
             notes.append(t("by_meaning" if answer.by_meaning else "by_words"))
         if not answer.citations:
             notes.append(t("nothing_cited"))
@@ -349,7 +351,8 @@ class DocumentScreen(Screen):
             elif task == "suggest":
                 yield from assistant.suggest(document, cancel)
             else:
-                yield from assistant.ask(document, request, cancel)
+                before = app.library.last_question(document.id)
+                yield from assistant.ask(document, request, cancel, before)
 
         def event(event: Any) -> None:
             if running.gone:

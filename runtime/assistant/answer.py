@@ -31,6 +31,8 @@ class Answer:
     - ``text``: all text that was yielded.
     - ``own``: the part of ``text`` in the model's words, empty if none of them was supported. The
       rest are quotes.
+    - ``asked``: the question as it was understood: with words of the question before it, if it goes
+      on from that one.
     - ``found``: whether the document holds what was asked for.
     - ``by_meaning``: whether the search went by meaning as well as by words.
     - ``items``: the questions of "suggest".
@@ -43,6 +45,7 @@ class Answer:
     request: str
     text: str
     finish: Finish
+    asked: str = ""
     found: bool = True
     own: str = ""
     by_meaning: bool = False

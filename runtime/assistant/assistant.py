@@ -25,6 +25,8 @@ from typing import Any
 from pocketslm.errors import BackendError, ContextOverflowError, UsageError
 from pocketslm.runtime.assistant.answer import Answer, Citation, Event, Finish, Task
 from pocketslm.runtime.assistant.document import Document
+from pocketslm.runtime.assistant.following import standing_alone
+from pocketslm.runtime.assistant.language import detect
 from pocketslm.runtime.assistant.meaning import Meanings
 from pocketslm.runtime.assistant.prompts import prompt, speaks
 from pocketslm.runtime.assistant.quoting import PASSAGES, Quotes, choose
@@ -129,8 +131,12 @@ class Assistant:
         documents: Document | Sequence[Document],
         question: str,
         cancel: threading.Event | None = None,
+        before: str = "",
     ) -> Iterator[Event]:
         """Answer a question from one document, or from several of one library.
+
+        ``before`` is the question before it, as it was understood (``Answer.asked``). A question
+        that goes on from it, such as "And when?", takes words of it.
 
         The sentences that answer it come first, with title, page and heading; then the model's own
         sentence, if it is supported. If nothing answers the question, the answer says so and shows
@@ -140,12 +146,14 @@ class Assistant:
             raise UsageError("the question is empty")
         run = _Run(self, "ask", question, cancel)
         shelf = [documents] if isinstance(documents, Document) else list(documents)
+        spoken = shelf[0].language if len(shelf) == 1 else detect(f"{before} {question}")
+        question = standing_alone(question, before, spoken)
         hits, quotes = self.find(shelf, question)
         of = {document.id: document for document in shelf}
         first = of[quotes.citations[0].document] if quotes.citations else next(iter(shelf), None)
         language = first.language if first else ""
         by_meaning = any(hit.likeness is not None for hit in hits)
-        run.answers(by_meaning=by_meaning, found=quotes.found)
+        run.answers(asked=question, by_meaning=by_meaning, found=quotes.found)
         if not quotes.citations:
             yield run.add(self._prompt("not-found", language))
             yield run.answer()
@@ -180,7 +188,7 @@ class Assistant:
     def find(self, shelf: Sequence[Document], question: str) -> tuple[list[Hit], Quotes]:
         """The passages and sentences that answer a question, without the model."""
         hits = search(shelf, question, PASSAGES, meanings=self.meanings)
-        return hits, choose(hits, question, sum(len(document.chunks) for document in shelf))
+        return hits, choose(hits, question)
 
     def suggest(self, document: Document, cancel: threading.Event | None = None) -> Iterator[Event]:
         """At most three questions that the assistant itself answers with the sentence that each

@@ -9,10 +9,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from getpass import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocketslm.errors import DocumentError, PocketSlmError, UsageError
+from pocketslm.errors import DocumentError, LockedError, PocketSlmError, UsageError
 from pocketslm.runtime.cli import add_generation, generation_config, load
 from pocketslm.terminal import (
     Commands,
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from pocketslm.runtime.model import Model
     from pocketslm.runtime.prefixes import Prefixes
 
-    Start = Callable[[Assistant, Sequence[Document], threading.Event], Iterator[Event]]
+    # The last is the question before.
+    Start = Callable[[Assistant, Sequence[Document], threading.Event, str], Iterator[Event]]
 
 _EMBEDDINGS = "embeddings"  # the library's setting: the bundle of its model of embeddings
 LIBRARY_VARIABLE = "POCKETSLM_DOCUMENTS"
@@ -53,6 +55,7 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("file", nargs="+", help='a file, or "-" for text on standard input')
     parser.add_argument("--title", help="(default: the file's name)")
+    _add_password(parser)
     _add_library(parser)
     parser = documents.add("list", _list, "list the library", "pocketslm doc list --json")
     _add_library(parser)
@@ -137,6 +140,16 @@ def _add_library(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def _add_password(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--password-file",
+        type=Path,
+        metavar="FILE",
+        help="a file whose first line is the password of a locked PDF (default: on a terminal it "
+        "is asked for)",
+    )
+
+
 def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
@@ -145,6 +158,7 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
         "(default: `ask` asks all of the library, others take the newest; of an empty one a "
         "sample)",
     )
+    _add_password(parser)
     _add_library(parser)
     add_generation(parser)
 
@@ -157,7 +171,7 @@ def _add(arguments: argparse.Namespace) -> None:
         before = {entry.id for entry in library.entries()}
         for file in arguments.file:
             try:
-                source = _read(file)
+                source = _read(file, arguments)
             except DocumentError as error:
                 failed.append(str(error))
                 continue
@@ -278,20 +292,23 @@ def _remove(arguments: argparse.Namespace) -> None:
 
 
 def _summarize(arguments: argparse.Namespace) -> None:
-    _work(arguments, lambda assistant, shelf, cancel: assistant.summarize(shelf[0], cancel))
+    _work(arguments, lambda assistant, shelf, cancel, _: assistant.summarize(shelf[0], cancel))
 
 
 def _suggest(arguments: argparse.Namespace) -> None:
-    _work(arguments, lambda assistant, shelf, cancel: assistant.suggest(shelf[0], cancel))
+    _work(arguments, lambda assistant, shelf, cancel, _: assistant.suggest(shelf[0], cancel))
 
 
 def _ask(arguments: argparse.Namespace) -> None:
     def ask(question: str) -> Start:
         def start(
-            assistant: Assistant, shelf: Sequence[Document], cancel: threading.Event
+            assistant: Assistant,
+            shelf: Sequence[Document],
+            cancel: threading.Event,
+            before: str,
         ) -> Iterator[Event]:
             say(f"> {question}")
-            return assistant.ask(shelf, question, cancel)
+            return assistant.ask(shelf, question, cancel, before)
 
         return start
 
@@ -318,12 +335,14 @@ def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> 
     apart = which is not None and (which == "-" or Path(which).exists())
     if apart:
         refuse(arguments, "with a document that is not in it", "library", "prefix_mb")
+    else:
+        refuse(arguments, "without a file to read", "password_file")
     answers = []
     # Without a document, do not make a library that does not exist.
     bare = which is None and not _place(arguments).exists()
     with Library(":memory:") if apart or bare else _library(arguments) as library:
         if apart:
-            shelf = [library.add(_read(which))]
+            shelf = [library.add(_read(which, arguments))]
         elif which is not None:
             shelf = [library.find(which)]
         else:
@@ -342,10 +361,12 @@ def _work(arguments: argparse.Namespace, *tasks: Start, whole: bool = False) -> 
             keep_in = None if apart or not whole else library
             assistant, cancel = _assistant(arguments, keep_in), threading.Event()
             assistant.meanings = None if apart else _meanings(library)
+            before = library.last_question(kept) if whole and not apart else ""
             for task in tasks:
-                events = task(assistant, shelf, cancel)
+                events = task(assistant, shelf, cancel, before)
                 answer = _show(arguments, assistant, events, cancel, shelf)
                 answers.append(_as_dict(assistant, answer, shelf))
+                before = answer.asked
                 if not apart:
                     library.remember(kept, answer)
                 if cancel.is_set():
@@ -391,6 +412,8 @@ def _show(
         say("  (nothing in the document is cited)")
     notes = []
     if answer.task == "ask":
+        if answer.asked != answer.request:
+            notes.append(f"asked as: {answer.asked}")
         notes.append("found by words and meaning" if answer.by_meaning else "found by words")
     if answer.new_tokens:
         speed = f", {answer.decode_tps:.1f} tok/s" if answer.decode_tps else ""
@@ -450,11 +473,30 @@ def _place(arguments: argparse.Namespace) -> Path:
     return path.expanduser()
 
 
-def _read(file: str) -> Source:
+def _read(file: str, arguments: argparse.Namespace) -> Source:
     from pocketslm.runtime.assistant.readers import read_file, read_stream
 
+    password = _first_line(arguments.password_file)
     if file == "-":
         if sys.stdin is None:
             raise UsageError("standard input is closed, expected a document")
-        return read_stream(sys.stdin.buffer, "standard input")
-    return read_file(Path(file))
+        return read_stream(sys.stdin.buffer, "standard input", password)
+    try:
+        return read_file(Path(file), password)
+    except LockedError as error:
+        if password or sys.stdin is None or not sys.stdin.isatty():
+            raise LockedError(f"{error}; name a file that holds it with --password-file") from None
+    return read_file(Path(file), getpass(f"password of {file}: "))
+
+
+def _first_line(path: Path | None) -> str:
+    """The first line of a file, "" without one."""
+    if path is None:
+        return ""
+    try:
+        first = path.read_text("utf-8").splitlines()[:1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the password in {path}: {error}") from None
+    if not first:
+        raise UsageError(f"{path} is empty, expected a password on its first line")
+    return first[0]

@@ -300,6 +300,11 @@ class Library:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DocumentError(f"{self.path} holds a damaged answer: {error}") from None
 
+    def last_question(self, document: int | None) -> str:
+        """The question asked last, as it was understood; "" if none was asked."""
+        asked = (one.answer for one in reversed(self.history(document)))
+        return next((one.asked or one.request for one in asked if one.task == "ask"), "")
+
     def forget(self, document: int | None, asked: int | None = None) -> None:
         """Delete one entry of a document's history, or all of it."""
         with self._transaction() as run:
@@ -319,6 +324,16 @@ class Library:
             *documents,
             *terms,
         )
+
+    def known(self, documents: Sequence[int], terms: Sequence[str]) -> set[str]:
+        """Those of some terms that stand in some documents."""
+        rows = self._rows(
+            f"SELECT DISTINCT term FROM postings WHERE document IN ({_marks(documents)}) AND term "
+            f"IN ({_marks(terms)})",
+            *documents,
+            *terms,
+        )
+        return {term for (term,) in rows}
 
     def names(self, document: int, chunks: Sequence[int]) -> list[tuple[str, int]]:
         """(term, chunk) of the names in some chunks."""

@@ -1,8 +1,9 @@
 """Choose the sentences of a document that answer a question, without a language model.
 
 Each sentence of the best passages gets the logarithm of the odds that it answers, by a logistic
-regression whose features are named in FEATURES. Its weights were fitted on one half of the
-questions of ``bench-doc``; the other half was set apart and is what the benchmark reports.
+regression whose features are named in FEATURES; another, of those in SIGNS, says whether there is
+an answer at all. Their weights were fitted on one half of the questions of ``bench-doc``; the other
+half was set apart and is what the benchmark reports.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pocketslm.runtime.assistant.answer import Citation
-from pocketslm.runtime.assistant.asking import holds, wanted
+from pocketslm.runtime.assistant.asking import Wanted, holds, wanted
 from pocketslm.runtime.assistant.document import Document
 from pocketslm.runtime.assistant.meaning import MOST_SENTENCES
-from pocketslm.runtime.assistant.retrieval import SHORT, Hit, idf
+from pocketslm.runtime.assistant.retrieval import SHORT, Hit, asked_of, idf
 from pocketslm.runtime.assistant.words import sentences, terms
 
 FEATURES = (
@@ -32,6 +33,19 @@ FEATURES = (
     "heads",  # whether it is a heading
 )
 WORDS, HEADS = FEATURES.index("words"), FEATURES.index("heads")
+ALIKE, KIND = FEATURES.index("alike"), FEATURES.index("kind")
+SIGNS = (
+    "bias",
+    "score",  # of the best sentence
+    "covered",  # the part of the question's weight that a passage holds, at most
+    "kind",  # as above, of the best sentence
+    "margin",  # by how much its score is above that of the best sentence of another passage
+    "alike",  # as above, of the best sentence
+    "lacks",  # whether it lacks a number, time or colour that is wanted
+)
+MOST_MARGIN = 5.0
+# Languages of which the model of embeddings knows the meaning; "" are tables, logs and code.
+KNOWN = frozenset(("en", ""))
 # How many sentences may support the model's, and how much of the question each must hold, compared
 # with the best.
 GROUNDS, GROUND = 5, 0.8
@@ -45,19 +59,26 @@ _ITEM = re.compile(r"(?:[-*•–]|\d{1,2}[.)])\s")
 
 class Weights(NamedTuple):
     """- ``sentence``: one weight for each feature.
-    - ``answerable``: whether there is an answer at all. The weights of 1, of the best sentence's
-      score, and of the part of the question's weight that its passages hold. In a long document
-      more words meet by chance, so every tenfold of passages takes away RISE, besides ``least``.
+    - ``answerable``: one for each sign. There is an answer where their sum is positive.
+    - ``least``: where no passage holds a word of the question, there is an answer if a sentence in
+      a language of KNOWN is as much alike.
     """
 
     sentence: tuple[float, ...]
-    answerable: tuple[float, float, float]
+    answerable: tuple[float, ...]
     least: float
 
 
-BY_MEANING = Weights((-9.44, 4.06, 1.15, -1.60, 2.98, 0.96, 4.64, -2.43), (1.51, 1.33, 2.37), 0.0)
-BY_WORDS = Weights((-9.05, 5.38, 2.01, -1.25, 0.0, 1.10, 4.78, -1.93), (-1.82, 0.10, 5.67), 0.25)
-RISE = 0.4
+BY_MEANING = Weights(
+    (-9.44, 4.06, 1.15, -1.60, 2.98, 0.96, 4.64, -2.43),
+    (-1.04, 0.81, 0.65, 0.42, 0.31, 0.89, -0.69),
+    0.3,
+)
+BY_WORDS = Weights(
+    (-9.05, 5.38, 2.01, -1.25, 0.0, 1.10, 4.78, -1.93),
+    (-0.55, 0.75, 0.96, 0.16, 0.30, 0.0, -0.79),
+    math.inf,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +103,55 @@ class Quotes:
     grounds: tuple[Citation, ...] = ()
 
 
-def choose(hits: Sequence[Hit], question: str, passages: int) -> Quotes:
-    """The sentences that answer a question. ``passages`` counts all that were searched."""
+def choose(hits: Sequence[Hit], question: str) -> Quotes:
+    """The sentences that answer a question."""
     weights = BY_MEANING if any(hit.likeness is not None for hit in hits) else BY_WORDS
     ranked = sorted(candidates(hits, question, weights), key=lambda found: -found.score)
     if not ranked:
         return Quotes()
-    best = ranked[0]
-    bias, by_score, by_coverage = weights.answerable
-    odds = bias + by_score * best.score + by_coverage * max(hit.coverage for hit in hits)
-    least = weights.least + RISE * max(0.0, math.log10(max(1, passages) / SHORT))
+    found = _is_answered(hits, ranked, question, weights)
     said = [found for found in ranked if not found.features[HEADS]] or ranked
-    close = [found for found in said[:MOST] if found.score >= said[0].score - CLOSE]
+    close = [one for one in said[:MOST] if one.score >= said[0].score - CLOSE]
     grounds = [
-        found.citation
-        for found in said[:GROUNDS]
-        if found.features[WORDS] >= GROUND * said[0].features[WORDS]
+        one.citation
+        for one in said[:GROUNDS]
+        if one.features[WORDS] >= GROUND * said[0].features[WORDS]
     ]
-    citations = tuple(_merged([_whole(found) for found in close]))
-    return Quotes(citations, odds >= least, tuple(grounds))
+    citations = tuple(_merged([_whole(one) for one in close]))
+    return Quotes(citations, found, tuple(grounds))
+
+
+def _is_answered(
+    hits: Sequence[Hit], ranked: Sequence[Candidate], question: str, weights: Weights
+) -> bool:
+    """Whether the best sentence can be an answer."""
+    covered = max(hit.coverage for hit in hits)
+    if not covered:
+        known = (one.features[ALIKE] for one in ranked if one.document.language in KNOWN)
+        return max(known, default=0.0) >= weights.least
+    best = ranked[0]
+    others = (found.score for found in ranked if not _same_passage(found, best))
+    kind = best.features[KIND]
+    lacks = kind < 0 and wanted(question, best.document.language).kind != "person"
+    signs = (
+        1.0,
+        best.score,
+        covered,
+        kind,
+        min(MOST_MARGIN, best.score - next(others, -math.inf)),
+        best.features[ALIKE],
+        float(lacks),
+    )
+    return sum(w * sign for w, sign in zip(weights.answerable, signs, strict=True)) > 0
+
+
+def _same_passage(a: Candidate, b: Candidate) -> bool:
+    return (a.document.id, a.citation.chunk) == (b.document.id, b.citation.chunk)
 
 
 def candidates(hits: Sequence[Hit], question: str, weights: Weights) -> Iterator[Candidate]:
     """The sentences of some passages."""
-    kind = wanted(question)
+    wants: dict[str, Wanted] = {}  # by language
     best = max((hit.score for hit in hits), default=0.0) or 1.0
     shares: dict[int, dict[str, float]] = {}
     for hit in hits:
@@ -113,6 +159,9 @@ def candidates(hits: Sequence[Hit], question: str, weights: Weights) -> Iterator
         if document.id not in shares:
             shares[document.id] = _shares(document, question)
         share = shares[document.id]
+        language = document.language
+        if language not in wants:
+            wants[language] = wanted(question, language)
         spans = sentences(document.text, chunk.start, chunk.end)
         held = [set(terms(document.text[a:b], document.language)) for a, b in spans]
         heading = set(terms(chunk.heading, document.language))
@@ -130,7 +179,7 @@ def candidates(hits: Sequence[Hit], question: str, weights: Weights) -> Iterator
                 _sum(share, heading - here - title),
                 _sum(share, around),
                 _alike(hit, at),
-                holds(text, kind),
+                holds(text, wants[language], language),
                 hit.score / best,
                 float(" ".join(text.split()) in names),
             )
@@ -152,7 +201,7 @@ def _sum(share: dict[str, float], some: set[str]) -> float:
 
 def _shares(document: Document, question: str) -> dict[str, float]:
     """The share of each term in the question's weight: the rarer in the document, the larger."""
-    asked = terms(question, document.language)
+    asked = asked_of([document], question, document.language)
     often: dict[str, int] = defaultdict(int)
     for _, term, *_ in document.library.postings([document.id], asked):
         often[term] += 1

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pocketslm.runtime.assistant.document import Chunk, Document
 from pocketslm.runtime.assistant.meaning import Meanings, Vector
-from pocketslm.runtime.assistant.words import terms
+from pocketslm.runtime.assistant.words import asked_terms, compound_parts
 
 K1, B = 1.2, 0.75  # the values of SQLite's FTS5 and Lucene
 # A walk starts at each of the SEEDS best chunks. For every shared name its end gains WALK *
@@ -27,9 +27,11 @@ COMMON = 0.05
 # The graph cannot lift a chunk by more than this many names.
 MOST_NAMES = 4
 SHORT = 30  # chunks
-# The weight of meaning: a cosine of 1 counts as much as MEANING times the best BM25 score. A
-# chunk's cosine is that of its most similar sentence, times SENTENCE, plus its own, times the rest.
-MEANING, SENTENCE = 1.0, 0.7
+# The weight of words beside meaning: the best BM25 score counts as much as a cosine of WORDS if its
+# chunk holds the whole question, and less if it holds a part: words that meet by chance must not
+# outweigh meaning. A chunk's cosine is that of its most similar sentence, times SENTENCE, plus its
+# own, times the rest.
+WORDS, SENTENCE = 0.3, 0.7
 
 Place = tuple[int, int]
 """(document's number, chunk)"""
@@ -71,7 +73,7 @@ def search(
         for document in shelf:
             for chunk, cosines in meanings.likeness(document, asked).items():
                 likeness[document.id, chunk] = cosines
-        score = _fused(score, likeness)
+        score = _fused(score, covered, likeness)
     opened = {document.id: document for document in shelf}
     best = sorted(score, key=lambda place: (-score[place], place))[:k]
     return [
@@ -93,6 +95,26 @@ def by_language(documents: Iterable[Document]) -> dict[str, list[Document]]:
     return found
 
 
+def asked_of(shelf: Sequence[Document], question: str, language: str) -> list[str]:
+    """The terms that a question has for documents of one language: a compound that they do not
+    have stands for its parts.
+    """
+    wanted = asked_terms(question, language)
+    pairs = {term: compound_parts(term, language) for term in wanted}
+    if not any(pairs.values()):
+        return wanted
+    numbers = [document.id for document in shelf]
+    asked = {*wanted, *(part for some in pairs.values() for pair in some for part in pair)}
+    known = shelf[0].library.known(numbers, sorted(asked))
+    found: list[str] = []
+    for term in wanted:
+        parts: tuple[str, ...] = ()
+        if term not in known:
+            parts = max(pairs[term], key=lambda pair: sum(map(len, known & {*pair})), default=())
+        found += [part for part in parts if part in known] or [term]
+    return list(dict.fromkeys(found))
+
+
 def _by_words(
     shelf: Sequence[Document], question: str, *, walk: bool
 ) -> tuple[dict[Place, float], dict[Place, float]]:
@@ -103,7 +125,7 @@ def _by_words(
     score: dict[Place, float] = defaultdict(float)
     covered: dict[Place, float] = defaultdict(float)
     for language, some in by_language(shelf).items():
-        wanted = terms(question, language)
+        wanted = asked_of(some, question, language)
         postings = library.postings([document.id for document in some], wanted)
         chunks_of: dict[str, int] = defaultdict(int)
         for _, term, *_ in postings:
@@ -122,14 +144,21 @@ def _by_words(
     return score, covered
 
 
-def _fused(score: dict[Place, float], likeness: dict[Place, Vector]) -> dict[Place, float]:
-    """Scores by words, scaled so that the best is 1, plus scores by meaning."""
+def _fused(
+    score: dict[Place, float], covered: dict[Place, float], likeness: dict[Place, Vector]
+) -> dict[Place, float]:
+    """Scores by words, as far as these cover the question, plus scores by meaning.
+
+    A chunk that only the walk has found counts as if it held TRUST of the question.
+    """
     best = max(score.values(), default=0.0) or 1.0
-    fused = {place: value / best for place, value in score.items()}
+    fused = {
+        place: WORDS * covered.get(place, TRUST) * value / best for place, value in score.items()
+    }
     for place, cosines in likeness.items():
         sentence = float(cosines[1:].max()) if cosines.size > 1 else float(cosines[0])
         alike = SENTENCE * sentence + (1 - SENTENCE) * float(cosines[0])
-        fused[place] = fused.get(place, 0.0) + MEANING * alike
+        fused[place] = fused.get(place, 0.0) + alike
     return fused
 
 

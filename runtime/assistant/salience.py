@@ -118,7 +118,9 @@ def is_answered(question: str, passage: str, language: str = "en") -> bool:
     short = len(question.split()) <= MOST_QUESTION_WORDS
     known = {word.lower() for word in _WORDS.findall(question)}
     rest = _WORDS.sub(lambda word: "" if word[0].lower() in known else word[0], passage)
-    answers = holds(rest, wanted(question)) == 1.0 or (
-        not wanted(question) and len(there - set(asked)) >= LEAST_NEW
+    want = wanted(question, language)
+    held_in = passage if want.kind == "count" else rest
+    answers = holds(held_in, want, language) == 1.0 or (
+        not want.kind and len(there - set(asked)) >= LEAST_NEW
     )
     return short and len(asked) >= 2 and held >= HELD * len(asked) and answers

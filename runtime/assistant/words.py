@@ -23,6 +23,15 @@ _ABBREVIATION = re.compile(
 # Characters of scripts without spaces: two neighbours are a term.
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+")
 
+COMPOUNDING = frozenset(("de", "nl", "da", "no", "sv"))
+LEAST_PART = 4  # letters of a compound's part
+_PRICE = (
+    *("cost", "costs", "price", "kosten", "kostet", "preis", "coûte", "coûtent", "prix"),
+    *("cuesta", "cuestan", "precio", "سعر", "ثمن", "价格"),
+)
+# Chinese characters of a question that say nothing about its subject.
+_FUNCTION = re.compile(r"[的是了吗呢么谁哪几]|多少|什么|多久")
+
 
 class Word(NamedTuple):
     """One word: its term, where it stands, and whether it looks like (a part of) a name."""
@@ -72,6 +81,27 @@ def _pairs(word: str, start: int) -> Iterator[Word]:
 def terms(text: str, language: str = "en") -> list[str]:
     """The distinct terms of a text in their order."""
     return list(dict.fromkeys(word.term for word in words(text, language)))
+
+
+def asked_terms(question: str, language: str = "en") -> list[str]:
+    """The terms of a question that say what it is about.
+
+    Words such as "cost" only say which kind of answer is wanted: the text has an amount instead.
+    """
+    found = terms(question, language)
+    kind = {stem(word, language) for word in _PRICE}
+    kept = [term for term in found if term not in kind and not _FUNCTION.search(term)]
+    return kept or found
+
+
+def compound_parts(term: str, language: str) -> list[tuple[str, str]]:
+    """The pairs of terms that a compound may be made of, such as "frist" in "kündigungsfrist"."""
+    if language not in COMPOUNDING:
+        return []
+    return [
+        (stem(term[:at], language), stem(term[at:], language))
+        for at in range(LEAST_PART, len(term) - LEAST_PART + 1)
+    ]
 
 
 def sentences(text: str, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,11 +31,8 @@ from pocketslm.runtime.bundle import open_bundle, read_manifest
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
 
-pytest.importorskip("executorch", reason="executorch is not installed")
-with pipeline._no_warnings():
-    from pocketslm.export.lower.executorch import filters
-    from pocketslm.export.lower.executorch.program import ProgramBuilder
-    from pocketslm.export.lower.executorch.xnnpack import Segment
+if importlib.util.find_spec("executorch") is None:
+    pytest.skip("executorch is not installed", allow_module_level=True)
 
 # Two fp32 implementations: the largest difference of a logit.
 MAX_FLOAT_ERROR = 1e-3
@@ -47,6 +46,14 @@ MAX_ROW_ERROR = 0.08
 MAX_SCALE_ERROR = 2.0**-8
 IDS = np.random.default_rng(7).integers(0, support.TINY.vocab_size, 150)
 TARGET = ("executorch",)
+
+
+@pytest.fixture(scope="module")
+def lowering() -> ModuleType:
+    """Importing it takes seconds, which is too long for a process that only collects the tests."""
+    with pipeline._no_warnings():
+        from pocketslm.export.lower import executorch
+    return executorch
 
 
 def logits_of(session: Session, ids: np.ndarray[Any, Any] = IDS) -> np.ndarray[Any, Any]:
@@ -263,7 +270,7 @@ def test_a_bundle_without_the_graph_says_so(tiny_hf: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", ["sym", "zero_points", "minimums"])
-def test_int4_forms_keep_their_values(kind: str) -> None:
+def test_int4_forms_keep_their_values(kind: str, lowering: ModuleType) -> None:
     """Also negative scales, as Q4_0 has, and groups of zeros; only scales are rounded."""
     rng = np.random.default_rng(3)
     scales = rng.normal(size=(8, 3)).astype(np.float16)
@@ -275,7 +282,7 @@ def test_int4_forms_keep_their_values(kind: str) -> None:
         other[kind] = rng.normal(size=(8, 3)).astype(np.float16)
     codes = rng.integers(0, 16, (8, 96)).astype(np.uint8)
     weight = QuantTensor(pack_codes(codes, 4), scales, 4, 32, **other)
-    form, offsets = filters.product_form(weight)
+    form, offsets = lowering.filters.product_form(weight)
     assert form.scales is not None
     held = (form.scales.astype(np.uint32) << 16).view(np.float32)
     assert (held > 0).all()
@@ -288,22 +295,24 @@ def test_int4_forms_keep_their_values(kind: str) -> None:
     assert not (np.abs(stored[::-1] - weight.dequantize()) <= allowed + 1e-6).all()
 
 
-def test_bfloat16_is_torchs() -> None:
+def test_bfloat16_is_torchs(lowering: ModuleType) -> None:
     values = np.random.default_rng(1).normal(size=1000).astype(np.float32)
     theirs = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    np.testing.assert_array_equal(filters.bfloat16(values), theirs)
+    np.testing.assert_array_equal(lowering.filters.bfloat16(values), theirs)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
+    lives=st.lists(
         st.tuples(st.integers(1, 300), st.integers(0, 12), st.integers(0, 12)),
         min_size=1,
         max_size=24,
     )
 )
-def test_tensors_alive_at_once_do_not_overlap(lives: list[tuple[int, int, int]]) -> None:
-    builder = ProgramBuilder()
+def test_tensors_alive_at_once_do_not_overlap(
+    lowering: ModuleType, lives: list[tuple[int, int, int]]
+) -> None:
+    builder = lowering.ProgramBuilder()
     values = [builder.tensor([size]) for size, _, _ in lives]
     for step in range(13):
         used = [
@@ -324,26 +333,27 @@ def test_tensors_alive_at_once_do_not_overlap(lives: list[tuple[int, int, int]])
 
 
 def test_named_constants_of_a_delegate_live_on(
-    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lowering: ModuleType, tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """XNNPACK's weight cache would free those that no product packs, as norms in some files."""
     recipe = Recipe(targets=TARGET, context=256)
     export_bundle(open_checkpoint(tiny_hf), tmp_path / "inputs", recipe)
     constants: dict[int, tuple[str, np.ndarray[Any, Any]]] = {}
-    constant, enter = ProgramBuilder.constant, Segment.input
+    builder, segment = lowering.ProgramBuilder, lowering.Segment
+    constant, enter = builder.constant, segment.input
 
-    def noted(self: ProgramBuilder, key: str, array: np.ndarray[Any, Any]) -> int:
+    def noted(self: Any, key: str, array: np.ndarray[Any, Any]) -> int:
         value = constant(self, key, array)
         constants[value] = key, array
         return value
 
-    def inside(self: Segment, value: int, shape: Any) -> int:
+    def inside(self: Any, value: int, shape: Any) -> int:
         if value in constants:
             return self._bias(*constants[value])
         return enter(self, value, shape)
 
-    monkeypatch.setattr(ProgramBuilder, "constant", noted)
-    monkeypatch.setattr(Segment, "input", inside)
+    monkeypatch.setattr(builder, "constant", noted)
+    monkeypatch.setattr(segment, "input", inside)
     export_bundle(open_checkpoint(tiny_hf), tmp_path / "constants", recipe)
     assert constants
     logits = [

@@ -8,6 +8,7 @@ bytes that it reads. If it cannot read a file, it raises a DocumentError of one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import IO
@@ -16,7 +17,8 @@ from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block, Source, make_source
 from pocketslm.runtime.assistant.readers.limits import MAX_FILE_BYTES, limited
 
-Reader = Callable[[bytes], Iterable[Block]]
+# Takes the bytes of a file; that of PDFs takes a password too.
+Reader = Callable[..., Iterable[Block]]
 
 # Kind -> (module of its reader and the reader's name, file name endings).
 KINDS = {
@@ -44,21 +46,25 @@ KINDS = {
 }
 
 
-def read_file(path: Path) -> Source:
-    """Read the document in a file, whose name tells its kind. Raises DocumentError."""
+def read_file(path: Path, password: str = "") -> Source:
+    """Read the document in a file, whose name tells its kind.
+
+    ``password`` opens a PDF that needs one. Raises DocumentError, of which LockedError asks for a
+    password or another one.
+    """
     try:
         with path.open("rb") as file:
-            return read_stream(file, path.name)
+            return read_stream(file, path.name, password)
     except OSError as error:
         raise DocumentError(f"cannot read {path}: {error.strerror}") from None
 
 
-def read_stream(file: IO[bytes], name: str) -> Source:
+def read_stream(file: IO[bytes], name: str, password: str = "") -> Source:
     """Read the document in an open file, which may be a pipe."""
-    return read_bytes(file.read(MAX_FILE_BYTES + 1), name)
+    return read_bytes(file.read(MAX_FILE_BYTES + 1), name, password)
 
 
-def read_bytes(data: bytes, name: str) -> Source:
+def read_bytes(data: bytes, name: str, password: str = "") -> Source:
     """Read the document in ``data``. ``name`` is its file name, which tells its kind."""
     if len(data) > MAX_FILE_BYTES:
         raise DocumentError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB")
@@ -66,10 +72,12 @@ def read_bytes(data: bytes, name: str) -> Source:
     kind = _kind(data, name)
     module, _, function = KINDS[kind][0].partition(":")
     reader: Reader = getattr(import_module(f"{__name__}.{module}"), function or "read")
+    if kind == "pdf":
+        reader = partial(reader, password=password)
     try:
         source = make_source(Path(name).stem, kind, limited(reader(data)))
     except DocumentError as error:
-        raise DocumentError(" ".join(f"{name} {error}".split())) from None
+        raise type(error)(" ".join(f"{name} {error}".split())) from None
     if not source.chunks:
         hint = "; is it scanned?" if kind == "pdf" else ""
         raise DocumentError(f"{name} holds no text{hint}")

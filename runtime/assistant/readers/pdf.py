@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from pocketslm.errors import DocumentError
+from pocketslm.errors import DocumentError, LockedError
 from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers.text import LIST_ITEM
 
@@ -34,7 +34,7 @@ _LIGATURES = {
 }
 
 
-def read(data: bytes) -> Iterator[Block]:
+def read(data: bytes, password: str = "") -> Iterator[Block]:
     try:
         from pypdf import PdfReader, apply_configuration, errors, get_configuration
     except ImportError:
@@ -53,8 +53,8 @@ def read(data: bytes) -> Iterator[Block]:
     try:
         with apply_configuration(limits):
             reader = PdfReader(io.BytesIO(data), strict=False)
-            if reader.is_encrypted and not reader.decrypt(""):
-                raise DocumentError("needs a password; save it without one")
+            if reader.is_encrypted and not (reader.decrypt("") or reader.decrypt(password)):
+                raise LockedError("needs another password" if password else "needs a password")
             if (count := len(reader.pages)) > MAX_PAGES:
                 raise DocumentError(f"has {count} pages, at most {MAX_PAGES} are read")
         for number in range(1, count + 1):

@@ -61,7 +61,7 @@ def test_meaning_finds_what_shares_no_word(library: Library, shelf: list[Documen
     assert steps[-1].done == steps[-1].total
     hits = search(shelf, question, PASSAGES, meanings=meanings)
     assert "cockerels" in hits[0].document.passage(hits[0].chunk)
-    quotes = choose(hits, question, 20)
+    quotes = choose(hits, question)
     citation = quotes.citations[0]
     assert citation.document == shelf[0].id
     assert shelf[0].text[citation.start : citation.end] == "Hens are fine, but no cockerels here."

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from pypdf import PdfReader, PdfWriter
 
-from pocketslm.errors import DocumentError
+from pocketslm.cli import main
+from pocketslm.errors import DocumentError, LockedError
 from pocketslm.runtime.assistant import readers
 from pocketslm.runtime.assistant.document import CHUNK_CHARACTERS, Block, make_source
 from pocketslm.runtime.assistant.library import Library
@@ -293,6 +294,35 @@ def test_a_pdf_that_anyone_may_open_is_opened(algorithm: str) -> None:
     out = io.BytesIO()
     writer.write(out)
     assert readers.read_bytes(out.getvalue(), "a.pdf").text == "Open to all."
+
+
+def test_a_locked_pdf_is_opened_with_its_password() -> None:
+    assert readers.read_bytes(_locked(), "a.pdf", "password").text == "secret"
+    with pytest.raises(LockedError, match="needs another password"):
+        readers.read_bytes(_locked(), "a.pdf", "passwort")
+
+
+def test_the_password_of_a_pdf_is_asked_for_or_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    locked, key = tmp_path / "a.pdf", tmp_path / "key"
+    locked.write_bytes(_locked())
+    key.write_text("password\n")
+
+    def add(*more: str) -> int:
+        where = ["--library", str(tmp_path / f"{len(list(tmp_path.iterdir()))}.db")]
+        return main(["doc", "add", str(locked), *where, *more])
+
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert add() == 2
+    assert "needs a password; name a file" in capsys.readouterr().err
+    assert add("--password-file", str(key)) == 0
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setattr("pocketslm.runtime.assistant.cli.getpass", lambda prompt: "password")
+    assert add() == 0
+    assert capsys.readouterr().err.count("1: a, 6 characters") == 2
 
 
 def test_too_many_tags_are_refused_at_the_first_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
