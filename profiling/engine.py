@@ -6,7 +6,7 @@ a worker process (``import_library``, ``open``), where one loop times them alike
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -19,12 +19,12 @@ import numpy as np
 from pocketslm import __version__
 from pocketslm.errors import BackendError
 from pocketslm.profiling.machine import installed_version
-from pocketslm.runtime.answer import greedy_step
 from pocketslm.runtime.backends import (
     BACKENDS,
     Part,
     Session,
     SlotSession,
+    TopSession,
     Wanted,
     open_session,
 )
@@ -141,6 +141,22 @@ def engine_over(session: Session, job: Job, *, generates: bool) -> Engine:
             f"{session.backend} makes one text at a time; use --backend native for several"
         )
     return SlotsEngine(session)
+
+
+def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
+    """A function that appends tokens and gives the most probable next one, by the cheapest way that
+    the session has.
+    """
+    if not isinstance(session, TopSession):
+        return lambda tokens: int(session.forward(np.asarray(tokens, np.int64))[0].argmax())
+    fused = session
+
+    def step(tokens: Sequence[int]) -> int:
+        if len(tokens) == 1:
+            return fused.step_greedy(tokens[0])
+        return int(fused.forward_greedy(np.asarray(tokens, np.int64))[0])
+
+    return step
 
 
 class SessionEngine:

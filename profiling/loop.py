@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-from pocketslm.runtime.answer import greedy_step
+from pocketslm.profiling.engine import greedy_step
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
 

@@ -39,7 +39,8 @@ WAIT_S = 120.0  # for a server to start, and for a token
 
 @dataclass
 class Taken:
-    """What clients measured: nanoseconds; ``tokens`` counts pieces of a stream that hold text."""
+    """What clients measured: nanoseconds; ``tokens`` counts what the server says that it made, or
+    pieces of text where it does not; gaps are those between pieces."""
 
     tokens: int = 0
     wall_ns: int = 0
@@ -64,10 +65,12 @@ def ask(port: int, question: str, tokens: int) -> Taken:
         "max_tokens": tokens,
         "temperature": 0,
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
     start = time.perf_counter_ns()
     marks: list[int] = []
+    made = 0
     try:
         connection.request(
             "POST",
@@ -80,9 +83,11 @@ def ask(port: int, question: str, tokens: int) -> Taken:
             raise BackendError(f"the server said {answer.status}: {answer.read()[:200]!r}")
         for line in answer:
             if line.startswith(b"data: {"):
-                choices = json.loads(line[6:]).get("choices") or [{}]
+                said = json.loads(line[6:])
+                choices = said.get("choices") or [{}]
                 if choices[0].get("delta", {}).get("content"):
                     marks.append(time.perf_counter_ns())
+                made = (said.get("usage") or {}).get("completion_tokens", made)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise BackendError(f"the server broke off: {error!r}") from None
     finally:
@@ -90,7 +95,7 @@ def ask(port: int, question: str, tokens: int) -> Taken:
     if not marks:
         raise BackendError("the server gave no text")
     gaps = [after - before for before, after in pairwise(marks)]
-    return Taken(len(marks), marks[-1] - start, [marks[0] - start], gaps)
+    return Taken(made or len(marks), marks[-1] - start, [marks[0] - start], gaps)
 
 
 def load(port: int, clients: int, first: int, tokens: int) -> Taken:

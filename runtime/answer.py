@@ -7,29 +7,19 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from pocketslm.errors import UsageError
 from pocketslm.runtime.backends import (
-    DrawingSession,
-    Following,
     ForgettingSession,
-    GuessingSession,
     Logits,
-    Lookup,
-    Penalty,
+    Maker,
+    MakingSession,
     SavingSession,
     Session,
-    TopSession,
-    Wanted,
 )
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.prefixes import Keeping, shared
-from pocketslm.runtime.sampling import (
-    chooser_for,
-    highest_needed,
-    log_sum_exp,
-)
+from pocketslm.runtime.sampling import chooser_for, log_sum_exp
 
 # Why a generation ended: the model said so; a stop string came, or nothing may follow by what the
 # answer is held to; max_new_tokens; or the context.
@@ -68,84 +58,11 @@ class Limiting(Protocol):
 
 
 class Made(NamedTuple):
-    """A token that was picked; ``whole``: nothing may follow it."""
+    """A token that a session made; see Step."""
 
     token: int
     logprob: float | None = None
-    whole: bool = False
-
-
-def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
-    """A function that appends tokens and gives the most probable next one.
-
-    It takes the cheapest way that the session has: what ``Model.generate`` runs, and ``bench``
-    times.
-    """
-    if not isinstance(session, TopSession):
-        return lambda tokens: int(session.forward(np.asarray(tokens, np.int64))[0].argmax())
-    fused = session
-
-    def step(tokens: Sequence[int]) -> int:
-        if len(tokens) == 1:
-            return fused.step_greedy(tokens[0])
-        return int(fused.forward_greedy(np.asarray(tokens, np.int64))[0])
-
-    return step
-
-
-class _Guesses:
-    """What may follow the ids of a generation, from where the last of them stood before.
-
-    ids: grow up to ``end`` of them. most: how many are guessed at a time; None: as many as pay.
-    """
-
-    def __init__(
-        self, session: GuessingSession, ids: Sequence[int], end: int, most: int | None
-    ) -> None:
-        self._session, self._ids, self._end = session, ids, end
-        self._most = end if most is None else most
-        self._prompt = len(ids)
-        self._lookup: Lookup | None = None
-        self._told = 0  # how many of the ids the lookup knows
-
-    def next(self) -> list[int]:
-        """The guesses; none behind the prompt."""
-        count = len(self._ids)
-        if count == self._prompt or self._most == 0:
-            return []
-        if not self._told:
-            self._lookup = self._session.lookup()
-        if self._lookup is None:
-            self._most = 0
-            return []
-        self._lookup.push(self._ids[self._told :])
-        self._told = count
-        return self._lookup.guess(min(self._most, self._end - count - 1))
-
-    def judge(self, right: int) -> None:
-        """Tell how many of the last guesses, also of none, were right."""
-        if self._lookup is not None:
-            self._lookup.judge(right)
-
-
-class _Repeated:
-    """The penalty of a generation, for sessions that pick the most probable token themselves.
-
-    ids: grow up to ``end`` of them; those from ``start`` on count.
-    """
-
-    def __init__(self, factor: float, ids: Sequence[int], start: int, end: int) -> None:
-        self._factor, self._ids, self._start = factor, ids, start
-        self._seen = np.empty(end - start, np.int32)
-        self._told = 0  # how many of the ids stand there
-
-    def with_guesses(self, guessed: Sequence[int]) -> Penalty:
-        """The penalty at a call for the last of the ids and these guesses behind them."""
-        new = self._ids[self._start + self._told :]
-        self._seen[self._told : self._told + len(new)] = new
-        self._told += len(new)
-        self._seen[self._told : self._told + len(guessed)] = guessed
-        return Penalty(self._factor, self._seen[: self._told + len(guessed)])
+    finish: Finish | None = None
 
 
 class Cache:
@@ -208,14 +125,57 @@ class Cache:
         if forgets and isinstance(session, SavingSession):
             self._snapshot = session.length, session.save()
         if self.keeping is not None:
-            self.keeping.keep_prompt(self.tokens)
+            self.keeping.keep_prompt(self.tokens[: session.length])
+
+
+class Loop:
+    """See :class:`pocketslm.runtime.backends.Maker`: a text by the logits of any session.
+
+    ids: the text so far, which grows; new: the end of it that the session does not hold.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        ids: list[int],
+        new: Sequence[int],
+        config: GenerationConfig,
+        eos: Collection[int],
+        limit: int,
+        limits: Limiting | None,
+    ) -> None:
+        self._session, self._ids, self._new = session, ids, new
+        self._config, self._limits, self._eos = config, limits, eos
+        self._end = len(ids) + limit
+        self._choose = chooser_for(config, len(ids))
+
+    def make(self) -> list[Made]:
+        """Append what is new, and choose what follows."""
+        config, limits = self._config, self._limits
+        logits = self._session.forward(np.asarray(self._new, np.int64))[0]
+        # The raw ones say how probable the token was.
+        processed = logits.copy() if config.logprobs else logits
+        if limits:
+            limits.apply(processed)
+        token = self._choose(self._ids, processed)
+        if limits:
+            limits.advance(token)
+        finish: Finish | None = None
+        if token in self._eos and not config.ignore_eos:
+            finish = "eos"
+        elif limits and limits.must_end:
+            finish = "stop"
+        elif len(self._ids) + 1 == self._end:
+            finish = "length" if config.max_new_tokens else "context"
+        self._new = [token]
+        logprob = float(logits[token]) - log_sum_exp(logits) if config.logprobs else None
+        return [Made(token, logprob, finish)]
 
 
 class Answer:
-    """A generation in the making: what it needs of the session, and what it makes of that.
+    """A generation in the making: in a session that makes texts by itself, or by :class:`Loop`.
 
-    ids: the tokens so far, which grow. wanted, highest: what must be known of the tokens that may
-    come next, the most probable one where that is enough. made: how many tokens were.
+    ids: the tokens so far, which grow, as those of the cache.
     """
 
     def __init__(
@@ -228,127 +188,33 @@ class Answer:
         limiting: Callable[[], Limiting] | None,
     ) -> None:
         self._start = time.perf_counter_ns()
-        self.cache, self.ids, self.made = cache, ids, 0
-        self._config, self._eos = config, eos
-        self._end = len(ids) + limit
-        self._limits = limiting() if limiting and config.constraint else None
-        if config.constraint and self._limits is None:
+        self.cache, self.ids = cache, ids
+        self._prompt: int | None = len(ids)  # until its state is kept
+        limits = limiting() if limiting and config.constraint else None
+        if config.constraint and limits is None:
             raise UsageError("an answer that is held to something needs Model.generate")
-        highest = highest_needed(config) if self._limits is None else None
-        self._repeated = None
-        fused = isinstance(cache.session, TopSession)
-        if config.repetition_penalty > 1 and fused and not config.samples:
-            start = 0 if config.penalize_prompt else len(ids)
-            self._repeated = _Repeated(config.repetition_penalty, ids, start, self._end)
-        picks = highest == 1 or (self._repeated and self._limits is None)
-        self.wanted = Wanted.LOGITS
-        if picks and not config.logprobs:
-            self.wanted = Wanted.NEXT
-        elif highest is not None and fused:
-            self.wanted = Wanted.TOP
-        self.highest = highest or 0
-        self._greedy = greedy_step(cache.session)
-        if isinstance(cache.session, DrawingSession):
-            self._choose_token = cache.session.sampler(config, len(ids))
-        else:
-            self._choose_token = chooser_for(config, len(ids))
-        self._guesses = None
-        # What is drawn is seldom what was guessed; a fused head scores one token at a time.
-        plain = not config.samples and not config.logprobs
-        if plain and isinstance(cache.session, GuessingSession):
-            most = config.prompt_lookup_num_tokens
-            self._guesses = _Guesses(cache.session, ids, self._end, most)
+        new = cache.rewind(ids)
+        session = cache.session
+        self.maker: Maker = (
+            session.maker(ids, config, eos, limit, limits)
+            if isinstance(session, MakingSession)
+            else Loop(session, ids, new, config, eos, limit, limits)
+        )
+        cache.tokens = ids
 
-    def penalty(self, guessed: Sequence[int] = ()) -> Penalty | None:
-        """That of the most probable token behind ``ids`` and guesses, where that is wanted."""
-        if self.wanted != Wanted.NEXT or self._repeated is None:
-            return None
-        return self._repeated.with_guesses(guessed)
+    def remember(self) -> None:
+        """Before more is made: keep the state after the prompt once, where that is wanted."""
+        if self._prompt is not None and len(self.ids) > self._prompt:
+            self._prompt = None
+            self.cache.remember()
 
-    def add(self, made: Made) -> Step:
-        """The step of a token that was picked."""
-        finish: Finish | None = None
-        if made.token in self._eos and not self._config.ignore_eos:
-            finish = "eos"
-        elif made.whole:
-            finish = "stop"
-        elif len(self.ids) + 1 == self._end:
-            finish = "length" if self._config.max_new_tokens else "context"
-        self.ids.append(made.token)
-        self.made += 1
-        return Step(made.token, made.logprob, time.perf_counter_ns() - self._start, finish)
+    def take(self, made: Sequence[Made]) -> list[Step]:
+        """The steps of tokens that were made."""
+        now = time.perf_counter_ns() - self._start
+        self.ids += [one.token for one in made]
+        return [Step(one.token, one.logprob, now, one.finish) for one in made]
 
-    def pick(self, new: Sequence[int]) -> list[Made]:
-        """Append tokens; those that come next, of which the cache holds all but the last."""
-        guesses, session = self._guesses, self.cache.session
-        guessed = guesses.next() if guesses else []
-        made = self._follow(new, guessed)
-        right = len(made) - 1
-        if guesses:
-            if guessed:
-                session.truncate(session.length - len(guessed) + right)
-            guesses.judge(right)
-        self.cache.tokens.extend([*new, *guessed[:right]])
-        return made
-
-    def chosen(self, following: Following) -> Made:
-        """The token that comes next, by what the session gave for ``wanted``."""
-        if self.wanted == Wanted.NEXT:
-            assert following.tokens is not None
-            return Made(int(following.tokens[0]))
-        return self._choose(following)
-
-    def _choose(self, following: Following, guessed: Sequence[int] = ()) -> Made:
-        """The token that comes next by its logits; ``guessed``: those behind ``ids`` that were
-        right."""
-        limits = self._limits
-        tokens, logits, total = self._in_order(following)
-        # The raw ones say how probable the token was.
-        processed = logits.copy() if self._config.logprobs else logits
-        if limits:
-            limits.apply(processed)
-        choice = self._choose_token([*self.ids, *guessed] if guessed else self.ids, processed)
-        token = choice if tokens is None else int(tokens[choice])
-        if limits:
-            limits.advance(token)
-        logprob = None if total is None else float(logits[choice]) - total
-        return Made(token, logprob, limits is not None and limits.must_end)
-
-    def _in_order(
-        self, following: Following
-    ) -> tuple[npt.NDArray[np.int32] | None, Logits, float | None]:
-        """The same in the order of the vocabulary, and its last part where probabilities are asked
-        for."""
-        tokens, logits, total = following
-        assert logits is not None
-        asked = self._config.logprobs
-        if tokens is None:
-            return None, logits, log_sum_exp(logits) if asked else None
-        order = np.argsort(tokens)  # as in the vocabulary, so that a seed draws the same
-        return tokens[order], logits[order], total if asked else None
-
-    def _follow(self, new: Sequence[int], guessed: Sequence[int]) -> list[Made]:
-        """Append tokens and guesses at the ones behind them; the tokens that follow, up to the
-        first that was not guessed."""
-        session = self.cache.session
-        penalty = self.penalty(guessed)
-        if self.wanted == Wanted.NEXT and not guessed and penalty is None:
-            return [Made(self._greedy(new))]
-        tokens = np.asarray([*new, *guessed], np.int64)
-        if self.wanted == Wanted.NEXT:
-            assert isinstance(session, TopSession)
-            found = session.forward_greedy(tokens, len(guessed) + 1, penalty).tolist()
-            right = 0
-            while right < len(guessed) and guessed[right] == found[right]:
-                right += 1
-            return [Made(token) for token in found[: right + 1]]
-        if self.wanted == Wanted.TOP:
-            assert isinstance(session, TopSession)
-            return [self.chosen(Following(*session.forward_top(tokens, self.highest)))]
-        rows = session.forward(tokens, all_logits=bool(guessed))[-1 - len(guessed) :]
-        made: list[Made] = []
-        for at, row in enumerate(rows):
-            made.append(self._choose(Following(None, row, None), guessed[:at]))
-            if at == len(guessed) or made[-1].token != guessed[at] or made[-1].whole:
-                break
-        return made
+    def make(self) -> list[Step]:
+        """The next steps; none where a part of the prompt was read."""
+        self.remember()
+        return self.take(self.maker.make())

@@ -14,16 +14,11 @@ from contextlib import contextmanager
 from pocketslm.errors import PocketSlmError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.answer import Answer, Cache, Limiting, Made, Step
-from pocketslm.runtime.backends import Part, Session, SlotSession, Wanted
+from pocketslm.runtime.backends import Session, SlotSession
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.generation import Generating, new_limit, stale, whole
 from pocketslm.runtime.prefixes import Keeping
 
-# Tokens of a step while answers are made: what is not theirs is for prompts, but some always are.
-# Eight take two to three times as long as one.
-STEP, LEAST_PROMPT = 8, 4
-# Of a prompt that nobody's answer waits for.
-PROMPT = 256
 # Steps that an answer may be ahead of whoever reads it.
 AHEAD = 4
 
@@ -31,13 +26,13 @@ AHEAD = 4
 class _Seat:
     """A generation that has a slot.
 
-    new: tokens that are to be appended, at first those of the prompt. ready: what is made and not
-    yet read. over: nothing more is to be made; error: why, where that is one.
+    ready: what is made and not yet read; None: a part of the prompt was read. over: nothing more is
+    to be made; error: why, where that is one.
     """
 
-    def __init__(self, slot: int, answer: Answer, new: Sequence[int]) -> None:
-        self.slot, self.answer, self.new = slot, answer, list(new)
-        self.ready: deque[Step] = deque()
+    def __init__(self, slot: int, answer: Answer) -> None:
+        self.slot, self.answer = slot, answer
+        self.ready: deque[Step | None] = deque()
         self.over = False
         self.error: BaseException | None = None
         self.thread = threading.get_ident()  # where it was last read
@@ -45,26 +40,16 @@ class _Seat:
     def fail(self, error: BaseException) -> None:
         self.over, self.error = True, error
 
-    def add(self, made: Made) -> None:
-        """Take a token that was made."""
-        step = self.answer.add(made)
-        self.ready.append(step)
-        self.new = [made.token]
-        self.over |= step.finish is not None
-        if self.answer.made == 1 and not self.over:
-            self.answer.cache.remember()
-
-    def part(self, most: int) -> Part:
-        """Its next tokens, at most so many of them."""
-        tokens, answer = self.new[:most], self.answer
-        last = len(tokens) == len(self.new)
-        return Part(
-            self.slot,
-            tokens,
-            answer.wanted if last else Wanted.NOTHING,
-            answer.highest if last else 0,
-            answer.penalty() if last else None,
-        )
+    def add(self, made: list[Made] | PocketSlmError) -> None:
+        """Take what came of a step."""
+        if isinstance(made, PocketSlmError):
+            self.fail(made)
+            return
+        steps = self.answer.take(made)
+        self.over |= any(step.finish for step in steps)
+        self.ready.extend(steps)
+        if not self.ready:
+            self.ready.append(None)
 
 
 class Batch(Generating):
@@ -104,8 +89,9 @@ class Batch(Generating):
         config: GenerationConfig,
         eos_token_ids: Collection[int],
         limiting: Callable[[], Limiting] | None = None,
-    ) -> Generator[Step, None, None]:
-        """See :meth:`pocketslm.runtime.generation.Engine.generate`."""
+    ) -> Generator[Step | None, None, None]:
+        """What :meth:`pocketslm.runtime.generation.Engine.generate` yields, and None where a part
+        of a prompt was read."""
         self._open()
         ids = whole(tokens)
         limit = new_limit(self.session, len(ids), config)
@@ -153,15 +139,20 @@ class Batch(Generating):
         eos: Collection[int],
         limit: int,
         limiting: Callable[[], Limiting] | None,
-    ) -> Generator[Step, None, None]:
+    ) -> Generator[Step | None, None, None]:
         seat = self._join(ids, lambda cache: Answer(cache, ids, config, eos, limit, limiting))
+        last = None
         try:
-            while (step := self._next(seat)) and not step.finish:
+            while self._wait(seat):
+                step = seat.ready.popleft()
+                if step and step.finish:
+                    last = step
+                    break
                 yield step
         finally:
             self._leave(seat)
-        if step:
-            yield step
+        if last:
+            yield last
 
     def _join(self, ids: Sequence[int], begin: Callable[[Cache], Answer]) -> _Seat:
         """Wait for a slot, and take the best for these tokens."""
@@ -182,7 +173,7 @@ class Batch(Generating):
             self._open()
             slot = max(self._free, key=lambda slot: self._slots[slot].shared(ids))
             cache = self._slots[slot]
-            seat = _Seat(slot, begin(cache), cache.rewind(ids))
+            seat = _Seat(slot, begin(cache))
             with self._changed:
                 self._free.remove(slot)
                 self._seats.append(seat)
@@ -208,8 +199,8 @@ class Batch(Generating):
             self._busy = False
             self._changed.notify_all()
 
-    def _next(self, seat: _Seat) -> Step | None:
-        """The next step of a generation, None where it was cancelled; made for all, if need be."""
+    def _wait(self, seat: _Seat) -> bool:
+        """Wait until something is ready, made for all if need be; False where it was cancelled."""
         seat.thread = threading.get_ident()
         while True:
             with self._changed:
@@ -218,11 +209,11 @@ class Batch(Generating):
                         break
                     self._changed.wait()
                 if seat.ready:
-                    return seat.ready.popleft()
+                    return True
                 if seat.error:
                     raise seat.error
                 if seat.over:
-                    return None
+                    return False
                 self._busy = True
                 going = [s for s in self._seats if not s.over and len(s.ready) < AHEAD]
             try:
@@ -235,48 +226,9 @@ class Batch(Generating):
                 self._release()
 
     def _advance(self, seats: Sequence[_Seat]) -> None:
-        """One step of these: a token for each of the answers, and a part of the prompts."""
-        answers = [seat for seat in seats if len(seat.new) == 1]
-        room = max(LEAST_PROMPT, STEP - len(answers)) if answers else PROMPT
-        if len(seats) == 1 and len(seats[0].new) <= PROMPT:
-            self._pick(seats[0])
-            return
-        parts = [(seat, seat.part(1)) for seat in answers]
+        """One step of these: tokens for each of the answers, and a part of the prompts."""
         for seat in seats:
-            if len(seat.new) > 1 and room:
-                part = seat.part(room)
-                room -= len(part.tokens)
-                parts.append((seat, part))
-        self._run(parts)
-
-    def _pick(self, seat: _Seat) -> None:
-        """The next tokens of the only answer that is made, perhaps several by guesses."""
-        try:
-            for made in seat.answer.pick(seat.new):
-                seat.add(made)
-                if seat.over:
-                    return
-        except PocketSlmError as error:
-            seat.fail(error)
-
-    def _run(self, parts: Sequence[tuple[_Seat, Part]]) -> None:
-        """Run tokens of several; what is wrong with one of them is not the others' error."""
-        try:
-            found = self.session.forward_slots([part for _, part in parts])
-        except PocketSlmError as error:
-            for seat, part in parts:
-                cache = seat.answer.cache
-                if len(parts) == 1 or cache.session.length < len(cache.tokens):  # it was emptied
-                    seat.fail(error)
-                else:
-                    self._run([(seat, part)])
-            return
-        for (seat, part), following in zip(parts, found, strict=True):
-            seat.answer.cache.tokens.extend(part.tokens)
-            if part.wanted == Wanted.NOTHING:
-                seat.new = seat.new[len(part.tokens) :]
-                continue
-            try:
-                seat.add(seat.answer.chosen(following))
-            except PocketSlmError as error:
-                seat.fail(error)
+            seat.answer.remember()
+        found = self.session.make([seat.answer.maker for seat in seats])
+        for seat, made in zip(seats, found, strict=True):
+            seat.add(made)

@@ -117,6 +117,11 @@ class Constraint:
         )
         self._error.check(status)
 
+    @property
+    def handle(self) -> ctypes.c_void_p:
+        """For the native engine, which then moves it along itself."""
+        return self._handle
+
     def restart(self) -> None:
         """Begin a new text."""
         with self._lock:

@@ -213,7 +213,7 @@ class Engine(Generating):
     def _read(self, ids: Sequence[int]) -> Logits:
         new = self.cache.rewind(ids)
         logits: Logits = self.session.forward(np.asarray(new, np.int64))[0]
-        self.cache.tokens.extend(new)
+        self.cache.tokens = list(ids)
         return logits
 
     @contextmanager
@@ -233,15 +233,16 @@ class Engine(Generating):
         if isinstance(self.session, Cancelling):
             self.session.cancel()
 
-    def _in_turn(self, steps: Generator[Step, None, None]) -> Generator[Step, None, None]:
-        """The same steps, the last of them when the turn is over."""
+    def _in_turn(self, steps: Generator[Step | None, None, None]) -> Generator[Step, None, None]:
+        """The same steps, the last of them when the turn is over; None only asks to go on."""
         last = None
         with self._turns.turn() as turn, closing(steps):
             for step in steps:
-                if step.finish:
+                if step and step.finish:
                     last = step
                     break
-                yield step
+                if step:
+                    yield step
                 if not self._turns.go_on(turn):
                     break
         if last:
@@ -254,22 +255,14 @@ class Engine(Generating):
         eos: Collection[int],
         limit: int,
         limiting: Callable[[], Limiting] | None,
-    ) -> Generator[Step, None, None]:
+    ) -> Generator[Step | None, None, None]:
         if isinstance(self.session, SelfDriven):
             self.cache.tokens.clear()
             yield from self.session.generate(ids, config, eos, limit)
             return
         answer = Answer(self.cache, ids, config, eos, limit, limiting)
-        new = self.cache.rewind(ids)
         while True:
-            for made in answer.pick(new):
-                step = answer.add(made)
-                yield step
-                if step.finish:
-                    return
-                if answer.made == 1:
-                    self.cache.remember()
-            new = ids[-1:]
+            yield from answer.make() or (None,)
 
 
 def whole(ids: Sequence[int]) -> list[int]:

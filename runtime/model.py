@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
@@ -389,6 +390,13 @@ class Model:
         model gives embeddings, and where ``config`` holds the answer to a schema, an expression or
         a grammar that is wrong or not supported.
         """
+        return _made(self.records(prompt, config))
+
+    def records(
+        self, prompt: str | Sequence[int], config: GenerationConfig | None = None
+    ) -> Iterator[Record | None]:
+        """What :meth:`generate` yields, and None where a part of a long prompt was read, so that a
+        thread which makes several texts in turns can go on with the others."""
         self.need_head("generate")
         config = config or self.defaults
         ids = (
@@ -426,14 +434,24 @@ class Model:
             self.bundle.config.need_head(what)
 
 
+def _made(records: Iterator[Record | None]) -> Iterator[Record]:
+    with closing(records):  # type: ignore[type-var]
+        for record in records:
+            if record is not None:
+                yield record
+
+
 def _with_text(
-    steps: Generator[Step, None, None],
+    steps: Generator[Step | None, None, None],
     decoder: StreamDecoder,
     stop_strings: tuple[str, ...],
     marks: Mapping[int, str] | None = None,
-) -> Iterator[Record]:
+) -> Iterator[Record | None]:
     held, marks = "", marks or {}
     for step in steps:
+        if step is None:
+            yield None
+            continue
         mark = "" if step.finish == "eos" else marks.get(step.token, "")
         if step.finish != "eos" and not mark:
             held += decoder.push(step.token)

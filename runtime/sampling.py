@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.runtime.backends import Choose
 from pocketslm.runtime.config import GenerationConfig
 
 Array = npt.NDArray[np.float32]
 Processor = Callable[[Sequence[int], Array], Array]
 Sampler = Callable[[Array], int]
+Choose = Callable[[Sequence[int], Array], int]
+"""Picks a token from logits [V], which it may change, behind a text."""
 
 
 def repetition_penalty(penalty: float, start: int = 0) -> Processor:
@@ -142,13 +143,6 @@ def chooser_for(config: GenerationConfig, prompt_length: int) -> Choose:
         return sample(logits)
 
     return choose
-
-
-def highest_needed(config: GenerationConfig) -> int | None:
-    """How many of the highest logits decide the next token, or None if any logit may."""
-    if config.repetition_penalty != 1.0:
-        return None
-    return (config.top_k or None) if config.samples else 1
 
 
 _TAYLOR = [np.float32(1) / np.float32(n) for n in (720, 120, 24, 6, 2, 1, 1)]

@@ -15,7 +15,7 @@ from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import ModelConfig, uniform
 from pocketslm.models.tensors import TABLES, QuantTensor, Weight, WholeScales, pack_codes
 from pocketslm.runtime.backends import Penalty
-from pocketslm.runtime.backends.native import NativeModel
+from pocketslm.runtime.backends.native import NativeModel, NativeSession
 from pocketslm.runtime.ops import build
 from pocketslm.runtime.sampling import repetition_penalty
 
@@ -338,3 +338,22 @@ def model_with_tokenizer(folder: Path, tokenizer: bytes | None, size: int = 3002
         tokenizer=tokenizer,
     )
     return NativeModel(folder / "model.slm")
+
+
+class Plain:
+    """A native session that makes no texts by itself, so that Python's own loop does."""
+
+    def __init__(self, session: NativeSession) -> None:
+        self._session = session
+        self.backend, self.vocab_size = session.backend, session.vocab_size
+        self.context, self.threads = session.context, session.threads
+
+    @property
+    def length(self) -> int:
+        return self._session.length
+
+    def forward(self, tokens: np.ndarray, *, all_logits: bool = False) -> np.ndarray:
+        return self._session.forward(tokens, all_logits=all_logits)
+
+    def truncate(self, length: int) -> None:
+        self._session.truncate(length)

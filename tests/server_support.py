@@ -17,7 +17,8 @@ import support
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.runtime.model import Model
-from pocketslm.runtime.server.app import Limits, application
+from pocketslm.runtime.server.app import application
+from pocketslm.runtime.server.line import Limits
 
 TEMPLATE = """{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}
 {% for m in messages %}{{ m.role }}: {{ m.content }}

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.errors import (
+    BackendError,
+    ContextOverflowError,
+    PocketSlmError,
+    UsageError,
+)
 from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.tokenizer.packed import PackedTokenizer
+
+if TYPE_CHECKING:
+    from pocketslm.runtime.answer import Made
 
 Logits = npt.NDArray[np.float32]
 
@@ -157,45 +165,30 @@ class TopSession(Session, Protocol):
         ...
 
 
-Choose = Callable[[Sequence[int], Logits], int]
-"""Picks a token from logits [V], which it may change, behind a text."""
+class Maker(Protocol):
+    """A text that a session makes by itself."""
 
-
-@runtime_checkable
-class DrawingSession(Session, Protocol):
-    """A session whose library picks tokens, as ``runtime.sampling`` does."""
-
-    def sampler(self, config: GenerationConfig, prompt: int) -> Choose:
-        """For one text, of which ``prompt`` tokens are there."""
-        ...
-
-
-class Lookup(Protocol):
-    """Guesses how a text goes on, from an earlier place where its last tokens stood."""
-
-    def push(self, tokens: Sequence[int]) -> None:
-        """Append to the text."""
-        ...
-
-    def guess(self, most: int) -> list[int]:
-        """At most ``most`` tokens that may follow. None at all if a guess would not pay off."""
-        ...
-
-    def judge(self, right: int) -> None:
-        """Report how many of the last guesses were right, counted from the first. Call it after
-        every :meth:`guess`, even an empty one.
+    def make(self) -> list[Made]:
+        """The next tokens, several where guesses were right; none where a part of a long prompt was
+        read. Not after a finish. Raises UsageError where the session was used for something else.
         """
         ...
 
 
 @runtime_checkable
-class GuessingSession(TopSession, Protocol):
-    """A session that computes the same bits for tokens together as one by one, so that one call can
-    check several guesses.
-    """
+class MakingSession(Session, Protocol):
+    """A session that makes texts by itself: no logits cross its border."""
 
-    def lookup(self) -> Lookup | None:
-        """A lookup for a new text, or None if this session cannot take wrong guesses back."""
+    def maker(
+        self,
+        ids: Sequence[int],
+        config: GenerationConfig,
+        eos: Collection[int],
+        limit: int,
+        limits: Any,
+    ) -> Maker:
+        """What goes on from the prompt ``ids``, of which the session holds the beginning, for at
+        most ``limit`` tokens. limits: the constraint that the answer is held to, or None."""
         ...
 
 
@@ -227,7 +220,8 @@ class Wanted(IntEnum):
 class Part:
     """Tokens for one slot, and what is wanted behind them.
 
-    highest: of TOP, how many. penalty: of NEXT.
+    following: the last so many tokens are those behind which it is wanted; of TOP one. highest: of
+    TOP, how many. penalty: of NEXT.
     """
 
     slot: int
@@ -235,6 +229,7 @@ class Part:
     wanted: Wanted
     highest: int = 0
     penalty: Penalty | None = None
+    following: int = 1
 
 
 class Following(NamedTuple):
@@ -246,13 +241,18 @@ class Following(NamedTuple):
 
 
 @runtime_checkable
-class SlotSession(Session, Protocol):
+class SlotSession(MakingSession, Protocol):
     """A session of several contexts, whose tokens go through the model together.
 
     slots: a session for each of the contexts, of which this session is the first.
     """
 
-    slots: Sequence[Session]
+    slots: Sequence[MakingSession]
+
+    def make(self, makers: Sequence[Any]) -> list[list[Made] | PocketSlmError]:
+        """A step of texts of different slots, each of which gets what it gets alone: of each what
+        :meth:`Maker.make` gives, or what is wrong with it."""
+        ...
 
     def forward_slots(self, parts: Sequence[Part]) -> list[Following]:
         """Append tokens to slots, to each once at most; every slot gets the bits that it gets
@@ -275,6 +275,11 @@ def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None
             f"{session.length} + {tokens.size} tokens do not fit the context of "
             f"{session.context}; shorten the prompt or export with a longer --context"
         )
+    check_vocabulary(session, tokens)
+
+
+def check_vocabulary(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None:
+    """Raise UsageError for ids outside the vocabulary."""
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= session.vocab_size:
         raise UsageError(f"token ids {low} to {high} are not within 0 to {session.vocab_size - 1}")

@@ -6,17 +6,20 @@ import copy
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
 
-from pocketslm.errors import BackendError, BundleError, UsageError
+from pocketslm.errors import BackendError, BundleError, PocketSlmError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
+from pocketslm.runtime.answer import Made
 from pocketslm.runtime.backends import (
+    MAX_SLOTS,
     Following,
     Part,
     Penalty,
@@ -24,24 +27,29 @@ from pocketslm.runtime.backends import (
     check_threads,
     check_tokens,
 )
+from pocketslm.runtime.backends.native_generator import NativeGenerator
 from pocketslm.runtime.backends.native_library import (
     Entry,
     ErrorText,
+    Generation,
     ModelInfo,
     Options,
     PenaltyEntry,
     SessionInfo,
     Times,
+    Turn,
     UpdateEntry,
     isa_names,
     library_path,
     load_library,
 )
-from pocketslm.runtime.backends.native_sampler import NativeSampler
 from pocketslm.runtime.backends.native_tokenizer import NativeTokenizer
 from pocketslm.runtime.bundle import Bundle, Graph, file_entry
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.ops.ids import ROLE
+
+if TYPE_CHECKING:
+    from pocketslm.runtime.constraint import Constraint
 
 KV_TYPES = {"fp16": 0, "int8": 1}
 LOGITS_LAST, LOGITS_ALL = 1, 2
@@ -155,48 +163,6 @@ class NativeModel:
             self._library.pslm_model_close(self._handle)
 
 
-class NativeLookup:
-    """See :class:`pocketslm.runtime.backends.Lookup`; ``runtime/ops/lookup.h`` says how."""
-
-    MOST = 7  # guesses that a call gives
-
-    def __init__(self) -> None:
-        self._library = load_library()
-        self._handle = ctypes.c_void_p()
-        self._error = ErrorText()
-        self._found = (ctypes.c_int32 * self.MOST)()
-        self._count = ctypes.c_size_t()
-        self._error.check(
-            self._library.pslm_lookup_open(ctypes.byref(self._handle), self._error.argument)
-        )
-
-    def push(self, tokens: Sequence[int]) -> None:
-        ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        self._error.check(
-            self._library.pslm_lookup_push(self._handle, ids, len(ids), self._error.argument)
-        )
-
-    def guess(self, most: int) -> list[int]:
-        status = self._library.pslm_lookup_guess(
-            self._handle,
-            self._found,
-            min(most, self.MOST),
-            ctypes.byref(self._count),
-            self._error.argument,
-        )
-        self._error.check(status)
-        return self._found[: self._count.value]
-
-    def judge(self, right: int) -> None:
-        self._error.check(
-            self._library.pslm_lookup_judge(self._handle, right, self._error.argument)
-        )
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
-            self._library.pslm_lookup_close(self._handle)
-
-
 class _Shared:
     """What the sessions of one handle share: the handle, and which of its slots is in use."""
 
@@ -204,16 +170,27 @@ class _Shared:
         self._library = load_library()
         self.handle = ctypes.c_void_p()
         self.slot = 0
+        self.makers: dict[int, ref[NativeGenerator]] = {}  # by slot, the text that is made there
+        self.turns = (Turn * MAX_SLOTS)()
         self.after_fork()
         forks.watch(self)
 
     def after_fork(self) -> None:
         """The library itself knows which sessions have lost their threads."""
         # Of calls, their buffers and the handle, which calls of other threads must not find closed.
-        self.lock = threading.Lock()
+        # A thread that has it may drop a generator, which takes it again.
+        self.lock = threading.RLock()
+
+    def end(self, slots: Sequence[int]) -> None:
+        """Close the generators of slots."""
+        for slot in slots:
+            made = self.makers.pop(slot, None)
+            if made is not None and (maker := made()) is not None and maker.handle:
+                maker.close()
 
     def close(self) -> None:
         with self.lock:
+            self.end(list(self.makers))
             handle, self.handle = self.handle, ctypes.c_void_p()
             self._library.pslm_session_close(handle)
 
@@ -285,7 +262,7 @@ class NativeSession:
         return [self, *self._others]
 
     @property
-    def _lock(self) -> threading.Lock:
+    def _lock(self) -> threading.RLock:
         return self._shared.lock
 
     @property
@@ -305,7 +282,7 @@ class NativeSession:
         out = np.empty((rows, self.model.info.output_size), np.float32)
         with self._lock:
             status = self._library.pslm_forward(
-                self._open(),
+                self._changing(),
                 ids.ctypes.data,
                 ids.size,
                 LOGITS_ALL if all_logits else LOGITS_LAST,
@@ -328,7 +305,7 @@ class NativeSession:
         log_total = ctypes.c_double()
         with self._lock:
             status = self._library.pslm_forward_top(
-                self._open(),
+                self._changing(),
                 ids.ctypes.data,
                 ids.size,
                 count,
@@ -348,7 +325,7 @@ class NativeSession:
             raise UsageError(f"token {token} is outside the vocabulary of {self.vocab_size}")
         with self._lock:
             status = self._library.pslm_step_greedy(
-                self._open(), token, ctypes.byref(self._next), self._error.argument
+                self._changing(), token, ctypes.byref(self._next), self._error.argument
             )
             self._error.check(status)
             return self._next.value
@@ -369,7 +346,7 @@ class NativeSession:
         penalized = ctypes.byref(_penalty_entry(penalty)) if penalty else None
         with self._lock:
             status = self._library.pslm_forward_greedy(
-                self._open(),
+                self._changing(),
                 ids.ctypes.data,
                 ids.size,
                 following,
@@ -380,9 +357,16 @@ class NativeSession:
             self._error.check(status)
         return found
 
-    def sampler(self, config: GenerationConfig, prompt: int) -> NativeSampler:
-        """See :class:`pocketslm.runtime.backends.DrawingSession`."""
-        return NativeSampler(config, prompt)
+    def maker(
+        self,
+        ids: Sequence[int],
+        config: GenerationConfig,
+        eos: Collection[int],
+        limit: int,
+        limits: Constraint | None,
+    ) -> NativeGenerator:
+        """See :class:`pocketslm.runtime.backends.MakingSession`."""
+        return NativeGenerator(self, ids, config, eos, limit, limits)
 
     def tokenizer(self) -> NativeTokenizer | None:
         """See :class:`pocketslm.runtime.backends.PackedSession`."""
@@ -391,10 +375,35 @@ class NativeSession:
         except BundleError:  # there is none, or one for another version of the library
             return None
 
-    def lookup(self) -> NativeLookup | None:
-        """See :class:`pocketslm.runtime.backends.GuessingSession`."""
-        # A convolution's state goes forward only.
-        return None if self.length and self.rewind_limit == self.length else NativeLookup()
+    def make(self, makers: Sequence[NativeGenerator]) -> list[list[Made] | PocketSlmError]:
+        """See :class:`pocketslm.runtime.backends.SlotSession`."""
+        turns = self._shared.turns
+        with self._lock:
+            for turn, maker in zip(turns, makers, strict=False):
+                turn.generator, turn.error = maker.open(), maker.error.argument
+            status = self._library.pslm_generate(turns, len(makers), self._error.argument)
+            self._error.check(status)
+            return [maker.made(turn) for turn, maker in zip(turns, makers, strict=False)]
+
+    def begin(self, maker: NativeGenerator, ids: npt.NDArray[np.int32], how: Generation) -> None:
+        """Open a generator in this slot, which ends the one before."""
+        with self._lock:
+            status = self._library.pslm_generator_open(
+                self._changing(),
+                ids.ctypes.data,
+                ids.size,
+                ctypes.byref(how),
+                ctypes.byref(maker.handle),
+                maker.error.argument,
+            )
+            maker.error.check(status)
+            self._shared.makers[self._slot] = ref(maker)
+
+    def end(self, maker: NativeGenerator) -> None:
+        """Close a generator."""
+        with self._lock:
+            handle, maker.handle = maker.handle, ctypes.c_void_p()
+            self._library.pslm_generator_close(handle)
 
     @property
     def rewind_limit(self) -> int:
@@ -411,7 +420,7 @@ class NativeSession:
                 f"{filled}"
             )
         with self._lock:
-            self._error.check(self._library.pslm_truncate(self._open(), length))
+            self._error.check(self._library.pslm_truncate(self._changing(), length))
 
     def use_adapter(self, updates: Sequence[Update]) -> None:
         """Replace the low-rank updates of the matrices. An empty list restores the plain weights.
@@ -428,6 +437,7 @@ class NativeSession:
             one.rows, one.cols, one.rank = b.shape[1], *a.shape
             one.a, one.b = a.ctypes.data, b.ctypes.data
         with self._lock:
+            self._shared.end(list(self._shared.makers))
             status = self._library.pslm_set_updates(
                 self._open(), array, len(updates), self._error.argument
             )
@@ -468,7 +478,7 @@ class NativeSession:
         """Replace the context by ``length`` positions that :meth:`save` gave."""
         data = np.frombuffer(saved, np.uint8)
         with self._lock:
-            handle = self._open()
+            handle = self._changing()
             status = self._library.pslm_kv_restore(handle, length, data.ctypes.data, data.size)
         if status != 0:
             raise UsageError(f"the saved state does not hold {length} positions of this model")
@@ -484,15 +494,16 @@ class NativeSession:
             tokens = np.ascontiguousarray(tokens, np.int32)
             room = {
                 Wanted.NOTHING: 0,
-                Wanted.NEXT: 1,
+                Wanted.NEXT: part.following,
                 Wanted.TOP: min(part.highest, self.vocab_size),
-                Wanted.LOGITS: self.vocab_size,
+                Wanted.LOGITS: part.following * self.vocab_size,
             }[part.wanted]
             best = np.empty(room, np.int32) if part.wanted in (Wanted.NEXT, Wanted.TOP) else None
             scored = part.wanted in (Wanted.TOP, Wanted.LOGITS)
             logits = np.empty(room, np.float32) if scored else None
             entry.slot, entry.wanted, entry.room = part.slot, part.wanted, room
             entry.tokens, entry.count = tokens.ctypes.data, tokens.size
+            entry.following = part.following
             entry.best = best.ctypes.data if best is not None else None
             entry.logits = logits.ctypes.data if logits is not None else None
             if part.penalty is not None:
@@ -501,6 +512,7 @@ class NativeSession:
             kept.append(tokens)
             found.append((best, logits))
         with self._lock:
+            self._shared.end([part.slot for part in parts])
             status = self._library.pslm_forward_slots(
                 self._open(), entries, len(parts), self._error.argument
             )
@@ -509,6 +521,11 @@ class NativeSession:
             Following(best, logits, entry.log_total if entry.wanted == Wanted.TOP else None)
             for entry, (best, logits) in zip(entries, found, strict=True)
         ]
+
+    def _changing(self) -> ctypes.c_void_p:
+        """The same for what changes the slot: a text that is made there ends."""
+        self._shared.end([self._slot])
+        return self._open()
 
     def _open(self) -> ctypes.c_void_p:
         """The handle, with this session's slot in use."""

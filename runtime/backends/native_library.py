@@ -18,6 +18,7 @@ from pocketslm.errors import (
 from pocketslm.runtime.ops import build
 
 ABI_VERSION = 8
+MOST_MADE = 8  # tokens of a text in a step
 
 _ERRORS: dict[int, type[PocketSlmError]] = {
     1: UsageError,
@@ -86,10 +87,19 @@ class MadeEntry(ctypes.Structure):
     _fields_ = (("token", ctypes.c_int32), ("finish", _u32), ("logprob", ctypes.c_double))
 
 
+class Turn(ctypes.Structure):
+    _fields_ = (
+        ("generator", ctypes.c_void_p),
+        ("error", NativeError),
+        *((name, _u32) for name in ("status", "count")),
+        ("made", MadeEntry * MOST_MADE),
+    )
+
+
 class Entry(ctypes.Structure):
     _fields_ = (
         *((name, _u32) for name in ("slot", "wanted")),
-        *(("tokens", ctypes.c_void_p), ("count", _size)),
+        *(("tokens", ctypes.c_void_p), ("count", _size), ("following", _size)),
         *((name, ctypes.c_void_p) for name in ("best", "logits")),
         *(("room", _size), ("penalty", ctypes.POINTER(PenaltyEntry))),
         ("log_total", ctypes.c_double),
@@ -180,21 +190,11 @@ def load_library() -> ctypes.CDLL:
             ctypes.c_int,
             (pointer, pointer, _size, _size, p(PenaltyEntry), pointer, NativeError),
         ),
-        "lookup_open": (ctypes.c_int, (p(pointer), NativeError)),
-        "lookup_close": (None, (pointer,)),
-        "lookup_push": (ctypes.c_int, (pointer, pointer, _size, NativeError)),
-        "lookup_guess": (ctypes.c_int, (pointer, pointer, _size, p(_size), NativeError)),
-        "lookup_judge": (ctypes.c_int, (pointer, _size, NativeError)),
-        "sampler_open": (ctypes.c_int, (p(Generation), p(pointer), NativeError)),
-        "sampler_close": (None, (pointer,)),
-        "sampler_pick": (
-            ctypes.c_int,
-            (pointer, pointer, _size, pointer, _size, p(ctypes.c_int32), NativeError),
-        ),
         "generator_open": (
             ctypes.c_int,
             (pointer, pointer, _size, p(Generation), p(pointer), NativeError),
         ),
+        "generate": (ctypes.c_int, (p(Turn), _size, NativeError)),
         "generator_next": (ctypes.c_int, (pointer, p(MadeEntry), NativeError)),
         "generator_close": (None, (pointer,)),
         "set_updates": (ctypes.c_int, (pointer, p(UpdateEntry), _size, NativeError)),
@@ -251,7 +251,11 @@ class ErrorText:
 
     def check(self, status: int, what: str = "") -> None:
         if status != 0:
-            text = self._buffer.value.decode(errors="replace")
-            text = text or _TEXTS.get(status, f"status {status}")
-            self._buffer.value = b""
-            raise _ERRORS.get(status, BackendError)(f"{what}: {text}" if what else text)
+            raise self.exception(status, what)
+
+    def exception(self, status: int, what: str = "") -> PocketSlmError:
+        """What says that a call failed."""
+        text = self._buffer.value.decode(errors="replace")
+        text = text or _TEXTS.get(status, f"status {status}")
+        self._buffer.value = b""
+        return _ERRORS.get(status, BackendError)(f"{what}: {text}" if what else text)

@@ -7,7 +7,6 @@
 
 #include "border.h"
 #include "cpu.h"
-#include "lookup.h"
 #include "model_file.h"
 #include "pocketslm.h"
 #include "runner/tokenizer.h"
@@ -17,9 +16,6 @@ using namespace pocketslm;
 
 struct pslm_model {
   ModelFile file;
-};
-struct pslm_lookup {
-  PromptLookup lookup;
 };
 struct pslm_tokenizer {
   Tokenizer tokenizer;
@@ -363,40 +359,6 @@ pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* tokens, si
     engine.forward_greedy(tokens, count, following, penalty, next);
     return check_logits(engine, error);
   });
-}
-
-pslm_status pslm_lookup_open(pslm_lookup** lookup, pslm_error error) {
-  if (!lookup) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  *lookup = nullptr;
-  return guarded(error, [&] {
-    *lookup = new pslm_lookup();
-    return PSLM_OK;
-  });
-}
-
-void pslm_lookup_close(pslm_lookup* lookup) { delete lookup; }
-
-pslm_status pslm_lookup_push(pslm_lookup* lookup, const int32_t* tokens, size_t count,
-                             pslm_error error) {
-  if (!lookup || (count && !tokens)) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  return guarded(error, [&] {
-    lookup->lookup.push(tokens, count);
-    return PSLM_OK;
-  });
-}
-
-pslm_status pslm_lookup_guess(pslm_lookup* lookup, int32_t* tokens, size_t most, size_t* count,
-                              pslm_error error) {
-  if (!lookup || !count || (most && !tokens))
-    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  *count = lookup->lookup.guess(tokens, most);
-  return PSLM_OK;
-}
-
-pslm_status pslm_lookup_judge(pslm_lookup* lookup, size_t right, pslm_error error) {
-  if (!lookup) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  lookup->lookup.judge(right);
-  return PSLM_OK;
 }
 
 pslm_status pslm_set_profiling(pslm_session* session, uint32_t on) {

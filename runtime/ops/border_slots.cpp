@@ -16,16 +16,26 @@ pslm_status check_wanted(const Session& session, const pslm_entry& entry, pslm_e
   const bool ranks = entry.wanted == PSLM_WANT_NEXT || entry.wanted == PSLM_WANT_TOP;
   const bool scores = entry.wanted == PSLM_WANT_TOP || entry.wanted == PSLM_WANT_LOGITS;
   if (entry.wanted > PSLM_WANT_LOGITS) return wrong("unknown choice of what is wanted");
+  if (entry.wanted != PSLM_WANT_NOTHING &&
+      (entry.following == 0 || entry.following > entry.count ||
+       (entry.following > 1 && (entry.count > kMaxTile || entry.wanted == PSLM_WANT_TOP))))
+    return wrong("what follows " + std::to_string(entry.following) + " tokens of " +
+                 std::to_string(entry.count));
   if ((ranks && !entry.best) || (scores && !entry.logits)) return wrong("null argument");
-  if (ranks && (entry.room == 0 || entry.room > vocabulary))
+  if (entry.wanted == PSLM_WANT_TOP && (entry.room == 0 || entry.room > vocabulary))
     return wrong("the " + std::to_string(entry.room) + " most probable tokens of " +
                  std::to_string(vocabulary));
   if (entry.penalty && entry.wanted != PSLM_WANT_NEXT)
     return wrong("a penalty is for the most probable next token");
-  if (entry.wanted == PSLM_WANT_LOGITS && entry.room < vocabulary)
-    return wrong("the logits buffer is too small");
+  if ((entry.wanted == PSLM_WANT_NEXT && entry.room < entry.following) ||
+      (entry.wanted == PSLM_WANT_LOGITS && entry.room / vocabulary < entry.following))
+    return wrong("the buffer is too small");
   return check_penalty(session, entry.penalty, error);
 }
+
+}  // namespace
+
+namespace pocketslm {
 
 pslm_status check_entries(const Session& session, const pslm_entry* entries, size_t count,
                           pslm_error error) {
@@ -47,7 +57,7 @@ pslm_status check_entries(const Session& session, const pslm_entry* entries, siz
   return PSLM_OK;
 }
 
-}  // namespace
+}  // namespace pocketslm
 
 pslm_status pslm_use_slot(pslm_session* session, uint32_t slot, pslm_error error) {
   if (!session) return report(error, PSLM_ERROR_ARGUMENT, "null argument");

@@ -1,12 +1,14 @@
-// A text that goes on token by token: the loop of the C API and the runner.
+// Texts that go on token by token: the loop of the C API, the runner and Python.
 //
-// Greedy tokens are picked by the head, and guesses at those behind them are checked in the same call;
-// everything else is picked from all logits. What was made ahead waits until it is asked for.
+// A step appends tokens to several texts at once: to each the one that was picked last, with guesses at
+// those behind it, or a part of what it begins with. Greedy tokens are picked by the head, others from
+// the logits that decide. What was made ahead waits until it is asked for.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <deque>
-#include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "grammar/held.h"
@@ -18,7 +20,11 @@ using namespace pocketslm;
 
 namespace {
 
-constexpr size_t kPart = 256;  // tokens of a text that are read at a time
+constexpr size_t kPart = 256;  // tokens of texts that are read at a time where nobody waits for a token
+// Tokens of a step where somebody does: what is not theirs is for reading, but some always are. Eight
+// take two to three times as long as one.
+constexpr size_t kStep = 8, kLeastRead = 4;
+static_assert(PSLM_MOST_MADE == 1 + PromptLookup::kMost);
 
 pslm_status check_sampling(const pslm_generation& options, pslm_error error) {
   const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
@@ -50,13 +56,13 @@ struct pslm_generator {
   pslm_generator(pslm_session* session, const int32_t* text, size_t count,
                  const pslm_generation& options)
       : session_(session),
+        slot_(session->engine.slot()),
         options_(options),
         ends_(options.ends, options.ends + options.end_count),
         text_(text, text + count),
         prompt_(count),
-        held_(pslm_length(session)),
-        sampler_(sampling_of(options)),
-        logits_(session->engine.model().config.vocab_size) {
+        held_(session->engine.length()),
+        sampler_(sampling_of(options)) {
     // The last token need not be read.
     const size_t room = session->engine.context() + 1 - count;
     context_ends_ = !options.max_tokens || options.max_tokens > room;
@@ -64,18 +70,82 @@ struct pslm_generator {
     options_.ends = nullptr;  // the caller's
   }
 
-  pslm_status next(pslm_made* made, pslm_error error) {
-    if (over_) return report(error, PSLM_ERROR_ARGUMENT, "the text has ended");
-    over_ = true;  // unless this goes well
-    *made = {-1, PSLM_GOES_ON, 0};
-    if (ready_.empty()) {
-      const bool reads = held_ < prompt_;
-      if (const pslm_status status = reads ? read(error) : go_on(error)) return status;
-      if (ready_.empty()) {
-        over_ = false;
-        return PSLM_OK;
-      }
+  pslm_session* session() const { return session_; }
+  size_t slot() const { return slot_; }
+  bool over() const { return over_; }
+  bool ready() const { return !ready_.empty(); }
+  bool reads() const { return held_ < prompt_; }
+  void fail() { over_ = true; }
+
+  // What may be guessed behind the last token.
+  Chance guess() {
+    guessed_ = 0;
+    if (guesses()) {
+      if (!told_) lookup_.emplace();
+      lookup_->push(&text_[told_], text_.size() - told_);
+      told_ = text_.size();
+      guessed_ = lookup_->guess(tokens_ + 1, std::min<size_t>(options_.guesses,
+                                                              end_ - text_.size() - 1));
     }
+    return {guessed_, guessed_ ? lookup_->trust() : 0};
+  }
+  // How many of them are checked.
+  void take(size_t count) {
+    if (guessed_ && !count && lookup_->due()) count = 1;
+    guessed_ = count;
+  }
+
+  // What it asks of a step; `most`: tokens of the text that are read.
+  pslm_entry ask(size_t most) {
+    pslm_entry entry{};
+    tokens_[0] = text_.back();
+    entry.slot = static_cast<uint32_t>(slot_);
+    entry.tokens = reads() ? &text_[held_] : tokens_;
+    entry.count = reads() ? std::min(most, prompt_ - held_) : 1 + guessed_;
+    if (held_ + entry.count < prompt_) return entry;
+    const size_t rows = entry.following = 1 + (reads() ? 0 : guessed_);
+    const size_t vocabulary = session_->engine.model().config.vocab_size, highest = deciding();
+    if (picks_by_head()) {
+      entry.wanted = PSLM_WANT_NEXT, entry.room = rows;
+      if (sampler_.penalty() > 1) {
+        seen_.assign(text_.begin() + from(), text_.end());
+        seen_.insert(seen_.end(), tokens_ + 1, tokens_ + rows);
+        penalty_ = {sampler_.penalty(), seen_.data(), seen_.size()};
+        entry.penalty = &penalty_;
+      }
+    } else if (highest && highest < vocabulary) {
+      entry.wanted = PSLM_WANT_TOP, entry.room = highest;
+    } else {
+      entry.wanted = PSLM_WANT_LOGITS, entry.room = rows * vocabulary;
+    }
+    best_.resize(entry.wanted == PSLM_WANT_LOGITS ? 0 : entry.room);
+    logits_.resize(entry.wanted == PSLM_WANT_NEXT ? 0 : entry.room);
+    entry.best = best_.data(), entry.logits = logits_.data();
+    return entry;
+  }
+
+  // Picks the tokens that follow by what the step gave, up to the first that was not guessed.
+  pslm_status pick(const pslm_entry& entry, Session& engine, pslm_error error) {
+    if (entry.wanted == PSLM_WANT_NOTHING) {
+      held_ += entry.count;
+      return PSLM_OK;
+    }
+    const size_t guessed = std::exchange(guessed_, 0);
+    held_ += entry.count - guessed;
+    for (size_t row = 0;; ++row) {
+      Picked picked;
+      if (const pslm_status status = pick_at(entry, row, picked, error)) return status;
+      ready_.push_back(picked);
+      if (row == guessed || picked.whole || picked.token != tokens_[1 + row]) break;
+      ++held_;
+    }
+    if (lookup_) lookup_->judge(guessed, ready_.size() - 1);
+    if (guessed) engine.truncate(slot_, held_);
+    return PSLM_OK;
+  }
+
+  // The next of the tokens that are ready.
+  pslm_made give() {
     const auto [token, logprob, whole] = ready_.front();
     ready_.pop_front();
     text_.push_back(token);
@@ -87,116 +157,89 @@ struct pslm_generator {
     else if (text_.size() == end_)
       finish = context_ends_ ? PSLM_FINISH_CONTEXT : PSLM_FINISH_LENGTH;
     over_ = finish != PSLM_GOES_ON;
-    *made = {token, static_cast<uint32_t>(finish), logprob};
-    return PSLM_OK;
+    return {token, static_cast<uint32_t>(finish), logprob};
   }
 
-  void cut_back() {
-    const size_t known = std::min(pslm_length(session_), std::max(text_.size() - 1, prompt_));
-    if (pslm_truncate(session_, known) != PSLM_OK) pslm_truncate(session_, 0);
+  // What the slot holds is what it was left with.
+  bool is_held(const Session& engine) const { return owns() && engine.length(slot_) == held_; }
+  void cut_back(Session& engine) const {
+    if (!owns()) return;
+    const size_t length = engine.length(slot_);
+    const size_t known = std::min(length, std::max(text_.size() - 1, prompt_));
+    engine.truncate(slot_, engine.can_rewind(slot_, known) ? known : 0);
   }
 
  private:
   // A token that was picked; whole: nothing may follow it by the constraint.
   struct Picked {
-    int32_t token;
+    int32_t token = 0;
     double logprob = 0;
     bool whole = false;
   };
 
-  // The next part of the text; behind the last one, the first token.
-  pslm_status read(pslm_error error) {
-    const size_t count = std::min(kPart, prompt_ - held_);
-    if (held_ + count == prompt_) return append(&text_[held_], count, 0, error);
-    const pslm_status status =
-        pslm_forward(session_, &text_[held_], count, PSLM_LOGITS_NONE, nullptr, 0, error);
-    if (status == PSLM_OK) held_ += count;
-    return status;
-  }
-
-  // The token behind the text, and more where guesses at them are right.
-  pslm_status go_on(pslm_error error) {
-    int32_t tokens[1 + PromptLookup::kMost] = {text_.back()};
-    size_t guessed = 0;
-    if (guesses()) {
-      if (!told_) lookup_.emplace();
-      lookup_->push(&text_[told_], text_.size() - told_);
-      told_ = text_.size();
-      guessed = lookup_->guess(tokens + 1,
-                               std::min<size_t>(options_.guesses, end_ - text_.size() - 1));
-    }
-    if (const pslm_status status = append(tokens, 1 + guessed, guessed, error)) return status;
-    if (lookup_) lookup_->judge(ready_.size() - 1);
-    if (guessed) return pslm_truncate(session_, held_);
-    return PSLM_OK;
-  }
-
+  bool owns() const { return session_->generators[slot_] == this; }
   // What is drawn is seldom what was guessed. A convolution's state goes forward only, so that wrong
   // guesses could not be taken back.
   bool guesses() const {
+    const Session& engine = session_->engine;
     return options_.guesses && sampler_.greedy() && !options_.logprobs &&
-           pslm_rewind_limit(session_) < pslm_length(session_);
+           engine.rewind_limit(slot_) < engine.length(slot_);
+  }
+  bool picks_by_head() const {
+    return !sampler_.needs_logits() && !options_.logprobs && !options_.constraint;
+  }
+  // How many of the highest logits decide; 0: any may.
+  size_t deciding() const {
+    if (options_.constraint || sampler_.penalty() != 1) return 0;
+    return sampler_.greedy() ? 1 : options_.top_k;
   }
 
-  // Appends tokens of the text, the last of which are guesses, and picks what follows, up to the first
-  // that was not guessed.
-  pslm_status append(const int32_t* tokens, size_t count, size_t guessed, pslm_error error) {
-    const size_t rows = 1 + guessed, width = logits_.size(), known = text_.size();
-    const bool by_logits = sampler_.needs_logits() || options_.logprobs || options_.constraint;
-    int32_t best[1 + PromptLookup::kMost];
-    std::vector<float>& out = guessed ? rows_ : logits_;
-    if (guessed) text_.insert(text_.end(), tokens + 1, tokens + count);  // until all are picked
-    pslm_status status;
-    if (by_logits) {
-      out.resize(std::max(out.size(), rows * width));
-      status = pslm_forward(session_, tokens, count, guessed ? PSLM_LOGITS_ALL : PSLM_LOGITS_LAST,
-                            out.data(), out.size(), error);
-    } else {
-      const pslm_penalty penalty{sampler_.penalty(), text_.data() + from(), text_.size() - from()};
-      status = pslm_forward_greedy(session_, tokens, count, rows,
-                                   penalty.factor > 1 ? &penalty : nullptr, best, error);
+  // The token behind one of the last of an entry.
+  pslm_status pick_at(const pslm_entry& entry, size_t row, Picked& picked, pslm_error error) {
+    if (entry.wanted == PSLM_WANT_NEXT) {
+      picked.token = entry.best[row];
+      return PSLM_OK;
     }
-    for (size_t at = 0; status == PSLM_OK && at < rows; ++at) {
-      held_ += at ? 1 : count - guessed;
-      if (by_logits) {
-        if (guessed) std::copy_n(out.data() + at * width, width, logits_.data());
-        status = pick(known + at, error);
-      } else {
-        ready_.push_back({best[at]});
-      }
-      if (at + 1 == rows || status != PSLM_OK || ready_.back().whole ||
-          ready_.back().token != tokens[count - guessed + at])
-        break;
-    }
-    text_.resize(known);
-    return status;
-  }
-
-  // A token from logits_, behind the first `known` of text_.
-  pslm_status pick(size_t known, pslm_error error) {
-    if (options_.logprobs) raw_ = logits_;  // before any penalty
-    if (options_.constraint) {
-      const pslm_status status =
-          pslm_constraint_apply(options_.constraint, logits_.data(), logits_.size(), error);
-      if (status != PSLM_OK) return status;
-    }
-    Picked picked{sampler_.pick(logits_.data(), logits_.size(), text_.data() + from(),
-                                known - from())};
-    if (options_.logprobs) picked.logprob = log_probability(raw_, picked.token);
-    if (options_.constraint) {
+    if (entry.wanted == PSLM_WANT_TOP) return pick_highest(entry, picked);
+    const size_t vocabulary = entry.room / entry.following;
+    float* logits = entry.logits + row * vocabulary;
+    if (options_.logprobs) raw_.assign(logits, logits + vocabulary);  // before any penalty
+    if (options_.constraint)
       if (const pslm_status status =
-              pslm_constraint_advance(options_.constraint, picked.token, error))
+              pslm_constraint_apply(options_.constraint, logits, vocabulary, error))
         return status;
-      picked.whole = pslm_constraint_state(options_.constraint) & PSLM_TEXT_MUST_END;
-    }
-    ready_.push_back(picked);
+    seen_.assign(text_.begin() + from(), text_.end());
+    seen_.insert(seen_.end(), tokens_ + 1, tokens_ + 1 + row);
+    picked.token = sampler_.pick(logits, vocabulary, seen_.data(), seen_.size());
+    if (options_.logprobs) picked.logprob = log_probability(raw_, picked.token);
+    if (!options_.constraint) return PSLM_OK;
+    if (const pslm_status status = pslm_constraint_advance(options_.constraint, picked.token, error))
+      return status;
+    picked.whole = pslm_constraint_state(options_.constraint) & PSLM_TEXT_MUST_END;
+    return PSLM_OK;
+  }
+
+  // Drawn in the order of the vocabulary, as of all logits.
+  pslm_status pick_highest(const pslm_entry& entry, Picked& picked) {
+    highest_.clear();
+    for (size_t i = 0; i < entry.room; ++i) highest_.push_back({entry.best[i], entry.logits[i]});
+    std::sort(highest_.begin(), highest_.end());
+    for (size_t i = 0; i < entry.room; ++i) entry.logits[i] = highest_[i].second;
+    const auto place =
+        static_cast<size_t>(sampler_.pick(entry.logits, entry.room, nullptr, 0));
+    picked.token = highest_[place].first;
+    if (options_.logprobs)
+      picked.logprob = static_cast<double>(highest_[place].second) - entry.log_total;
     return PSLM_OK;
   }
 
   // Where the tokens begin that are penalized.
-  size_t from() const { return options_.spare_prompt ? prompt_ : 0; }
+  std::ptrdiff_t from() const {
+    return static_cast<std::ptrdiff_t>(options_.spare_prompt ? prompt_ : 0);
+  }
 
   pslm_session* session_;
+  const size_t slot_;
   pslm_generation options_;
   const std::vector<int32_t> ends_;
   std::vector<int32_t> text_;  // with the tokens that were given
@@ -205,13 +248,73 @@ struct pslm_generator {
   bool context_ends_;
   size_t held_;  // tokens of the text, given or ready, that the session holds
   Sampler sampler_;
-  std::vector<float> logits_, raw_;
-  std::vector<float> rows_;   // of logits, where there are guesses
+  int32_t tokens_[PSLM_MOST_MADE];  // the last one and guesses at those behind it
+  size_t guessed_ = 0;              // of these, for the next step
+  std::vector<int32_t> best_;       // what a step gives
+  std::vector<float> logits_;
+  std::vector<int32_t> seen_;
+  pslm_penalty penalty_{};
+  std::vector<float> raw_;
+  std::vector<std::pair<int32_t, float>> highest_;
   std::deque<Picked> ready_;  // tokens that follow
   std::optional<PromptLookup> lookup_;
   size_t told_ = 0;  // tokens that it knows
   bool over_ = false;
 };
+
+namespace {
+
+// How many guesses of each text are worth their check.
+void guess(const std::vector<pslm_turn*>& turns, const StepTimes& times) {
+  std::vector<Chance> chances;
+  for (const pslm_turn* turn : turns) chances.push_back(turn->generator->guess());
+  choose(chances, turns.size(), turns.size(), kMaxTile - turns.size(), times);
+  for (size_t i = 0; i < turns.size(); ++i) turns[i]->generator->take(chances[i].taken);
+}
+
+// A step of texts that have no token ready: prompts are read in parts beside the tokens that are made.
+// What is wrong with one of them is not the others' error.
+void step(pslm_session* session, const std::vector<pslm_turn*>& turns) {
+  using Clock = std::chrono::steady_clock;
+  size_t answers = 0, tokens = 0;
+  for (const pslm_turn* turn : turns) answers += !turn->generator->reads();
+  if (answers == turns.size()) guess(turns, session->times);
+  size_t room = answers ? std::max(kLeastRead, kStep - std::min(kStep, answers)) : kPart;
+  std::vector<pslm_turn*> asked;
+  std::vector<pslm_entry> entries;
+  for (pslm_turn* turn : turns) {
+    const bool reads = turn->generator->reads();
+    if (reads && !room) continue;
+    asked.push_back(turn);
+    entries.push_back(turn->generator->ask(room));
+    if (reads) room -= entries.back().count;
+    tokens += entries.back().count;
+  }
+  const bool alone = asked.size() == 1;
+  const pslm_error error = alone ? asked[0]->error : pslm_error{};
+  const pslm_status status = enter(session, error, [&](Session& engine) {
+    for (const pslm_turn* turn : asked)
+      if (!turn->generator->is_held(engine))
+        return report(error, PSLM_ERROR_ARGUMENT, "the session holds other tokens than the text's");
+    if (const pslm_status failed = check_entries(engine, entries.data(), entries.size(), error))
+      return failed;
+    const auto start = Clock::now();
+    engine.forward_slots(entries.data(), entries.size());
+    if (const pslm_status failed = check_logits(engine, error)) return failed;
+    const std::chrono::duration<float, std::nano> took = Clock::now() - start;
+    if (answers == turns.size()) session->times.measured(tokens, took.count());
+    for (size_t i = 0; i < asked.size(); ++i)
+      asked[i]->status = asked[i]->generator->pick(entries[i], engine, asked[i]->error);
+    return PSLM_OK;
+  });
+  if (alone && status != PSLM_OK) asked[0]->status = status;
+  for (pslm_turn* turn : asked) {
+    if (status != PSLM_OK && !alone) step(session, {turn});
+    if (turn->status != PSLM_OK) turn->generator->fail();
+  }
+}
+
+}  // namespace
 
 pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size_t count,
                                 const pslm_generation* options, pslm_generator** generator,
@@ -229,58 +332,53 @@ pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size
   if (const pslm_status status = check_sampling(*options, error)) return status;
   return guarded(error, [&] {
     *generator = new pslm_generator(session, text, count, *options);
+    session->generators[(*generator)->slot()] = *generator;
     return PSLM_OK;
   });
 }
 
 pslm_status pslm_generator_next(pslm_generator* generator, pslm_made* made, pslm_error error) {
   if (!generator || !made) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  return guarded(error, [&] { return generator->next(made, error); });
+  if (generator->over()) return report(error, PSLM_ERROR_ARGUMENT, "the text has ended");
+  return guarded(error, [&] {
+    pslm_turn turn{generator, error, PSLM_OK, 0, {}};
+    if (!generator->ready()) step(generator->session(), {&turn});
+    if (turn.status != PSLM_OK) return static_cast<pslm_status>(turn.status);
+    *made = generator->ready() ? generator->give() : pslm_made{-1, PSLM_GOES_ON, 0};
+    return PSLM_OK;
+  });
+}
+
+pslm_status pslm_generate(pslm_turn* turns, size_t count, pslm_error error) {
+  if (!turns || !count) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  bool taken[kMaxSlots] = {};
+  for (size_t i = 0; i < count; ++i) {
+    const pslm_generator* one = turns[i].generator;
+    if (!one) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+    if (one->session() != turns[0].generator->session() || taken[one->slot()])
+      return report(error, PSLM_ERROR_ARGUMENT, "texts of two sessions, or two of one slot");
+    if (one->over()) return report(error, PSLM_ERROR_ARGUMENT, "the text has ended");
+    taken[one->slot()] = true;
+  }
+  return guarded(error, [&] {
+    std::vector<pslm_turn*> waiting;
+    for (size_t i = 0; i < count; ++i) {
+      turns[i].status = PSLM_OK, turns[i].count = 0;
+      if (!turns[i].generator->ready()) waiting.push_back(&turns[i]);
+    }
+    if (!waiting.empty()) step(turns[0].generator->session(), waiting);
+    for (size_t i = 0; i < count; ++i)
+      while (turns[i].generator->ready() && !turns[i].generator->over())
+        turns[i].made[turns[i].count++] = turns[i].generator->give();
+    return PSLM_OK;
+  });
 }
 
 void pslm_generator_close(pslm_generator* generator) {
   if (!generator) return;
-  generator->cut_back();
+  enter(generator->session(), {}, [&](Session& engine) {
+    generator->cut_back(engine);
+    return PSLM_OK;
+  });
   delete generator;
-}
-
-struct pslm_sampler {
-  Sampler sampler;
-};
-
-pslm_status pslm_sampler_open(const pslm_generation* options, pslm_sampler** sampler,
-                              pslm_error error) {
-  if (!options || !sampler) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  *sampler = nullptr;
-  if (const pslm_status status = check_sampling(*options, error)) return status;
-  return guarded(error, [&] {
-    *sampler = new pslm_sampler{Sampler(sampling_of(*options))};
-    return PSLM_OK;
-  });
-}
-
-void pslm_sampler_close(pslm_sampler* sampler) { delete sampler; }
-
-pslm_status pslm_sampler_pick(pslm_sampler* sampler, float* logits, size_t count,
-                              const int32_t* seen, size_t seen_count, int32_t* token,
-                              pslm_error error) {
-  if (!sampler || !logits || !token || (seen_count && !seen))
-    return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  if (count == 0) return report(error, PSLM_ERROR_ARGUMENT, "no logits");
-  if (const pslm_status status =
-          check_vocabulary(static_cast<uint32_t>(count), seen, seen_count, error))
-    return status;
-  // Minus infinity is what a constraint rules out.
-  float highest = -std::numeric_limits<float>::infinity();
-  bool numbers = true;
-  for (size_t i = 0; i < count; ++i) {
-    numbers &= !std::isnan(logits[i]);
-    highest = std::max(highest, logits[i]);
-  }
-  if (!numbers || !std::isfinite(highest))
-    return report(error, PSLM_ERROR_NOT_FINITE, "no token can be drawn from logits that are not finite");
-  return guarded(error, [&] {
-    *token = sampler->sampler.pick(logits, count, seen, seen_count);
-    return PSLM_OK;
-  });
 }

@@ -5,9 +5,10 @@
 namespace pocketslm {
 namespace {
 
-constexpr size_t kTakes[] = {0, 1, 3, 7};  // guesses that fill a tile with the token before them
-constexpr size_t kRetry = 16;              // a chance of so many is taken without trust
-constexpr float kMemory = 0.9f;            // how much of an average one more case leaves
+constexpr size_t kRetry = 16;    // a chance of so many is taken without trust
+constexpr float kMemory = 0.9f;  // how much of an average one more case leaves
+// The time of steps that were never measured, by tiles: one token's is 1.
+constexpr float kUsual[] = {1.0f, 1.15f, 1.45f, 2.05f, 3.3f};
 
 void follow(float& average, float value) { average += (1 - kMemory) * (value - average); }
 
@@ -28,23 +29,7 @@ void PromptLookup::push(const int32_t* tokens, size_t count) {
   }
 }
 
-// The number of guesses with the most tokens a second, where each is right with this probability if
-// all before it are.
-size_t PromptLookup::worth(float trust) const {
-  size_t best = 0;
-  float speed = 0;
-  for (const size_t takes : kTakes) {
-    float tokens = 1, right = 1;
-    for (size_t i = 0; i < takes; ++i) tokens += right *= trust;
-    const float rate = tokens / (1 + extra_ * static_cast<float>(takes));
-    if (rate > speed) best = takes, speed = rate;
-  }
-  return best;
-}
-
 size_t PromptLookup::guess(int32_t* tokens, size_t most) {
-  asked_ = Clock::now();
-  guessed_ = 0;
   if (tokens_.size() < kWidth) return 0;
   const auto found = ends_.find(key(tokens_.size()));
   if (found == ends_.end()) return 0;
@@ -55,25 +40,57 @@ size_t PromptLookup::guess(int32_t* tokens, size_t most) {
   if (same < kWidth) return 0;  // another text with the same key
   length_ = 3;
   while (kLengths[length_] > same) --length_;
-  size_t takes = worth(trust_[length_]);
-  if (!takes && ++passed_ % kRetry == 0) takes = 1;
-  guessed_ = std::min({takes, most, size - from});
-  std::copy_n(tokens_.data() + from, guessed_, tokens);
-  return guessed_;
+  const size_t count = std::min({kMost, most, size - from});
+  std::copy_n(tokens_.data() + from, count, tokens);
+  return count;
 }
 
-void PromptLookup::judge(size_t right) {
-  const std::chrono::duration<float, std::nano> took = Clock::now() - asked_;
-  if (!guessed_) {
-    if (step_ns_ == 0) step_ns_ = took.count();
-    return follow(step_ns_, took.count());
-  }
-  if (step_ns_ > 0) {
-    const float extra = (took.count() / step_ns_ - 1) / static_cast<float>(guessed_);
-    follow(extra_, std::clamp(extra, 0.03f, 0.6f));
-  }
-  for (size_t i = 0; i < std::min(right + 1, guessed_); ++i)
+void PromptLookup::judge(size_t taken, size_t right) {
+  for (size_t i = 0; i < std::min(right + 1, taken); ++i)
     follow(trust_[length_], i < right ? 1.0f : 0.0f);
+}
+
+bool PromptLookup::due() { return ++passed_ % kRetry == 0; }
+
+void StepTimes::measured(size_t tokens, float nanoseconds) {
+  for (size_t kind = 0; kind < kKinds; ++kind) {
+    if (tokens != size_t{1} << kind) continue;
+    if (ns_[kind] == 0) ns_[kind] = nanoseconds;
+    follow(ns_[kind], std::min(nanoseconds, 2 * ns_[kind]));  // the machine may have been away
+  }
+}
+
+float StepTimes::of(size_t tokens) const {
+  float time = 0, scale = 1;
+  for (size_t kind = 0; kind < kKinds; ++kind) {
+    // What was not measured is usual beside what was.
+    if (ns_[kind] > 0) scale = ns_[kind] / kUsual[kind];
+    const float own = std::max(time, scale * kUsual[kind]);
+    const size_t tile = size_t{1} << kind;
+    if (tokens <= tile) {
+      const float part = kind ? 2 - 2 * static_cast<float>(tokens) / static_cast<float>(tile) : 0;
+      return own - part * (own - time);  // between two tiles in proportion
+    }
+    time = own;
+  }
+  return time * static_cast<float>(tokens) / 16;
+}
+
+void choose(std::vector<Chance>& chances, size_t answers, size_t tokens, size_t room,
+            const StepTimes& times) {
+  std::vector<float> right;  // of each text's next guess
+  for (const Chance& chance : chances) right.push_back(chance.most ? chance.trust : 0);
+  std::vector<Chance> tried = chances;
+  float made = static_cast<float>(answers), speed = made / times.of(tokens);
+  for (size_t more = 1; more <= room; ++more) {
+    const auto likeliest = std::max_element(right.begin(), right.end());
+    if (likeliest == right.end() || !(*likeliest > 0)) break;
+    Chance& chance = tried[static_cast<size_t>(likeliest - right.begin())];
+    made += *likeliest;
+    *likeliest = ++chance.taken < chance.most ? *likeliest * chance.trust : 0;
+    const float rate = made / times.of(tokens + more);
+    if (rate > speed) speed = rate, chances = tried;
+  }
 }
 
 }  // namespace pocketslm

@@ -2,7 +2,6 @@
 // repeat it, and several tokens are checked in less time than they are made one by one.
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <unordered_map>
@@ -15,26 +14,48 @@ class PromptLookup {
   static constexpr size_t kMost = 7;  // guesses: with the token before them a tile of 8
 
   void push(const int32_t* tokens, size_t count);
-  // At most `most` tokens that may follow; as many as promise the most tokens a second, often none.
+  // Writes at most `most` tokens that may follow; how many.
   size_t guess(int32_t* tokens, size_t most);
-  // How many of the last guesses, also of none, were right. The time since then is what their check
-  // took.
-  void judge(size_t right);
+  // The part of such guesses that is right, of each if all before it are.
+  float trust() const { return trust_[length_]; }
+  // How many of the first `taken` of the last guesses were right; `taken` may be 0.
+  void judge(size_t taken, size_t right);
+  // Whether guesses that do not pay off by their trust are due to be tried again.
+  bool due();
 
  private:
-  using Clock = std::chrono::steady_clock;
   static constexpr size_t kWidth = 2;  // tokens that must be the same
   static constexpr size_t kLengths[] = {2, 3, 4, 6};  // the more are the same, the likelier the next
   uint64_t key(size_t end) const;
-  size_t worth(float trust) const;
 
   std::vector<int32_t> tokens_;
   std::unordered_map<uint64_t, size_t> ends_;  // by the last tokens before it
-  float trust_[4] = {0.6f, 0.7f, 0.8f, 0.85f};  // the part of guesses that is right, by length
-  size_t length_ = 0, guessed_ = 0;             // of the last guesses
+  float trust_[4] = {0.6f, 0.7f, 0.8f, 0.85f};  // by length
+  size_t length_ = 0;                           // of the last guesses
   size_t passed_ = 0;                           // chances that were not taken
-  Clock::time_point asked_{};
-  float step_ns_ = 0, extra_ = 0.15f;  // one token's time; of it, what a guess adds
 };
+
+// What steps of a session take, by their tokens, as measured on the way.
+class StepTimes {
+ public:
+  void measured(size_t tokens, float nanoseconds);
+  // In no unit of its own: it is to be compared.
+  float of(size_t tokens) const;
+
+ private:
+  static constexpr size_t kKinds = 5;  // 1, 2, 4, 8 and 16 tokens, which fill a tile
+  float ns_[kKinds] = {};              // 0: not measured yet
+};
+
+// Guesses that a text has for a step.
+struct Chance {
+  size_t most;       // of them there are
+  float trust;       // how likely each is right if all before it are
+  size_t taken = 0;  // receives how many are worth it
+};
+// Chooses the guesses with the most tokens a second. `answers`: texts whose next token is made, guessed
+// or not; `tokens`: of the step without guesses; `room`: guesses that it has room for.
+void choose(std::vector<Chance>& chances, size_t answers, size_t tokens, size_t room,
+            const StepTimes& times);
 
 }  // namespace pocketslm

@@ -245,10 +245,10 @@ PSLM_API pslm_status pslm_session_open_slots(const pslm_model* model, const pslm
                                              uint32_t slots, pslm_session** session,
                                              pslm_error error);
 PSLM_API pslm_status pslm_use_slot(pslm_session* session, uint32_t slot, pslm_error error);
-/* What follows the last token of an entry. */
+/* What follows tokens of an entry. */
 typedef enum {
   PSLM_WANT_NOTHING = 0,
-  PSLM_WANT_NEXT = 1,  /* best[0] is the most probable next token, as by pslm_forward_greedy */
+  PSLM_WANT_NEXT = 1,  /* the most probable next tokens in best, as by pslm_forward_greedy */
   PSLM_WANT_TOP = 2,   /* the `room` most probable in best and logits, as by pslm_forward_top */
   PSLM_WANT_LOGITS = 3 /* all logits, for which there is `room` */
 } pslm_wanted;
@@ -256,6 +256,8 @@ typedef struct {
   uint32_t slot, wanted; /* pslm_wanted */
   const int32_t* tokens;
   size_t count;
+  size_t following; /* the last so many of the tokens are those behind which it is wanted: 1 of
+                     * PSLM_WANT_TOP, and of what has more than 16 tokens */
   int32_t* best;
   float* logits;
   size_t room;                 /* in best and logits, whichever is wanted */
@@ -266,22 +268,6 @@ typedef struct {
  * model together. Each gets the bits that it gets alone. A failing call changes no slot. */
 PSLM_API pslm_status pslm_forward_slots(pslm_session* session, pslm_entry* entries, size_t count,
                                         pslm_error error);
-
-/* Guesses of what follows in a text, from where its last tokens stood before: for greedy decoding by
- * pslm_forward_greedy. It knows one text and serves one thread at a time. */
-typedef struct pslm_lookup pslm_lookup;
-PSLM_API pslm_status pslm_lookup_open(pslm_lookup** lookup, pslm_error error);
-PSLM_API void pslm_lookup_close(pslm_lookup* lookup);
-/* Appends to the text. */
-PSLM_API pslm_status pslm_lookup_push(pslm_lookup* lookup, const int32_t* tokens, size_t count,
-                                      pslm_error error);
-/* Writes at most `most` tokens; `count` becomes how many, 0 where nothing is worth a guess: it weighs
- * how often guesses were right against the time that their check took. */
-PSLM_API pslm_status pslm_lookup_guess(pslm_lookup* lookup, int32_t* tokens, size_t most,
-                                       size_t* count, pslm_error error);
-/* Tells how many of the last guesses, also of none, were right, from the first on; as soon as that is
- * known, since the time since then counts. */
-PSLM_API pslm_status pslm_lookup_judge(pslm_lookup* lookup, size_t right, pslm_error error);
 
 /* A text that goes on token by token, drawn or the most probable ones. All zeros but for top_p and
  * repetition_penalty, which are 1, is greedy to the end of the context. */
@@ -299,17 +285,6 @@ typedef struct {
   size_t end_count;
   pslm_constraint* constraint; /* null, or what the new text is held to, which is moved along */
 } pslm_generation;
-/* Draws tokens from logits as a generator does, of which only the options of sampling count. */
-typedef struct pslm_sampler pslm_sampler;
-PSLM_API pslm_status pslm_sampler_open(const pslm_generation* options, pslm_sampler** sampler,
-                                       pslm_error error);
-PSLM_API void pslm_sampler_close(pslm_sampler* sampler);
-/* The place of one of `count` logits, which are changed where tokens of `seen` are penalized. The same
- * seed and logits give the same tokens everywhere. */
-PSLM_API pslm_status pslm_sampler_pick(pslm_sampler* sampler, float* logits, size_t count,
-                                       const int32_t* seen, size_t seen_count, int32_t* token,
-                                       pslm_error error);
-
 typedef enum {
   PSLM_GOES_ON = 0,
   PSLM_FINISH_END = 1,    /* the token is one of `ends` */
@@ -323,8 +298,9 @@ typedef struct {
   double logprob;  /* natural; 0 where it was not asked for */
 } pslm_made;
 typedef struct pslm_generator pslm_generator;
-/* `text` has at least one token more than the session, whose tokens it begins with. Session and
- * constraint must outlive the generator, and are its own until it is closed. */
+/* `text` has at least one token more than the slot in use, whose tokens it begins with. Session and
+ * constraint must outlive the generator; the slot and the constraint are its own until it is closed, or
+ * another one is opened in the slot. */
 PSLM_API pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size_t count,
                                          const pslm_generation* options, pslm_generator** generator,
                                          pslm_error error);
@@ -332,7 +308,21 @@ PSLM_API pslm_status pslm_generator_open(pslm_session* session, const int32_t* t
  * error after a finish. */
 PSLM_API pslm_status pslm_generator_next(pslm_generator* generator, pslm_made* made,
                                          pslm_error error);
-/* The session is cut back to the text and the tokens that were given, the last one apart. */
+/* What a step made of a text: none where a part of it was read, several where guesses were right. */
+enum { PSLM_MOST_MADE = 8 };
+typedef struct {
+  pslm_generator* generator;
+  pslm_error error;
+  uint32_t status; /* receives what is wrong with this text, which then has ended */
+  uint32_t count;  /* receives how many were made */
+  pslm_made made[PSLM_MOST_MADE];
+} pslm_turn;
+/* A step of several texts, each in a slot of its own of one session: their tokens go through the model
+ * together, long prompts in parts between the tokens of others. Each gets the tokens that it gets
+ * alone. An error where one of them has ended; nothing is made then. */
+PSLM_API pslm_status pslm_generate(pslm_turn* turns, size_t count, pslm_error error);
+/* A slot that is still its own is cut back to the text and the tokens that were given, the last one
+ * apart. */
 PSLM_API void pslm_generator_close(pslm_generator* generator);
 
 /* Where time goes, in nanoseconds of the calling thread with its waiting for others, summed over

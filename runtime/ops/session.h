@@ -74,6 +74,10 @@ class Session {
   size_t rewind_limit() const { return used_->rewind_limit(); }
   bool can_rewind(size_t length) const { return used_->can_rewind(length); }
   void truncate(size_t length) { used_->truncate(length); }
+  size_t rewind_limit(size_t slot) const { return contexts_[slot].rewind_limit(); }
+  bool can_rewind(size_t slot, size_t length) const { return contexts_[slot].can_rewind(length); }
+  void truncate(size_t slot, size_t length) { contexts_[slot].truncate(length); }
+  size_t slot() const { return static_cast<size_t>(used_ - contexts_.data()); }
   // What follows, and the calls above but forward_slots, mean this context.
   void use_slot(size_t slot) { used_ = &contexts_[slot]; }
   // The lengths of all slots, and the way back to them, or to 0 where a state has none.

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "border.h"
+#include "lookup.h"
 #include "pocketslm.h"
 #include "session.h"
 
@@ -16,6 +17,8 @@ struct pslm_session {
   pocketslm::Session engine;
   mutable std::atomic<bool> entered{false};
   mutable std::atomic<size_t> length{0};  // the engine's, for who asks while a call runs
+  pocketslm::StepTimes times{};
+  const pslm_generator* generators[PSLM_MAX_SLOTS] = {};  // by slot, the last one that was opened
   const pid_t process = getpid();
 
   // After a fork the child has the calling thread and none of the others.
@@ -48,6 +51,9 @@ pslm_status check_vocabulary(uint32_t vocabulary, const int32_t* tokens, size_t 
 // Whether these are tokens that fit behind a context of `length`.
 pslm_status check_tokens(const Session& session, size_t length, const int32_t* tokens, size_t count,
                          pslm_error error);
+// Whether entries are as pslm_forward_slots takes them.
+pslm_status check_entries(const Session& session, const pslm_entry* entries, size_t count,
+                          pslm_error error);
 // Whether a penalty, which may be null, is for tokens of the vocabulary.
 pslm_status check_penalty(const Session& session, const pslm_penalty* penalty, pslm_error error);
 // No token can be chosen by logits that are NaN or infinite.

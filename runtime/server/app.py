@@ -6,12 +6,8 @@ import asyncio
 import base64
 import hmac
 import json
-import threading
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, closing
-from dataclasses import dataclass
+from contextlib import aclosing
 from importlib import resources
 from typing import Any, Protocol
 
@@ -25,13 +21,12 @@ from starlette.routing import Route
 
 from pocketslm.errors import PocketSlmError
 from pocketslm.runtime.answer import Finish
-from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model, Record, Reply, TextModel
 from pocketslm.runtime.server import ollama
+from pocketslm.runtime.server.line import Limits, Line
 from pocketslm.runtime.server.metrics import MEDIA_TYPE, Measured, Metrics
 from pocketslm.runtime.server.openai_words import OpenAI, error_body
 from pocketslm.runtime.server.requests import Asked, read_chat, read_completion, read_embeddings
-from pocketslm.runtime.tokenizer import Tokenizer
 from pocketslm.runtime.tool_formats import Call
 from pocketslm.runtime.tools import reply_with_tools
 
@@ -41,117 +36,6 @@ PAGE = resources.files(__package__) / "page.html"
 PAGE_RULES = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one server.
-
-    body: bytes of a request. waiting: requests that a model answers and that wait for it. seconds:
-    of one answer, its waiting included. tokens: of one answer.
-    """
-
-    body: int = 4 << 20
-    waiting: int = 16
-    seconds: float = 600.0
-    tokens: int = 4096
-
-
-class _Stopping:
-    """A TextModel whose generations fail once it is over."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self.name, self.backend, self.context = model.name, model.backend, model.context
-        self.tokenizer: Tokenizer = model.tokenizer
-        self.over = threading.Event()
-
-    def generate(
-        self, prompt: str | Sequence[int], config: GenerationConfig | None = None
-    ) -> Iterator[Record]:
-        with closing(self._model.generate(prompt, config)) as records:  # type: ignore[type-var]
-            for record in records:
-                if self.over.is_set():
-                    raise TimeoutError
-                yield record
-
-
-class Line:
-    """A model and who waits for it: as many answers at once as it makes."""
-
-    def __init__(self, model: Model, limits: Limits) -> None:
-        self.model = model
-        self.limits = limits
-        self.waiting = 0
-        self._seats = asyncio.Semaphore(model.parallel)
-        self._threads = ThreadPoolExecutor(model.parallel, "pocketslm-answer")
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[float]:
-        """Have a seat at the model, until the time that is given.
-
-        Raises HTTPException where too many wait, and TimeoutError.
-        """
-        if self.waiting >= self.limits.waiting:
-            raise HTTPException(503, "the server is busy; try again later")
-        until = time.monotonic() + self.limits.seconds
-        self.waiting += 1
-        try:
-            await asyncio.wait_for(self._seats.acquire(), self.limits.seconds)
-            try:
-                yield until
-            finally:
-                self._seats.release()
-        finally:
-            self.waiting -= 1
-
-    async def records(
-        self, start: Callable[[], Iterator[Record]], until: float
-    ) -> AsyncGenerator[Record, None]:
-        """Records made in a thread; leaving the iterator early ends them. Raises TimeoutError."""
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Queue[Record | BaseException | None] = asyncio.Queue()
-        over = threading.Event()
-
-        def put(item: Record | BaseException | None) -> None:
-            loop.call_soon_threadsafe(ready.put_nowait, item)
-
-        def work() -> None:
-            try:
-                with closing(start()) as records:  # type: ignore[type-var]
-                    for record in records:
-                        put(record)
-                        if over.is_set():
-                            break
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        working = loop.run_in_executor(self._threads, work)
-        # One timer for all: to wait for each record with one of its own costs more than to send it.
-        late = loop.call_later(until - time.monotonic(), ready.put_nowait, TimeoutError())
-        try:
-            while True:
-                item = await ready.get()
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            late.cancel()
-            over.set()
-            await asyncio.shield(working)  # the seat is free only then
-
-    async def reply(self, make: Callable[[TextModel], Reply], until: float) -> Reply:
-        """A reply made in a thread, which a cancel ends. Raises TimeoutError."""
-        model = _Stopping(self.model)
-        working = asyncio.get_running_loop().run_in_executor(self._threads, make, model)
-        try:
-            return await asyncio.wait_for(asyncio.shield(working), until - time.monotonic())
-        finally:
-            model.over.set()
-            await asyncio.wait([working])  # as above
 
 
 def application(
@@ -199,8 +83,12 @@ class Words(Protocol):
         """All of them."""
         ...
 
-    def event(self, answer: Answer, record: Record | None) -> str:
-        """A part of a stream: what came of an answer, or (None) that it is whole."""
+    def event(self, answer: Answer, records: Sequence[Record]) -> str:
+        """A part of a stream: the tokens that came of an answer since the last part."""
+        ...
+
+    def finished(self, answer: Answer) -> str:
+        """The part of a stream that says that an answer is whole."""
         ...
 
     def error(self, message: str) -> str:
@@ -304,8 +192,11 @@ class Server:
     ) -> AsyncGenerator[str, None]:
         try:
             async with aclosing(self._made(line, answers)) as made:
-                async for answer, record in made:
-                    yield told.event(answer, record)
+                async for answer, records in made:
+                    if event := (
+                        told.finished(answer) if records is None else told.event(answer, records)
+                    ):
+                        yield event
         except TimeoutError:
             yield told.error(TOO_LONG)
         if end := told.end():
@@ -313,18 +204,18 @@ class Server:
 
     async def _made(
         self, line: Line, answers: list[Answer]
-    ) -> AsyncGenerator[tuple[Answer, Record | None], None]:
-        """Make answers: each record as it comes, and None where an answer is whole."""
+    ) -> AsyncGenerator[tuple[Answer, list[Record] | None], None]:
+        """Make answers: their records as they come, and None where an answer is whole."""
         async with line.turn() as until:
             for answer in answers:
                 with self.metrics.making(answer):
                     if answer.has_tools:
                         answer.take(await line.reply(answer.with_tools, until))
                     else:
-                        async with aclosing(line.records(answer.start, until)) as records:
-                            async for record in records:
-                                answer.add(record)
-                                yield answer, record
+                        async with aclosing(line.records(answer.start, until)) as made:
+                            async for records in made:
+                                answer.add(records)
+                                yield answer, records
                     yield answer, None
 
     def line(self, name: str) -> tuple[Line, str]:
@@ -391,20 +282,20 @@ class Answer:
         self.prompt_tokens = len(self.ids)
         self.config = self.config.but(max_new_tokens=most)
 
-    def start(self) -> Iterator[Record]:
-        return self.model.generate(self.ids, self.config)
+    def start(self) -> Iterator[Record | None]:
+        return self.model.records(self.ids, self.config)
 
     def with_tools(self, model: TextModel) -> Reply:
         asked, config = self.asked, self.config.but(logprobs=False)
         return reply_with_tools(model, asked.messages or [], asked.tools, asked.tool_choice, config)
 
-    def add(self, record: Record) -> None:
-        self.texts.append(record.text)
-        self.finish = record.finish
-        self.made += 1
-        self.first_ns, self.last_ns = self.first_ns or record.time_ns, record.time_ns
+    def add(self, records: Sequence[Record]) -> None:
+        self.texts += [record.text for record in records]
+        self.finish = records[-1].finish
+        self.made += len(records)
+        self.first_ns, self.last_ns = self.first_ns or records[0].time_ns, records[-1].time_ns
         if self.config.logprobs:
-            self.scores.append(self._score(record))
+            self.scores += map(self._score, records)
 
     def take(self, reply: Reply) -> None:
         """The same of a whole reply."""

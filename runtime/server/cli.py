@@ -52,7 +52,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from pocketslm.runtime.server.app import Limits, application
+        from pocketslm.runtime.server.app import application
+        from pocketslm.runtime.server.line import Limits
     except ImportError as error:
         raise BackendError(
             f"serving is not installed ({error}); install it with `pip install pocketslm[serve]`"

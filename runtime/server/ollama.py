@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from starlette.routing import Route
 
 from pocketslm import __version__
 from pocketslm.errors import UsageError
-from pocketslm.runtime.server.requests import FINISH, Asked, Fields, read_message
+from pocketslm.runtime.server.requests import FINISH, Asked, Fields, read_message, to_json
 
 if TYPE_CHECKING:
     from pocketslm.runtime.model import Model, Record
@@ -160,9 +159,11 @@ class _Words:
     def whole(self) -> dict[str, Any]:
         return self._said("".join(self._answer.texts)) | self._done()
 
-    def event(self, answer: Answer, record: Record | None) -> str:
-        if record is not None:
-            return _line(self._said(record.text) | {"done": False})
+    def event(self, answer: Answer, records: Sequence[Record]) -> str:
+        text = "".join(record.text for record in records)
+        return _line(self._said(text) | {"done": False}) if text else ""
+
+    def finished(self, answer: Answer) -> str:
         made = ""
         if answer.has_tools:
             made = _line(self._said("".join(answer.texts)) | {"done": False})
@@ -202,7 +203,7 @@ class _Words:
 
 
 def _line(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    return to_json(value) + "\n"
 
 
 def _stamp(name: str) -> dict[str, Any]:

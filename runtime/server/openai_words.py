@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pocketslm.runtime.server.requests import FINISH
+from pocketslm.runtime.server.requests import FINISH, to_json
 
 if TYPE_CHECKING:
     from pocketslm.runtime.model import Record
@@ -30,12 +31,17 @@ class OpenAI:
         kind = "chat.completion" if self._chat else "text_completion"
         return self._body(kind, [self._choice(answer) for answer in self._answers]) | self._used()
 
-    def event(self, answer: Answer, record: Record | None) -> str:
-        if record is not None:
-            role = {"role": "assistant"} if answer.made == 1 else {}
-            return self._chunk(answer, {**role, "content": record.text}, scored=True)
+    def event(self, answer: Answer, records: Sequence[Record]) -> str:
+        text = "".join(record.text for record in records)
+        first, scores = answer.made == len(records), answer.scores[-len(records) :]
+        if not (text or first or scores):
+            return ""
+        role = {"role": "assistant"} if first else {}
+        return self._chunk(answer, {**role, "content": text}, scores)
+
+    def finished(self, answer: Answer) -> str:
         made = self._chunk(answer, self._message(answer, indexed=True)) if answer.has_tools else ""
-        return made + self._chunk(answer, {}, finish=_finish(answer))
+        return made + self._chunk(answer, {}, (), _finish(answer))
 
     def error(self, message: str) -> str:
         return _line(error_body(message, 504))
@@ -78,15 +84,14 @@ class OpenAI:
         self,
         answer: Answer,
         delta: dict[str, Any],
+        scores: Sequence[dict[str, Any]] = (),
         finish: str | None = None,
-        *,
-        scored: bool = False,
     ) -> str:
         choice: dict[str, Any] = {"index": answer.index, "finish_reason": finish, "logprobs": None}
         if self._chat:
             choice["delta"] = delta
-            if scored and answer.scores:
-                choice["logprobs"] = {"content": answer.scores[-1:]}
+            if scores:
+                choice["logprobs"] = {"content": scores}
         else:
             choice["text"] = delta.get("content", "")
         return _line(self._body(self._kind, [choice]))
@@ -113,7 +118,7 @@ def _finish(answer: Answer) -> str:
 
 
 def _line(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {to_json(body)}\n\n"
 
 
 def error_body(message: str, status: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pocketslm.runtime.answer import Finish
 # Why an answer ended, in OpenAI's words and Ollama's.
 FINISH: dict[Finish | None, str] = {"eos": "stop", "stop": "stop", None: "stop"}
 FINISH |= {"length": "length", "context": "length"}
+to_json = json.JSONEncoder(ensure_ascii=False).encode  # one encoder, as each token needs it
 MOST_STOPS = 4
 MOST_ANSWERS = 8
 # Fields that change nothing here, and may have any value.

@@ -111,7 +111,7 @@ class ModelFiles(OfModels):
         )
         tokens = np.arange(5) % model.info.vocab_size
         parts = [
-            Part(slot, tokens[: rng.randint(1, 5)], rng.choice(list(Wanted)), 3)
+            Part(slot, tokens[: rng.randint(2, 5)], rng.choice(list(Wanted)), 3, following=slot + 1)
             for slot in range(len(session.slots))
         ]
         steps: list[Callable[[], Any]] = [

@@ -12,6 +12,7 @@ import pytest
 
 from pocketslm.errors import BackendError, UsageError
 from pocketslm.runtime import batching
+from pocketslm.runtime.backends.native import NativeSession
 from pocketslm.runtime.batching import Batch
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model, Record
@@ -82,19 +83,22 @@ def test_answers_go_on_while_a_prompt_is_read(
     monkeypatch.setattr(batching, "AHEAD", 100)
     batch = batch_of(several)
     calls: list[list[int]] = []
-    forward = batch.session.forward_slots
+    make = batch.session.make
 
-    def recorded(parts: Sequence[Any]) -> Any:
-        calls.append([len(part.tokens) for part in parts])
-        return forward(parts)
+    def recorded(makers: Sequence[Any]) -> Any:
+        made = make(makers)
+        calls.append([len(one) for one in made])
+        return made
 
-    monkeypatch.setattr(batch.session, "forward_slots", recorded)
+    monkeypatch.setattr(batch.session, "make", recorded)
     plain = GenerationConfig(ignore_eos=True, prompt_lookup_num_tokens=0, max_new_tokens=20)
     first = several.generate([1, 2, 3], plain)
     made = [next(first)]
-    second = several.generate([4] * 60, plain)
-    next(second)
-    assert calls == [[1, 7]] * 8 + [[1, 4]]
+    second = several.records([4] * 60, plain)
+    while next(second) is None:
+        pass
+    # Seven tokens a part, the last four of them with a token behind.
+    assert calls == [[1]] + [[1, 0]] * 8 + [[1, 1]]
     made += first
     assert len(made) == 20
     assert len(list(second)) == 19
@@ -106,17 +110,12 @@ def test_a_slot_keeps_the_beginning_of_its_prompt(several: Model) -> None:
     documents = [[number] * 40 for number in (1, 2, 3)]
     for document in documents:
         list(several.generate(document, plain))
-    sizes = []
-    picked = batch._pick
-
-    def recorded(seat: Any) -> None:
-        sizes.append(len(seat.new))
-        picked(seat)
-
-    batch._pick = recorded  # type: ignore[method-assign]
+    session = batch.session
+    assert isinstance(session, NativeSession)
+    session.profile()
     for document in reversed(documents):
         list(several.generate([*document, 9, 9], plain))
-    assert sizes[::4] == [2, 2, 2]
+    assert session.times().tokens <= 3 * (2 + 8 * 3)  # with guesses
 
 
 def test_what_is_left_and_cancelled_frees_its_slot(alone: Model, several: Model) -> None:

@@ -18,9 +18,9 @@ from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.reference import load_reference
 from pocketslm.profiling.engine import SessionEngine
-from pocketslm.runtime import answer as answer_module
 from pocketslm.runtime import generation, sampling
 from pocketslm.runtime.answer import Step
+from pocketslm.runtime.backends.native import NativeSession
 from pocketslm.runtime.config import GenerationConfig, generation_defaults
 from pocketslm.runtime.model import Model, _with_text
 from pocketslm.runtime.tokenizer import StreamDecoder
@@ -120,31 +120,6 @@ def test_a_seed_draws_the_same_and_another_does_not(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"logprobs": True},
-        {"do_sample": True, "top_k": 5, "seed": 3, "logprobs": True},
-        {"do_sample": True, "top_k": 50, "top_p": 0.8, "temperature": 1.7, "seed": 3},
-        {"do_sample": True, "top_k": 10_000, "min_p": 0.01, "seed": 4, "logprobs": True},
-    ],
-)
-def test_the_native_head_s_own_choice_draws_the_same(
-    options: dict[str, Any], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The most probable tokens alone lead to the tokens and probabilities that all logits do."""
-    config = GenerationConfig(max_new_tokens=20, ignore_eos=True, **options)
-    model = Model.load(tiny_bundle, backend="native")
-    fused = [(r.token, r.logprob) for r in model.generate(PROMPT, config)]
-    monkeypatch.setattr(answer_module, "highest_needed", lambda _: None)
-    whole = [(r.token, r.logprob) for r in model.generate(PROMPT, config)]
-    assert [token for token, _ in fused] == [token for token, _ in whole]
-    if config.logprobs:
-        assert [p for _, p in fused] == pytest.approx([p for _, p in whole], abs=1e-4)
-    else:
-        assert {p for _, p in (*fused, *whole)} == {None}
-
-
-@pytest.mark.parametrize(
     "bad",
     [
         {"temperature": -0.5},
@@ -232,104 +207,59 @@ def test_the_end_of_sequence_ends(model: Model) -> None:
 
 def test_a_shared_prefix_is_not_prefilled_again(tiny_bundle: Path) -> None:
     engine = Model.load(tiny_bundle, threads=1).engine
-    runs: list[int] = []
+    session = engine.session
+    assert isinstance(session, NativeSession)
 
-    def counted(method: str) -> None:
-        inner = getattr(engine.session, method)
+    def ran() -> int:
+        """The tokens that ran since the last call."""
+        tokens = session.times().tokens
+        session.profile()
+        return tokens
 
-        def counting(tokens: Any, *options: Any, **more: Any) -> Any:
-            runs.append(np.size(tokens))
-            return inner(tokens, *options, **more)
-
-        setattr(engine.session, method, counting)
-
-    counted("forward")
-    counted("forward_greedy")
-    counted("step_greedy")
+    session.profile()
     config = GenerationConfig(max_new_tokens=3, ignore_eos=True, prompt_lookup_num_tokens=0)
     document = list(range(50))
     first = list(engine.generate([*document, 7], config, ()))
-    assert runs == [51, 1, 1]
-    runs.clear()
+    assert ran() == 51 + 2
     again = list(engine.generate([*document, 9, 9], config, ()))
-    assert runs == [2, 1, 1]
-    runs.clear()
+    assert ran() == 2 + 2
     repeated = list(engine.generate([*document, 7], config, ()))
-    assert runs == [1, 1, 1]
+    assert ran() == 1 + 2
     assert [s.token for s in repeated] == [s.token for s in first]
     fresh = Model.load(tiny_bundle, threads=1).engine
     expected = list(fresh.generate([*document, 9, 9], config, ()))
     assert [s.token for s in again] == [s.token for s in expected]
 
 
-@pytest.mark.parametrize("backend", ["native", "onnx"])
-def test_generate_runs_what_bench_times(backend: str, tiny_hf: Path, tmp_path: Path) -> None:
-    """The same calls of the session, with the same tokens: of a head that is screened, too."""
-    recipe = Recipe(weights="int4", head="int8", targets=(backend,))  # type: ignore[arg-type]
+def test_generate_runs_what_bench_times(tiny_hf: Path, tmp_path: Path) -> None:
+    """As many calls of the engine, with the same tokens: of a head that is screened."""
+    recipe = Recipe(weights="int4", head="int8", targets=("native",))
     export_bundle(open_checkpoint(tiny_hf), tmp_path / "bundle", recipe)
-    session = Model.load(tmp_path / "bundle", backend, threads=1).engine.session
-    calls: list[tuple[str, int]] = []
-
-    def recorded(name: str) -> None:
-        inner = getattr(session, name)
-
-        def call(tokens: Any, *options: Any, **more: Any) -> Any:
-            calls.append((name, int(np.size(tokens))))
-            return inner(tokens, *options, **more)
-
-        setattr(session, name, call)
-
-    names = {
-        "native": ("forward", "forward_top", "forward_greedy", "step_greedy"),
-        "onnx": ("forward",),
-    }
-    for name in names[backend]:
-        recorded(name)
+    session = Model.load(tmp_path / "bundle", "native", threads=1).engine.session
+    assert isinstance(session, NativeSession)
     count = 40
     timed = SessionEngine(session)
     timed.reset()
+    session.profile()
     expected = [timed.prefill(PROMPT), *(timed.step() for _ in range(count - 1))]
-    of_bench = calls.copy()
-    calls.clear()
+    of_bench = session.times()
+    session.profile()
     config = GenerationConfig(max_new_tokens=count, ignore_eos=True, prompt_lookup_num_tokens=0)
     steps = generation.Engine(session).generate(PROMPT, config, ())
     assert [step.token for step in steps] == expected
-    assert calls == of_bench
-    assert calls[1:] == [(names[backend][-1], 1)] * (count - 1)
-
-
-class Oracle:
-    """Guesses at a known answer, some of them wrong."""
-
-    def __init__(self, answer: list[int]) -> None:
-        self.answer, self.wrong = answer, 0
-        self.text: list[int] = []
-        self.right: list[int] = []
-
-    def push(self, tokens: Sequence[int]) -> None:
-        self.text.extend(tokens)
-
-    def guess(self, most: int) -> list[int]:
-        at = len(self.text) - len(PROMPT)
-        guessed = self.answer[at : at + min(most, 7)]
-        self.wrong = (self.wrong + 3) % 8
-        if self.wrong < len(guessed):
-            guessed[self.wrong] = (guessed[self.wrong] + 1) % 256
-        return guessed
-
-    def judge(self, right: int) -> None:
-        self.right.append(right)
+    assert session.times().calls == of_bench.calls == count
+    assert session.times().tokens == of_bench.tokens
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"repetition_penalty": 1.3}, {"repetition_penalty": 1.3, "penalize_prompt": False}],
+    [{}, {"repetition_penalty": 1.1}, {"repetition_penalty": 1.3, "penalize_prompt": False}],
     ids=str,
 )
-def test_guesses_change_no_token(
-    options: dict[str, Any], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guesses_change_no_token(options: dict[str, Any], tiny_bundle: Path) -> None:
     engine = Model.load(tiny_bundle, threads=2).engine
+    session = engine.session
+    assert isinstance(session, NativeSession)
     config = GenerationConfig(ignore_eos=True, **options)
     off = config.but(prompt_lookup_num_tokens=0)
     alone = list(engine.generate(PROMPT, off, ()))
@@ -337,58 +267,31 @@ def test_guesses_change_no_token(
     assert alone[-1].finish == "context"
     scored = engine.generate(PROMPT, off.but(logprobs=True), ())  # by all logits
     assert [step.token for step in scored] == answer
-    oracles: list[Oracle] = []
-
-    def lookup() -> Oracle:
-        oracles.append(Oracle(answer))
-        return oracles[-1]
-
-    monkeypatch.setattr(engine.session, "lookup", lookup)
 
     def tokens(config: GenerationConfig, eos: Sequence[int] = ()) -> list[int]:
+        session.profile()
         steps = list(engine.generate(PROMPT, config, eos))
         made = [step.token for step in steps]
-        assert engine.session.length == len(engine.cache.tokens)
-        assert [*PROMPT, *answer][: len(engine.cache.tokens)] == engine.cache.tokens
+        assert [*PROMPT, *answer][: session.length] == engine.cache.tokens[: session.length]
         finish = "eos" if eos else "length" if config.max_new_tokens else "context"
         assert [step.finish for step in steps] == [None] * (len(made) - 1) + [finish]
         assert [step.time_ns for step in steps] == sorted(step.time_ns for step in steps)
         return made
 
     assert tokens(config) == answer
-    assert oracles[0].text == [*PROMPT, *answer[:-1]][: len(oracles[0].text)]
-    assert {0, 1, 2, 7} <= {*oracles[0].right}
-    assert len(oracles[0].right) < 0.4 * len(answer)
+    if not options:  # the tiny model repeats itself
+        assert session.times().calls < len(answer)
     for count in (1, 2, 9, 50, 51, 52, 53):
         assert tokens(config.but(max_new_tokens=count)) == answer[:count]
     for guesses in (1, 3, 100):
         assert tokens(config.but(prompt_lookup_num_tokens=guesses)) == answer
-        assert max(oracles[-1].right) == min(guesses, 7)
     end = answer[60]  # in the middle of what came together
     assert tokens(config.but(ignore_eos=False), [end]) == answer[: answer.index(end) + 1]
-    made = len(oracles)
-    assert tokens(off) == answer
-    for more in ({"do_sample": True, "seed": 1}, {"logprobs": True}):
-        list(engine.generate(PROMPT, config.but(**more), ()))
-    assert len(oracles) == made
-
-
-def test_guesses_that_fail_become_rare(model: Model) -> None:
-    lookup = model.engine.session.lookup()  # type: ignore[attr-defined]
-    assert lookup.guess(7) == []
-    lookup.push([5, 6, 7, 8, 9, 10, 11, 12, 5, 6, 7])
-    guessed = lookup.guess(2)
-    assert guessed
-    assert guessed == [8, 9][: len(guessed)]
-    asked = []
-    for _ in range(200):
-        asked.append(len(lookup.guess(7)))
-        lookup.judge(0)
-    assert asked[0] >= 1
-    assert sum(asked[100:]) <= 7  # one chance of sixteen
-    for _ in range(400):
-        lookup.judge(len(lookup.guess(7)))
-    assert len(lookup.guess(7)) == 7
+    for more in ({}, {"do_sample": True, "seed": 1}, {"logprobs": True}):
+        tried = (off if not more else config).but(**more)
+        session.profile()
+        made = len(list(engine.generate(PROMPT, tried, ())))
+        assert session.times().calls == made
 
 
 def test_an_abandoned_generation_leaves_a_usable_engine(model: Model) -> None:
@@ -416,7 +319,7 @@ def test_the_context_is_never_overrun(model: Model) -> None:
             model.engine.generate(ids, config, ())  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="token ids are whole numbers, not float64"):
         model.engine.session.forward(np.array([1.0]))  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="token 264 is outside"):
+    with pytest.raises(UsageError, match="264 are not within"):
         list(model.engine.generate([264], config, ()))
 
 

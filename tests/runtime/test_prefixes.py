@@ -40,20 +40,20 @@ Read = list[int]  # how many tokens each call of a session took
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Read:
+    """How many tokens each call read that was made of the library."""
     counts: Read = []
+    begin, forward = NativeSession.begin, NativeSession.forward
 
-    def count(name: str) -> None:
-        method = getattr(NativeSession, name)
+    def begun(self: Any, maker: Any, ids: Any, how: Any) -> None:
+        counts.append(len(ids) - self.length)
+        begin(self, maker, ids, how)
 
-        def counted(self: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
-            counts.append(len(tokens))
-            return method(self, tokens, *rest, **options)
+    def run(self: Any, tokens: Any, **options: Any) -> Any:
+        counts.append(len(tokens))
+        return forward(self, tokens, **options)
 
-        monkeypatch.setattr(NativeSession, name, counted)
-
-    count("forward")
-    count("forward_top")
-    count("forward_greedy")
+    monkeypatch.setattr(NativeSession, "begin", begun)
+    monkeypatch.setattr(NativeSession, "forward", run)
     return counts
 
 
@@ -349,7 +349,7 @@ def test_the_command_line_keeps_prefixes(
         texts.append(capsys.readouterr().out.split('"finish"')[0])
     assert len(set(texts)) == 1
     assert len(files(tmp_path)) == 1
-    assert read[-3] == 1
+    assert read[-1] == 1
 
 
 CAT = "Tom hid the cat in Paris on Friday, and 12 dogs ran away from the white house. "

@@ -16,7 +16,7 @@ from server_support import HI, SCHEMA, Running, serving, write_tiny
 
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
-from pocketslm.runtime.server.app import Limits
+from pocketslm.runtime.server.line import Limits
 
 
 @pytest.fixture(scope="module")

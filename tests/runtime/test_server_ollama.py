@@ -53,7 +53,8 @@ def test_a_chat_and_its_stream(server: Running, client: ollama.Client) -> None:
     assert made.total_duration >= (made.prompt_eval_duration or 0) > 0
     parts = list(client.chat("tiny:latest", HI, options=options, stream=True))
     assert "".join(part.message.content or "" for part in parts) == ours.text
-    assert [part.done for part in parts] == [False] * 7 + [True]
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert 2 <= len(parts) <= 8  # tokens that a client waits for come together
     assert parts[-1].eval_count == 7
 
 

@@ -37,8 +37,8 @@ int main(int, char** arguments) {
   for (const auto& count : counts) {
     pslm_entry entries[4];
     for (uint32_t i = 0; i < 4; ++i)
-      entries[i] = {i, i, tokens.data(), count[i], best[i].data(), logits[i].data(),
-                    i == PSLM_WANT_LOGITS ? info.vocab_size : size_t{5}, 0};
+      entries[i] = {i, i, tokens.data(), count[i], 1, best[i].data(), logits[i].data(),
+                    i == PSLM_WANT_LOGITS ? info.vocab_size : size_t{5}, nullptr, 0};
     while ((status = pslm_forward_slots(session, entries, 4, error)) == PSLM_ERROR_BUSY) {
     }
     if (status) break;

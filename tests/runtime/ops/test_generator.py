@@ -5,24 +5,23 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from native_support import quantize, tiny_config, write_tiny
+from native_support import Plain, quantize, tiny_config, write_tiny
 
-from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.models.tensors import Weight
 from pocketslm.runtime.backends.native import NativeModel, NativeSession
-from pocketslm.runtime.backends.native_library import ErrorText, MadeEntry
-from pocketslm.runtime.backends.native_sampler import NativeSampler, sampling_options
+from pocketslm.runtime.backends.native_generator import options_of
+from pocketslm.runtime.backends.native_library import ErrorText, MadeEntry, Turn
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.constraint import Constraint, Grammar, TokenTexts
 from pocketslm.runtime.generation import Engine
 from pocketslm.runtime.ops import build
-from pocketslm.runtime.sampling import chooser_for
 
 TEXT = np.random.default_rng(3).integers(0, 100, 300).tolist()  # more than is read at a time
 FINISHES = [None, "eos", "stop", "length", "context"]
@@ -50,9 +49,8 @@ def opened(
     **options: Any,
 ) -> Iterator[ctypes.c_void_p]:
     library, error, handle = session._library, ErrorText(), ctypes.c_void_p()
-    asked = sampling_options(config)
-    asked.max_tokens, asked.logprobs = config.max_new_tokens or 0, config.logprobs
-    asked.guesses = 7 if config.prompt_lookup_num_tokens is None else 0
+    asked = options_of(config)
+    asked.max_tokens = config.max_new_tokens or 0
     last = np.asarray(ends, np.int32)
     asked.ends, asked.end_count = last.ctypes.data, last.size
     asked.constraint = constraint._handle if constraint else None
@@ -101,6 +99,8 @@ def constraint() -> Constraint:
         {"logprobs": True},
         {"do_sample": True, "seed": 7},
         {"do_sample": True, "seed": 8, "top_k": 9, "logprobs": True},
+        {"do_sample": True, "seed": 8, "top_k": 5, "top_p": 0.8, "temperature": 1.7},
+        {"do_sample": True, "seed": 6, "top_k": 10_000, "min_p": 0.01, "logprobs": True},
         {"do_sample": True, "seed": 9, "temperature": 2.5, "top_p": 0.8, "min_p": 0.01},
         {"do_sample": True, "seed": 1, "repetition_penalty": 1.5, "top_p": 0.9},
     ],
@@ -109,7 +109,8 @@ def constraint() -> Constraint:
 def test_tokens_are_those_of_python(options: dict[str, Any], model: NativeModel) -> None:
     config = GenerationConfig(**options)
     session = model.session(threads=2, context=400)
-    expected = list(Engine(model.session(threads=1, context=400)).generate(TEXT, config, ()))
+    engine = Engine(Plain(model.session(threads=1, context=400)))
+    expected = list(engine.generate(TEXT, config, ()))
     with opened(session, TEXT, config) as generator:
         made = list(made_by(session, generator))
         assert made.pop(0).token == -1  # the first part of the text
@@ -144,7 +145,7 @@ def test_it_goes_on_from_what_the_session_holds(model: NativeModel) -> None:
 
 def test_it_is_held_to_a_constraint(model: NativeModel) -> None:
     session, config = model.session(threads=1), GenerationConfig(max_new_tokens=60)
-    engine = Engine(model.session(threads=1))
+    engine = Engine(Plain(model.session(threads=1)))
     limited = config.but(regex="x")  # what it is, the function says
     steps = list(engine.generate(TEXT[:20], limited, [99], constraint))
     with opened(session, TEXT[:20], config, [99], constraint()) as generator:
@@ -194,25 +195,73 @@ def test_the_program_of_the_docs_says_what_the_runner_says(
     assert told[0].rstrip(b"\n") == told[1].rstrip(b"\n") != b""
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nothing_is_drawn_from_what_is_no_number(bad: float) -> None:
-    sampler = NativeSampler(GenerationConfig(do_sample=True, top_p=0.9), 0)
-    logits = np.zeros(20, np.float32)
-    logits[3] = bad
-    with pytest.raises(BackendError, match="not finite"):
-        sampler([], logits)
-    with pytest.raises(BackendError, match="not finite"):
-        sampler([], np.full(20, -np.inf, np.float32))
+def test_several_texts_make_a_step_together(model: NativeModel) -> None:
+    """What is wrong with one of them is not the others' error; two of a slot are refused."""
+    session, error = model.session(threads=2, context=40, slots=3), ErrorText()
+    config = GenerationConfig(max_new_tokens=3)
+    expected = [step.token for step in Engine(model.session()).generate([5, 6], config, ())]
+    with ExitStack() as stack:
+        handles = [
+            stack.enter_context(opened(slot, text, config))
+            for slot, text in zip(session.slots, ([5, 6], [1, 100], [5, 6]), strict=True)
+        ]
+
+        def step(*which: int) -> list[Turn]:
+            turns = (Turn * len(which))(*(Turn(generator=handles[at]) for at in which))
+            for turn in turns:
+                turn.error = error.argument
+            status = session._library.pslm_generate(turns, len(turns), error.argument)
+            error.check(status)
+            return list(turns)
+
+        turns = step(0, 1, 2)
+        assert [turn.status for turn in turns] == [0, 1, 0]
+        assert [turn.made[0].token for turn in turns if turn.count] == [expected[0]] * 2
+        made = [expected[0]]
+        while len(made) < 3:
+            (turn,) = step(2)
+            made += [one.token for one in turn.made[: turn.count]]
+        assert made == expected
+        for which, what in (
+            ((0, 1), "has ended"),
+            ((2,), "has ended"),
+            ((0, 0), "two of one slot"),
+        ):
+            with pytest.raises(UsageError, match=what):
+                step(*which)
+        session.forward(np.array([9]))  # past the generator
+        (turn,) = step(0)
+        assert turn.status == 1
+        with pytest.raises(UsageError, match="holds other tokens"):
+            error.check(turn.status)
 
 
-@pytest.mark.parametrize("top_k", [0, 20])
-def test_the_sampler_draws_what_numpy_draws(top_k: int) -> None:
-    rng = np.random.default_rng(2)
-    config = GenerationConfig(do_sample=True, seed=5, top_k=top_k, top_p=0.9, temperature=1.7)
-    config = config.but(repetition_penalty=1.4)
-    native, reference = NativeSampler(config, 3), chooser_for(config, 3)
-    ids = [1, 2, 3]
-    for _ in range(200):
-        logits = rng.normal(0, 3, 500).astype(np.float32)
-        ids.append(reference(ids, logits.copy()))
-        assert native(ids[:-1], logits) == ids[-1]
+def test_a_text_ends_where_its_session_is_used_for_something_else(model: NativeModel) -> None:
+    session, config = model.session(threads=1), GenerationConfig()
+    for change in (
+        lambda: session.forward(np.array([1])),
+        lambda: session.truncate(0),
+        lambda: session.restore(0, b""),
+        lambda: session.maker([3, 4, 5], config, (), 5, None),
+        lambda: session.use_adapter([]),
+    ):
+        session.truncate(0)
+        maker = session.maker([3, 4], config, (), 5, None)
+        assert len(maker.make()) == 1
+        kept = change()
+        with pytest.raises(UsageError, match="used for something else"):
+            maker.make()
+        del kept
+    maker = session.maker([3, 4], config, (), 5, None)
+    session.close()
+    with pytest.raises(UsageError, match="used for something else"):
+        maker.make()
+
+
+def test_guesses_are_weighed(tmp_path: Path) -> None:
+    """Those that fail become rare, and those of several texts share what is left of a step."""
+    probe = str(Path(__file__).with_name("lookup_probe"))
+    names = [probe, "lookup"]
+    built = build.compile_and_link(tmp_path / "probe", build.find_toolchain(), names, [], [])
+    done = subprocess.run([built], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -317,33 +316,11 @@ def test_encoders_keep_nothing(name: str, tmp_path: Path) -> None:
         session.forward(np.zeros(641, np.int64))
 
 
-class Counted(NativeSession):
-    """Counts the tokens that run."""
-
-    ran = 0
-
-    def forward(self, tokens: np.ndarray, **options: bool) -> np.ndarray:
-        self.ran += len(tokens)
-        return super().forward(tokens, **options)
-
-    def forward_top(self, tokens: np.ndarray, count: int) -> tuple:
-        self.ran += len(tokens)
-        return super().forward_top(tokens, count)
-
-    def forward_greedy(self, tokens: np.ndarray, *options: Any) -> np.ndarray:
-        self.ran += len(tokens)
-        return super().forward_greedy(tokens, *options)
-
-    def step_greedy(self, token: int) -> int:
-        self.ran += 1
-        return super().step_greedy(token)
-
-
 @pytest.mark.parametrize("name", ["llama", "lfm", "mistral"])
 def test_a_prompt_is_read_from_where_the_session_can_go_back_to(name: str, tmp_path: Path) -> None:
     """The state after the prompt before serves a session that forgets; never that of others."""
     model = NativeModel(program(name, mixed).write(tmp_path / "m.slm"))
-    session = Counted(model, threads=1)
+    session = model.session(threads=1)
     engine = Engine(session)
     config = GenerationConfig(max_new_tokens=5, prompt_lookup_num_tokens=0)
     first = [int(token) for token in TOKENS[:360]]
@@ -353,9 +330,9 @@ def test_a_prompt_is_read_from_where_the_session_can_go_back_to(name: str, tmp_p
 
     def ran(prompt: list[int]) -> int:
         """How many tokens this prompt makes the session run, with the right answer."""
-        before = session.ran
+        session.profile()
         assert answer(engine, prompt) == answer(Engine(model.session(threads=1)), prompt)
-        return session.ran - before
+        return session.times().tokens
 
     after = [(token + 1) % VOCABULARY for token in first[:20]]
     assert ran(first) == 360 + 4

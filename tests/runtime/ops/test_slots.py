@@ -96,7 +96,7 @@ def test_what_the_border_refuses(chat_model: Path) -> None:
     session.forward_slots([Part(0, [1, 2], Wanted.NOTHING), Part(1, [3], Wanted.NEXT)])
     tokens, room = np.arange(40, dtype=np.int32), np.zeros(model.info.vocab_size, np.float32)
     good = {"tokens": tokens.ctypes.data, "count": 2, "best": room.ctypes.data}
-    good |= {"logits": room.ctypes.data, "wanted": 2, "room": 1}
+    good |= {"logits": room.ctypes.data, "wanted": 2, "room": 1, "following": 1}
     error = ErrorText()
 
     def forward(*changes: dict[str, Any], count: int | None = None) -> None:
@@ -119,6 +119,11 @@ def test_what_the_border_refuses(chat_model: Path) -> None:
         ([{"room": 0}], "the 0 most probable"),
         ([{"room": 1 << 40}], "most probable"),
         ([{"wanted": 3, "room": 5}], "too small"),
+        ([{"wanted": 3, "room": model.info.vocab_size, "following": 2}], "too small"),
+        ([{"wanted": 1, "following": 2}], "too small"),
+        ([{"following": 0}], "what follows 0 tokens of 2"),
+        ([{"wanted": 1, "following": 3}], "what follows 3 tokens of 2"),
+        ([{"following": 2}], "what follows 2 tokens of 2"),
     ):
         with pytest.raises((UsageError, ContextOverflowError), match=message):
             forward(*changes)
