@@ -221,11 +221,11 @@ def _pack(tokenizer: Node) -> bytes:
     lists = (offsets, merges, index, packed_added, affixes.before, affixes.after, byte_tokens)
     body = [word for part in lists for word in part]
     counts = (len(merges) // 4, len(index), len(added), len(affixes.before), len(affixes.after))
-    word_piece = (
-        (vocabulary[model["unk_token"]], model.get("max_input_chars_per_word", 100))
-        if words == BERT
-        else (0, 0)
-    )
+    word_piece = (0, 0)
+    if words == BERT:
+        longest = model.get("max_input_chars_per_word", 100)
+        _check(longest >= 0, "the longest word has fewer than no characters")
+        word_piece = vocabulary[model["unk_token"]], min(longest, 2**32 - 1)
     header = (VERSION, len(pieces), *counts, words, flags, *word_piece, offsets[-1])
     return struct.pack(f"<12I{len(body)}I", *header, *body) + b"".join(pieces)
 
