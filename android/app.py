@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -24,11 +25,12 @@ from pocketslm.android.engine.worker import Job, Worker
 from pocketslm.android.phone import Phone, accessibility, this_system
 from pocketslm.android.settings import Settings
 from pocketslm.android.theme import Theme
-from pocketslm.android.widgets.sheet import Notice
-from pocketslm.errors import BackendError, PocketSlmError
+from pocketslm.android.widgets.sheet import Notice, ask_text
+from pocketslm.errors import BackendError, LockedError, PocketSlmError
 from pocketslm.runtime.assistant.answer import Answer
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.assistant.meaning import Meanings
+from pocketslm.runtime.assistant.readers import read_file
 from pocketslm.runtime.model import Model
 
 __all__ = ["PocketApp", "screens", "widgets"]
@@ -201,15 +203,26 @@ class PocketApp(App):
         for worker in self._workers.values():
             worker.poll()
 
-    def add_document(self, path: Path) -> None:
-        """Read a file into the library; it is opened, unless the person went on to another one."""
+    def add_document(self, path: Path, password: str = "") -> None:
+        """Read a file into the library; it is opened, unless the person went on to another one. The
+        password of a locked one is asked for."""
         self.notice(self.t("adding", name=path.name))
         begun = self.root.ids.manager.current
 
-        def work(_: Event) -> Iterator[int]:
-            yield self.library.add(path).id
+        def work(_: Event) -> Iterator[int | None]:
+            try:
+                source = read_file(path, password)
+            except LockedError:
+                yield None
+                return
+            yield self.library.add(source).id
 
-        def added(number: int) -> None:
+        def added(number: int | None) -> None:
+            if number is None:
+                title = self.t("password_of", name=path.name)
+                again = partial(self.add_document, path)
+                ask_text(title, "", self.t("open"), self.t("cancel"), again, secret=True)
+                return
             now = self.root.ids.manager.current
             if now == begun and now != "document":
                 self.open_document(number)

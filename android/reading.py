@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from pocketslm.runtime.assistant.answer import Answer, Citation
@@ -44,6 +45,15 @@ def _cut(text: str, start: int, end: int) -> int:
         return at
     space = text.rfind(" ", start, most)
     return space + 1 if space > start else most
+
+
+def next_place(text: str, wanted: str, after: int = 0) -> tuple[int, int] | None:
+    """The next place of a text in another, in capitals or not; behind the last comes the first."""
+    if not (wanted := wanted.strip()):
+        return None
+    pattern = re.compile(re.escape(wanted), re.IGNORECASE)
+    found = pattern.search(text, after) or pattern.search(text)
+    return found.span() if found else None
 
 
 def shared(answer: Answer, documents: dict[int, Document]) -> str:

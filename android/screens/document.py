@@ -10,6 +10,7 @@ from typing import Any
 
 from kivy.app import App
 from kivy.clock import Clock
+from kivy.core.clipboard import Clipboard
 from kivy.factory import Factory
 from kivy.metrics import dp
 from kivy.properties import (
@@ -24,9 +25,10 @@ from kivy.uix.screenmanager import Screen
 
 from pocketslm.android.engine.worker import Job
 from pocketslm.android.intents import Action
-from pocketslm.android.reading import button_of, pieces, shared
+from pocketslm.android.reading import button_of, next_place, pieces, shared
 from pocketslm.android.screens.action import ask_before
 from pocketslm.android.widgets.basics import Card
+from pocketslm.android.widgets.sheet import ask_text
 from pocketslm.android.widgets.text import Passage
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.answer import Answer, Citation
@@ -126,11 +128,20 @@ class AnswerCard(Card):
 
     def share(self) -> None:
         """Send the answer with where it stands, after it was seen and confirmed."""
-        screen = App.get_running_app().screen("document")
         if self.answer is not None:
-            found = {c.document: screen.document_of(c) for c in self.answer.citations}
-            documents = {key: document for key, document in found.items() if document}
-            ask_before(Action("share_text", {"text": shared(self.answer, documents)}))
+            ask_before(Action("share_text", {"text": self._with_places(self.answer)}))
+
+    def copy(self) -> None:
+        """Copy the answer with where it stands."""
+        app = App.get_running_app()
+        if self.answer is not None:
+            Clipboard.copy(self._with_places(self.answer))
+            app.notice(app.t("copied"))
+
+    def _with_places(self, answer: Answer) -> str:
+        screen = App.get_running_app().screen("document")
+        found = {c.document: screen.document_of(c) for c in answer.citations}
+        return shared(answer, {key: document for key, document in found.items() if document})
 
 
 class Reader(BoxLayout):
@@ -154,6 +165,7 @@ class Reader(BoxLayout):
             size += end - start
         self.leaves = len(self._first)
         self._mark: tuple[int, int] | None = None
+        self.ids.find.text = ""
         self.leaf = 0
         self._show()
 
@@ -161,10 +173,19 @@ class Reader(BoxLayout):
         self.leaf = min(max(0, self.leaf + by), self.leaves - 1)
         self._show()
 
-    def mark(self, citation: Citation) -> None:
-        """Show and mark a passage."""
-        self._mark = (citation.start, citation.end)
-        piece = max(0, bisect_right(self._starts, citation.start) - 1)
+    def find(self, text: str) -> None:
+        """Show and mark the next place of a text; behind the last comes the first."""
+        app = App.get_running_app()
+        span = next_place(self._document.text, text, self._mark[1] if self._mark else 0)
+        if span is not None:
+            self.mark(*span)
+        elif text.strip():
+            app.notice(app.t("nowhere", text=text.strip()))
+
+    def mark(self, start: int, end: int) -> None:
+        """Show and mark a part of the text."""
+        self._mark = (start, end)
+        piece = max(0, bisect_right(self._starts, start) - 1)
         self.leaf = bisect_right(self._first, piece) - 1
         self._show()
         marked = next((p for p in self._passages() if p.marks), None)
@@ -253,6 +274,18 @@ class DocumentScreen(Screen):
             running.gone = True
             self._cancel(running)
 
+    def rename(self) -> None:
+        """Give the document another title."""
+        app = App.get_running_app()
+        number = self.document.id
+
+        def named(title: str) -> None:
+            app.library.rename(number, title)
+            self.document, self.title = app.library.open(number), title
+            app.screen("library").refresh()
+
+        ask_text(app.t("rename"), self.title, app.t("save"), app.t("cancel"), named)
+
     def part_of(self, name: str) -> None:
         self.part = name
 
@@ -264,7 +297,7 @@ class DocumentScreen(Screen):
         if self.document is None or document.id != self.document.id:
             App.get_running_app().open_document(document.id)
         self.part = "document"
-        self.ids.reader.mark(citation)
+        self.ids.reader.mark(citation.start, citation.end)
 
     def summarize(self) -> None:
         self._start("summarize", "")

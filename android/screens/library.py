@@ -82,7 +82,8 @@ class LibraryScreen(Screen):
             from pocketslm.runtime.assistant.assistant import Assistant
 
             shelf = [app.library.open(entry.id) for entry in app.library.entries()]
-            yield from Assistant(app.model(), meanings=app.meanings()).ask(shelf, question, cancel)
+            assistant = Assistant(app.model(), meanings=app.meanings())
+            yield from assistant.ask(shelf, question, cancel, app.library.last_question(None))
 
         def event(event: Any) -> None:
             if isinstance(event, Answer):

@@ -73,6 +73,29 @@ def confirm(
     sheet.open()
 
 
+def ask_text(
+    title: str,
+    text: str,
+    yes: str,
+    no: str,
+    action: Callable[[str], object],
+    *,
+    secret: bool = False,
+) -> None:
+    """Let a person type a line, which ``action`` gets unless it is empty."""
+    sheet = Sheet()
+    sheet.add(Factory.Heading(content=title))
+    field = sheet.add(Factory.Field(text=text, label=title, multiline=False, password=secret))
+
+    def done() -> bool:
+        if typed := field.text.strip():
+            action(typed)
+        return bool(typed)
+
+    sheet.buttons((no, "plain", lambda: None), (yes, "filled", done))
+    sheet.open()
+
+
 class FileLine(Tap):
     """A file or folder to tap."""
 

@@ -25,6 +25,7 @@ from pocketslm.android.reading import (
     PIECE_CHARACTERS,
     PIECE_LINES,
     button_of,
+    next_place,
     pieces,
     shared,
 )
@@ -78,6 +79,16 @@ def test_a_paragraph_runs_as_its_first_letter_does() -> None:
     assert strings.runs_rtl("1. שלום abc")
     assert not strings.runs_rtl("1. abc שלום")
     assert strings.runs_rtl("12", otherwise=True)
+
+
+def test_a_text_is_found_again_and_again() -> None:
+    text = "Fire (1) and fire (2)."
+    first = next_place(text, "fire")
+    assert first == (0, 4)
+    assert next_place(text, " FIRE ", 4) == (13, 17)
+    assert next_place(text, "fire", 17) == first  # from the start again
+    assert next_place(text, "(2)") == (18, 21)
+    assert next_place(text, "water") is next_place(text, " ") is None
 
 
 # Settings

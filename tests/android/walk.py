@@ -11,7 +11,11 @@ import os
 import shutil
 import sys
 import tempfile
+from io import BytesIO
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from support_documents import pdf_file
 
 PHONE, TABLET = (412, 860), (1200, 800)
 QUESTION = "When was Apollo 8 launched?"
@@ -33,8 +37,10 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
 
     for name, value in (("width", PHONE[0]), ("height", PHONE[1]), ("multisamples", 4)):
         Config.set("graphics", name, str(value))
+    from kivy.core.clipboard import Clipboard
     from kivy.core.window import Window
     from person import Person, Walk
+    from pypdf import PdfReader, PdfWriter
 
     from pocketslm.android.app import PocketApp
     from pocketslm.runtime.assistant.assistant import sample_document
@@ -48,6 +54,9 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
     files.mkdir()
     shutil.copy(sample_document(), files / "Apollo 8.txt")
     (files / "broken.pdf").write_bytes(b"%PDF-1.7 and nothing else")
+    locked = PdfWriter(PdfReader(BytesIO(pdf_file(["Hidden words."]))))
+    locked.encrypt("password", algorithm="RC4-128")
+    locked.write(files / "locked.pdf")
     (files / "model").symlink_to(bundle, target_is_directory=True)
     os.chdir(files)
     app = PocketApp(work / "data")
@@ -59,6 +68,16 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         yield from me.tap("Add a document")
         yield from me.tap("broken.pdf")
         yield from me.wait(lambda: me.says("could not be opened"), "the refusal of a broken file")
+        yield from me.tap("Add a document")
+        yield from me.tap("locked.pdf")
+        yield from me.wait(lambda: me.says("Password of locked.pdf"), "the question of a password")
+        me.find("Password of locked.pdf").text = "password"
+        yield from me.tap("Open")
+        yield from me.wait(lambda: me.says("Ask a question"), "the document that was locked")
+        yield from me.key(ESCAPE)
+        yield from me.tap("Remove: locked")
+        yield from me.tap("Remove")
+        yield 0.4
         yield from me.tap("Add a document")
         yield from me.tap("Apollo 8.txt")
         yield from me.wait(lambda: me.says("Ask a question"), "the document")
@@ -103,6 +122,22 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         marked = [p for p in app.screen("document").ids.reader._passages() if p.marks]
         assert marked
         yield from me.shot("citation")
+        reader = app.screen("document").ids.reader
+        yield from me.tap("Find in the document")
+        yield from me.type("genesis")
+        yield from me.key(ENTER)
+        start, end = reader._mark
+        assert app.screen("document").document.text[start:end] == "Genesis"
+        assert [p for p in reader._passages() if p.marks]
+        yield from me.shot("find")
+        yield from me.tap("Rename")
+        me.find("Rename").text = "The flight"
+        yield from me.tap("Save")
+        yield from me.wait(lambda: me.says("The flight"), "the new title")
+        yield from me.tap("Rename")
+        me.find("Rename").text = "Apollo 8"
+        yield from me.tap("Save")
+        yield 0.4
         yield from me.tap("Assistant")
         yield from me.tap("Questions")
         yield from me.answered()
@@ -236,6 +271,8 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         answer = app.library.history(None)[-1].answer
         assert "1968" in answer.text
         yield from me.shot("library-answer")
+        yield from me.tap(f"Copy: {QUESTION}")
+        assert answer.text in Clipboard.paste()
         yield from me.tap(f"Share: {QUESTION}")
         yield from me.wait(lambda: me.says("Do this?"), "the sheet")
         yield 0.4
