@@ -1,8 +1,8 @@
 """Search under a budget: which recipe fits a device best, by measurement.
 
 Optuna proposes recipes, each is exported, held against the source and measured; what breaks the
-budget is given up as early as it shows. All trials lie in a database, so that a search can be
-stopped, taken up again, or shared by several workers on one storage.
+budget is given up as early as it shows. All trials lie in a database (:mod:`study`), so that a
+search can be stopped, taken up again, or shared by several workers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketslm.errors import ExportError, UsageError
+from pocketslm.export import study
 from pocketslm.export.evaluate import Ids, evaluate, windows_of
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.prune.depth import block_influence, least_influence
@@ -25,6 +25,7 @@ from pocketslm.export.prune.vocabulary import format_ranges, parse_ranges, token
 from pocketslm.export.quantize.calibration import last_tokens
 from pocketslm.export.recipe import Recipe
 from pocketslm.export.text import read_text
+from pocketslm.folders import aside
 from pocketslm.models.catalog import resolve
 from pocketslm.models.checkpoint import HEAD, Checkpoint, checkpoint_sha256
 from pocketslm.models.reference import load_reference
@@ -158,55 +159,67 @@ def search(
 
     ``text``: what quality is measured on, by its first ``windows`` windows of 512 tokens; methods
     that calibrate see the end of ``calibration``, a file or catalog name. ``work``: a folder for
-    the database (unless ``storage`` names another of Optuna's) and the bundle being tried.
+    the database and the bundle being tried. ``storage``: the URL of another database, on which
+    several workers may search at once. Each measures on a device of its own, and devices must be
+    alike for their figures to be comparable.
     ``base``: the recipe whose other fields every trial shares. ``vocabulary``: also try to keep
     only this text's tokens. ``prune``: also try to leave out the layers of least influence and the
     MLP neurons of least activation on the calibration text. ``measure``: speed and memory of a
     bundle, by default on this machine. Raises UsageError, CheckpointError, ExportError.
     """
-    import optuna
-
     if trials < 1:
         raise UsageError(f"{trials} trials, expected at least 1")
     checkpoint.config.need_head("plan")
     checkpoint.config.need_own_layers("plan")
     work.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     kept = None if vocabulary is None else format_ranges(tokens_of(checkpoint, vocabulary))
     base = base or Recipe(targets=("native",))
     influence = _influence(checkpoint, base, calibration) if prune else None
     space = _Space(checkpoint, base, calibration, kept, influence)
     facts = [checkpoint_sha256(checkpoint), hashlib.sha256(text.read_bytes()).hexdigest()]
     facts += [str(windows), str(budget.prompt), str(kept), base.to_toml(), *["pruned"] * prune]
-    study = optuna.create_study(
-        storage=storage or f"sqlite:///{work / 'trials.db'}",
-        study_name=hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16],
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8),
-        directions=["maximize" if METRICS[name][1] else "minimize" for name in OBJECTIVES],
-        load_if_exists=True,
+    facts += ["elsewhere"] * (measure is not None)  # those figures are not of this machine
+    queue = study.open_study(
+        storage or f"sqlite:///{work / 'trials.db'}",
+        hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16],
+        ["maximize" if METRICS[name][1] else "minimize" for name in OBJECTIVES],
+        [(parameters, _written(space.recipe(_Fixed(parameters)))) for parameters in space.first],
+        None if storage else seed,
     )
-    if not study.trials:
-        for parameters in space.first:
-            study.enqueue_trial(parameters)
     bench = _Bench(checkpoint, text, windows, budget, work, measure or measure_here)
-    while len(done := _finished(study, budget)) < trials:
-        proposed = study.ask()
-        recipe = space.recipe(proposed)
-        known = next((trial for trial in done if trial.recipe == recipe), None)
-        metrics = dict(known.metrics) if known else bench.run(recipe)
-        proposed.set_user_attr("recipe", json.dumps(recipe.to_dict()))
-        proposed.set_user_attr("metrics", metrics)
-        if set(OBJECTIVES) <= metrics.keys():
-            study.tell(proposed, [metrics[name] for name in OBJECTIVES])
-        else:
-            study.tell(proposed, state=optuna.trial.TrialState.PRUNED)
-        broken = budget.broken(metrics)
-        shown = ", ".join(f"{name} {_shown(name, value)}" for name, value in metrics.items())
-        say(
-            f"{len(done) + 1}/{trials} {describe(recipe)}: {shown}"
-            + (f"; out: {'; '.join(broken)}" if broken else "")
-        )
-    return done
+
+    def attempt(trial: Any) -> list[float]:
+        recipe = space.recipe(trial)
+        study.claim(queue, trial, _written(recipe), trials)
+        done = _finished(queue, budget)
+        known = next((one.metrics for one in done if one.recipe == recipe), None)
+        # A worker may have died with all of it measured.
+        metrics = known or trial.user_attrs.get(study.METRICS) or bench.run(recipe)
+        trial.set_user_attr(study.METRICS, metrics)
+        say(f"{len(done) + 1}/{trials} {describe(recipe)}: {_told(metrics, budget)}")
+        if not set(OBJECTIVES) <= metrics.keys():
+            study.give_up()
+        return [metrics[name] for name in OBJECTIVES]
+
+    study.work(queue, trials, attempt)
+    return _finished(queue, budget)
+
+
+def _written(recipe: Recipe) -> str:
+    return json.dumps(recipe.to_dict())
+
+
+def _told(metrics: Metrics, budget: Budget) -> str:
+    shown = ", ".join(f"{name} {_shown(name, value)}" for name, value in metrics.items())
+    broken = budget.broken(metrics)
+    return shown + (f"; out: {'; '.join(broken)}" if broken else "")
+
+
+class _Fixed(dict[str, Any]):
+    """Parameters in the place of a trial."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.get(name, choices[0])
 
 
 def window_of(checkpoint: Checkpoint) -> int:
@@ -307,35 +320,36 @@ class _Bench:
         self.checkpoint, self.text, self.budget = checkpoint, text, budget
         self.windows, self.measure = windows, measure
         self.window = window_of(checkpoint)
-        self.bundle = work / "trial"
+        self.work = work
 
     def run(self, recipe: Recipe) -> Metrics:
         """What was measured before a limit broke, or all of it."""
+        with aside(self.work, ".trial-") as folder:  # each worker's own
+            return self._run(recipe, folder / "made" / "bundle")  # an export locks the folder above
+
+    def _run(self, recipe: Recipe, path: Path) -> Metrics:
         metrics: Metrics = {}
-        try:
-            export_bundle(self.checkpoint, self.bundle, recipe, overwrite=self.bundle.exists())
-            bundle = open_bundle(self.bundle, verify=False)
-            metrics["size"] = (self.bundle / bundle.graph("auto").file).stat().st_size / 1e6
-            ram = self.budget.limits.get("ram")
-            if self.budget.broken(metrics) or (ram is not None and metrics["size"] > ram):
-                return metrics
-            ids = self._ids(self.window * self.windows)
-            kl = self.budget.limits.get("kl")
-            if kl is not None and self.windows > QUICK_WINDOWS:
-                quick = self._quality(recipe, ids[: self.window * QUICK_WINDOWS])
-                if quick["kl"] > HOPELESS * kl:
-                    return metrics | quick
-            metrics |= self._quality(recipe, ids)
-            return metrics | self.measure(self.bundle, self.budget)
-        finally:
-            shutil.rmtree(self.bundle, ignore_errors=True)
+        export_bundle(self.checkpoint, path, recipe)
+        bundle = open_bundle(path, verify=False)
+        metrics["size"] = (path / bundle.graph("auto").file).stat().st_size / 1e6
+        ram = self.budget.limits.get("ram")
+        if self.budget.broken(metrics) or (ram is not None and metrics["size"] > ram):
+            return metrics
+        ids = self._ids(path, self.window * self.windows)
+        kl = self.budget.limits.get("kl")
+        if kl is not None and self.windows > QUICK_WINDOWS:
+            quick = self._quality(path, recipe, ids[: self.window * QUICK_WINDOWS])
+            if quick["kl"] > HOPELESS * kl:
+                return metrics | quick
+        metrics |= self._quality(path, recipe, ids)
+        return metrics | self.measure(path, self.budget)
 
-    def _ids(self, count: int) -> Sequence[int]:
+    def _ids(self, bundle: Path, count: int) -> Sequence[int]:
         content = read_text(self.text)[: 8 * count]
-        return load_tokenizer(self.bundle).encode(content)[:count]
+        return load_tokenizer(bundle).encode(content)[:count]
 
-    def _quality(self, recipe: Recipe, ids: Sequence[int]) -> Metrics:
-        session = open_session(open_bundle(self.bundle, verify=False), context=self.window)
+    def _quality(self, bundle: Path, recipe: Recipe, ids: Sequence[int]) -> Metrics:
+        session = open_session(open_bundle(bundle, verify=False), context=self.window)
         pieces: list[Ids] = windows_of(ids, self.window, self.windows)
         kept = None if recipe.vocabulary is None else parse_ranges(recipe.vocabulary)
         quality = evaluate(self.checkpoint, session, pieces, self.text, kept=kept)
@@ -346,7 +360,34 @@ def measure_here(bundle: Path, budget: Budget) -> Metrics:
     """Speed and memory on this machine: a prompt of the budget's length, then 64 tokens."""
     from pocketslm.profiling.bench import bench
 
-    rows = bench(bundle, n_prompt=[budget.prompt], n_gen=[64], repetitions=3)
+    return _speeds(bench(bundle, n_prompt=[budget.prompt], n_gen=[64], repetitions=3))
+
+
+def measure_on(device: str) -> Measure:
+    """The same on a device, which keeps nothing of the bundle."""
+    from pocketslm.profiling.devices import open_device
+    from pocketslm.profiling.devices.bench import Conditions, bench_on_device
+    from pocketslm.profiling.devices.runner import uninstall
+    from pocketslm.profiling.plan import plan
+    from pocketslm.profiling.records import Measurement
+
+    def measure(bundle: Path, budget: Budget) -> Metrics:
+        opened = open_bundle(bundle, verify=False)
+        assert opened.config is not None  # we exported it
+        tests = plan(opened.config.vocab_size, n_prompt=[budget.prompt], n_gen=[64])
+        conditions = Conditions(repetitions=3, idle_s=0, interval_s=0)
+        rows: list[Measurement] = []
+        with open_device(device) as there:
+            bench_on_device(
+                there, [bundle], tests=tests, threads=[], conditions=conditions, keep=rows.append
+            )
+            uninstall(there, bundle / opened.graph("native").file)
+        return _speeds(rows)
+
+    return measure
+
+
+def _speeds(rows: Sequence[Any]) -> Metrics:
     prefill, decode = rows
     return {
         "ttft": statistics.median(prefill.ttft_ns) / 1e9,
@@ -356,13 +397,12 @@ def measure_here(bundle: Path, budget: Budget) -> Metrics:
     }
 
 
-def _finished(study: Any, budget: Budget) -> list[Trial]:
+def _finished(queue: Any, budget: Budget) -> list[Trial]:
     trials = []
-    for trial in study.trials:
-        if trial.state.is_finished() and "recipe" in trial.user_attrs:
-            metrics = trial.user_attrs["metrics"]
-            recipe = Recipe.from_dict(json.loads(trial.user_attrs["recipe"]))
-            trials.append(Trial(trial.number, recipe, metrics, tuple(budget.broken(metrics))))
+    for trial in study.finished(queue):
+        metrics = trial.user_attrs[study.METRICS]
+        recipe = Recipe.from_dict(json.loads(trial.user_attrs[study.RECIPE]))
+        trials.append(Trial(trial.number, recipe, metrics, tuple(budget.broken(metrics))))
     return trials
 
 

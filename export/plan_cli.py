@@ -16,7 +16,7 @@ BUDGET = (
 )
 # Options of `export` that a search takes too, and those that only a search takes.
 SHARED = ("calibration", "vocabulary", "kv_cache", "context", "target", "overwrite", "json")
-SEARCH = ("prune", "trials", "text", "storage")
+SEARCH = ("prune", "trials", "text", "storage", "device")
 
 
 def add_commands(commands: Commands) -> None:
@@ -48,7 +48,18 @@ def add_search_options(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument("--trials", type=int, default=16, help="recipes to try (default: 16)")
     parser.add_argument("--text", default="lee", help="what quality is measured on (default: lee)")
-    parser.add_argument("--storage", metavar="URL", help="Optuna's database (default: in OUT.plan)")
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="the database of the trials, such as postgresql://user@host/database, which several "
+        "workers may share (default: in OUT.plan)",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="measure speed and memory there: local, ssh:[user@]host[:port], adb or adb:SERIAL "
+        "(default: in Python on this machine)",
+    )
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +108,7 @@ def plan(arguments: argparse.Namespace) -> None:
         prune=arguments.prune,
         trials=arguments.trials,
         storage=arguments.storage,
+        measure=plan.measure_on(arguments.device) if arguments.device else None,
         say=say,
     )
     plan.write_report(trials, budget, work)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 from pocketslm.terminal import (
     Commands,
@@ -17,6 +19,10 @@ from pocketslm.terminal import (
     say,
     show,
 )
+
+if TYPE_CHECKING:
+    from pocketslm.profiling.devices.device import Device
+    from pocketslm.profiling.devices.device import Progress as Progressing
 
 SPECS = "local, ssh:[user@]host[:port], adb or adb:SERIAL"
 _SECONDS = {
@@ -53,7 +59,11 @@ def add_commands(commands: Commands) -> None:
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``pocketslm bench`` for running on a device."""
     group = parser.add_argument_group("on a device")
-    group.add_argument("--device", help=f"run the native graph there: {SPECS}")
+    group.add_argument(
+        "--device",
+        action="append",
+        help=f"run the native graph there: {SPECS}; several devices are measured at once",
+    )
     group.add_argument("--pin", help="cores to use: big, little, prime, all, or CPUs such as 4-7")
     for name, text in _SECONDS.items():
         group.add_argument(f"--{name}", dest=f"{name}_s", type=float, metavar="S", help=text)
@@ -61,8 +71,8 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Run ``pocketslm bench --device``. Rows are printed and kept even if a run is cut short."""
-    from pocketslm.profiling.devices import open_device
     from pocketslm.profiling.devices.bench import Conditions, bench_on_device
+    from pocketslm.profiling.devices.shelf import measure_each
     from pocketslm.profiling.plan import SLIMLM, plan
     from pocketslm.profiling.records import Measurement, append_records
     from pocketslm.profiling.tables import format_rows
@@ -95,28 +105,38 @@ def bench(arguments: argparse.Namespace) -> None:
             context=arguments.context,
         )
     )
-    rows: list[Measurement] = []
+    rows: dict[str, list[Measurement]] = {spec: [] for spec in arguments.device}
 
-    def keep(row: Measurement) -> None:
-        rows.append(row)
-        if arguments.record:
-            append_records(arguments.record, [row])
+    keeping = Lock()
+
+    def keep(spec: str, row: Measurement) -> None:
+        with keeping:
+            rows[spec].append(row)
+            if arguments.record:
+                append_records(arguments.record, [row])
+
+    def measure(device: Device, progress: Progressing) -> None:
+        bench_on_device(
+            device,
+            arguments.bundle,
+            tests=tests,
+            threads=arguments.threads,
+            runs=arguments.runs,
+            conditions=conditions,
+            keep=partial(keep, device.name),
+            progress=progress,
+        )
 
     try:
-        with Progress() as progress, open_device(arguments.device) as device:
-            bench_on_device(
-                device,
-                arguments.bundle,
-                tests=tests,
-                threads=arguments.threads,
-                runs=arguments.runs,
-                conditions=conditions,
-                keep=keep,
-                progress=progress,
-            )
+        with Progress() as progress:
+            measure_each(arguments.device, measure, progress, say)
     finally:
-        if rows:
-            show(format_rows(rows, arguments.output), end="")
+        measured = {spec: found for spec, found in rows.items() if found}
+        if len(arguments.device) > 1 and arguments.output == "md":
+            show("\n".join(f"{spec}\n\n{format_rows(r)}" for spec, r in measured.items()), end="")
+        elif measured:
+            everything = [row for found in measured.values() for row in found]
+            show(format_rows(everything, arguments.output), end="")
 
 
 def _list(arguments: argparse.Namespace) -> None:

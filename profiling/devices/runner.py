@@ -32,7 +32,16 @@ def install(device: Device, machine: Machine, model: Path, progress: Progress) -
     """
     program = device.push(runner_for(machine), PROGRAM, progress)
     device.shell(f"chmod 755 {shlex.quote(program)}")
-    return device.push(model, f"model-{file_sha256(model)[:16]}.slm", progress)
+    return device.push(model, _name_there(model), progress)
+
+
+def uninstall(device: Device, model: Path) -> None:
+    """Remove a model from the device. The runner stays for the next one."""
+    device.shell(f"rm -f {shlex.quote(f'{device.folder}/{_name_there(model)}')}")
+
+
+def _name_there(model: Path) -> str:
+    return f"model-{file_sha256(model)[:16]}.slm"
 
 
 def runner_for(machine: Machine) -> Path:

@@ -190,6 +190,30 @@ def test_a_board_over_ssh(
     assert {row.machine.kind for row in rows} == {"ssh"}
 
 
+def test_a_shelf_is_measured_into_one_report(
+    board: SshServer, bundle: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """A device that cannot be reached is one error, and the others' rows are kept."""
+    record = tmp_path / "shelf.jsonl"
+    devices = [f"ssh:{board.address}", "local", "ssh:nobody@127.0.0.1:1"]
+    named = [part for device in devices for part in ("--device", device)]
+    command = ["bench", str(bundle), *QUICK, "--record", str(record)]
+    assert main([*command, *named]) == 2
+    told = capsys.readouterr()
+    assert "ssh:nobody@127.0.0.1:1" in told.err.splitlines()[-1]
+    assert f"{devices[0]}: " in told.err
+    headings = [line for line in told.out.splitlines() if line and not line.startswith("|")]
+    assert headings == devices[:2]
+    assert told.out.count("tg4 @ d12") == 2
+    rows = read_records(record)
+    assert sorted((row.machine.kind, row.test) for row in rows) == [
+        *(("local", test) for test in ("pp12", "tg4 @ d12")),
+        *(("ssh", test) for test in ("pp12", "tg4 @ d12")),
+    ]
+    assert main([*command, "--device", "local", "--device", "local"]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
 def test_the_document_task_on_a_phone_and_on_a_board(
     phone: PhoneDaemon,
     board: SshServer,
