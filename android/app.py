@@ -56,7 +56,7 @@ class PocketApp(App):
         super().__init__()
         self.phone = phone or this_system()
         self.data = data or self.phone.data_folder()
-        self.settings = Settings(self.data / "settings.json")
+        self.settings = Settings(self.data / "settings.json", self.phone.choices())
         self.library = Library(self.data / "library.db")
         self.models = Models(self.data / "models")
         self.theme = Theme()

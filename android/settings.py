@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 DEFAULTS: dict[str, Any] = {
@@ -29,17 +30,21 @@ _CHOICES = {
 
 
 class Settings:
-    """Values by name; a file that is missing, cut short or strange gives the defaults."""
+    """Values by name; a file that is missing, cut short or strange gives the defaults.
 
-    def __init__(self, path: Path) -> None:
+    ``begins``: what a first start has instead of the defaults, where the app offers it.
+    """
+
+    def __init__(self, path: Path, begins: Mapping[str, str] = MappingProxyType({})) -> None:
         self._path = path
         self._values = dict(DEFAULTS)
+        self._values |= {name: value for name, value in begins.items() if value in _CHOICES[name]}
         self._watchers: list[Callable[[str], None]] = []
         try:
             data = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
             data = {}
-        for name, default in DEFAULTS.items():
+        for name, default in list(self._values.items()):
             value = data.get(name, default) if isinstance(data, dict) else default
             same = default is None or type(value) is type(default)
             if same and value in _CHOICES.get(name, (value,)):

@@ -21,6 +21,10 @@ class Phone(Protocol):
         """Where the app keeps its library, models and settings."""
         ...
 
+    def choices(self) -> dict[str, str]:
+        """The system's language and theme, as far as they are known: settings begin with them."""
+        ...
+
     def pick(self, kind: str, title: str, endings: tuple[str, ...], chosen: OnFile) -> None:
         """Let the person choose a file; ``kind``: "document" or "model"."""
         ...

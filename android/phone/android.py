@@ -25,6 +25,7 @@ from pocketslm.android.phone import OnFile
 Intent = autoclass("android.content.Intent")
 PICK = 4711  # our request code
 RESULT_OK = -1
+NIGHT_MASK, NIGHT = 0x30, 0x20  # UI_MODE_NIGHT_MASK and UI_MODE_NIGHT_YES of Configuration
 MIME = {"document": "*/*", "model": "application/zip"}
 
 
@@ -37,6 +38,11 @@ class Android:
 
     def data_folder(self) -> Path:
         return Path(mActivity.getFilesDir().getAbsolutePath()) / "pocketslm"
+
+    def choices(self) -> dict[str, str]:
+        mode = mActivity.getResources().getConfiguration().uiMode & NIGHT_MASK
+        language = str(autoclass("java.util.Locale").getDefault().getLanguage())
+        return {"language": language, "theme": "dark" if mode == NIGHT else "light"}
 
     def pick(self, kind: str, title: str, endings: tuple[str, ...], chosen: OnFile) -> None:
         """The Storage Access Framework: the person chooses, no permission is needed."""

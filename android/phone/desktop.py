@@ -21,6 +21,11 @@ class Desktop:
         base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
         return Path(base) / "pocketslm"
 
+    def choices(self) -> dict[str, str]:
+        names = ("LC_ALL", "LC_MESSAGES", "LANG")
+        first = next(filter(None, (os.environ.get(name, "") for name in names)), "")
+        return {"language": first.partition("_")[0]}
+
     def pick(self, kind: str, title: str, endings: tuple[str, ...], chosen: OnFile) -> None:
         from pocketslm.android.widgets.sheet import FileSheet
 

@@ -12,7 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pocketslm.runtime.assistant.answer import Citation
@@ -51,6 +51,7 @@ KNOWN = frozenset(("en", ""))
 GROUNDS, GROUND = 5, 0.8
 PASSAGES = 8  # whose sentences are looked at
 MOST = 2  # sentences that are quoted
+MOST_NEAREST = 3  # where they do not seem to answer
 CLOSE = 1.0  # a further one is quoted where its odds are within e to the power of this
 MOST_QUOTED = 4  # sentences that a quotation within one goes on for
 MOST_ITEMS = 12  # of a list that is quoted with the sentence before it
@@ -74,6 +75,10 @@ BY_MEANING = Weights(
     (-1.04, 0.81, 0.65, 0.42, 0.31, 0.89, -0.69),
     0.3,
 )
+# How sentences are ranked where no passage holds as much of the question as FEW: what words meet
+# there, meet by chance.
+FEW = 0.5
+FEW_WORDS = (-5.2, 0.0, 0.0, 0.0, 8.07, 0.67, 0.0, -3.0)
 BY_WORDS = Weights(
     (-9.05, 5.38, 2.01, -1.25, 0.0, 1.10, 4.78, -1.93),
     (-0.55, 0.75, 0.96, 0.16, 0.30, 0.0, -0.79),
@@ -110,8 +115,12 @@ def choose(hits: Sequence[Hit], question: str) -> Quotes:
     if not ranked:
         return Quotes()
     found = _is_answered(hits, ranked, question, weights)
+    if weights is BY_MEANING and max(hit.coverage for hit in hits) < FEW:
+        anew = [replace(one, score=_odds(FEW_WORDS, one.features)) for one in ranked]
+        ranked = sorted(anew, key=lambda one: -one.score)
     said = [found for found in ranked if not found.features[HEADS]] or ranked
-    close = [one for one in said[:MOST] if one.score >= said[0].score - CLOSE]
+    most = MOST if found else MOST_NEAREST
+    close = [one for one in said[:most] if one.score >= said[0].score - CLOSE]
     grounds = [
         one.citation
         for one in said[:GROUNDS]
@@ -142,7 +151,11 @@ def _is_answered(
         best.features[ALIKE],
         float(lacks),
     )
-    return sum(w * sign for w, sign in zip(weights.answerable, signs, strict=True)) > 0
+    return _odds(weights.answerable, signs) > 0
+
+
+def _odds(weights: Sequence[float], features: Sequence[float]) -> float:
+    return sum(w * feature for w, feature in zip(weights, features, strict=True))
 
 
 def _same_passage(a: Candidate, b: Candidate) -> bool:
@@ -183,7 +196,7 @@ def candidates(hits: Sequence[Hit], question: str, weights: Weights) -> Iterator
                 hit.score / best,
                 float(" ".join(text.split()) in names),
             )
-            score = sum(w * f for w, f in zip(weights.sentence, features, strict=True))
+            score = _odds(weights.sentence, features)
             citation = Citation(chunk.index, start, end, document.id)
             yield Candidate(document, citation, features, score)
 

@@ -21,6 +21,7 @@ from pocketslm.android.engine import meter
 from pocketslm.android.engine.models import Models, _state_bytes, describe
 from pocketslm.android.engine.worker import Job, Worker
 from pocketslm.android.intents import SCHEMAS, Action, propose
+from pocketslm.android.phone.desktop import Desktop
 from pocketslm.android.reading import (
     PIECE_CHARACTERS,
     PIECE_LINES,
@@ -107,6 +108,21 @@ def test_settings_survive_and_strange_files_give_the_defaults(tmp_path: Path) ->
         path.write_text(bad)
         again = Settings(path)
         assert {name: again[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_first_start_takes_the_language_and_theme_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "settings.json"
+    first = Settings(path, {"language": "ar", "theme": "dark"})
+    assert (first["language"], first["theme"]) == ("ar", "dark")
+    first["language"] = "en"
+    assert Settings(path, {"language": "de", "theme": "light"})["language"] == "en"
+    assert Settings(tmp_path / "other", {"language": "fr"})["language"] == "en"  # it has none
+    monkeypatch.delenv("LC_ALL", raising=False)
+    monkeypatch.delenv("LC_MESSAGES", raising=False)
+    monkeypatch.setenv("LANG", "de_AT.UTF-8")
+    assert Desktop().choices() == {"language": "de"}
 
 
 # The worker

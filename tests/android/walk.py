@@ -25,6 +25,7 @@ ENTER, ESCAPE = 13, 27
 def main(work: Path, bundle: Path, shots: Path | None) -> None:
     """work: an empty folder; everything is written there."""
     os.environ |= {"KIVY_HOME": str(work / "kivy"), "KIVY_NO_ARGS": "1", "KIVY_NO_FILELOG": "1"}
+    os.environ["LC_ALL"] = "C"  # the app begins in the system's language
     os.environ.setdefault("KIVY_LOG_MODE", "PYTHON")  # else it takes standard error for itself
     sockets: list[str] = []
 
@@ -280,6 +281,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         text = app.phone.done[-1].arguments["text"]
         assert answer.text in text
         assert "Apollo 8" in text.rsplit("\n", 1)[-1]
+        yield from me.wait(lambda: not me.says("Do this?"), "the end of the sheet")
         yield from me.tap("Passage 1")
         yield from me.wait(lambda: me.says("Assistant"), "the document")
         assert app.screen("document").title == "Apollo 8"
