@@ -57,6 +57,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "kernels_scalar": (),
         "kernels_avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "kernels_avx_vnni": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
         "kernels_avx512_vnni": (
             *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw"),
             *("-mavx512vl", "-mavx512dq", "-mavx512vnni"),

@@ -19,7 +19,7 @@ bool always() { return true; }
 #if defined(__x86_64__)
 // Asked of the processor itself: __builtin_cpu_supports answers no to all in zig's static builds.
 struct Features {
-  uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0;
+  uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0, leaf7_1_eax = 0;
   uint32_t saved = 0;  // XCR0: registers that the system keeps when it switches threads
 };
 const Features& features() {
@@ -28,7 +28,11 @@ const Features& features() {
     Features f;
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &f.leaf1_ecx, &d) || !(f.leaf1_ecx & kOsXsave)) return Features{};
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) f.leaf7_ebx = b, f.leaf7_ecx = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+      f.leaf7_ebx = b, f.leaf7_ecx = c;
+      const uint32_t subleaves = a;
+      if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.leaf7_1_eax = a;
+    }
     __asm__("xgetbv" : "=a"(f.saved), "=d"(d) : "c"(0));
     return f;
   }();
@@ -50,6 +54,10 @@ bool has_avx512_vnni() {
   return has_avx2() && all(f.leaf7_ebx, kF | kDq | kBw | kVl) && all(f.leaf7_ecx, kVnni) &&
          all(f.saved, kZmm);
 }
+bool has_avx_vnni() {
+  constexpr uint32_t kAvxVnni = 1u << 4;
+  return kAvxVnniIsEvex ? has_avx512_vnni() : has_avx2() && all(features().leaf7_1_eax, kAvxVnni);
+}
 #elif defined(__aarch64__)
 // From the kernel's hwcap.h, which old toolchains lack.
 constexpr unsigned long kHwcapDotprod = 1ul << 20;
@@ -67,6 +75,7 @@ struct Path {
 constexpr Path kPaths[] = {
 #if defined(__x86_64__)
     {&kAvx512VnniKernels, has_avx512_vnni},
+    {&kAvxVnniKernels, has_avx_vnni},
     {&kAvx2Kernels, has_avx2},
 #elif defined(__aarch64__)
     {&kNeonI8mmKernels, has_i8mm},

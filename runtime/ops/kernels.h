@@ -270,6 +270,8 @@ struct Kernels {
 extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvxVnniKernels;
+extern const bool kAvxVnniIsEvex;  // it was compiled for AVX-512's encoding
 extern const Kernels kAvx512VnniKernels;
 #elif defined(__aarch64__)
 extern const Kernels kNeonDotprodKernels;

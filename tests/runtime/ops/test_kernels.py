@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import platform
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +50,30 @@ def test_paths_are_those_of_the_processors_flags() -> None:
     flags = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
     avx2 = {"avx", "avx2", "fma", "f16c"}
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
-    wanted = [name for name, needs in (("avx512_vnni", avx512), ("avx2", avx2)) if needs <= flags]
+    paths = (("avx512_vnni", avx512), ("avx_vnni", avx2 | {"avx_vnni"}), ("avx2", avx2))
+    wanted = [name for name, needs in paths if needs <= flags]
     assert [*wanted, "scalar"] == native.isa_names()
+
+
+def test_avx_vnni_in_another_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few processors with AVX-512 have AVX-VNNI. The path's file compiled for AVX-512 must pass the
+    tests of all paths."""
+    if "avx512_vnni" not in SIMD_PATHS:
+        pytest.skip("runs AVX-VNNI's path in the encoding of AVX-512, which this CPU lacks")
+    flags = ("-mavx2", "-mfma", "-mf16c", "-mavx512vl", "-mavx512vnni")
+    monkeypatch.setitem(build.KERNELS["x86_64"], "kernels_avx_vnni", flags)
+    library = build.build_library(tmp_path)
+    environment = os.environ | {"POCKETSLM_LIBRARY": str(library)}
+    list_paths = (
+        "from pocketslm.runtime.backends.native_library import isa_names; print(isa_names())"
+    )
+    command = [sys.executable, "-c", list_paths]
+    found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "'avx_vnni'" in found.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    only = "not encoding and not flags and not broken"
+    done = subprocess.run([*command, "-k", only], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def pack(weight: Weight, scheme: str) -> tuple[int, np.ndarray]:
@@ -226,12 +250,13 @@ def test_broken_kernel_is_caught(tmp_path: Path) -> None:
     """A kernel that forgets the high nibbles' shift must fail the comparison above."""
     if "avx2" not in SIMD_PATHS:
         pytest.skip("breaks the AVX2 path, which this CPU lacks")
-    source = (build.SOURCES / "kernels_avx2.cpp").read_text()
+    source = (build.SOURCES / "kernels_ymm.inl").read_text()
     broken = source.replace("moved<-first * i>", "moved<0>")
     assert broken != source
+    (tmp_path / "kernels_ymm.inl").write_text(broken)  # found before the whole one
     file = tmp_path / "kernels_avx2.cpp"
     file.write_text(
-        broken
+        (build.SOURCES / file.name).read_text()
         + """
 extern "C" void broken_matmul(const uint8_t* blocks, size_t cols, const int8_t* codes,
                               const float* scales, const float* sums, float* out) {
