@@ -1,7 +1,8 @@
 """Set everything up in a virtual environment and run the demonstration or the tests.
 
-    python3 bootstrap.py demo    fetch, export, summarise and question a document, measure
-    python3 bootstrap.py test    format, lint, types, rules of the house, documentation, tests
+    python3 bootstrap.py demo        fetch, export, summarise and question a document, measure
+    python3 bootstrap.py test        format, lint, types, rules of the house, documentation, tests
+    python3 bootstrap.py coverage    the tests alone, and the lines of Python that they run
 
 Needs Python 3.11 or later and nothing else; what it runs, it prints.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -36,6 +38,11 @@ BUILDS = (
 )
 ARM_BUILDS = ("--runner --target aarch64-linux --output build/native/run-arm",)
 
+# Two processes: the tests of one file stay together, since they share what is costly to make.
+# PyTorch takes one thread in each: threads of two that wait for each other cost minutes.
+# tests/conftest.py says which files go first.
+PYTEST = ("pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=20")
+
 DEMO = f"""
 pocketslm fetch smollm2-135m-instruct
 pocketslm export smollm2-135m-instruct {BUNDLE} --overwrite
@@ -48,7 +55,7 @@ pocketslm bench {BUNDLE} -p 512 -n 128 -r 3 --backend onnx
 
 
 def main() -> int:
-    if sys.argv[1:] not in (["demo"], ["test"]):
+    if sys.argv[1:] not in (["demo"], ["test"], ["coverage"]):
         print(__doc__.strip())
         return 2
     if sys.version_info < (3, 11):  # noqa: UP036 - the reason is what an older one must be told
@@ -64,7 +71,7 @@ def main() -> int:
             link()
             with compiling(sys.executable, BUILDS):
                 install("dev")
-            test()
+            test() if sys.argv[1] == "test" else coverage()
     except subprocess.CalledProcessError as error:
         print(f"\nfailed with status {error.returncode}: {shlex.join(error.cmd)}", file=sys.stderr)
         return 1
@@ -121,19 +128,17 @@ def test() -> None:
         run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=IMPORTS)
         # Warnings are errors. The variable silences a notice about future versions of mkdocs.
         run("mkdocs", "build", "--quiet", "--strict", NO_MKDOCS_2_WARNING="1")
-    # Two processes: the tests of one file stay together, since they share what is costly to make.
-    # PyTorch takes one thread in each: threads of two that wait for each other cost minutes.
-    # tests/conftest.py says which files go first.
-    command = (
-        "pytest",
-        "-n",
-        "2",
-        "--dist",
-        "loadfile",
-        "--no-loadscope-reorder",
-        "--durations=10",
-    )
-    run(*command, OMP_NUM_THREADS="1")
+    run(*PYTEST, OMP_NUM_THREADS="1")
+
+
+def coverage() -> None:
+    """Apart from :func:`test`, since counting lines may double the time of a test."""
+    options = "--rcfile=tests/coverage.toml"
+    shutil.rmtree(ROOT / "build" / "coverage", ignore_errors=True)
+    (ROOT / "build" / "coverage").mkdir()
+    run("coverage", "run", options, "-m", *PYTEST, OMP_NUM_THREADS="1")
+    run("coverage", "combine", options, "--quiet")
+    run("coverage", "report", options)
 
 
 def run(*command: str, cwd: Path = ROOT, check: bool = True, **environment: str) -> None:

@@ -16,13 +16,12 @@ from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.gguf_reader import GGUFFile
 from pocketslm.models.tokenizer_files import tokenizer_files_from_gguf
 
-# The files that take longest, so that no process is left alone with one at the end. The first one
-# builds the program for Arm, for which those of the second line need not wait.
+# The files that take longest, so that no process is left alone with one at the end.
 LONGEST = (
-    "test_programs",
-    *("test_checkpoints", "test_tokenizer_families", "test_gemma_real"),
+    *("test_programs", "test_checkpoints", "test_tokenizer_families", "test_gemma_real"),
     *("test_device_bench", "test_instructions", "test_fuzz", "test_packaging"),
-    *("test_app", "test_runner_tokenizer", "test_sanitizers"),
+    *("test_app", "test_runner_tokenizer", "test_sanitizers", "test_export", "test_executorch"),
+    *("test_families_compress", "test_tokenizer", "test_architectures", "test_kill"),
 )
 
 
