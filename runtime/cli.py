@@ -37,12 +37,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("prompt", help='the prompt; "-" reads it from standard input')
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
-    parser.add_argument(
-        "--prefixes",
-        metavar="FOLDER",
-        help="keep what was read of this prompt there, and take up what an earlier one that begins "
-        "alike left (native)",
-    )
+    add_prefixes(parser)
     add_system(parser)
     add_generation(parser)
     add_constraint(parser)
@@ -50,6 +45,7 @@ def add_commands(commands: Commands) -> None:
 
     parser = commands.add("chat", _chat, "talk with a model", "pocketslm chat out/smollm2")
     parser.add_argument("bundle", type=Path)
+    add_prefixes(parser)
     add_system(parser)
     add_generation(parser)
     add_constraint(parser)
@@ -81,6 +77,15 @@ def add_commands(commands: Commands) -> None:
 
 def add_no_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not check SHA-256 at load")
+
+
+def add_prefixes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefixes",
+        metavar="FOLDER",
+        help="keep what was read of prompts there, and take up what an earlier one that begins "
+        "alike left (native)",
+    )
 
 
 def add_system(parser: argparse.ArgumentParser) -> None:
@@ -143,9 +148,7 @@ def _text_of(path: Path | None) -> str | None:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.raw:
         refuse(arguments, "with --raw, which has no messages", "system")
-    model = load(arguments)
-    if arguments.prefixes is not None:
-        model.use_prefixes(arguments.prefixes)
+    model = _load_with_prefixes(arguments)
     prompt = read_input("a prompt") if arguments.prompt == "-" else arguments.prompt
     config = generation_config(arguments, model)
     config = config.but(logprobs=arguments.json, **_constraint(arguments))
@@ -160,7 +163,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from pocketslm.errors import ContextOverflowError, TokenizerError, UsageError
 
-    model = load(arguments)
+    model = _load_with_prefixes(arguments)
     config = generation_config(arguments, model).but(**_constraint(arguments))
     messages = _system(arguments)
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -239,6 +242,13 @@ def load(arguments: argparse.Namespace) -> Model:
         adapter=arguments.adapter,
         verify=not arguments.no_verify,
     )
+
+
+def _load_with_prefixes(arguments: argparse.Namespace) -> Model:
+    model = load(arguments)
+    if arguments.prefixes is not None:
+        model.use_prefixes(arguments.prefixes)
+    return model
 
 
 def _system(arguments: argparse.Namespace) -> list[dict[str, str]]:
