@@ -405,8 +405,8 @@ class Model:
     def records(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None
     ) -> Iterator[Record | None]:
-        """What :meth:`generate` yields, and None where a part of a long prompt was read, so that a
-        thread which makes several texts in turns can go on with the others."""
+        """What :meth:`generate` yields, and, of a model of several answers at once, None where what
+        comes next is still to be made, so that a thread which makes several can take turns."""
         self.need_head("generate")
         config = config or self.defaults
         ids = (
