@@ -90,8 +90,8 @@ class Batch(Generating):
         eos_token_ids: Collection[int],
         limiting: Callable[[], Limiting] | None = None,
     ) -> Generator[Step | None, None, None]:
-        """What :meth:`pocketslm.runtime.generation.Engine.generate` yields, and None where a part
-        of a prompt was read."""
+        """What :meth:`pocketslm.runtime.generation.Engine.generate` yields, and None where what
+        comes next is still to be made, by a step for all."""
         self._open()
         ids = whole(tokens)
         limit = new_limit(self.session, len(ids), config)
@@ -149,6 +149,8 @@ class Batch(Generating):
                     last = step
                     break
                 yield step
+                if step and not seat.ready:
+                    yield None
         finally:
             self._leave(seat)
         if last:

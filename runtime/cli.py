@@ -42,12 +42,7 @@ def add_commands(commands: Commands) -> None:
         help='a text that the prompt is about, which follows it; "-" reads it from standard input',
     )
     parser.add_argument("--raw", action="store_true", help="continue the text, no chat template")
-    parser.add_argument(
-        "--prefixes",
-        metavar="FOLDER",
-        help="keep what was read of this prompt there, and take up what an earlier one that begins "
-        "alike left (native)",
-    )
+    add_prefixes(parser)
     add_system(parser)
     add_generation(parser)
     add_constraint(parser)
@@ -61,6 +56,7 @@ def add_commands(commands: Commands) -> None:
         metavar="FILE.jsonl",
         help="append each message to this file, as a line of JSON with its role and content",
     )
+    add_prefixes(parser)
     add_system(parser)
     add_generation(parser)
     add_constraint(parser)
@@ -92,6 +88,15 @@ def add_commands(commands: Commands) -> None:
 
 def add_no_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not check SHA-256 at load")
+
+
+def add_prefixes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefixes",
+        metavar="FOLDER",
+        help="keep what was read of prompts there, and take up what an earlier one that begins "
+        "alike left (native)",
+    )
 
 
 def add_system(parser: argparse.ArgumentParser) -> None:
@@ -155,9 +160,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.raw:
         refuse(arguments, "with --raw, which has no messages", "system")
     prompt = _prompt(arguments)
-    model = load(arguments)
-    if arguments.prefixes is not None:
-        model.use_prefixes(arguments.prefixes)
+    model = _load_with_prefixes(arguments)
     config = generation_config(arguments, model)
     config = config.but(logprobs=arguments.json, **_constraint(arguments))
     records = (
@@ -184,7 +187,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
 def _chat(arguments: argparse.Namespace) -> None:
     from pocketslm.errors import ContextOverflowError, TokenizerError, UsageError
 
-    model = load(arguments)
+    model = _load_with_prefixes(arguments)
     config = generation_config(arguments, model).but(**_constraint(arguments))
     messages = _system(arguments)
     _log(arguments.log, messages)  # now, so that a file that cannot be written is said at once
@@ -279,6 +282,13 @@ def load(arguments: argparse.Namespace) -> Model:
         adapter=arguments.adapter,
         verify=not arguments.no_verify,
     )
+
+
+def _load_with_prefixes(arguments: argparse.Namespace) -> Model:
+    model = load(arguments)
+    if arguments.prefixes is not None:
+        model.use_prefixes(arguments.prefixes)
+    return model
 
 
 def _system(arguments: argparse.Namespace) -> list[dict[str, str]]:

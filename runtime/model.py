@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 import numpy as np
 
 from pocketslm.errors import BackendError, BundleError, UsageError
+from pocketslm.models.config import ModelConfig
 from pocketslm.runtime.adapters import PREFIX, SUFFIX, read_updates
 from pocketslm.runtime.answer import Finish, Limiting, Step
 from pocketslm.runtime.backends import (
@@ -262,18 +263,9 @@ class Model:
         Raises UsageError where the model generates text or a text has no tokens, and
         ContextOverflowError, before anything runs, where a text is too long.
         """
-        config = self.bundle.config
-        if config is None or config.pooling is None:
-            raise UsageError(
-                f"{self.name} generates text, it has no embeddings; use a model such as "
-                "all-minilm-l6-v2"
-            )
-        if isinstance(texts, str):
-            raise UsageError("embed takes a list of texts, not one text")
-        ids = [
-            tokens_of(text, number, self.tokenizer, config.pooling, self.context, truncate=truncate)
-            for number, text in enumerate(texts, 1)
-        ]
+        config = self._embedding_config()
+        assert config.pooling is not None
+        ids = self.tokens_to_embed(texts, truncate=truncate)
         vectors = np.empty((len(ids), config.hidden_size), np.float32)
         session = self.engine.session
         with self.engine.exclusive():
@@ -281,6 +273,26 @@ class Model:
                 session.truncate(0)
                 row[:] = embed(session, tokens, config.pooling, config.hidden_size)
         return vectors
+
+    def tokens_to_embed(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
+        """The ids that :meth:`embed` reads of each text. Raises as it does."""
+        config = self._embedding_config()
+        assert config.pooling is not None
+        if isinstance(texts, str):
+            raise UsageError("embed takes a list of texts, not one text")
+        return [
+            tokens_of(text, number, self.tokenizer, config.pooling, self.context, truncate=truncate)
+            for number, text in enumerate(texts, 1)
+        ]
+
+    def _embedding_config(self) -> ModelConfig:
+        config = self.bundle.config
+        if config is None or config.pooling is None:
+            raise UsageError(
+                f"{self.name} generates text, it has no embeddings; use a model such as "
+                "all-minilm-l6-v2"
+            )
+        return config
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text; names of special tokens in it stay ordinary text."""
@@ -395,8 +407,8 @@ class Model:
     def records(
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None
     ) -> Iterator[Record | None]:
-        """What :meth:`generate` yields, and None where a part of a long prompt was read, so that a
-        thread which makes several texts in turns can go on with the others."""
+        """What :meth:`generate` yields, and, of a model of several answers at once, None where what
+        comes next is still to be made, so that a thread which makes several can take turns."""
         self.need_head("generate")
         config = config or self.defaults
         ids = (

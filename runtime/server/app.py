@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from pocketslm.errors import PocketSlmError
 from pocketslm.runtime.answer import Finish
+from pocketslm.runtime.embedding import Vector
 from pocketslm.runtime.model import Model, Record, Reply, TextModel
 from pocketslm.runtime.server import ollama
 from pocketslm.runtime.server.line import Limits, Line
@@ -121,15 +122,23 @@ class Server:
         ]
         return JSONResponse({"object": "list", "data": data})
 
-    async def embed(self, request: Request) -> Response:
-        name, texts, encoding = read_embeddings(await self.body(request))
+    async def embedded(
+        self, name: str, texts: list[str], *, truncate: bool = False
+    ) -> tuple[str, Vector, int]:
+        """The model's name, the embeddings of texts, and how many tokens they have."""
         line, name = self.line(name)
 
-        def embedded() -> tuple[Any, int]:
-            return line.model.embed(texts), sum(len(line.model.tokenize(text)) for text in texts)
+        def work() -> tuple[Vector, int]:
+            ids = line.model.tokens_to_embed(texts, truncate=truncate)
+            return line.model.embed(texts, truncate=truncate), sum(map(len, ids))
 
         async with line.turn():
-            vectors, count = await asyncio.get_running_loop().run_in_executor(None, embedded)
+            vectors, count = await asyncio.get_running_loop().run_in_executor(None, work)
+        return name, vectors, count
+
+    async def embed(self, request: Request) -> Response:
+        asked, texts, encoding = read_embeddings(await self.body(request))
+        name, vectors, count = await self.embedded(asked, texts)
         data = [
             {
                 "object": "embedding",

@@ -70,7 +70,7 @@ class _Making:
         self.ended = asyncio.Event()
 
     def steps(self) -> Iterator[_Outcome | None]:
-        """In the line's thread: what comes of it, None where the prompt is still read."""
+        """In the line's thread: what comes of it, None where that is still to be made."""
         try:
             with closing(self._start()) as records:  # type: ignore[type-var]
                 for record in records:
@@ -190,12 +190,15 @@ class Line:
                 if not going:
                     self._works = False
                     return
-            outcomes = []
+            outcomes: list[tuple[_Making, _Outcome]] = []
             for making, steps in list(going.items()):
-                outcome = next(steps)
-                if outcome is not None:
+                for outcome in steps:
+                    if outcome is None:
+                        break
                     outcomes.append((making, outcome))
-                if isinstance(outcome, _End):
+                    if self.model.parallel == 1:
+                        break
+                else:
                     del going[making]
             if outcomes:
                 loop.call_soon_threadsafe(_give, outcomes)

@@ -1,4 +1,4 @@
-"""Ollama's interface over the same models: chats, texts, and what there is."""
+"""Ollama's interface over the same models: chats, texts, embeddings, and what there is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from starlette.routing import Route
 
 from pocketslm import __version__
 from pocketslm.errors import UsageError
-from pocketslm.runtime.server.requests import FINISH, Asked, Fields, read_message, to_json
+from pocketslm.runtime.server.requests import (
+    FINISH,
+    Asked,
+    Fields,
+    read_message,
+    read_texts,
+    to_json,
+)
 
 if TYPE_CHECKING:
     from pocketslm.runtime.model import Model, Record
@@ -32,6 +39,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "template": ("",),
     "context": ([],),
     "verbose": (False, True),
+    "options": ({},),
 }
 # Ollama's name of an option: ours, and its type.
 OPTIONS: dict[str, tuple[str, type | tuple[type, ...]]] = {
@@ -53,6 +61,14 @@ def routes(server: Server) -> list[Route]:
     async def generate(request: Request) -> Response:
         return await _answer(server, request, read_generate(await server.body(request)), chat=False)
 
+    async def embed(request: Request) -> Response:
+        start = time.perf_counter_ns()
+        asked, texts, truncate = read_embed(await server.body(request))
+        name, vectors, count = await server.embedded(asked, texts, truncate=truncate)
+        took = {"total_duration": time.perf_counter_ns() - start, "load_duration": 0}
+        made = {"model": name, "embeddings": vectors.tolist(), "prompt_eval_count": count}
+        return JSONResponse(made | took)
+
     async def tags(request: Request) -> Response:
         server.check_key(request)
         models = [_listed(name, line.model) for name, line in server.lines.items()]
@@ -71,6 +87,7 @@ def routes(server: Server) -> list[Route]:
     return [
         Route(f"{PREFIX}chat", chat, methods=["POST"]),
         Route(f"{PREFIX}generate", generate, methods=["POST"]),
+        Route(f"{PREFIX}embed", embed, methods=["POST"]),
         Route(f"{PREFIX}show", show, methods=["POST"]),
         Route(f"{PREFIX}tags", tags),
         Route(f"{PREFIX}version", version),
@@ -110,6 +127,16 @@ def read_generate(body: Mapping[str, Any]) -> Asked:
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": "user", "content": prompt}] if prompt else []
     return Asked(messages=messages if prompt else [], prompt=None, options=options, **common)
+
+
+def read_embed(body: Mapping[str, Any]) -> tuple[str, list[str], bool]:
+    """A body of ``/api/embed``: the model, the texts, and whether those that are too long are cut.
+    Raises UsageError."""
+    fields = Fields(body, UNUSED, NEUTRAL)
+    name, texts = _model(fields), read_texts(fields.take("input", (str, list)))
+    truncate = fields.take("truncate", bool, True)
+    fields.finish()
+    return name, texts, truncate
 
 
 def _common(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -118,15 +118,20 @@ def read_embeddings(body: Mapping[str, Any]) -> tuple[str, list[str], str]:
     """A body of ``/v1/embeddings``: the model, the texts and their encoding. Raises UsageError."""
     fields = Fields(body, UNUSED, NEUTRAL)
     model = fields.take("model", str, "")
-    texts = fields.take("input", (str, list))
+    texts = read_texts(fields.take("input", (str, list)))
     encoding = fields.take("encoding_format", str, "float")
     fields.finish()
-    texts = [texts] if isinstance(texts, str) else texts
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise UsageError("'input' must be a text or texts")
     if encoding not in ("float", "base64"):
         raise UsageError("'encoding_format' must be float or base64")
     return model, texts, encoding
+
+
+def read_texts(given: str | list[Any] | None) -> list[str]:
+    """What is to be embedded. Raises UsageError."""
+    texts = [given] if isinstance(given, str) else given
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise UsageError("'input' must be a text or texts")
+    return texts
 
 
 def _common(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:

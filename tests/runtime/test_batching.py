@@ -101,7 +101,7 @@ def test_answers_go_on_while_a_prompt_is_read(
     assert calls == [[1]] + [[1, 0]] * 8 + [[1, 1]]
     made += first
     assert len(made) == 20
-    assert len(list(second)) == 19
+    assert len([record for record in second if record]) == 19
 
 
 def test_a_slot_keeps_the_beginning_of_its_prompt(several: Model) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ROWS, write_folder
+from embedding_support import FLOATS, TEXTS, exported
 from native_runner import running
 
 from pocketslm.cli import main
@@ -35,24 +35,6 @@ from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.backends.runner import program
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, open_bundle
 from pocketslm.runtime.model import Model
-from tokenizer_support import word_piece
-
-FLOATS = Recipe(weights="float", head="float")
-TEXTS = ["The cat sat on the mat.", "A DOG", "and then [SEP] it rained, all day long"]
-
-
-def exported(
-    folder: Path, name: str, pooling: Pooling, recipe: Recipe = FLOATS, words: bool = True
-) -> Path:
-    """A bundle of a tiny model of embeddings, with a tokenizer of BERT's kind if ``words``."""
-    row = ROWS[name]
-    fields = row.fields | {"vocab_size": 1500}
-    source, _ = write_folder(folder / "model", replace(row, fields=fields, pooling=pooling))
-    if words:
-        (source / "tokenizer.json").write_text(word_piece())
-        (source / "tokenizer_config.json").write_text("{}")
-    export_bundle(open_checkpoint(source), folder / "bundle", recipe)
-    return folder / "bundle"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ cut, changed or made by another model is taken up."""
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -350,6 +351,17 @@ def test_the_command_line_keeps_prefixes(
     assert len(set(texts)) == 1
     assert len(files(tmp_path)) == 1
     assert read[-1] == 1
+
+
+def test_a_chat_takes_up_what_an_earlier_one_read(
+    bundle: Callable[[str], Path], tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["chat", str(bundle("fp16")), "-n", "3", "--system", "the inner " * 8]
+    command += ["--prefixes", str(tmp_path)]
+    for question in ("one\n", "two\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(question))
+        assert main(command) == 0
+    assert read[1] < read[0] / 2
 
 
 CAT = "Tom hid the cat in Paris on Friday, and 12 dogs ran away from the white house. "
