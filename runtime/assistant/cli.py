@@ -50,7 +50,7 @@ def add_commands(commands: Commands) -> None:
         "add",
         _add,
         "add documents to the library (txt md html pdf docx odt rtf pptx xlsx csv eml mbox epub, "
-        "logs and code)",
+        "logs, code, and pictures of text where tesseract is installed)",
         "pocketslm doc add report.pdf notes.md",
     )
     parser.add_argument("file", nargs="+", help='a file, or "-" for text on standard input')

@@ -94,6 +94,67 @@ _NUMBERS = frozenset(
     """
     )
 )
+# Forms of English verbs that Snowball's rules do not bring together, behind the first form.
+_IRREGULAR = {
+    form: first
+    for first, *forms in map(
+        str.split,
+        """
+        become became
+        begin began begun
+        bite bitten
+        blow blew blown
+        break broke broken
+        bring brought
+        build built
+        buy bought
+        catch caught
+        choose chose chosen
+        draw drew drawn
+        drink drank drunk
+        drive drove driven
+        eat ate eaten
+        fall fell fallen
+        fight fought
+        fly flew flown
+        forbid forbade forbidden
+        forget forgot forgotten
+        freeze froze frozen
+        give gave given
+        grow grew grown
+        hide hid hidden
+        hold held
+        know knew known
+        lead led
+        lend lent
+        lose lost
+        meet met
+        pay paid
+        ring rang rung
+        rise risen
+        run ran
+        see seen
+        sell sold
+        send sent
+        shake shook shaken
+        sing sang sung
+        sink sank sunk
+        sleep slept
+        speak spoke spoken
+        spend spent
+        steal stole stolen
+        swim swam swum
+        take took taken
+        teach taught
+        tell told
+        throw threw thrown
+        wear wore worn
+        win won
+        write wrote written
+        """.strip().splitlines(),
+    )
+    for form in forms
+}
 
 
 def detect(text: str) -> str:
@@ -135,6 +196,8 @@ def stop_words(language: str) -> frozenset[str]:
 @lru_cache(maxsize=1 << 17)
 def stem(word: str, language: str = "en") -> str:
     """The stem of a lower-case word, by Snowball's rules for the language."""
+    if language in ("en", ""):
+        word = _IRREGULAR.get(word, word)
     stemmer = _stemmer(language or "en")
     if stemmer is None or len(word) > 60 or not word.isalpha():
         return word

@@ -29,7 +29,7 @@ from pocketslm.runtime.assistant.readers import read_file
 from pocketslm.runtime.assistant.words import words
 from pocketslm.runtime.prefixes import Prefixes, forget
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # which also counts up when words are stemmed in another way
 PREFIXES = 512 << 20  # bytes
 # What sqlite3 raises of a damaged file, or of one that is full or locked: also where the name of a
 # table is no UTF-8, which it puts into its message.
@@ -155,7 +155,9 @@ class Library:
             if not tables:
                 self._script(_SCHEMA + _SCHEMA_2)
             elif version < SCHEMA_VERSION:
-                self._renew()
+                if version < 2:
+                    self._extend()
+                self._index_anew()
             if version < SCHEMA_VERSION:
                 run(f"PRAGMA application_id = {_APPLICATION_ID}")
                 run(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -164,10 +166,8 @@ class Library:
         for statement in statements.split(";\n"):
             self._database.execute(statement)
 
-    def _renew(self) -> None:
-        """Bring a library of version 1 up to date: its documents get a language and an index of
-        stems.
-        """
+    def _extend(self) -> None:
+        """Give a library of version 1 the tables of version 2, and its documents a language."""
         run = self._database.execute
         run("ALTER TABLE documents ADD COLUMN language TEXT NOT NULL DEFAULT ''")
         run("ALTER TABLE history RENAME TO old_history")
@@ -175,10 +175,15 @@ class Library:
         self._script(_SCHEMA_2)
         run("INSERT INTO history SELECT id, document, asked, answer FROM old_history")
         run("DROP TABLE old_history")
-        run("DELETE FROM postings")
         for (number,) in run("SELECT id FROM documents").fetchall():
             (text,) = run("SELECT text FROM documents WHERE id = ?", (number,)).fetchone()
             run("UPDATE documents SET language = ? WHERE id = ?", (detect(text), number))
+
+    def _index_anew(self) -> None:
+        """Index the documents by the stems of this version."""
+        run = self._database.execute
+        run("DELETE FROM postings")
+        for (number,) in run("SELECT id FROM documents").fetchall():
             document = self.open(number)
             run("DELETE FROM chunks WHERE document = ?", (number,))
             self._index(number, document)

@@ -43,6 +43,7 @@ KINDS = {
     "eml": ("mail", (".eml",)),
     "mbox": ("mail:read_box", (".mbox",)),
     "epub": ("epub", (".epub",)),
+    "picture": ("ocr", (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")),
 }
 
 
@@ -79,9 +80,19 @@ def read_bytes(data: bytes, name: str, password: str = "") -> Source:
     except DocumentError as error:
         raise type(error)(" ".join(f"{name} {error}".split())) from None
     if not source.chunks:
-        hint = "; is it scanned?" if kind == "pdf" else ""
-        raise DocumentError(f"{name} holds no text{hint}")
+        raise DocumentError(f"{name} holds no text{_hint(kind)}")
     return source
+
+
+def _hint(kind: str) -> str:
+    """What may be the matter with a file without text."""
+    from pocketslm.runtime.assistant.readers import ocr
+
+    if kind != "pdf":
+        return ""
+    if ocr.available():
+        return f"; {ocr.PROGRAM} found none in its pictures either"
+    return f"; if it is scanned, install {ocr.PROGRAM}"
 
 
 def _kind(data: bytes, name: str) -> str:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 from pocketslm.errors import DocumentError, LockedError
 from pocketslm.runtime.assistant.document import Block
+from pocketslm.runtime.assistant.readers import ocr
 from pocketslm.runtime.assistant.readers.text import LIST_ITEM
 
 MAX_PAGES = 5000
+MAX_PICTURES = 1000  # of pages without text: each takes Tesseract a second or more
 MAX_UNPACKED = 32 << 20  # of one stream
 # The most bytes of all pages' contents, and tokens of one stream, in a small file. A larger file
 # may have more, in proportion to its size.
@@ -50,6 +52,7 @@ def read(data: bytes, password: str = "") -> Iterator[Block]:
         run_length_maximum_output_length=MAX_UNPACKED,
     )
     _see_narrow_gaps()
+    pictures = 0
     try:
         with apply_configuration(limits):
             reader = PdfReader(io.BytesIO(data), strict=False)
@@ -66,7 +69,14 @@ def read(data: bytes, password: str = "") -> Iterator[Block]:
                 if left < 0:
                     raise DocumentError("draws too much on its pages for its size; print it anew")
                 source.extract_text(visitor_text=page.take)
-            yield from page.blocks(number)
+                blocks = list(page.blocks(number))
+                if not blocks and ocr.available():
+                    for picture in ocr.pictures_of(source):
+                        pictures += 1
+                        if pictures > MAX_PICTURES:
+                            raise DocumentError(f"has more than {MAX_PICTURES} pictures; split it")
+                        blocks += ocr.read_picture(picture, number)
+            yield from blocks
             reader.resolved_objects.clear()  # otherwise memory grows with every page
     except DocumentError:
         raise

@@ -40,6 +40,8 @@ def test_forms_of_a_word_meet() -> None:
     for language, forms in (
         ("en", "fires fire fired"),
         ("en", "parties party"),
+        ("en", "write writes wrote written"),
+        ("en", "steal stole stolen"),
         ("en", "stopped stops stop"),
         ("de", "wohnung wohnungen"),
         ("fr", "tilleul tilleuls"),

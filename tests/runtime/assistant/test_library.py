@@ -79,6 +79,24 @@ def test_a_library_of_version_1_is_renewed(tmp_path: Path) -> None:
         assert library.history(None)[0].answer == ANSWER
 
 
+def test_a_library_with_other_stems_is_indexed_anew(tmp_path: Path) -> None:
+    file = tmp_path / "library.db"
+    with Library(file) as library:
+        number = library.add(make_source("log", "txt", [Block("The log was written by Ann.")])).id
+        library.remember(number, ANSWER)
+        library.keep_meanings(number, [(0, b"1234")])
+    old = sqlite3.connect(file)
+    old.executescript(
+        "UPDATE postings SET term = 'written' WHERE term = 'write'; PRAGMA user_version = 2"
+    )
+    old.close()
+    with Library(file) as library:
+        assert library.postings([number], ["write"])
+        assert not library.postings([number], ["written"])
+        assert library.history(number)[0].answer == ANSWER
+        assert library.meanings(number) == [(0, b"1234")]
+
+
 def test_an_answer_for_a_document_that_is_gone_is_dropped(tmp_path: Path) -> None:
     with Library(tmp_path / "library.db") as library:
         number = library.add(SOURCE).id

@@ -130,10 +130,11 @@ def _zip_bomb() -> bytes:
 HOSTILE = {
     "empty text": (lambda: b" \n", "a.txt", "holds no text"),
     "binary text": (lambda: b"\0\1\2" * 9, "a.txt", "is not text"),
-    "picture": (lambda: b"\x89PNG\r\n\x1a\n\0\0", "a.png", "is of an unknown kind"),
+    "picture": (lambda: b"\x89PNG\r\n\x1a\n\0\0", "a.png", "is a picture"),
+    "sound": (lambda: b"RIFF\0\0\0\0WAVE", "a.wav", "is of an unknown kind"),
     "cut pdf": (lambda: pdf_file(["Hello"] * 3)[:200], "a.pdf", "damaged PDF"),
     "no pdf": (lambda: b"%PDF-1.7\n" + b"garbage " * 99, "a.pdf", "damaged PDF"),
-    "scanned pdf": (lambda: pdf_file([""]), "a.pdf", "is it scanned?"),
+    "scanned pdf": (lambda: pdf_file([""]), "a.pdf", "holds no text; "),
     "locked pdf": (_locked, "a.pdf", "needs a password"),
     "pdf bomb": (_bomb, "a.pdf", "a.pdf"),
     "cut docx": (lambda: docx()[:-40], "a.docx", "not a whole zip archive"),
