@@ -1,6 +1,7 @@
 #include "lookup.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace pocketslm {
 namespace {
@@ -14,32 +15,27 @@ void follow(float& average, float value) { average += (1 - kMemory) * (value - a
 
 }  // namespace
 
-uint64_t PromptLookup::key(size_t end) const {
-  uint64_t key = 0;
-  for (size_t i = end - kWidth; i < end; ++i)
-    key = (key ^ static_cast<uint32_t>(tokens_[i])) * 0x9e3779b97f4a7c15u;
-  return key;
-}
-
 void PromptLookup::push(const int32_t* tokens, size_t count) {
   for (size_t i = 0; i < count; ++i) {
-    // What ends here is found once something follows it.
-    if (tokens_.size() >= kWidth) ends_[key(tokens_.size())] = tokens_.size();
     tokens_.push_back(tokens[i]);
+    size_t& end = ends_[tokens[i]];
+    earlier_.push_back(std::exchange(end, tokens_.size()));
   }
 }
 
 size_t PromptLookup::guess(int32_t* tokens, size_t most) {
-  if (tokens_.size() < kWidth) return 0;
-  const auto found = ends_.find(key(tokens_.size()));
-  if (found == ends_.end()) return 0;
-  const size_t from = found->second, size = tokens_.size();
-  size_t same = 0;  // tokens before it that are those at the end
-  while (same < kLengths[3] && same < from && tokens_[from - 1 - same] == tokens_[size - 1 - same])
-    ++same;
-  if (same < kWidth) return 0;  // another text with the same key
-  length_ = 3;
-  while (kLengths[length_] > same) --length_;
+  const size_t size = tokens_.size();
+  size_t from = 0, longest = 0;  // where the most tokens stood that are those at the end
+  for (size_t end = size ? earlier_[size - 1] : 0; end && longest < kLengths[kLongest];
+       end = earlier_[end - 1]) {
+    size_t same = 1;
+    while (same < kLengths[kLongest] && same < end && tokens_[end - 1 - same] == tokens_[size - 1 - same])
+      ++same;
+    if (same > longest) from = end, longest = same;
+  }
+  if (!from) return 0;
+  length_ = kLongest;
+  while (kLengths[length_] > longest) --length_;
   const size_t count = std::min({kMost, most, size - from});
   std::copy_n(tokens_.data() + from, count, tokens);
   return count;

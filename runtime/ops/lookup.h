@@ -1,5 +1,5 @@
-// Prompt lookup: guesses what follows from where the last tokens stood before. Answers about a text
-// repeat it, and several tokens are checked in less time than they are made one by one.
+// Prompt lookup: guesses what follows from where most of the last tokens stood before. Answers about a
+// text repeat it, and several tokens are checked in less time than they are made one by one.
 #pragma once
 
 #include <cstddef>
@@ -24,13 +24,13 @@ class PromptLookup {
   bool due();
 
  private:
-  static constexpr size_t kWidth = 2;  // tokens that must be the same
-  static constexpr size_t kLengths[] = {2, 3, 4, 6};  // the more are the same, the likelier the next
-  uint64_t key(size_t end) const;
+  static constexpr size_t kLengths[] = {1, 2, 3, 4, 6};  // the more are the same, the likelier the next
+  static constexpr size_t kLongest = 4;                  // the place of the last of them
 
   std::vector<int32_t> tokens_;
-  std::unordered_map<uint64_t, size_t> ends_;  // by the last tokens before it
-  float trust_[4] = {0.6f, 0.7f, 0.8f, 0.85f};  // by length
+  std::vector<size_t> earlier_;                // the end of the same token before, or 0
+  std::unordered_map<int32_t, size_t> ends_;  // of each token, where it stood last
+  float trust_[kLongest + 1] = {0.3f, 0.6f, 0.7f, 0.8f, 0.85f};  // by length
   size_t length_ = 0;                           // of the last guesses
   size_t passed_ = 0;                           // chances that were not taken
 };

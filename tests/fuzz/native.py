@@ -15,6 +15,7 @@ from native_runner import Runner
 
 from pocketslm.errors import PocketSlmError
 from pocketslm.runtime.backends import Part, Penalty, Wanted
+from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.ops.ids import ROLE
 
 from . import mutate
@@ -33,6 +34,17 @@ REQUESTS: list[dict[str, Any]] = [
     {"op": "generate", "prompt": "the", "max_tokens": 2, "temperature": 1.0, "top_k": 3},
     {"op": "encode", "messages": [{"role": "user", "content": "hi there 12"}]},
 ]
+
+
+def generate(session: Any, config: GenerationConfig) -> None:
+    """Two steps of texts in all slots."""
+    for slot in session.slots:
+        slot.truncate(0)
+    makers = [slot.maker([1, 2, 1, 2], config, (), 9, None) for slot in session.slots]
+    for _ in range(2):
+        for made in session.make(makers):
+            if isinstance(made, PocketSlmError):
+                raise made
 
 
 def sections(data: bytes) -> list[tuple[int, int, int]]:
@@ -124,6 +136,8 @@ class ModelFiles(OfModels):
             lambda: session.forward(tokens[:1]),
             lambda: session.forward_slots(parts),
             lambda: session.forward_slots(parts[1:]),
+            lambda: generate(session, GenerationConfig(repetition_penalty=1.2)),
+            lambda: generate(session, GenerationConfig(do_sample=True, seed=1, logprobs=True)),
             lambda: session.slots[-1].restore(session.length, session.save()),
         ]
         for step in steps:  # numbers may not be finite
