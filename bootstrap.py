@@ -20,7 +20,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 BUNDLE = "out/smollm2"
 PACKAGES = ("models", "export", "runtime", "profiling", "android")
-MODULES = ("cache", "cli", "errors", "folders", "inspection", "terminal", "__main__")
+MODULES = ("cache", "cli", "errors", "folders", "inspection", "locks", "terminal", "__main__")
 
 DEMO = f"""
 pocketslm fetch smollm2-135m-instruct

@@ -2,13 +2,13 @@
 // arguments are checked before anything is touched.
 #pragma once
 
-#include <unistd.h>
-
 #include <atomic>
+#include <cstdint>
 #include <string>
 #include <type_traits>
 
 #include "border.h"
+#include "platform.h"
 #include "pocketslm.h"
 #include "session.h"
 
@@ -16,10 +16,10 @@ struct pslm_session {
   pocketslm::Session engine;
   mutable std::atomic<bool> entered{false};
   mutable std::atomic<size_t> length{0};  // the engine's, for who asks while a call runs
-  const pid_t process = getpid();
+  const int64_t process = pocketslm::platform::process_id();
 
   // After a fork the child has the calling thread and none of the others.
-  bool lost_threads() const { return engine.threads() > 1 && process != getpid(); }
+  bool lost_threads() const { return engine.threads() > 1 && process != pocketslm::platform::process_id(); }
 };
 
 namespace pocketslm {

@@ -68,3 +68,8 @@ def test_a_cut_library_in_the_cache_is_built_again(
         build.seal(path)
     assert (build.library(), build.runner()) == (library, runner)
     assert len(made) == 2
+
+
+def test_a_target_that_is_none_names_those_there_are() -> None:
+    with pytest.raises(build.BuildError, match="unknown target arm64-linux; known: .*macos"):
+        build.find_toolchain("arm64-linux")
