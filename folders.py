@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pocketslm.errors import ExportError
+from pocketslm.locks import lock
 
 Say = Callable[[str], None]
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -36,12 +37,12 @@ def aside(parent: Path, prefix: str = _PART) -> Iterator[Path]:
     with _locked(parent):
         _sweep(parent, prefix)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = _try_lock(folder)
+        held = lock(folder, wait=False)
     try:
         yield folder
     finally:
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -111,9 +112,9 @@ def _exchange(one: Path, other: Path) -> bool:
 def _sweep(parent: Path, prefix: str) -> None:
     """Remove what killed processes left, and bring back what one had moved away."""
     for left in sorted(parent.glob(f"{glob.escape(prefix)}*")):
-        if left.is_symlink() or not left.is_dir() or (lock := _try_lock(left)) is None:
+        if left.is_symlink() or not left.is_dir() or (held := lock(left, wait=False)) is None:
             continue
-        os.close(lock)
+        os.close(held)
         home = parent / left.name[1:].rpartition(_PART)[0]
         if left.name.endswith(_OLD) and not home.exists():
             left.rename(home)
@@ -124,24 +125,12 @@ def _sweep(parent: Path, prefix: str) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Nobody else makes, sweeps or puts folders in this one meanwhile."""
-    held = os.open(folder, os.O_RDONLY)
+    held = lock(folder)
     try:
-        with suppress(OSError):  # some file systems have no locks
-            fcntl.flock(held, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(held)
-
-
-def _try_lock(folder: Path) -> int | None:
-    """An open file that holds the folder's lock until it is closed; None: another has it."""
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(held)
-        return None
-    return held
+        if held is not None:
+            os.close(held)
 
 
 def _sync(folder: Path) -> None:
@@ -152,6 +141,8 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_one(path: Path) -> None:
+    if sys.platform == "win32" and path.is_dir():
+        return  # Windows opens no folders
     held = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # not every file system can sync a folder

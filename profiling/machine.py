@@ -67,9 +67,15 @@ def this_machine() -> Machine:
         cpu=_cpu_name(),
         cores=usable_cores(),
         arch=platform.machine(),
-        ram_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        ram_bytes=_ram_bytes(),
         os=platform.platform(terse=True),
     )
+
+
+def _ram_bytes() -> int:
+    if not hasattr(os, "sysconf"):
+        raise BackendError("this system does not tell its memory; measure on Linux or macOS")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def limits(threads: int, buffer_bytes: int | None) -> Limits | None:

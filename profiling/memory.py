@@ -5,6 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocketslm.errors import BackendError
+
+if TYPE_CHECKING:
+    import resource
 
 _STATUS = Path("/proc/self/status")
 _ROLLUP = Path("/proc/self/smaps_rollup")
@@ -31,11 +37,36 @@ def memory() -> Memory:
     if _STATUS.exists():
         rollup = _ROLLUP.read_text(encoding="utf-8") if _ROLLUP.exists() else ""
         return parse_status(_STATUS.read_text(encoding="utf-8") + rollup)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = _usage().ru_maxrss
     # macOS counts bytes, the BSDs KiB.
     return Memory(peak if sys.platform == "darwin" else peak * 1024)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """User and system time of this process, and page faults that had to read from storage."""
+
+    cpu_ns: int
+    major_faults: int
+
+    def __sub__(self, before: Spent) -> Spent:
+        return Spent(self.cpu_ns - before.cpu_ns, self.major_faults - before.major_faults)
+
+
+def spent() -> Spent:
+    """What this process has used so far."""
+    usage = _usage()
+    return Spent(round((usage.ru_utime + usage.ru_stime) * 1e9), usage.ru_majflt)
+
+
+def _usage() -> resource.struct_rusage:
+    try:
+        import resource
+    except ImportError:
+        raise BackendError(
+            "this system does not tell what a process used; measure on Linux or macOS"
+        ) from None
+    return resource.getrusage(resource.RUSAGE_SELF)
 
 
 def parse_status(text: str) -> Memory:

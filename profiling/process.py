@@ -143,11 +143,9 @@ class Worker:
         status = self._process.wait()
         if status >= 0:
             return f"{self._what} ended with status {status}: {self._last_stderr_line()}"
-        hint = ", often for want of memory" if -status == signal.SIGKILL else ""
-        return (
-            f"{self._what} was ended by {signal.Signals(-status).name}{hint}: "
-            f"{self._last_stderr_line()}"
-        )
+        name = signal.Signals(-status).name
+        hint = ", often for want of memory" if name == "SIGKILL" else ""
+        return f"{self._what} was ended by {name}{hint}: {self._last_stderr_line()}"
 
     def _last_stderr_line(self) -> str:
         self._stderr.seek(0)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,9 +20,9 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import IO, Any
 
-from pocketslm.errors import PocketSlmError
+from pocketslm.errors import BackendError, PocketSlmError
 from pocketslm.profiling.engine import Engine, Job
-from pocketslm.profiling.memory import memory
+from pocketslm.profiling.memory import memory, spent
 from pocketslm.profiling.operators import open_profiled
 from pocketslm.profiling.peers import runtime_named
 
@@ -39,10 +38,10 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
             if request.strip() == "operators":
                 _write(answers, {"operator_ns": operator_ns(job)})
                 continue
-            before = resource.getrusage(resource.RUSAGE_SELF)
+            before = spent()
             times = repeat(engine, job)
-            after = resource.getrusage(resource.RUSAGE_SELF)
-            _write(answers, asdict(times) | asdict(memory()) | _used(before, after))
+            used = spent() - before
+            _write(answers, asdict(times) | asdict(memory()) | asdict(used))
     except PocketSlmError as error:
         _write(answers, {"error": type(error).__name__, "message": str(error)})
 
@@ -98,13 +97,10 @@ def repeat(engine: Engine, job: Job, begin: Callable[[], None] = lambda: None) -
     return Times(sum(laps), None, laps if job.n_gen else [])
 
 
-def _used(before: resource.struct_rusage, after: resource.struct_rusage) -> dict[str, int]:
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"cpu_ns": round(seconds * 1e9), "major_faults": after.ru_majflt - before.ru_majflt}
-
-
 def _drop_from_page_cache(path: Path) -> None:
     """Drop a file, or the files of a folder. The system may keep pages that others have mapped."""
+    if not hasattr(os, "posix_fadvise"):
+        raise BackendError("this system cannot drop a file from its page cache; leave out --cold")
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

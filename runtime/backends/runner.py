@@ -11,7 +11,6 @@ import base64
 import itertools
 import json
 import os
-import select
 import signal
 import subprocess
 import threading
@@ -31,6 +30,7 @@ from pocketslm.runtime.answer import Step
 from pocketslm.runtime.backends import Logits, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import CONSTRAINTS, GenerationConfig
+from pocketslm.runtime.pipes import has_input
 
 PROGRAM = "POCKETSLM_RUN"
 """The environment variable that names the program; without it, it is built once and cached."""
@@ -320,14 +320,11 @@ class RunnerSession:
 
     def _line(self, pipe: int, timeout_s: float | None) -> bytes:
         """The next line. If Ctrl-C ends the waiting, the part that has come is kept."""
-        ready = select.poll()
-        ready.register(pipe, select.POLLIN)
         searched = 0
         while not (end := self._read.find(b"\n", searched) + 1):
             searched = len(self._read)
             try:
-                answered = ready.poll(timeout_s and timeout_s * 1000)
-                more = os.read(pipe, 1 << 16) if answered else b""
+                more = os.read(pipe, 1 << 16) if has_input(pipe, timeout_s) else b""
             except OSError:  # closed meanwhile
                 more = b""
             if not more:
@@ -362,7 +359,7 @@ class RunnerSession:
             code = process.wait()
         self.close()
         how = signal.Signals(-code).name if code < 0 else f"status {code}"
-        memory = " (out of memory?)" if code == -signal.SIGKILL else ""
+        memory = " (out of memory?)" if how == "SIGKILL" else ""
         raise BackendError(
             f"pocketslm-run ended with {how}{memory}; it starts again with the next request"
         )

@@ -10,6 +10,7 @@
 #include "model_file.h"
 #include "pocketslm.h"
 #include "runner/tokenizer.h"
+#include "platform.h"
 #include "session_border.h"
 
 using namespace pocketslm;
@@ -225,6 +226,8 @@ pslm_status pslm_session_open_slots(const pslm_model* model, const pslm_options*
       return report(error, PSLM_ERROR_ARGUMENT,
                     "bidirectional attention keeps nothing in the caller's key and value tensors");
   }
+  if (options->pin && !platform::binds_threads())
+    return report(error, PSLM_ERROR_ARGUMENT, "this system binds no threads to CPUs; open it without");
   const Kernels* kernels = select_kernels(options->isa);
   if (!kernels)
     return report(error, PSLM_ERROR_ISA, "kernel path is unknown or not supported by this CPU");

@@ -1,13 +1,11 @@
 // Memory of a session: page-aligned, zero until touched, and resident only where touched.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstddef>
 #include <cstdint>
-#include <new>
 
 #include "kernels.h"
+#include "platform.h"
 
 namespace pocketslm {
 
@@ -16,14 +14,10 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(size_t count) : count_(count) {
-    if (!count) return;
-    void* p = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    data_ = static_cast<T*>(p);
+    if (count) data_ = static_cast<T*>(platform::reserve_pages(bytes()));
   }
   ~Buffer() {
-    if (data_) munmap(data_, bytes());
+    if (data_) platform::release_pages(data_, bytes());
   }
   Buffer(Buffer&& other) noexcept { *this = static_cast<Buffer&&>(other); }
   Buffer& operator=(Buffer&& other) noexcept {

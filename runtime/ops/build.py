@@ -1,7 +1,8 @@
 """Compile the native operators. Any C++17 compiler will do, and nothing else is needed.
 
-``python -m pocketslm.runtime.ops.build`` builds the shared library; ``--runner`` builds the static
-program ``pocketslm-run``, with ``--target aarch64-linux`` for phones and boards. The package's
+``python -m pocketslm.runtime.ops.build`` builds the shared library; ``--runner`` builds the
+program ``pocketslm-run``. ``--target aarch64-linux`` builds it for phones and boards, and other
+targets for the computers of developers. The package's
 ``setup.py`` calls :func:`build_library`; the backend calls :func:`library`, which compiles on first
 use if neither the package nor the cache holds a library for these sources.
 """
@@ -9,7 +10,6 @@ use if neither the package nor the cache holds a library for these sources.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -29,6 +29,7 @@ from pathlib import Path
 
 from pocketslm.cache import cache_dir
 from pocketslm.folders import aside
+from pocketslm.locks import lock
 
 SOURCES = Path(__file__).resolve().parent
 HEADERS = (".def", ".h", ".inl")
@@ -47,7 +48,7 @@ RUNNER = ("chat", "engine", "main", "protocol")
 # Text to tokens and back, for both.
 TEXT = tuple(f"runner/{name}" for name in ("bert", "json", "tokenizer", "unicode", "words"))
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
+    *("-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
     # Rounding is part of the contract: every path adds and multiplies in the same order.
     *("-ffp-contract=off", "-fno-math-errno"),
 )
@@ -69,6 +70,25 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
         "kernels_neon_i8mm": ("-march=armv8.2-a+fp16+dotprod+i8mm",),
     },
 }
+# What implements platform.h.
+PLATFORM = {
+    "linux": ("platform_posix", "platform_linux"),
+    "macos": ("platform_posix", "platform_macos"),
+    "windows": ("platform_windows",),
+}
+# What zig calls each target. On Linux the runner needs no library of the system; the shared library
+# is loaded into programs with glibc, of this version or later.
+TARGETS = {
+    "x86_64-linux": "x86_64-linux-musl",
+    "aarch64-linux": "aarch64-linux-musl",
+    "x86_64-macos": "x86_64-macos",
+    "aarch64-macos": "aarch64-macos",
+    "x86_64-windows": "x86_64-windows-gnu",
+}
+GLIBC = "gnu.2.17"
+LIBRARY_ENDS = {"linux": ".so", "macos": ".dylib", "windows": ".dll"}
+PROGRAM_ENDS = {"linux": "", "macos": "", "windows": ".exe"}
+SYSTEMS = {"darwin": "macos", "win32": "windows"}
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 
 
@@ -78,10 +98,11 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """How to call a compiler for one architecture."""
+    """How to call a compiler for one architecture and system."""
 
     command: tuple[str, ...]
     machine: str
+    system: str = "linux"
     is_zig: bool = False
 
     @property
@@ -110,27 +131,37 @@ def host_machine() -> str:
     return machine
 
 
-def find_toolchain(target: str | None = None) -> Toolchain:
-    """A compiler for ``target`` (``x86_64-linux``, ``aarch64-linux``; None: this machine)."""
-    machine = host_machine() if target is None else target.partition("-")[0]
-    if machine not in KERNELS:
-        raise BuildError(f"unknown target {target}; known: x86_64-linux, aarch64-linux")
-    native = machine == MACHINES.get(platform.machine().lower())
-    names = [f"{machine}-linux-gnu-g++"]
-    if native:
+def host_system() -> str:
+    return SYSTEMS.get(sys.platform, "linux")
+
+
+def find_toolchain(target: str | None = None, *, libc: str = "musl") -> Toolchain:
+    """A compiler for ``target``, a name of :data:`TARGETS`; None: this machine.
+
+    ``libc``: the C library of a program for Linux, where zig compiles it.
+    """
+    if target is not None and target not in TARGETS:
+        raise BuildError(f"unknown target {target}; known: {', '.join(TARGETS)}")
+    host = f"{MACHINES.get(platform.machine().lower())}-{host_system()}"
+    machine, _, system = (target or f"{host_machine()}-{host_system()}").partition("-")
+    names = [f"{machine}-linux-gnu-g++"] * (system == "linux")
+    # MinGW's g++ keeps AVX registers on a stack that Windows does not align to them.
+    if host == f"{machine}-{system}" and system != "windows":
         names = [*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++", *names]
-    zig = importlib.util.find_spec("ziglang") is not None
-    if zig and target is not None:
+    zig = (sys.executable, "-m", "ziglang", "c++")
+    has_zig = importlib.util.find_spec("ziglang") is not None
+    if has_zig and target is not None:
         # Preferred for a named target: its musl makes small programs that run on old kernels and
         # keep to system calls that an app on Android may make.
-        command = (sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-musl")
-        return Toolchain(command, machine, is_zig=True)
+        command = (*zig, "-target", TARGETS[target].replace("musl", libc))
+        return Toolchain(command, machine, system, is_zig=True)
     for name in names:
         if path := shutil.which(name):
-            return Toolchain((path,), machine)
-    if zig:
-        return Toolchain((sys.executable, "-m", "ziglang", "c++"), machine, is_zig=True)
-    raise BuildError(f"no C++ compiler found (tried {', '.join(names)}); `pip install ziglang`")
+            return Toolchain((path,), machine, system)
+    if has_zig:
+        return Toolchain(zig, machine, system, is_zig=True)
+    tried = f" (tried {', '.join(names)})" if names else ""
+    raise BuildError(f"no C++ compiler found{tried}; `pip install ziglang`")
 
 
 def run(command: Sequence[str]) -> None:
@@ -165,10 +196,11 @@ def compile_and_link(
     kernels: bool = True,
     keep: Path | None = None,
 ) -> Path:
-    """Compile ``names`` and the kernels side by side, link them, and move the result into place.
+    """Compile and link ``names``, and move the result into place.
 
-    Compiled objects stay in the cache, for other programs with the same sources and flags. With
-    ``keep`` they stay in that folder, beside which gcov writes.
+    ``kernels``: also the kernels, and what the system gives them. Compiled objects stay in the
+    cache, for other programs with the same sources and flags. With ``keep`` they stay in that
+    folder, beside which gcov writes.
     """
     defaults = () if toolchain.is_clang else ("-Wno-maybe-uninitialized",)  # in GCC 12's intrinsics
     if toolchain.is_zig:
@@ -176,6 +208,9 @@ def compile_and_link(
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
     if kernels:
         units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
+        units += [(name, ()) for name in PLATFORM[toolchain.system]]
+    # All code of Windows can be loaded anywhere.
+    flags = [*flags, *["-fPIC"] * (toolchain.system != "windows")]
     with aside(output.parent) if keep is None else nullcontext(keep) as scratch:
         Path(scratch).mkdir(parents=True, exist_ok=True)
         objects_folder = None if keep or "-isystem" in flags else _objects()
@@ -189,8 +224,10 @@ def compile_and_link(
                 target = Path(scratch) / f"{Path(name).name}.o"
                 run([*compiler, str(target)])
                 return str(target)
-            kept = objects_folder / f"{_key(source, toolchain, options)}.o"
-            with _locked(kept):  # another process may be compiling it
+            key = _key(source, toolchain, options)
+            kept = objects_folder / key[:2] / f"{key}.o"
+            kept.parent.mkdir(exist_ok=True)
+            with _locked(kept.parent):  # another process may be compiling it
                 if kept.exists():
                     os.utime(kept)
                 else:
@@ -214,7 +251,9 @@ OBJECT_DAYS = 14  # an object that nothing used for so long is removed
 def _objects() -> Path | None:
     """The folder of compiled objects, without those that nothing used for long.
 
-    None where nothing can be kept: a wheel may be built without a home folder.
+    They lie in folders by the beginning of their names, which are locked one by one, so that
+    processes that compile other things go on. None where nothing can be kept: a wheel may be
+    built without a home folder.
     """
     folder = cache_directory() / "objects"
     try:
@@ -223,8 +262,8 @@ def _objects() -> Path | None:
         return None
     if not os.access(folder, os.W_OK):
         return None
-    for path in filter(_unused, folder.glob("*.o")):
-        with _locked(path):
+    for path in filter(_unused, folder.rglob("*.o")):
+        with _locked(path.parent):
             if _unused(path):
                 path.unlink()
     return folder
@@ -238,15 +277,14 @@ def _unused(path: Path) -> bool:
 
 
 @contextmanager
-def _locked(kept: Path) -> Iterator[None]:
-    """Hold the lock of an object. A lock serves the objects whose names begin alike, so that there
-    are few such files, and they stay."""
-    handle = os.open(kept.with_name(f"{kept.name[:2]}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder."""
+    held = lock(folder)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        if held is not None:
+            os.close(held)
 
 
 def _key(source: Path, toolchain: Toolchain, options: Sequence[str]) -> str:
@@ -293,11 +331,16 @@ def sanitizer_flags(names: str) -> list[str]:
     return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-g1", "-O1"]
 
 
-def build_library(directory: Path, sanitize: str | None = None) -> Path:
+def library_name(system: str | None = None, suffix: str = "") -> str:
+    """Of the library for these sources, by default on this system."""
+    return f"libpocketslm-{source_hash()}{suffix}{LIBRARY_ENDS[system or host_system()]}"
+
+
+def build_library(directory: Path, target: str | None = None, sanitize: str | None = None) -> Path:
     """Build the shared library into ``directory``; its name carries the hash of the sources."""
-    toolchain = find_toolchain()
+    toolchain = find_toolchain(target, libc=GLIBC)
     suffix = "" if sanitize is None else "-" + sanitize.replace(",", "-")
-    output = directory / f"libpocketslm-{source_hash()}{suffix}.so"
+    output = directory / library_name(toolchain.system, suffix)
     flags = [] if sanitize is None else sanitizer_flags(sanitize)
     return compile_and_link(output, toolchain, (*COMMON, *TEXT, *BINDINGS), flags, ["-shared"])
 
@@ -331,15 +374,17 @@ def executorch_library() -> Path:
 
 
 def build_runner(output: Path, target: str | None = None, sanitize: str | None = None) -> Path:
-    """Build ``pocketslm-run``, static unless a sanitizer is asked for."""
+    """Build ``pocketslm-run``, on Linux static unless a sanitizer is asked for."""
     toolchain = find_toolchain(target)
     names = [*COMMON, *TEXT, *(f"runner/{name}" for name in RUNNER)]
-    flags, link = [], ["-static", "-s"]
-    if toolchain.machine == "aarch64":
-        link += ["-Wl,-z,max-page-size=16384"]  # phones with 16 KB pages
     if sanitize is not None:
-        flags, link = sanitizer_flags(sanitize), []
-    return compile_and_link(output, toolchain, names, flags, link)
+        return compile_and_link(output, toolchain, names, sanitizer_flags(sanitize), [])
+    link = ["-s"]
+    if toolchain.system == "linux":
+        link += ["-static"]
+        if toolchain.machine == "aarch64":
+            link += ["-Wl,-z,max-page-size=16384"]  # phones with 16 KB pages
+    return compile_and_link(output, toolchain, names, [], link)
 
 
 def cache_directory() -> Path:
@@ -348,7 +393,7 @@ def cache_directory() -> Path:
 
 def built_library() -> Path | None:
     """The library for these sources where it lies in the package or the cache."""
-    name = f"libpocketslm-{source_hash()}.so"
+    name = library_name()
     places = (SOURCES / "lib" / name, cache_directory() / name)
     return next((path for path in places if is_whole(path)), None)
 
@@ -363,25 +408,26 @@ def runner(target: str | None = None) -> Path:
 
     From the cache, or compiled now.
     """
-    path = cache_directory() / "-".join(filter(None, ("pocketslm-run", target, source_hash())))
+    name = "-".join(filter(None, ("pocketslm-run", target, source_hash())))
+    system = target.partition("-")[2] if target else host_system()
+    path = cache_directory() / (name + PROGRAM_ENDS.get(system, ""))
     return path if is_whole(path) else build_runner(path, target)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="file (runner) or directory (library)")
-    parser.add_argument("--runner", action="store_true", help="build the static pocketslm-run")
-    parser.add_argument("--target", help="x86_64-linux or aarch64-linux; default: this machine")
+    parser.add_argument("--runner", action="store_true", help="build the program pocketslm-run")
+    parser.add_argument("--target", help=f"{', '.join(TARGETS)}; default: this machine")
     parser.add_argument("--sanitize", help="address,undefined or thread")
     args = parser.parse_args()
-    if args.target and not args.runner:
-        parser.error("--target needs --runner")
     try:
         if args.runner:
-            path = args.output or Path("pocketslm-run")
+            system = args.target.partition("-")[2] if args.target else host_system()
+            path = args.output or Path("pocketslm-run" + PROGRAM_ENDS.get(system, ""))
             built = build_runner(path, args.target, args.sanitize)
         else:
-            built = build_library(args.output or cache_directory(), args.sanitize)
+            built = build_library(args.output or cache_directory(), args.target, args.sanitize)
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

@@ -5,10 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "platform.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
 #endif
 
 namespace pocketslm {
@@ -59,11 +59,8 @@ bool has_avx_vnni() {
   return kAvxVnniIsEvex ? has_avx512_vnni() : has_avx2() && all(features().leaf7_1_eax, kAvxVnni);
 }
 #elif defined(__aarch64__)
-// From the kernel's hwcap.h, which old toolchains lack.
-constexpr unsigned long kHwcapDotprod = 1ul << 20;
-constexpr unsigned long kHwcap2I8mm = 1ul << 13;
-bool has_dotprod() { return getauxval(AT_HWCAP) & kHwcapDotprod; }
-bool has_i8mm() { return has_dotprod() && getauxval(AT_HWCAP2) & kHwcap2I8mm; }
+bool has_dotprod() { return platform::arm_features().dotprod; }
+bool has_i8mm() { return platform::arm_features().i8mm; }
 #endif
 
 struct Path {

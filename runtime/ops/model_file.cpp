@@ -1,10 +1,5 @@
 #include "model_file.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -23,33 +18,13 @@ bool is_blob(const Section& s) { return s.kind == static_cast<uint16_t>(WeightKi
 
 }  // namespace
 
-ModelFile::~ModelFile() {
-  if (mapped_) munmap(const_cast<uint8_t*>(data_), bytes_);
-  if (file_ >= 0) ::close(file_);
-}
-
 Failure ModelFile::open(const char* path) {
-  // Not to wait for the other end where a pipe lies in its place.
-  const int file = ::open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (file < 0)
-    return {PSLM_ERROR_FILE, "cannot open " + std::string(path) + ": " + std::strerror(errno)};
-  struct stat info;
-  void* mapped = MAP_FAILED;
-  const bool regular = fstat(file, &info) == 0 && S_ISREG(info.st_mode);
-  const size_t bytes = regular ? static_cast<size_t>(info.st_size) : 0;
-  if (bytes) mapped = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, file, 0);
-  const int map_error = errno;
-  file_ = file;
-  if (!regular) return {PSLM_ERROR_FILE, std::string(path) + " is not a regular file"};
-  if (bytes && mapped == MAP_FAILED)
-    return {PSLM_ERROR_FILE, "cannot map " + std::string(path) + ": " + std::strerror(map_error)};
-  mapped_ = bytes != 0;
-  if (Failure failure = view(mapped, bytes)) return failure;
+  if (const std::string failure = file_.open(path); !failure.empty())
+    return {PSLM_ERROR_FILE, failure};
+  if (Failure failure = view(file_.data(), file_.bytes())) return failure;
   const auto& matrices = table_.matrices;
-  if (std::none_of(matrices.begin(), matrices.end(), [](const Matrix& m) { return m.apart(); })) {
-    ::close(file_);
-    file_ = -1;
-  }
+  if (std::none_of(matrices.begin(), matrices.end(), [](const Matrix& m) { return m.apart(); }))
+    file_.close();
   return {};
 }
 
@@ -141,9 +116,9 @@ Failure ModelFile::check_section(const Section& s) const {
 
 Blocks ModelFile::read(const Matrix& matrix, size_t block, uint8_t* buffer) const {
   Blocks found = matrix.from(block);
-  if (file_ < 0 || !matrix.apart()) return found;
-  const ssize_t bytes = static_cast<ssize_t>(found.low_stride);
-  if (pread(file_, buffer, found.low_stride, found.low - data_) == bytes) found.low = buffer;
+  if (!file_.is_open() || !matrix.apart()) return found;
+  const auto offset = static_cast<size_t>(found.low - data_);
+  if (file_.read(offset, buffer, found.low_stride)) found.low = buffer;
   return found;
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "platform.h"
 #include "program.h"
 
 namespace pocketslm {
@@ -37,7 +38,6 @@ struct Blob {
 class ModelFile {
  public:
   ModelFile() = default;
-  ~ModelFile();
   ModelFile(const ModelFile&) = delete;
   ModelFile& operator=(const ModelFile&) = delete;
 
@@ -68,8 +68,7 @@ class ModelFile {
 
   const uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
-  bool mapped_ = false;
-  int file_ = -1;  // kept open where it is read beside its mapping
+  platform::MappedFile file_;  // kept open where it is read beside its mapping
   SectionTable table_;
 };
 

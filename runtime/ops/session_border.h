@@ -2,14 +2,14 @@
 // arguments are checked before anything is touched.
 #pragma once
 
-#include <unistd.h>
-
 #include <atomic>
+#include <cstdint>
 #include <string>
 #include <type_traits>
 
 #include "border.h"
 #include "lookup.h"
+#include "platform.h"
 #include "pocketslm.h"
 #include "session.h"
 
@@ -19,10 +19,12 @@ struct pslm_session {
   mutable std::atomic<size_t> length{0};  // the engine's, for who asks while a call runs
   pocketslm::StepTimes times{};
   const pslm_generator* generators[PSLM_MAX_SLOTS] = {};  // by slot, the last one that was opened
-  const pid_t process = getpid();
+  const int64_t process = pocketslm::platform::process_id();
 
   // After a fork the child has the calling thread and none of the others.
-  bool lost_threads() const { return engine.threads() > 1 && process != getpid(); }
+  bool lost_threads() const {
+    return engine.threads() > 1 && process != pocketslm::platform::process_id();
+  }
 };
 
 namespace pocketslm {

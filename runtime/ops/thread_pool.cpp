@@ -1,12 +1,11 @@
 #include "thread_pool.h"
 
-#include <sched.h>
-
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <numeric>
 #include <utility>
+
+#include "platform.h"
 
 namespace pocketslm {
 namespace {
@@ -29,38 +28,14 @@ constexpr size_t kStep = 16;
 constexpr auto kIdleSpin = std::chrono::microseconds(300);
 
 void bind_to(int cpu) {
-  if (cpu < 0) return;
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
-  sched_setaffinity(0, sizeof set, &set);  // best effort: an Android cpuset may forbid it
-}
-
-long read_number(const char* format, int cpu) {
-  char path[96];
-  std::snprintf(path, sizeof path, format, cpu);
-  long value = 0;
-  if (FILE* file = std::fopen(path, "r")) {
-    if (std::fscanf(file, "%ld", &value) != 1) value = 0;
-    std::fclose(file);
-  }
-  return value;
+  if (cpu >= 0) platform::bind_thread(cpu);
 }
 
 }  // namespace
 
 std::vector<int> cpus_by_speed() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
   std::vector<std::pair<long, int>> found;
-  if (sched_getaffinity(0, sizeof set, &set) == 0)
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-      if (CPU_ISSET(cpu, &set)) {
-        long speed = read_number("/sys/devices/system/cpu/cpu%d/cpu_capacity", cpu);
-        if (!speed)
-          speed = read_number("/sys/devices/system/cpu/cpu%d/cpufreq/cpuinfo_max_freq", cpu);
-        found.emplace_back(-speed, cpu);
-      }
+  for (int cpu : platform::usable_cpus()) found.emplace_back(-platform::cpu_speed(cpu), cpu);
   std::sort(found.begin(), found.end());
   std::vector<int> cpus;
   for (const auto& entry : found) cpus.push_back(entry.second);
@@ -122,7 +97,7 @@ void ThreadPool::relax(unsigned spins) {
   if (spins < kBarrierSpins)
     pause();
   else
-    sched_yield();
+    std::this_thread::yield();
 }
 
 void ThreadPool::run_erased(Erased function, void* context) {

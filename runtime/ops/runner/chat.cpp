@@ -4,6 +4,7 @@
 #include <ctime>
 #include <utility>
 
+#include "platform.h"
 #include "unicode.h"
 
 namespace pocketslm {
@@ -33,9 +34,7 @@ std::string_view trimmed(std::string_view text, bool left, bool right) {
 // The text with today's date in the place of each format.
 std::string dated(const std::string& text) {
   std::string out;
-  const std::time_t now = std::time(nullptr);
-  std::tm local{};
-  localtime_r(&now, &local);
+  const std::tm local = platform::local_time(std::time(nullptr));
   for (size_t at = 0; at < text.size();) {
     const size_t start = text.find(kDateStart, at), end = text.find(kDateEnd, start);
     if (start == std::string::npos || end == std::string::npos) return out + text.substr(at);

@@ -1,21 +1,14 @@
 #include "engine.h"
 
-#include <fcntl.h>
-#include <sched.h>
-#include <sys/resource.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <initializer_list>
 #include <list>
 #include <optional>
-#include <tuple>
 
 #include "grammar/held.h"
 #include "model_file.h"
+#include "platform.h"
 
 namespace pocketslm {
 namespace {
@@ -31,76 +24,17 @@ struct ErrorLine {
   pslm_error argument() { return {text, sizeof text}; }
 };
 
-// Adds up the lines "NAME: COUNT kB" of a file of /proc into the target of each name.
-void read_kilobytes(const char* path,
-                    std::initializer_list<std::pair<const char*, uint64_t*>> targets) {
-  FILE* file = std::fopen(path, "r");
-  if (!file) return;
-  char line[256], name[64];
-  unsigned long long kilobytes = 0;
-  while (std::fgets(line, sizeof line, file))
-    if (std::sscanf(line, "%63[^:]: %llu kB", name, &kilobytes) == 2)
-      for (const auto& [wanted, target] : targets)
-        if (!std::strcmp(name, wanted)) *target += kilobytes * 1024;
-  std::fclose(file);
-}
-
-uint64_t nanoseconds(const timeval& time) {
-  return static_cast<uint64_t>(time.tv_sec) * 1000000000u + static_cast<uint64_t>(time.tv_usec) * 1000u;
-}
-
-// The CPUs that the process was started with: a session that pins narrows the calling thread's.
-const cpu_set_t& initial_cpus() {
-  static const cpu_set_t set = [] {
-    cpu_set_t found;
-    CPU_ZERO(&found);
-    sched_getaffinity(0, sizeof found, &found);
-    return found;
-  }();
-  return set;
-}
-
-// Later threads inherit it. Empty, or why the CPUs cannot be had.
+// Empty, or why these CPUs cannot be had; none: those that the process was started with.
 std::string run_on(const std::vector<int>& cpus) {
-  cpu_set_t set = initial_cpus();
-  if (!cpus.empty()) CPU_ZERO(&set);
-  for (int cpu : cpus) {
-    if (!CPU_ISSET(cpu, &initial_cpus()))
+  // A session that pins narrows the calling thread's.
+  static const std::vector<int> initial = platform::usable_cpus();
+  for (int cpu : cpus)
+    if (!std::binary_search(initial.begin(), initial.end(), cpu))
       return "CPU " + std::to_string(cpu) + " is not among those that this process may use";
-    CPU_SET(cpu, &set);
-  }
-  return sched_setaffinity(0, sizeof set, &set) == 0 ? "" : "the system refuses the choice of CPUs";
-}
-
-void drop_from_page_cache(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (file < 0) return;  // opening the model says why
-  fsync(file);  // pages that were not written yet would stay
-  posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
-  close(file);
-}
-
-// Of this process so far: user and system time, page faults that had to read from storage.
-std::pair<uint64_t, uint64_t> cpu_ns_and_faults() {
-  rusage used{};
-  getrusage(RUSAGE_SELF, &used);
-  return {nanoseconds(used.ru_utime) + nanoseconds(used.ru_stime),
-          static_cast<uint64_t>(used.ru_majflt)};
+  return platform::run_on(cpus.empty() ? initial : cpus) ? "" : "the system refuses the choice of CPUs";
 }
 
 }  // namespace
-
-Usage read_usage() {
-  Usage usage;
-  read_kilobytes("/proc/self/status", {{"VmRSS", &usage.resident},
-                                       {"VmHWM", &usage.peak},
-                                       {"RssAnon", &usage.anonymous},
-                                       {"RssFile", &usage.file_backed}});
-  read_kilobytes("/proc/self/smaps_rollup",
-                 {{"Pss", &usage.proportional}, {"Pss_File", &usage.proportional_file}});
-  std::tie(usage.cpu_ns, usage.major_faults) = cpu_ns_and_faults();
-  return usage;
-}
 
 void Engine::unload() {
   pslm_session_close(session_);
@@ -128,7 +62,8 @@ std::string Engine::load(const LoadOptions& options) {
 std::string Engine::load_parts(const LoadOptions& options) {
   unload();
   if (const std::string failure = run_on(options.cpus); !failure.empty()) return failure;
-  if (options.cold) drop_from_page_cache(options.path);
+  if (options.cold && !platform::drop_from_page_cache(options.path.c_str()))
+    return "this system cannot drop a file from its page cache; load it without 'cold'";
   const auto start = Clock::now();
   ErrorLine error;
   if (pslm_model_open(options.path.c_str(), &model_, error.argument()) != PSLM_OK)
@@ -345,12 +280,12 @@ std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size
       mark = Clock::now();
       return std::chrono::duration_cast<std::chrono::nanoseconds>(mark - before).count();
     };
-    auto used = cpu_ns_and_faults();
+    auto used = platform::spent();
     const auto spend = [&used](std::vector<int64_t>& cpu_ns, std::vector<int64_t>& faults) {
       const auto before = used;
-      used = cpu_ns_and_faults();
-      cpu_ns.push_back(static_cast<int64_t>(used.first - before.first));
-      faults.push_back(static_cast<int64_t>(used.second - before.second));
+      used = platform::spent();
+      cpu_ns.push_back(static_cast<int64_t>(used.cpu_ns - before.cpu_ns));
+      faults.push_back(static_cast<int64_t>(used.major_faults - before.major_faults));
     };
     if (!prompt.empty()) {
       if (pslm_forward(session_, prompt.data(), prompt.size(), PSLM_LOGITS_LAST, logits.data(),

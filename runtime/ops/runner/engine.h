@@ -128,13 +128,4 @@ class Engine {
   double load_ms_ = 0;
 };
 
-// What this process has used: memory in bytes from /proc (0 where the kernel does not tell),
-// user and system time, page faults that had to read from storage.
-struct Usage {
-  uint64_t resident = 0, peak = 0, anonymous = 0, file_backed = 0;
-  uint64_t proportional = 0, proportional_file = 0;
-  uint64_t cpu_ns = 0, major_faults = 0;
-};
-Usage read_usage();
-
 }  // namespace pocketslm

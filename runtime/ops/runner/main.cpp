@@ -4,9 +4,11 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "engine.h"
 #include "grammar/sources.h"
+#include "platform.h"
 #include "protocol.h"
 
 namespace {
@@ -46,7 +48,7 @@ bool parse_number(const char* text, double low, double high, double& out) {
 
 // The text of a file that an option names.
 bool read_file(const char* path, std::string& out) {
-  FILE* file = std::fopen(path, "rb");
+  FILE* file = platform::open_file(path);
   if (!file) return false;
   char part[4096];
   for (size_t got; out.size() <= grammar::kMaxText && (got = std::fread(part, 1, sizeof part, file));)
@@ -73,9 +75,9 @@ std::string constrain(const std::string& option, const char* value, Generation& 
 }
 
 // Empty, or what is wrong with the command line.
-std::string parse(int count, char** values, Arguments& out) {
-  for (int i = 1; i < count; ++i) {
-    const std::string name = values[i];
+std::string parse(const std::vector<std::string>& words, Arguments& out) {
+  for (size_t i = 1; i < words.size(); ++i) {
+    const std::string& name = words[i];
     if (name == "--json" || name == "--bench" || name == "--pin" || name == "--help") {
       (name == "--json"    ? out.json
        : name == "--bench" ? out.bench
@@ -88,8 +90,8 @@ std::string parse(int count, char** values, Arguments& out) {
       out.load.path = name;
       continue;
     }
-    if (i + 1 == count) return name + " is unknown or needs a value";
-    const char* value = values[++i];
+    if (i + 1 == words.size()) return name + " is unknown or needs a value";
+    const char* value = words[++i].c_str();
     double n = 0;
     const auto whole = [&](double low, double high, uint32_t& target) {
       const bool valid = parse_number(value, low, high, n);
@@ -201,8 +203,9 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int count, char** values) {
+  const std::vector<std::string> words = platform::begin_program(count, values);
   Arguments arguments;
-  if (const std::string failure = parse(count, values, arguments); !failure.empty())
+  if (const std::string failure = parse(words, arguments); !failure.empty())
     return fail(failure + "\n" + kUsage);
   if (arguments.help) {
     std::fputs(kUsage, stdout);

@@ -1,8 +1,5 @@
 #include "protocol.h"
 
-#include <poll.h>
-#include <sched.h>
-
 #include <algorithm>
 #include <condition_variable>
 #include <cstdarg>
@@ -16,6 +13,7 @@
 
 #include "engine.h"
 #include "grammar/sources.h"
+#include "platform.h"
 
 namespace pocketslm {
 namespace {
@@ -280,7 +278,7 @@ class Server {
     options.cold = request.flag("cold");
     if (const Json* list = request.list("cpus"))
       for (const Json& item : list->items) {
-        if (!item.is_whole(0, CPU_SETSIZE - 1))
+        if (!item.is_whole(0, platform::kMaxCpus - 1))
           return "'cpus' must be numbers of CPUs";
         options.cpus.push_back(static_cast<int>(item.number));
       }
@@ -498,24 +496,22 @@ class Server {
   }
 
   // Whether the other end of the output is still open: a cut cable must not leave us running.
-  bool somebody_reads() const {
-    pollfd output{fileno(out_), 0, 0};
-    return poll(&output, 1, 0) <= 0 || !(output.revents & (POLLERR | POLLHUP));
-  }
+  bool somebody_reads() const { return platform::has_reader(out_); }
 
   std::string stats(const Request& request) {
     if (!request.fault().empty()) return request.fault();
-    const Usage usage = read_usage();
+    const platform::Memory memory = platform::memory();
+    const platform::Spent spent = platform::spent();
     std::string fields;
     for (const auto& [name, value] : std::initializer_list<std::pair<const char*, uint64_t>>{
-             {"rss_bytes", usage.resident},
-             {"peak_rss_bytes", usage.peak},
-             {"rss_anon_bytes", usage.anonymous},
-             {"rss_file_bytes", usage.file_backed},
-             {"pss_bytes", usage.proportional},
-             {"pss_file_bytes", usage.proportional_file},
-             {"cpu_ns", usage.cpu_ns},
-             {"major_faults", usage.major_faults},
+             {"rss_bytes", memory.resident},
+             {"peak_rss_bytes", memory.peak},
+             {"rss_anon_bytes", memory.anonymous},
+             {"rss_file_bytes", memory.file_backed},
+             {"pss_bytes", memory.proportional},
+             {"pss_file_bytes", memory.proportional_file},
+             {"cpu_ns", spent.cpu_ns},
+             {"major_faults", spent.major_faults},
          })
       fields += ",\"" + std::string(name) + "\":" + std::to_string(value);
     emit("stats", ",\"loaded\":%s,\"length\":%zu%s%s",

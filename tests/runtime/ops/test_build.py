@@ -54,14 +54,14 @@ def test_objects_that_nothing_used_are_removed(
     """Also while another process compiles: one lock is held for each, not one for all."""
     monkeypatch.setenv("POCKETSLM_CACHE", str(tmp_path))
     folder = build.cache_directory() / "objects"
-    folder.mkdir(parents=True)
-    old, fresh = folder / "ab01.o", folder / "cd02.o"
+    old, fresh = folder / "ab" / "ab01.o", folder / "cd" / "cd02.o"
     for path in (old, fresh):
+        path.parent.mkdir(parents=True)
         path.touch()
     os.utime(old, (0, 0))
-    with build._locked(fresh):
+    with build._locked(fresh.parent):
         assert build._objects() == folder
-    assert sorted(path.name for path in folder.iterdir()) == ["ab.lock", "cd.lock", "cd02.o"]
+    assert list(folder.rglob("*.o")) == [fresh]
 
 
 def test_a_cut_library_in_the_cache_is_built_again(
@@ -85,3 +85,8 @@ def test_a_cut_library_in_the_cache_is_built_again(
         build.seal(path)
     assert (build.library(), build.runner()) == (library, runner)
     assert len(made) == 2
+
+
+def test_a_target_that_is_none_names_those_there_are() -> None:
+    with pytest.raises(build.BuildError, match="unknown target arm64-linux; known: .*macos"):
+        build.find_toolchain("arm64-linux")
