@@ -67,6 +67,37 @@ def test_meaning_finds_what_shares_no_word(library: Library, shelf: list[Documen
     assert shelf[0].text[citation.start : citation.end] == "Hens are fine, but no cockerels here."
 
 
+def test_likeness_alone_answers_only_in_the_language_of_its_model(library: Library) -> None:
+    english = "Hens are fine here, but there are to be no cockerels in the garden."
+    german = "Hier sind Hennen in Ordnung, aber im Garten soll es keine cockerels geben."
+    for text, question, found in (
+        (english, "May I have a cock?", True),
+        (english, "Must I queue?", False),  # it is not alike
+        (german, "Darf ich einen cock haben?", False),
+    ):
+        document = library.add(make_source(text[:5], "txt", [Block(text)]))
+        assert document.language == ("en" if text is english else "de")
+        meanings = Meanings(library, Words())
+        list(meanings.index())
+        hits = search(document, question, PASSAGES, meanings=meanings)
+        assert hits[0].coverage == 0.0
+        assert choose(hits, question).found is found, question
+
+
+def test_words_that_meet_by_chance_do_not_outweigh_meaning(
+    library: Library, shelf: list[Document]
+) -> None:
+    meanings = Meanings(library, Words())
+    list(meanings.index())
+    question = "May a cock climb over stones, walls, roofs and hedges?"
+    hits = search(shelf, question, PASSAGES, meanings=meanings)
+    assert "cockerels" in hits[0].document.passage(hits[0].chunk)
+    assert hits[0].coverage == 0.0 < hits[1].coverage < 0.5
+    # Words that cover the question do.
+    hits = search(shelf, "Is the sea about stones and birds?", PASSAGES, meanings=meanings)
+    assert "stones" in hits[0].document.passage(hits[0].chunk)
+
+
 def test_all_documents_are_searched_at_once(library: Library, shelf: list[Document]) -> None:
     """By words: the right document comes first, and only those that are given are searched."""
     best = search(shelf, "How many pounds is the cost?")[0]
