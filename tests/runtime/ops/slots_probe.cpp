@@ -1,5 +1,5 @@
 // Several contexts of one session under sanitizers: prompts and single tokens together, every kind of
-// what may be wanted, and another thread that asks meanwhile.
+// what may be wanted, texts that are made together, and another thread that asks meanwhile.
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -7,6 +7,44 @@
 #include <vector>
 
 #include "pocketslm.h"
+
+namespace {
+
+// Texts of all slots, with every way of picking tokens; one is closed in the middle.
+int generate(pslm_session* session, const std::vector<int32_t>& tokens, pslm_error error) {
+  const size_t lengths[] = {270, 9, 40, 1};
+  pslm_generator* texts[4];
+  for (uint32_t slot = 0; slot < 4; ++slot) {
+    pslm_generation how{};
+    how.max_tokens = 30, how.top_p = 1, how.repetition_penalty = slot == 1 ? 1.2f : 1.0f;
+    how.guesses = 7;
+    if (slot > 1) how.temperature = 1, how.top_k = slot == 2 ? 9 : 0, how.logprobs = 1;
+    if (pslm_use_slot(session, slot, error) || pslm_truncate(session, 0) ||
+        pslm_generator_open(session, tokens.data(), lengths[slot], &how, &texts[slot], error))
+      return 1;
+  }
+  std::vector<pslm_generator*> going(texts, texts + 4);
+  for (int step = 0; !going.empty(); ++step) {
+    if (step == 12) {
+      pslm_generator_close(going.back());
+      going.pop_back();
+    }
+    std::vector<pslm_turn> turns;
+    for (pslm_generator* text : going) turns.push_back({text, error, 0, 0, {}});
+    if (pslm_generate(turns.data(), turns.size(), error)) return 1;
+    going.clear();
+    for (const pslm_turn& turn : turns) {
+      if (turn.status) return 1;
+      if (turn.count && turn.made[turn.count - 1].finish)
+        pslm_generator_close(turn.generator);
+      else
+        going.push_back(turn.generator);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
 
 int main(int, char** arguments) {
   char text[256] = "";
@@ -45,6 +83,7 @@ int main(int, char** arguments) {
   }
   over = true;
   asker.join();
+  if (!status) status = generate(session, tokens, error);
   pslm_session_close(session);
   pslm_model_close(model);
   if (status) std::puts(text);
