@@ -13,11 +13,7 @@ constexpr struct {
   size_t begin, length, first;
 } kPieces[] = {{0, 64, 0}, {512, 128, 8}, {2048, 512, 20}, {8192, 2048, 32},
                {SIZE_MAX, 0, SIZE_MAX}};
-
-// The same over a window.
-size_t window_piece(const Step& step) {
-  return round_up(std::max<size_t>(step.window / 8, 1), kScoreSpan);
-}
+constexpr float kLog2E = 1.44269504f;
 
 // One query head's attention, as its pieces are added in order.
 class Joined {
@@ -32,7 +28,7 @@ class Joined {
       return;
     }
     const float peak = std::max(maximum_, maximum);
-    const float decay = std::exp(maximum_ - peak), factor = std::exp(maximum - peak);
+    const float decay = std::exp2(maximum_ - peak), factor = std::exp2(maximum - peak);
     maximum_ = peak;
     weight_ = weight_ * decay + weight * factor;
     for (size_t d = 0; d < dim_; ++d) out_[d] = out_[d] * decay + piece[d] * factor;
@@ -74,11 +70,11 @@ void Session::prepare_head(const Step& step, const float* norm, float* head, siz
   if (norm && after) normalize();
 }
 
-// Prepared and scaled copies of `heads` query heads.
+// Prepared and scaled copies of `heads` query heads; scores become logarithms to base 2.
 void Session::prepare_queries(const Step& step, const Run& run, size_t row, const float* q,
                               size_t heads, float* out) {
   const size_t dim = step.head_dim;
-  float scale = step.scale;
+  float scale = step.scale * kLog2E;
   if (step.temperature_step) {
     const size_t steps = run.position(row) / step.temperature_step;
     scale *= 1.0f + step.temperature * std::log1p(static_cast<float>(steps));
@@ -108,14 +104,14 @@ Session::Seen Session::seen_by(const Step& step, const Run& run, size_t row) {
 // gets the bits that it gets in a batch. They are small enough to keep all threads busy, and few
 // enough that joining them stays cheap.
 size_t Session::piece_at(const Step& step, size_t position) {
-  if (step.window) return position / window_piece(step);
+  if (step.window) return position / window_piece(step.window);
   const auto* part = kPieces;
   while (position >= part[1].begin) ++part;
   return part->first + (position - part->begin) / part->length;
 }
 
 size_t Session::piece_begin(const Step& step, size_t piece) {
-  if (step.window) return piece * window_piece(step);
+  if (step.window) return piece * window_piece(step.window);
   const auto* part = kPieces;
   while (piece >= part[1].first) ++part;
   return part->begin + (piece - part->first) * part->length;
@@ -129,34 +125,27 @@ Session::Pieces Session::pieces_of(const Step& step, const Seen& seen) {
 // How many pieces one token sees at most.
 size_t Session::most_pieces(const Step& step, size_t context) {
   const size_t all = piece_at(step, context) + 1;
-  return step.window ? std::min(all, step.window / window_piece(step) + 2) : all;
+  return step.window ? std::min(all, step.window / window_piece(step.window) + 2) : all;
 }
 
-// The job's rows over a piece of `all` positions that one of them sees; in two parts where a ring is
-// passed. `seen`: what each row sees.
+// The job's rows over a piece of `all` positions that one of them sees. `seen`: what each row sees.
 void Session::attend_piece(const Step& step, const States& states, size_t head, size_t piece,
                            const Seen& all, const Seen* seen, AttentionJob& job) {
-  const size_t begin = std::max(piece_begin(step, piece), all.begin / kPositionBlock * kPositionBlock);
-  const size_t end = std::min(piece_begin(step, piece + 1), all.end);
-  const auto kernel =
-      states.type() == PSLM_KV_I8 ? kernels_.attend_i8 : kernels_.attend_f16;
-  const size_t room = states.room(step.state);
+  const size_t first = piece_begin(step, piece), end = std::min(piece_begin(step, piece + 1), all.end);
+  const size_t begin = std::max(first, all.begin / kPositionBlock * kPositionBlock);
+  // Positions of the job are places in the ring, which pieces never pass.
+  const size_t shift = first - states.place_of(step.state, first);
   uint32_t limits[kMaxQueryRows], starts[kMaxQueryRows];
-  job.head_dim = step.head_dim;
-  job.cap = step.cap;
-  job.limits = limits, job.starts = step.window ? starts : nullptr;
-  states.describe(step.state, head, job);
-  for (size_t at = begin; at < end; at += job.end - job.begin) {
-    // Positions of the job are places in the ring.
-    const size_t place = at < room ? at : at % room, shift = at - place;
-    for (size_t r = 0; r < job.rows; ++r) {
-      limits[r] = static_cast<uint32_t>(seen[r].end > shift ? seen[r].end - shift : 0);
-      starts[r] = static_cast<uint32_t>(seen[r].begin > shift ? seen[r].begin - shift : 0);
-    }
-    job.begin = place, job.end = std::min(end - shift, room);
-    job.resumes = at != begin;
-    kernel(job);
+  for (size_t r = 0; r < job.rows; ++r) {
+    limits[r] = static_cast<uint32_t>(seen[r].end > shift ? seen[r].end - shift : 0);
+    starts[r] = static_cast<uint32_t>(seen[r].begin > shift ? seen[r].begin - shift : 0);
   }
+  job.head_dim = step.head_dim;
+  job.cap = step.cap * kLog2E;
+  job.limits = limits, job.starts = step.window ? starts : nullptr;
+  job.first = first - shift, job.begin = begin - shift, job.end = end - shift;
+  states.describe(step.state, head, job);
+  (states.type() == PSLM_KV_I8 ? kernels_.attend_i8 : kernels_.attend_f16)(job);
 }
 
 void Session::attend(unsigned m, const Step& step) {

@@ -297,23 +297,28 @@ void Session::screen_blocks(unsigned m, const PanelView& input, size_t begin, si
   const BlockLayout layout = block_layout(w.kind, w.cols);
   const MatmulFunction matmul = kernels_.matmul[kernel_of(WeightKind::q4_sym)];
   const size_t groups = w.cols / kGroup, width = w.blocks() * kBlockRows;
-  for (size_t b = begin; b < end; ++b) {
-    const Blocks block = w.from(b);
+  const size_t step = input.tokens == 1 ? kScratchBlocks : 1;
+  for (size_t b = begin; b < end; b += step) {
+    const size_t last = std::min(b + step, end);
     for (size_t t = 0; t < input.tokens;) {
       ActivationTile tile = input.tile(t);
       tile.corrections = &members_[m].corrections[t * groups];
       if (t == 0) tile.ahead = &members_[m].plan.ahead;
       float* high = &screened_[t * width + b * kBlockRows];
-      matmul(block, 1, w.cols, tile, high, width);
+      matmul(w.from(b), last - b, w.cols, tile, high, width);
       for (size_t i = 0; i < tile.tokens; ++i)
-        highest_[(t + i) * w.blocks() + b] = 16.0f * highest_of(high + i * width);
+        for (size_t k = b; k < last; ++k)
+          highest_[(t + i) * w.blocks() + k] =
+              16.0f * highest_of(high + i * width + (k - b) * kBlockRows);
       t += tile.tokens;
     }
-    uint16_t* spreads = &spreads_[b / kBlockRows * kBlockRows * groups + b % kBlockRows];
-    if (*spreads) continue;
-    const auto* scales = reinterpret_cast<const uint16_t*>(block.data + layout.scales);
-    for (size_t g = 0; g < groups; ++g)
-      spreads[g * kBlockRows] = largest_half(scales + g * kBlockRows);
+    for (size_t k = b; k < last; ++k) {
+      uint16_t* spreads = &spreads_[k / kBlockRows * kBlockRows * groups + k % kBlockRows];
+      if (*spreads) continue;
+      const auto* scales = reinterpret_cast<const uint16_t*>(w.from(k).data + layout.scales);
+      for (size_t g = 0; g < groups; ++g)
+        spreads[g * kBlockRows] = largest_half(scales + g * kBlockRows);
+    }
   }
 }
 

@@ -84,11 +84,12 @@ struct ReadRun {
   size_t steps;
 };
 
-// The next lines that the kernel must ask for, in up to `steps` steps; the last of these may go past
-// the end of what is to be read in a row.
+// The next lines that the kernel must ask for, in up to `steps` steps. What is left of a span and too
+// little for a step is asked for at once; where all of it is, a step goes past its end.
 static inline ReadRun next_run(ReadAhead& ahead, size_t lines, size_t steps) {
+  if (ahead.left < lines) ask_lines(ahead, ahead.left);
   if (!ahead.left) next_span(ahead);
-  const size_t whole = (ahead.left + lines - 1) / lines;
+  const size_t whole = ahead.left < lines ? 1 : ahead.left / lines;
   const ReadRun run{ahead.line, whole < steps ? whole : steps};
   const size_t asked = run.steps * lines < ahead.left ? run.steps * lines : ahead.left;
   ahead.asked += asked;
@@ -130,22 +131,29 @@ constexpr size_t kMaxQueryRows = 12;
 constexpr size_t kMaxHeadDim = 1024;
 constexpr size_t kPositionBlock = 16;  // keys are stored in blocks of so many positions
 constexpr float kMostWeight = 127 * 128;  // of attention over int8: two digits of 7 bits
-constexpr size_t kScoreSpan = 64;      // scores of [i * 64, i * 64 + 64) are weighed together
+constexpr size_t kScoreSpan = 256;     // positions whose scores are weighed together, at most
+// Scores are logarithms to base 2.
 struct AttentionJob {
-  size_t rows, head_dim, begin, end;  // begin is a multiple of 16
-  const float* queries;               // [rows][head_dim], scaled
-  const uint32_t* limits;             // [rows]: the row sees positions below its limit
-  const uint32_t* starts;             // [rows]: and from its start on; null: from 0 on
+  // Positions [begin, end); spans are counted from `first` on. All but `end` are multiples of 16.
+  size_t rows, head_dim, first, begin, end;
+  const float* queries;    // [rows][head_dim], scaled
+  const uint32_t* limits;  // [rows]: the row sees positions below its limit
+  const uint32_t* starts;  // [rows]: and from its start on; null: from 0 on
   const void* keys;    // fp16 [block][head_dim][16], int8 [block][head_dim / 4][16][4]
   const void* values;  // fp16 [position][head_dim], int8 [position / 4][head_dim][4]
   const float* key_scales;            // int8 only: [position]
   const float* value_scales;
-  float cap;     // scores become cap * tanh(score / cap); 0: they stay
-  bool resumes;  // the result so far is there, and these positions are added to it
+  float cap;  // scores become cap * tanh(score / cap); 0: they stay
   // Unnormalized result and the online softmax state, all written.
   float* out;      // [rows][head_dim]
   float* maximum;  // [rows]
-  float* weight;   // [rows], sum of exp(score - maximum)
+  float* weight;   // [rows], sum of 2^(score - maximum)
+
+  // Where the span that starts at `position` ends.
+  size_t span_end(size_t position) const {
+    const size_t next = position + kScoreSpan - (position - first) % kScoreSpan;
+    return next < end ? next : end;
+  }
 };
 
 // Scales of a group of a kind: one, or one for each 16 columns.

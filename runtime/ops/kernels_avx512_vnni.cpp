@@ -22,10 +22,9 @@ inline V16 min(V16 a, V16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline V16 abs(V16 a) { return {_mm512_abs_ps(a.v)}; }
 inline V16 fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline V16 round_even(V16 a) { return {_mm512_roundscale_ps(a.v, 0)}; }
-inline V16 power_of_two(V16 n) {
-  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
-}
+inline V16 round_down(V16 a) { return {_mm512_roundscale_ps(a.v, 1)}; }
+// p * 2^n for whole n, where both p and that are normal numbers.
+inline V16 times_power_of_two(V16 p, V16 n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 inline __m256 upper_half(__m512 v) { return _mm512_extractf32x8_ps(v, 1); }
 inline float reduce_add(V16 a) {
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(a.v), upper_half(a.v));
@@ -65,7 +64,18 @@ inline int32_t store_i8(int8_t* p, V16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(codes));
   return _mm512_reduce_add_epi32(codes);
 }
-constexpr size_t kMaxRegisterRows = 12;
+// Whole numbers up to 127 * 128, rounded to these, in two digits.
+inline void store_digits(int8_t* high, int8_t* low, V16 a) {
+  const __m512i codes = _mm512_cvtps_epi32(a.v);
+  const __m512i rest = _mm512_and_si512(codes, _mm512_set1_epi32(127));
+  _mm_store_si128(reinterpret_cast<__m128i*>(high),
+                  _mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, 7)));
+  _mm_store_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(rest));
+}
+constexpr size_t kMaxRegisterRows = 12, kAccumulators = 12;
+
+// What was loaded stays in its register: GCC would load it again for each use.
+inline void hold(__m512i& v) { __asm__("" : "+v"(v)); }
 
 // Dot products of int8. One operand must be unsigned: lines with 128 added, or the factors.
 struct I16 {
@@ -81,19 +91,25 @@ inline __m512i broadcast4(const int8_t* p) {
 }
 inline I16 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Quad load_quad(const int8_t* p) { return {broadcast4(p)}; }
+// In assembly, since GCC 12 copies every accumulator twice and stores it too.
+inline void add_dots(I16& acc, __m512i factors, __m512i codes) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(factors), "v"(codes));
+}
 struct SignedLine {
   static constexpr int32_t kBias = 128;
   __m512i v;
   SignedLine() = default;
   explicit SignedLine(const int8_t* p)
-      : v(_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))) {}
-  I16 dot(I16 acc, Quad quad) const { return {_mm512_dpbusd_epi32(acc.v, v, quad.v)}; }
+      : v(_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))) {
+    hold(v);
+  }
+  void dot(I16& acc, Quad quad) const { add_dots(acc, v, quad.v); }
 };
 struct UnsignedLine {
   __m512i v;
   UnsignedLine() = default;
-  explicit UnsignedLine(const int8_t* p) : v(_mm512_loadu_si512(p)) {}
-  I16 dot(I16 acc, Quad quad) const { return {_mm512_dpbusd_epi32(acc.v, quad.v, v)}; }
+  explicit UnsignedLine(const int8_t* p) : v(_mm512_loadu_si512(p)) { hold(v); }
+  void dot(I16& acc, Quad quad) const { add_dots(acc, quad.v, v); }
 };
 inline I16 join_digits(I16 high, I16 low) {
   return {_mm512_add_epi32(_mm512_slli_epi32(high.v, 7), low.v)};

@@ -45,10 +45,14 @@ inline V16 fma(V16 x, V16 y, V16 z) {
 inline V16 round_even(V16 x) {
   return map([&](int i) { return vrndnq_f32(x.v[i]); });
 }
-inline V16 power_of_two(V16 n) {
+inline V16 round_down(V16 x) {
+  return map([&](int i) { return vrndmq_f32(x.v[i]); });
+}
+// p * 2^n for whole n, where both p and that are normal numbers: n is added to the exponent.
+inline V16 times_power_of_two(V16 p, V16 n) {
   return map([&](int i) {
-    const int32x4_t biased = vaddq_s32(vcvtnq_s32_f32(n.v[i]), vdupq_n_s32(127));
-    return vreinterpretq_f32_s32(vshlq_n_s32(biased, 23));
+    const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n.v[i]), 23);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p.v[i]), exponent));
   });
 }
 // The same tree as on x86: halves, quarters, pairs.
@@ -114,7 +118,17 @@ inline int32_t store_group(const QuantizedRow& row, int8_t* codes, V16 lo, V16 h
   return sum;
 }
 #endif
-constexpr size_t kMaxRegisterRows = 6;
+// Whole numbers up to 127 * 128, rounded to these, in two digits.
+inline void store_digits(int8_t* high, int8_t* low, V16 x) {
+  uint16x8_t words[2];
+  for (int i = 0; i < 2; ++i)
+    words[i] = vmovn_high_u32(vmovn_u32(vcvtnq_u32_f32(x.v[2 * i])), vcvtnq_u32_f32(x.v[2 * i + 1]));
+  const uint8x16_t upper = vshrn_high_n_u16(vshrn_n_u16(words[0], 7), words[1], 7);
+  const uint8x16_t lower = vmovn_high_u16(vmovn_u16(words[0]), words[1]);
+  vst1q_s8(high, vreinterpretq_s8_u8(upper));
+  vst1q_s8(low, vreinterpretq_s8_u8(vandq_u8(lower, vdupq_n_u8(127))));
+}
+constexpr size_t kMaxRegisterRows = 6, kAccumulators = 6;
 
 // Dot products of int8.
 struct I16 {
@@ -138,9 +152,8 @@ struct SignedLine {
   SignedLine() = default;
   explicit SignedLine(const int8_t* p)
       : v{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)} {}
-  I16 dot(I16 acc, Quad quad) const {
+  void dot(I16& acc, Quad quad) const {
     for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], v[i], quad.v);
-    return acc;
   }
 };
 using UnsignedLine = SignedLine;  // factors of up to 127 are either

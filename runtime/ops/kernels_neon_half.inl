@@ -135,24 +135,25 @@ constexpr size_t kGroupBytes = group_bytes(form_of(K)) * (form_of(K).split ? 2 :
                                 : form_of(K).offset == Offset::zero_point ? 16
                                                                      : 0);
 
-// One token times `count` blocks of sixteen rows. Lines are asked for while others are computed with.
-template <WeightKind K>
-void matmul_one(Blocks block, size_t count, size_t cols, const ActivationTile& tile,
-                float* out) {
-  constexpr size_t kLines = (2 * kGroupBytes<K> + 63) / 64;  // of two groups
+// One token times N blocks of sixteen rows, which share what is read of the token. Lines are asked for
+// while others are computed with, in up to `asking` steps.
+template <WeightKind K, int N>
+inline void multiply_one(const Blocks& first, size_t cols, const ActivationTile& x, size_t& asking,
+                         float* out) {
+  constexpr size_t kLines = (2 * N * kGroupBytes<K> + 63) / 64;  // of two groups
   const BlockLayout layout = block_layout(K, cols);
   const size_t groups = cols / kGroup;
-  const ActivationTile x = tile;  // in registers, whatever finish() makes of memory
-  size_t asking = tile.ahead ? start_asking(*tile.ahead, count * lines_read<K>(block, layout)) : 0;
-  asking = (asking + kLines - 1) / kLines;
-  for (; count--; block = block.from(1), out += kBlockRows) {
-    const RowScales<K> scaling(block.data, layout, 0);
-    V16 acc = zero();
-    const auto add_group = [&](size_t g) __attribute__((always_inline)) {
-      const int8x16_t columns[2] = {vld1q_s8(x.codes + g * kGroup),
-                                    vld1q_s8(x.codes + g * kGroup + 16)};
-      int32x4_t dot[4];
-      for (auto& sum : dot) sum = start_dots<K>(vld1q_dup_s32(x.corrections + g));
+  const auto of = [&](int n) { return first.from(static_cast<size_t>(n)); };
+  V16 acc[N];
+  unrolled<N>([&](auto n) __attribute__((always_inline)) { acc[n] = zero(); });
+  const auto add_group = [&](size_t g) __attribute__((always_inline)) {
+    const int8x16_t columns[2] = {vld1q_s8(x.codes + g * kGroup),
+                                  vld1q_s8(x.codes + g * kGroup + 16)};
+    const int32x4_t start = start_dots<K>(vld1q_dup_s32(x.corrections + g));
+    const float factor = x.scales[g], total = form_of(K).offset == Offset::none ? 0 : x.sums[g];
+    unrolled<N>([&](auto n) __attribute__((always_inline)) {
+      const Blocks block = of(n);
+      int32x4_t dot[4] = {start, start, start, start};
       const GroupCodes group{block.data + g * group_bytes(form_of(K)), low_of<K>(block, g)};
       for (int half = 0; half < 2; ++half) {
         uint8x16_t lines[kHalfLines<K>][4];
@@ -171,31 +172,48 @@ void matmul_one(Blocks block, size_t count, size_t cols, const ActivationTile& t
         finish_all(dot);
       }
       V16 scale, minimum = zero();
-      scaling.load16(g, scale, minimum);
-      acc = map([&](int i) {
-        return vfmaq_f32(acc.v[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(scale.v[i], x.scales[g]));
+      RowScales<K>(block.data, layout, 0).load16(g, scale, minimum);
+      V16& sum = acc[n];
+      sum = map([&](int i) {
+        return vfmaq_f32(sum.v[i], vcvtq_f32_s32(dot[i]), vmulq_n_f32(scale.v[i], factor));
       });
       if constexpr (form_of(K).offset != Offset::none)
-        acc = map([&](int i) { return vfmaq_n_f32(acc.v[i], minimum.v[i], x.sums[g]); });
-      finish_all(acc.v);
-    };
-    size_t g = 0;
-    while (g + 2 <= groups) {
-      // Without a need to ask, the lines are those that are read next: that costs nothing.
-      ReadRun run{block.data + g * group_bytes(form_of(K)), groups / 2 - g / 2};
-      if (asking) {
-        run = next_run(*tile.ahead, kLines, run.steps < asking ? run.steps : asking);
-        asking -= run.steps;
-      }
-      for (const size_t end = g + 2 * run.steps; g < end; g += 2, run.line += 64 * kLines) {
-        for (size_t i = 0; i < kLines; ++i) __builtin_prefetch(run.line + 64 * i, 0, 2);
-        add_group(g);
-        add_group(g + 1);
-      }
+        sum = map([&](int i) { return vfmaq_n_f32(sum.v[i], minimum.v[i], total); });
+      finish_all(sum.v);
+    });
+  };
+  size_t g = 0;
+  while (g + 2 <= groups) {
+    // Without a need to ask, the lines are those that are read next: that costs nothing.
+    ReadRun run{first.data + g * group_bytes(form_of(K)), groups / 2 - g / 2};
+    if (asking) {
+      run = next_run(*x.ahead, kLines, run.steps < asking ? run.steps : asking);
+      asking -= run.steps;
     }
-    if (g < groups) add_group(g);
-    store(out, acc);
+#if defined(__clang__)
+#pragma clang loop unroll_count(2)
+#endif
+    for (const size_t end = g + 2 * run.steps; g < end; g += 2, run.line += 64 * kLines) {
+      for (size_t i = 0; i < kLines; ++i) __builtin_prefetch(run.line + 64 * i, 0, 2);
+      add_group(g);
+      add_group(g + 1);
+    }
   }
+  if (g < groups) add_group(g);
+  unrolled<N>([&](auto n) __attribute__((always_inline)) { store(out + n * kBlockRows, acc[n]); });
+}
+
+template <WeightKind K>
+void matmul_one(const Blocks& blocks, size_t count, size_t cols, const ActivationTile& tile,
+                float* out) {
+  constexpr size_t kPairLines = (4 * kGroupBytes<K> + 63) / 64;  // of two groups of two blocks
+  const ActivationTile x = tile;  // in registers, whatever finish() makes of memory
+  const size_t lines = count * lines_read<K>(blocks, block_layout(K, cols));
+  size_t asking = tile.ahead ? (start_asking(*tile.ahead, lines) + kPairLines - 1) / kPairLines : 0;
+  size_t b = 0;
+  for (; b + 2 <= count; b += 2)
+    multiply_one<K, 2>(blocks.from(b), cols, x, asking, out + b * kBlockRows);
+  if (b < count) multiply_one<K, 1>(blocks.from(b), cols, x, asking, out + b * kBlockRows);
 }
 
 // Four rows of a block, from `row` on, times tokens [first, first + T) of the tile: what a path

@@ -156,7 +156,6 @@ float sum_exp(const float* x, size_t n, float shift) {
 }
 
 void begin_row(const AttentionJob& job, size_t r) {
-  if (job.resumes) return;
   job.maximum[r] = -3.0e38f, job.weight[r] = 0;
   std::fill_n(job.out + r * job.head_dim, job.head_dim, 0.0f);
 }
@@ -180,7 +179,7 @@ void attend_f16(const AttentionJob& job) {
       for (size_t d = 0; d < dim; ++d) score += query[d] * load_element(key + d * kPositionBlock);
       if (job.cap > 0) score = job.cap * std::tanh(score / job.cap);
       const float maximum = std::fmax(job.maximum[r], score);
-      const float decay = std::exp(job.maximum[r] - maximum), share = std::exp(score - maximum);
+      const float decay = std::exp2(job.maximum[r] - maximum), share = std::exp2(score - maximum);
       job.weight[r] = job.weight[r] * decay + share;
       for (size_t d = 0; d < dim; ++d)
         out[d] = out[d] * decay + share * load_element(values + p * dim + d);
@@ -201,7 +200,7 @@ void attend_i8(const AttentionJob& job) {
     const float query_scale = to_i8(job.queries + r * dim, dim, query);
     float* out = job.out + r * dim;
     for (size_t first = job.begin, next; first < job.end; first = next) {
-      next = std::min((first / kScoreSpan + 1) * kScoreSpan, job.end);
+      next = job.span_end(first);
       float weights[kScoreSpan] = {}, maximum = job.maximum[r];
       for (size_t p = first; p < next; ++p) {
         if (!is_seen(job, r, p)) continue;
@@ -213,11 +212,11 @@ void attend_i8(const AttentionJob& job) {
         weights[p - first] = score;
         maximum = std::fmax(maximum, score);
       }
-      const float decay = std::exp(job.maximum[r] - maximum);
+      const float decay = std::exp2(job.maximum[r] - maximum);
       float total = 0, peak = 0, scaled = 0;
       for (size_t p = first; p < next; ++p) {
         float& weight = weights[p - first];
-        weight = is_seen(job, r, p) ? std::exp(weight - maximum) : 0.0f;
+        weight = is_seen(job, r, p) ? std::exp2(weight - maximum) : 0.0f;
         total += weight;
         weight *= job.value_scales[p];
         scaled += weight;

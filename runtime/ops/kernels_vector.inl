@@ -17,7 +17,21 @@ inline V16 exp16(V16 x) {
   p = fma(p, r, set1(0.5f));
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
-  return mul(p, power_of_two(n));
+  return times_power_of_two(p, n);
+}
+
+// 2^x for x up to 0, exact to about 2^-22 of it: 2^floor(x) times a polynomial with the least relative
+// error that is 1 at 0. What is smaller than 2^-126 becomes that.
+inline V16 exp2_16(V16 x) {
+  x = max(set1(-126.0f), x);
+  const V16 n = round_down(x), r = sub(x, n);
+  V16 p = set1(0.00186895637f);
+  p = fma(p, r, set1(0.00901488494f));
+  p = fma(p, r, set1(0.0557993017f));
+  p = fma(p, r, set1(0.240165651f));
+  p = fma(p, r, set1(0.693151057f));
+  p = fma(p, r, set1(1.0f));
+  return times_power_of_two(p, n);
 }
 
 // 1 - 2 / (exp(2x) + 1), exact to about 2^-23 of 1.
@@ -212,40 +226,52 @@ float sum_exp(const float* x, size_t n, float shift) {
 // both fit the registers and be enough to hide the latency of an FMA.
 // With `ahead`, the panels' memory at that distance is asked for too.
 template <size_t R, size_t W, typename T>
-inline void rows_times_panels(const float* a, size_t a_stride, const T* b, size_t b_stride,
+inline __attribute__((always_inline)) void rows_times_panels(const float* a, size_t a_stride, const T* b, size_t b_stride,
                               size_t panel_stride, size_t length, size_t ahead,
                               V16 (&acc)[R][W]) {
   for (size_t i = 0; i < length; ++i) {
     V16 columns[W];
-    if (ahead) {
-      for (size_t w = 0; w < W; ++w)
-        __builtin_prefetch(b + w * panel_stride + i * b_stride + ahead, 0, 2);
-    }
-    for (size_t w = 0; w < W; ++w) columns[w] = load_kv(b + w * panel_stride + i * b_stride);
-    for (size_t r = 0; r < R; ++r) {
+    unrolled<W>([&](auto w) __attribute__((always_inline)) {
+      const T* line = b + w * panel_stride + i * b_stride;
+      if (ahead) __builtin_prefetch(line + ahead, 0, 2);
+      columns[w] = load_kv(line);
+    });
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
       const V16 factor = set1(a[r * a_stride + i]);
-      for (size_t w = 0; w < W; ++w) acc[r][w] = fma(factor, columns[w], acc[r][w]);
-    }
+      unrolled<W>([&](auto w) __attribute__((always_inline)) {
+        acc[r][w] = fma(factor, columns[w], acc[r][w]);
+      });
+    });
   }
+}
+
+// Calls f(r, w) for all accumulators of R rows by W panels. Indices are constants, since compilers
+// keep arrays in registers only where all of them are.
+template <size_t R, size_t W, typename F>
+inline __attribute__((always_inline)) void for_each(F&& f) {
+  unrolled<R>([&](auto r) __attribute__((always_inline)) {
+    unrolled<W>([&](auto w) __attribute__((always_inline)) { f(r, w); });
+  });
 }
 
 // How many panels R rows take at a time.
 template <size_t R>
-constexpr size_t kPanels = kMaxRegisterRows / R > 4 ? 4 : kMaxRegisterRows / R;
+constexpr size_t kPanels = kAccumulators / R > 4 ? 4 : kAccumulators / R > 1 ? kAccumulators / R : 1;
+
+// Positions ahead of their use that keys and values are asked for.
+constexpr size_t kPositionsAhead = 128;
 
 template <size_t R, size_t W>
 inline void key_scores(const AttentionJob& job, size_t row, size_t position, float* scores) {
   V16 acc[R][W];
-  for (auto& line : acc)
-    for (V16& x : line) x = zero();
+  for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) { acc[r][w] = zero(); });
   rows_times_panels<R, W>(job.queries + row * job.head_dim, job.head_dim,
                           static_cast<const uint16_t*>(job.keys) + position * job.head_dim,
                           kPositionBlock, kPositionBlock * job.head_dim, job.head_dim,
-                          kScoreSpan * job.head_dim, acc);
-  for (size_t r = 0; r < R; ++r)
-    for (size_t w = 0; w < W; ++w) {
-      store(scores + r * kScoreSpan + w * kPositionBlock, acc[r][w]);
-    }
+                          kPositionsAhead * job.head_dim, acc);
+  for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
+    store(scores + r * kScoreSpan + w * kPositionBlock, acc[r][w]);
+  });
 }
 
 template <size_t R>
@@ -264,14 +290,15 @@ inline void add_values(const AttentionJob& job, size_t row, size_t first, size_t
                        const float* weights, const float* decay, size_t d) {
   V16 acc[R][W];
   float* out = job.out + row * job.head_dim + d;
-  for (size_t r = 0; r < R; ++r)
-    for (size_t w = 0; w < W; ++w)
-      acc[r][w] = mul(load(out + r * job.head_dim + w * 16), set1(decay[r]));
+  for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
+    acc[r][w] = mul(load(out + r * job.head_dim + w * 16), set1(decay[r]));
+  });
   rows_times_panels<R, W>(weights, kScoreSpan,
                           static_cast<const uint16_t*>(job.values) + first * job.head_dim + d,
-                          job.head_dim, 16, count, kScoreSpan * job.head_dim, acc);
-  for (size_t r = 0; r < R; ++r)
-    for (size_t w = 0; w < W; ++w) store(out + r * job.head_dim + w * 16, acc[r][w]);
+                          job.head_dim, 16, count, kPositionsAhead * job.head_dim, acc);
+  for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
+    store(out + r * job.head_dim + w * 16, acc[r][w]);
+  });
 }
 
 template <size_t R>
@@ -311,34 +338,40 @@ void add_all_values(const AttentionJob& job, size_t row, size_t first, size_t co
 // A row's scores of `count` positions from `first` on to weights, and into its state; returns how the
 // result so far decays.
 inline float weigh(const AttentionJob& job, size_t r, size_t first, size_t count, float* s) {
+  const auto place = [&](size_t position) {
+    return position <= first ? 0 : position - first < count ? position - first : count;
+  };
+  const size_t unseen = job.starts ? place(job.starts[r]) : 0, visible = place(job.limits[r]);
+  const auto hide = [&](float value) {
+    for (size_t p = 0; p < unseen; ++p) s[p] = value;
+    for (size_t p = visible; p < count; ++p) s[p] = value;
+  };
+  if (unseen >= visible) {
+    for (size_t p = 0; p < count; ++p) s[p] = 0;
+    return 1;
+  }
   if (job.cap > 0) soft_cap(s, count, job.cap);
-  const size_t visible = job.limits[r] <= first          ? 0
-                         : job.limits[r] - first < count ? job.limits[r] - first
-                                                         : count;
-  const size_t unseen = !job.starts || job.starts[r] <= first ? 0
-                        : job.starts[r] - first < visible     ? job.starts[r] - first
-                                                              : visible;
-  const V16 lowest = set1(-3.0e38f);
-  for (size_t p = visible; p < count; ++p) s[p] = -3.0e38f;
-  for (size_t p = 0; p < unseen; ++p) s[p] = -3.0e38f;
-  V16 peaks = lowest;
-  for (size_t p = 0; p < count; p += 16) peaks = max(peaks, load(s + p));
+  hide(-3.0e38f);
+  V16 peaks = load(s);
+  for (size_t p = 16; p < count; p += 16) peaks = max(peaks, load(s + p));
   const float peak = reduce_max(peaks);
   const float maximum = peak > job.maximum[r] ? peak : job.maximum[r];
   alignas(64) float decay[16];
-  store(decay, exp16(set1(job.maximum[r] - maximum)));
-  for (size_t p = 0; p < count; p += 16) store(s + p, exp16(sub(load(s + p), set1(maximum))));
-  for (size_t p = visible; p < count; ++p) s[p] = 0;
-  for (size_t p = 0; p < unseen; ++p) s[p] = 0;
-  V16 total = zero();
-  for (size_t p = 0; p < count; p += 16) total = add(total, load(s + p));
+  store(decay, exp2_16(set1(job.maximum[r] - maximum)));
+  V16 total = zero();  // what is hidden adds too little to change it
+  for (size_t p = 0; p < count; p += 16) {
+    const V16 weight = exp2_16(sub(load(s + p), set1(maximum)));
+    total = add(total, weight);
+    store(s + p, weight);
+  }
+  hide(0);
   job.weight[r] = job.weight[r] * decay[0] + reduce_add(total);
   job.maximum[r] = maximum;
   return decay[0];
 }
 
 inline void begin_rows(const AttentionJob& job) {
-  for (size_t r = 0; !job.resumes && r < job.rows; ++r) {
+  for (size_t r = 0; r < job.rows; ++r) {
     job.maximum[r] = -3.0e38f;
     job.weight[r] = 0;
     for (size_t d = 0; d < job.head_dim; d += 16) store(job.out + r * job.head_dim + d, zero());
@@ -349,9 +382,8 @@ inline void begin_rows(const AttentionJob& job) {
 template <typename F>
 inline void for_spans(const AttentionJob& job, F&& f) {
   for (size_t first = job.begin, next; first < job.end; first = next) {
-    next = (first / kScoreSpan + 1) * kScoreSpan;
-    const size_t live = (job.end < next ? job.end : next) - first;
-    f(first, live, round_up(live, kPositionBlock));
+    next = job.span_end(first);
+    f(first, next - first, round_up(next - first, kPositionBlock));
   }
 }
 
@@ -375,19 +407,21 @@ void attend_f16(const AttentionJob& job) {
 // acc[r][w] += sum over i of a[r][4 i ..] times line i of panel w, which has four codes of each of 16
 // positions, or channels. L is how a path wants the lines for factors of this kind.
 template <typename L, size_t R, size_t W>
-inline void dot_panels(const int8_t* a, size_t a_stride, const int8_t* b, size_t b_step,
+inline __attribute__((always_inline)) void dot_panels(const int8_t* a, size_t a_stride, const int8_t* b, size_t b_step,
                        size_t panel_stride, size_t count, size_t ahead, I16 (&acc)[R][W]) {
   for (size_t i = 0; i < count; ++i) {
     L lines[W];
-    for (size_t w = 0; w < W; ++w) {
+    unrolled<W>([&](auto w) __attribute__((always_inline)) {
       const int8_t* line = b + w * panel_stride + i * b_step;
       __builtin_prefetch(line + ahead, 0, 2);
       lines[w] = L(line);
-    }
-    for (size_t r = 0; r < R; ++r) {
+    });
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
       const Quad quad = load_quad(a + r * a_stride + 4 * i);
-      for (size_t w = 0; w < W; ++w) acc[r][w] = lines[w].dot(acc[r][w], quad);
-    }
+      unrolled<W>([&](auto w) __attribute__((always_inline)) {
+        lines[w].dot(acc[r][w], quad);
+      });
+    });
   }
 }
 
@@ -408,17 +442,17 @@ inline void key_dots(const AttentionJob& job, const QueryCodes& queries, size_t 
                      size_t position, float* scores) {
   I16 acc[R][W];
   const size_t dim = job.head_dim;
-  for (size_t r = 0; r < R; ++r)
-    for (size_t w = 0; w < W; ++w) acc[r][w] = set1_i32(-SignedLine::kBias * queries.sums[row + r]);
+  for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
+    acc[r][w] = set1_i32(-SignedLine::kBias * queries.sums[row + r]);
+  });
   dot_panels<SignedLine>(queries.codes + row * dim, dim,
                          static_cast<const int8_t*>(job.keys) + position * dim, 64,
-                         kPositionBlock * dim, dim / 4, kScoreSpan * dim, acc);
-  for (size_t r = 0; r < R; ++r)
-    for (size_t w = 0; w < W; ++w) {
-      const V16 scale = mul(load(job.key_scales + position + w * kPositionBlock),
-                            set1(queries.scales[row + r]));
-      store(scores + r * kScoreSpan + w * kPositionBlock, mul(to_float(acc[r][w]), scale));
-    }
+                         kPositionBlock * dim, dim / 4, kPositionsAhead * dim, acc);
+  for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
+    const V16 scale = mul(load(job.key_scales + position + w * kPositionBlock),
+                          set1(queries.scales[row + r]));
+    store(scores + r * kScoreSpan + w * kPositionBlock, mul(to_float(acc[r][w]), scale));
+  });
 }
 
 template <size_t R>
@@ -437,26 +471,23 @@ struct WeightDigits {
   alignas(64) int8_t digits[kMaxQueryRows][2][kScoreSpan];
   float units[kMaxQueryRows];
 
-  // Scales past `live` were never written.
   void set(size_t r, float* weights, const float* scales, size_t live, size_t count) {
-    for (size_t p = 0; p < count; p += 16)
-      store(weights + p, mul(load(weights + p), load(scales + p)));
-    for (size_t p = live; p < count; ++p) weights[p] = 0;
     V16 peaks = zero(), total = zero();
-    for (size_t p = 0; p < count; p += 16)
-      peaks = max(peaks, load(weights + p)), total = add(total, load(weights + p));
+    for (size_t p = 0; p < count; p += 16) {
+      V16 weight = mul(load(weights + p), load(scales + p));
+      store(weights + p, weight);
+      if (p + 16 > live) {  // scales past `live` were never written
+        for (size_t i = live; i < p + 16; ++i) weights[i] = 0;
+        weight = load(weights + p);
+      }
+      peaks = max(peaks, weight), total = add(total, weight);
+    }
     const float peak = reduce_max(peaks);
     const V16 factor = set1(has_codes(peak) ? kMostWeight / peak : 0.0f);
-    units[r] = peak / kMostWeight + 0.0f * reduce_add(total);  // not finite where one is not
-    for (size_t p = 0; p < count; p += 16) {
-      // Within bounds also where NaN hid the peak; `unit` is NaN then.
-      const V16 scaled = min(max(mul(load(weights + p), factor), zero()), set1(kMostWeight));
-      const V16 code = round_even(scaled);
-      // Rounded down: what is left of a 128th, less this, is below a half.
-      const V16 high = round_even(sub(mul(code, set1(1.0f / 128)), set1(0.498046875f)));
-      store_i8(digits[r][0] + p, high);
-      store_i8(digits[r][1] + p, sub(code, mul(high, set1(128))));
-    }
+    // Not finite where one of them is not, whatever the digits are then.
+    units[r] = peak / kMostWeight + 0.0f * reduce_add(total);
+    for (size_t p = 0; p < count; p += 16)
+      store_digits(digits[r][0] + p, digits[r][1] + p, mul(load(weights + p), factor));
   }
 };
 
@@ -464,18 +495,16 @@ template <size_t R, size_t W>
 inline void add_value_dots(const AttentionJob& job, const WeightDigits& weights, size_t row,
                            size_t first, size_t quads, const float* decay, size_t d) {
   I16 acc[2 * R][W];
-  for (auto& line : acc)
-    for (I16& x : line) x = set1_i32(0);
+  for_each<2 * R, W>([&](auto r, auto w) __attribute__((always_inline)) { acc[r][w] = set1_i32(0); });
   const size_t dim = job.head_dim;
   dot_panels<UnsignedLine>(weights.digits[row][0], kScoreSpan,
                            static_cast<const int8_t*>(job.values) + first * dim + 4 * d, 4 * dim,
-                           64, quads, kScoreSpan * dim, acc);
-  for (size_t r = 0; r < R; ++r)
-    for (size_t w = 0; w < W; ++w) {
-      float* out = job.out + (row + r) * dim + d + w * 16;
-      const V16 sum = to_float(join_digits(acc[2 * r][w], acc[2 * r + 1][w]));
-      store(out, fma(sum, set1(weights.units[row + r]), mul(load(out), set1(decay[row + r]))));
-    }
+                           64, quads, kPositionsAhead * dim, acc);
+  for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
+    float* out = job.out + (row + r) * dim + d + w * 16;
+    const V16 sum = to_float(join_digits(acc[2 * r][w], acc[2 * r + 1][w]));
+    store(out, fma(sum, set1(weights.units[row + r]), mul(load(out), set1(decay[row + r]))));
+  });
 }
 
 template <size_t R>
@@ -520,10 +549,12 @@ template <typename T, size_t R>
 void matmul_float_rows(const T* block, size_t cols, const ActivationTile& tile, size_t row,
                        float* out, size_t out_stride) {
   V16 acc[R][1];
-  for (auto& line : acc) line[0] = zero();
+  for_each<R, 1>([&](auto r, auto w) __attribute__((always_inline)) { acc[r][w] = zero(); });
   rows_times_panels<R, 1>(tile.values + row * tile.stride, tile.stride, block, kBlockRows, 0, cols,
                           0, acc);
-  for (size_t r = 0; r < R; ++r) store(out + (row + r) * out_stride, acc[r][0]);
+  for_each<R, 1>([&](auto r, auto w) __attribute__((always_inline)) {
+    store(out + (row + r) * out_stride, acc[r][w]);
+  });
 }
 
 template <typename T>

@@ -29,11 +29,15 @@ inline V16 round_even(V16 x) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
 }
-inline __m256 power_of_two(__m256 n) {
-  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+inline V16 round_down(V16 x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+// p * 2^n for whole n, where both p and that are normal numbers: n is added to the exponent.
+inline __m256 times_power_of_two(__m256 p, __m256 n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
 }
-inline V16 power_of_two(V16 n) { return {power_of_two(n.a), power_of_two(n.b)}; }
+inline V16 times_power_of_two(V16 p, V16 n) {
+  return {times_power_of_two(p.a, n.a), times_power_of_two(p.b, n.b)};
+}
 inline float reduce_add(V16 x) {
   const __m256 h = _mm256_add_ps(x.a, x.b);
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
@@ -86,7 +90,18 @@ inline int32_t store_i8(int8_t* p, V16 x) {
   q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
 }
-constexpr size_t kMaxRegisterRows = 6;
+// Whole numbers up to 127 * 128, rounded to these, in two digits.
+inline void store_digits(int8_t* high, int8_t* low, V16 x) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+  const __m256i rest = _mm256_and_si256(words, _mm256_set1_epi16(127));
+  const __m256i bytes = _mm256_packus_epi16(_mm256_srli_epi16(words, 7), rest);
+  // Packing works within 128-bit lanes: of the four of each, 0..3 and 8..11 lie in the lower one.
+  const __m256i ordered =
+      _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  _mm_store_si128(reinterpret_cast<__m128i*>(high), _mm256_castsi256_si128(ordered));
+  _mm_store_si128(reinterpret_cast<__m128i*>(low), _mm256_extracti128_si256(ordered, 1));
+}
+constexpr size_t kMaxRegisterRows = 6, kAccumulators = 4;
 
 // Dot products of int8. One operand must be unsigned: magnitudes of the lines, whose signs the
 // factors take over, or the factors.
@@ -108,16 +123,16 @@ struct UnsignedLine {
   explicit UnsignedLine(const int8_t* p)
       : a(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
         b(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))) {}
-  I16 dot(I16 acc, Quad quad) const {
-    return {add_dots(acc.a, quad.v, a), add_dots(acc.b, quad.v, b)};
+  void dot(I16& acc, Quad quad) const {
+    acc = {add_dots(acc.a, quad.v, a), add_dots(acc.b, quad.v, b)};
   }
 };
 struct SignedLine : UnsignedLine {
   static constexpr int32_t kBias = 0;
   using UnsignedLine::UnsignedLine;
-  I16 dot(I16 acc, Quad quad) const {
-    return {add_dots(acc.a, _mm256_abs_epi8(a), _mm256_sign_epi8(quad.v, a)),
-            add_dots(acc.b, _mm256_abs_epi8(b), _mm256_sign_epi8(quad.v, b))};
+  void dot(I16& acc, Quad quad) const {
+    acc = {add_dots(acc.a, _mm256_abs_epi8(a), _mm256_sign_epi8(quad.v, a)),
+           add_dots(acc.b, _mm256_abs_epi8(b), _mm256_sign_epi8(quad.v, b))};
   }
 };
 inline __m256i join_digits(__m256i high, __m256i low) {

@@ -37,9 +37,10 @@ void ReadPlan::build(const Program& program, const ThreadPool& pool, unsigned me
   };
   const auto read_gated = [&](const Step& step) {
     const auto [first, last] = pool.share_of(member, step.width / kGroup);
-    for (size_t unit = first; unit < last; ++unit)
+    const size_t together = gated_units(pool.size());
+    for (size_t unit = first; unit < last; unit += together)
       for (const Matrix* w : {step.w[0], step.w[1]})
-        if (w) read(*w, 2 * unit, 2 * unit + 2);
+        if (w) read(*w, 2 * unit, 2 * std::min(unit + together, last));
   };
   const auto read_head = [&](const Matrix& w) {
     const auto [begin, end] = pool.share_of(member, w.blocks());

@@ -10,6 +10,10 @@
 
 namespace pocketslm {
 
+// Units of a gated step that are taken together where a token is decoded: one thread alone, which
+// shares nothing, calls its kernels seldom. Their gates are read before the rest of them.
+constexpr size_t gated_units(unsigned threads) { return threads == 1 ? 8 : 1; }
+
 class ReadPlan {
  public:
   // For the shares that the pool gives this member; the reader starts anew.

@@ -432,7 +432,11 @@ void Session::gated(unsigned m, const Step& step, const StepUpdates& updates) {
     Member& member = members_[m];
     float* gate = member.outputs.data();
     float* up = gate + kMaxTile * kGroup;
-    for (size_t unit = begin; unit < end; ++unit)
+    // One token's units fill the scratch memory together.
+    const size_t together = count_ == 1 ? gated_units(threads()) : 1;
+    for (size_t unit = begin, units; unit < end; unit += units) {
+      units = std::min(together, end - unit);
+      const size_t width = units * kGroup;
       for (size_t t = 0; t < count_;) {
         ActivationTile tile = input.tile(t);
         if (t == 0) tile.ahead = &member.plan.ahead;
@@ -440,30 +444,30 @@ void Session::gated(unsigned m, const Step& step, const StepUpdates& updates) {
         for (size_t k = has_gate ? 0 : 1; k < 2; ++k, out = up) {
           const Matrix& w = *step.w[k];
           if (!has_gate) out = up;
-          kernels_.matmul[kernel_of(w.kind)](w.from(unit * 2), 2, w.cols, tile, out, kGroup);
+          kernels_.matmul[kernel_of(w.kind)](w.from(unit * 2), 2 * units, w.cols, tile, out, width);
           if (const float* bias = step.bias[k])
-            for (size_t i = 0; i < tile.tokens * kGroup; ++i)
-              out[i] += bias[unit * kGroup + i % kGroup];
+            for (size_t i = 0; i < tile.tokens * width; ++i)
+              out[i] += bias[unit * kGroup + i % width];
         }
         for (size_t i = 0; low && i < tile.tokens; ++i) {
           const float* row = low + (t + i) * ranks;
-          if (has_gate) gate_update.add(kernels_, row, unit * kGroup, kGroup, gate + i * kGroup);
-          up_update.add(kernels_, row + gate_update.width(), unit * kGroup, kGroup,
-                        up + i * kGroup);
+          if (has_gate) gate_update.add(kernels_, row, unit * kGroup, width, gate + i * width);
+          up_update.add(kernels_, row + gate_update.width(), unit * kGroup, width, up + i * width);
         }
         if (has_gate)
-          kernels_.gated[activation](gate, up, tile.tokens * kGroup, gate);
+          kernels_.gated[activation](gate, up, tile.tokens * width, gate);
         else
-          kernels_.activate[activation](up, tile.tokens * kGroup, gate);
+          kernels_.activate[activation](up, tile.tokens * width, gate);
         for (size_t i = 0; i < tile.tokens; ++i) {
-          const float* row = gate + i * kGroup;
-          kernels_.quantize(row, 1, hidden.row(t, i, unit));
+          const float* row = gate + i * width;
+          kernels_.quantize(row, units, hidden.row(t, i, unit));
           if (want_floats)
             std::memcpy(buffer(BufferId::hidden) + (t + i) * step.width + unit * kGroup, row,
-                        kGroup * sizeof(float));
+                        width * sizeof(float));
         }
         t += tile.tokens;
       }
+    }
   });
 }
 

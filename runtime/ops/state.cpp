@@ -18,7 +18,7 @@ States::States(const Program& program, const Kernels& kernels, size_t context, p
       columns += s.sizes[0] * (s.sizes[1] - 1);
     } else {
       if (kept.window && type != PSLM_KV_CALLER)
-        kept.room = std::min(all, round_up(kept.window + batch, kScoreSpan));
+        kept.room = std::min(all, round_up(kept.window + batch, window_piece(kept.window)));
       kept.offset = scales;
       scales += kept.heads * 2 * kept.room;
       bytes += 2 * kept.heads * head_elements(kept) * width_;
@@ -57,7 +57,7 @@ void States::store(size_t state, size_t head, size_t position, const float* key,
                    const float* value) {
   const Kept& kept = kept_[state];
   const size_t dim = kept.head_dim;
-  const size_t place = position < kept.room ? position : position % kept.room;
+  const size_t place = place_of(state, position);
   const size_t block = place / kPositionBlock * kPositionBlock * dim, in_block = place % kPositionBlock;
   uint8_t* keys = kept.keys + (head * head_elements(kept) + block) * width_;
   uint8_t* values = kept.values + head * head_elements(kept) * width_;

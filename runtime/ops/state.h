@@ -15,6 +15,11 @@
 
 namespace pocketslm {
 
+// Attention over a window is summed up in pieces of so many positions, which no ring splits.
+inline size_t window_piece(size_t window) {
+  return round_up(window < 8 ? 1 : window / 8, 64);
+}
+
 class States {
  public:
   // PSLM_KV_CALLER: fp16 in memory that bind() names, all positions of it. `batch`: how many tokens
@@ -31,9 +36,13 @@ class States {
 
   // Stores one head's key (already rotated) and value.
   void store(size_t state, size_t head, size_t position, const float* key, const float* value);
-  // Fills the state's part of a job, whose positions are places within `room`.
+  // Fills the state's part of a job, whose positions are places.
   void describe(size_t state, size_t head, AttentionJob& job) const;
-  size_t room(size_t state) const { return kept_[state].room; }
+  // Where a position lies for each head.
+  size_t place_of(size_t state, size_t position) const {
+    const size_t room = kept_[state].room;
+    return position < room ? position : position % room;
+  }
 
   // The last columns of a convolution, [taps - 1][width], the oldest first.
   float* columns(size_t state) { return columns_.data() + kept_[state].offset; }

@@ -30,10 +30,10 @@ class _Job(ctypes.Structure):
     """AttentionJob of kernels.h."""
 
     _fields_ = (
-        *((name, ctypes.c_size_t) for name in ("rows", "head_dim", "begin", "end")),
+        *((name, ctypes.c_size_t) for name in ("rows", "head_dim", "first", "begin", "end")),
         *((name, ctypes.c_void_p) for name in ("queries", "limits", "starts", "keys", "values")),
         *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales")),
-        *(("cap", ctypes.c_float), ("resumes", ctypes.c_bool)),
+        ("cap", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("out", "maximum", "weight")),
     )
 
@@ -192,21 +192,22 @@ class Attention:
         limits: np.ndarray,
         starts: np.ndarray | None,
         cap: float,
-        spans: list[tuple[int, int]],
+        first: int,
+        begin: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Attention over the spans, one resuming the other: the result, and the log of its sum."""
+        """Attention in spans counted from `first` on: the result, and the log of its sum."""
         out = np.full((self.rows, self.dim), np.nan, np.float32)
         maximum, weight = np.full((2, self.rows), np.nan, np.float32)
         limits = limits.astype(np.uint32)
         starts = None if starts is None else starts.astype(np.uint32)
         scales = self.scales if self.int8 else [None, None]
-        for index, (begin, end) in enumerate(spans):
-            arrays = (self.queries, limits, starts, self.keys, self.values, *scales)
-            job = _Job(self.rows, self.dim, begin, end, *(pointer(array) for array in arrays))
-            job.cap, job.resumes = cap, index > 0
-            job.out, job.maximum, job.weight = (pointer(a).value for a in (out, maximum, weight))
-            probe.probe_attend(isa.encode(), ctypes.byref(job))
-        return out / weight[:, None], maximum + np.log(weight)
+        arrays = (self.queries, limits, starts, self.keys, self.values, *scales)
+        sizes = (self.rows, self.dim, first, begin, self.end)
+        job = _Job(*sizes, *(pointer(array) for array in arrays))
+        job.cap = cap
+        job.out, job.maximum, job.weight = (pointer(a).value for a in (out, maximum, weight))
+        probe.probe_attend(isa.encode(), ctypes.byref(job))
+        return out / weight[:, None], maximum + np.log2(weight)
 
     def expected(
         self, limits: np.ndarray, starts: np.ndarray | None, cap: float
@@ -223,16 +224,16 @@ class Attention:
         seen = positions < limits[:, None]
         if starts is not None:
             seen &= positions >= starts[:, None]
-        weights = np.where(seen, np.exp(scores), 0)
+        weights = np.where(seen, np.exp2(scores), 0)
         total = weights.sum(1)
-        return weights @ values / total[:, None], np.log(total)
+        return weights @ values / total[:, None], np.log2(total)
 
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dim", [16, 48, 128])
 def test_attention(int8: bool, dim: int, probe: ctypes.CDLL) -> None:
-    """Rows that see from here to there, in one call and in several, with and without a cap."""
-    for rows, end in itertools.product((1, 2, 3, 7, 12), (1, 16, 65, 200)):
+    """Rows that see from here to there, in spans from here or before, with and without a cap."""
+    for rows, end in itertools.product((1, 2, 3, 7, 12), (1, 16, 65, 200, 530)):
         case = Attention(rows, dim, end, int8)
         rng = np.random.default_rng(rows)
         limits = np.sort(rng.integers(1, end + 1, rows))
@@ -240,15 +241,12 @@ def test_attention(int8: bool, dim: int, probe: ctypes.CDLL) -> None:
         late = np.maximum(0, limits - rng.integers(1, 40, rows))
         for starts, cap in itertools.product((None, late), (0.0, 1.5)):
             begin = 0 if starts is None else int(starts.min()) // BLOCK * BLOCK
-            middle = (begin + end) // 2 // BLOCK * BLOCK
-            cuts = [[(begin, end)]]
-            if begin < middle < end:
-                cuts.append([(begin, middle), (middle, end)])
             expected, total = case.expected(limits, starts, cap)
             scale = np.abs(case.dense[1, :end]).max()
-            for spans in cuts:
+            for first in {0, begin}:
                 results = {
-                    isa: case.run(probe, isa, limits, starts, cap, spans) for isa in isa_names()
+                    isa: case.run(probe, isa, limits, starts, cap, first, begin)
+                    for isa in isa_names()
                 }
                 tolerance = INT8_ATTENTION_TOLERANCE if int8 else ATTENTION_TOLERANCE
                 for out, log_total in results.values():
@@ -262,7 +260,7 @@ def test_the_comparison_can_fail(probe: ctypes.CDLL) -> None:
     """A position too many, a cap that is another, a NaN."""
     case = Attention(3, 48, 65, False)
     limits, starts = np.array([30, 40, 65]), np.array([10, 20, 30])
-    out, _ = case.run(probe, "scalar", limits, starts, 1.5, [(0, 65)])
+    out, _ = case.run(probe, "scalar", limits, starts, 1.5, 0, 0)
     scale = np.abs(case.dense[1, :65]).max()
     for other in (
         case.expected(limits, starts - 1, 1.5)[0],
