@@ -15,6 +15,22 @@ constexpr struct {
                {SIZE_MAX, 0, SIZE_MAX}};
 constexpr float kLog2E = 1.44269504f;
 
+// A Hadamard transform of each run of `n`'s largest power of two: it leaves products of two heads as
+// they are, and spreads what a few channels hold over all, so that int8 codes lose less.
+void spread(float* head, size_t n) {
+  const size_t size = n & (~n + 1);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(size));
+  for (float* x = head; x < head + n; x += size) {
+    for (size_t half = 1; half < size; half *= 2)
+      for (size_t i = 0; i < size; i += 2 * half)
+        for (size_t j = i; j < i + half; ++j) {
+          const float a = x[j], b = x[j + half];
+          x[j] = a + b, x[j + half] = a - b;
+        }
+    for (size_t i = 0; i < size; ++i) x[i] *= scale;
+  }
+}
+
 // One query head's attention, as its pieces are added in order.
 class Joined {
  public:
@@ -82,12 +98,15 @@ void Session::prepare_queries(const Step& step, const Run& run, size_t row, cons
   std::memcpy(out, q, heads * dim * sizeof(float));
   for (size_t h = 0; h < heads; ++h) prepare_head(step, step.query_norm, out + h * dim, row);
   for (size_t i = 0; i < heads * dim; ++i) out[i] *= scale;
+  for (size_t h = 0; run.context->states.type() == PSLM_KV_I8 && h < heads; ++h)
+    spread(out + h * dim, dim);
 }
 
 void Session::store(const Step& step, const Run& run, size_t head, size_t row) {
   const size_t dim = step.head_dim, at = (row * step.kv_heads + head) * dim;
   float* key = buffer(BufferId::key) + at;
   prepare_head(step, step.key_norm, key, row);
+  if (run.context->states.type() == PSLM_KV_I8) spread(key, dim);
   run.context->states.store(step.state, head, run.position(row), key,
                             buffer(BufferId::value) + at);
 }
@@ -180,6 +199,9 @@ void Session::attend_few(unsigned m, const Step& step) {
   const Pieces pieces = pieces_of(step, all);
   const bool stores = !step.has(AttendFlag::reads_only);
   if (stores && tiles > 1) store_all(m, step);
+  Rows rows;
+  AttentionJob job{};
+  size_t prepared = SIZE_MAX;  // whose job it is: a thread's next piece is most often of the same rows
   share(m, step.kv_heads * tiles * pieces.count, 1, [&](size_t begin, size_t end) {
     for (size_t item = begin; item < end; ++item) {
       // In the order of memory, which kernels ask for ahead.
@@ -191,8 +213,9 @@ void Session::attend_few(unsigned m, const Step& step) {
       const size_t first = tile * tokens, last = std::min(first + tokens, count_);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
         const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
-        Rows rows;
-        AttentionJob job = job_of(m, step, run, first, last, query_head, heads, rows);
+        const size_t id = tile * step.heads + query_head;
+        if (id != prepared) job = job_of(m, step, run, first, last, query_head, heads, rows);
+        prepared = id;
         attend_piece(step, run.context->states, head, pieces.first + at, all, rows.seen, job);
         for (size_t row = 0; row < job.rows; ++row) {
           const size_t of = (first + row / heads) * step.heads + query_head + row % heads;
