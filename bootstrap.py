@@ -83,9 +83,7 @@ def install(extra: str) -> None:
     """The package with an extra into ``.venv``, in place: edits count at once."""
     if not PYTHON.exists():
         run(sys.executable, "-m", "venv", str(VENV))
-    # Of 25,000 modules few are imported, and Python compiles those when they are.
-    pip = (str(PYTHON), "-m", "pip", "install", "--no-compile")
-    pip += ("--quiet", "--disable-pip-version-check")
+    pip = (str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     # The exact torch first: a newer one would bring gigabytes that nobody here uses.
     run(*pip, "torch==2.13.0")
     run(*pip, "--editable", f".[{extra}]")

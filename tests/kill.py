@@ -226,7 +226,7 @@ class Compile(Target):
 
     def prepare(self) -> None:
         native = self.cache / "native"
-        for path in [*native.glob("*.so"), *native.glob("objects/*")]:
+        for path in [*native.glob("*.so"), *native.glob("objects/*/*")]:
             path.unlink()
 
     def work(self) -> None:

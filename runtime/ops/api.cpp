@@ -232,9 +232,10 @@ pslm_status pslm_session_open_slots(const pslm_model* model, const pslm_options*
   if (!kernels)
     return report(error, PSLM_ERROR_ISA, "kernel path is unknown or not supported by this CPU");
   return guarded(error, [&] {
-    *session = new pslm_session{Session(model->file, *kernels, context,
-                                        static_cast<pslm_kv_type>(options->kv_type), threads,
-                                        options->pin != 0, slots)};
+    *session =
+        new pslm_session(model->file, *kernels, context,
+                         static_cast<pslm_kv_type>(options->kv_type), threads, options->pin != 0,
+                         slots);
     return PSLM_OK;
   });
 }

@@ -55,7 +55,7 @@ struct pslm_generator {
  public:
   pslm_generator(pslm_session* session, const int32_t* text, size_t count,
                  const pslm_generation& options)
-      : session_(session),
+      : home_(session->home),
         slot_(session->engine.slot()),
         options_(options),
         ends_(options.ends, options.ends + options.end_count),
@@ -70,7 +70,8 @@ struct pslm_generator {
     options_.ends = nullptr;  // the caller's
   }
 
-  pslm_session* session() const { return session_; }
+  // Null once it is closed.
+  pslm_session* session() const { return *home_; }
   size_t slot() const { return slot_; }
   bool over() const { return over_; }
   bool ready() const { return !ready_.empty(); }
@@ -104,7 +105,7 @@ struct pslm_generator {
     entry.count = reads() ? std::min(most, prompt_ - held_) : 1 + guessed_;
     if (held_ + entry.count < prompt_) return entry;
     const size_t rows = entry.following = 1 + (reads() ? 0 : guessed_);
-    const size_t vocabulary = session_->engine.model().config.vocab_size, highest = deciding();
+    const size_t vocabulary = session()->engine.model().config.vocab_size, highest = deciding();
     if (picks_by_head()) {
       entry.wanted = PSLM_WANT_NEXT, entry.room = rows;
       if (sampler_.penalty() > 1) {
@@ -177,11 +178,11 @@ struct pslm_generator {
     bool whole = false;
   };
 
-  bool owns() const { return session_->generators[slot_] == this; }
+  bool owns() const { return session()->generators[slot_] == this; }
   // What is drawn is seldom what was guessed. A convolution's state goes forward only, so that wrong
   // guesses could not be taken back.
   bool guesses() const {
-    const Session& engine = session_->engine;
+    const Session& engine = session()->engine;
     return options_.guesses && sampler_.greedy() && !options_.logprobs &&
            engine.rewind_limit(slot_) < engine.length(slot_);
   }
@@ -238,7 +239,7 @@ struct pslm_generator {
     return static_cast<std::ptrdiff_t>(options_.spare_prompt ? prompt_ : 0);
   }
 
-  pslm_session* session_;
+  std::shared_ptr<pslm_session*> home_;
   const size_t slot_;
   pslm_generation options_;
   const std::vector<int32_t> ends_;
@@ -339,6 +340,7 @@ pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size
 
 pslm_status pslm_generator_next(pslm_generator* generator, pslm_made* made, pslm_error error) {
   if (!generator || !made) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (!generator->session()) return report(error, PSLM_ERROR_ARGUMENT, "the session is closed");
   if (generator->over()) return report(error, PSLM_ERROR_ARGUMENT, "the text has ended");
   return guarded(error, [&] {
     pslm_turn turn{generator, error, PSLM_OK, 0, {}};
@@ -355,6 +357,7 @@ pslm_status pslm_generate(pslm_turn* turns, size_t count, pslm_error error) {
   for (size_t i = 0; i < count; ++i) {
     const pslm_generator* one = turns[i].generator;
     if (!one) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+    if (!one->session()) return report(error, PSLM_ERROR_ARGUMENT, "the session is closed");
     if (one->session() != turns[0].generator->session() || taken[one->slot()])
       return report(error, PSLM_ERROR_ARGUMENT, "texts of two sessions, or two of one slot");
     if (one->over()) return report(error, PSLM_ERROR_ARGUMENT, "the text has ended");
@@ -376,9 +379,10 @@ pslm_status pslm_generate(pslm_turn* turns, size_t count, pslm_error error) {
 
 void pslm_generator_close(pslm_generator* generator) {
   if (!generator) return;
-  enter(generator->session(), {}, [&](Session& engine) {
-    generator->cut_back(engine);
-    return PSLM_OK;
-  });
+  if (pslm_session* session = generator->session())
+    enter(session, {}, [&](Session& engine) {
+      generator->cut_back(engine);
+      return PSLM_OK;
+    });
   delete generator;
 }

@@ -322,7 +322,7 @@ typedef struct {
  * alone. An error where one of them has ended; nothing is made then. */
 PSLM_API pslm_status pslm_generate(pslm_turn* turns, size_t count, pslm_error error);
 /* A slot that is still its own is cut back to the text and the tokens that were given, the last one
- * apart. */
+ * apart. The session may be closed before. */
 PSLM_API void pslm_generator_close(pslm_generator* generator);
 
 /* Where time goes, in nanoseconds of the calling thread with its waiting for others, summed over

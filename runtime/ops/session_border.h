@@ -4,8 +4,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "border.h"
 #include "lookup.h"
@@ -20,6 +22,13 @@ struct pslm_session {
   pocketslm::StepTimes times{};
   const pslm_generator* generators[PSLM_MAX_SLOTS] = {};  // by slot, the last one that was opened
   const int64_t process = pocketslm::platform::process_id();
+  // Where generators find it. A collector of garbage may close them after it.
+  std::shared_ptr<pslm_session*> home = std::make_shared<pslm_session*>(this);
+
+  template <typename... Arguments>
+  explicit pslm_session(Arguments&&... arguments)
+      : engine(std::forward<Arguments>(arguments)...) {}
+  ~pslm_session() { *home = nullptr; }
 
   // After a fork the child has the calling thread and none of the others.
   bool lost_threads() const {

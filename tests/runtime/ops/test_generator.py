@@ -17,7 +17,7 @@ from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.models.tensors import Weight
 from pocketslm.runtime.backends.native import NativeModel, NativeSession
 from pocketslm.runtime.backends.native_generator import options_of
-from pocketslm.runtime.backends.native_library import ErrorText, MadeEntry, Turn
+from pocketslm.runtime.backends.native_library import ErrorText, MadeEntry, Turn, load_library
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.constraint import Constraint, Grammar, TokenTexts
 from pocketslm.runtime.generation import Engine
@@ -256,6 +256,24 @@ def test_a_text_ends_where_its_session_is_used_for_something_else(model: NativeM
     session.close()
     with pytest.raises(UsageError, match="used for something else"):
         maker.make()
+
+
+def test_the_session_may_be_closed_first(model: NativeModel) -> None:
+    """As a collector of garbage does, which ends what is left in any order."""
+    session = model.session(threads=1)
+    maker = session.maker([1, 2, 3], GenerationConfig(max_new_tokens=4), (), 4, None)
+    library, error, made = load_library(), ErrorText(), MadeEntry()
+    handle, maker.handle = maker.handle, ctypes.c_void_p()
+    shared, session._shared.handle = session._shared.handle, ctypes.c_void_p()
+    assert library.pslm_generator_next(handle, ctypes.byref(made), error.argument) == 0
+    library.pslm_session_close(shared)
+    status = library.pslm_generator_next(handle, ctypes.byref(made), error.argument)
+    with pytest.raises(UsageError, match="the session is closed"):
+        error.check(status)
+    turn = Turn(generator=handle.value)
+    with pytest.raises(UsageError, match="the session is closed"):
+        error.check(library.pslm_generate(ctypes.byref(turn), 1, error.argument))
+    library.pslm_generator_close(handle)
 
 
 def test_guesses_are_weighed(tmp_path: Path) -> None:
