@@ -263,9 +263,12 @@ class Model:
         Raises UsageError where the model generates text or a text has no tokens, and
         ContextOverflowError, before anything runs, where a text is too long.
         """
+        return self.embed_tokens(self.tokens_to_embed(texts, truncate=truncate))
+
+    def embed_tokens(self, ids: Sequence[Sequence[int]]) -> Vector:
+        """The embeddings [texts, size] of what :meth:`tokens_to_embed` gives."""
         config = self._embedding_config()
         assert config.pooling is not None
-        ids = self.tokens_to_embed(texts, truncate=truncate)
         vectors = np.empty((len(ids), config.hidden_size), np.float32)
         session = self.engine.session
         with self.engine.exclusive():

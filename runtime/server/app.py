@@ -130,7 +130,7 @@ class Server:
 
         def work() -> tuple[Vector, int]:
             ids = line.model.tokens_to_embed(texts, truncate=truncate)
-            return line.model.embed(texts, truncate=truncate), sum(map(len, ids))
+            return line.model.embed_tokens(ids), sum(map(len, ids))
 
         async with line.turn():
             vectors, count = await asyncio.get_running_loop().run_in_executor(None, work)
