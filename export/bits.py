@@ -9,6 +9,8 @@ What is measured is the weights alone, dequantized, in the fp32 reference.
 from __future__ import annotations
 
 import functools
+import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pocketslm.errors import UsageError
 from pocketslm.export.quantize.calibration import quantize_layers, run_layer
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.quantize.sensitivity import Sizes, sensitivities
@@ -28,26 +31,37 @@ from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import GGUFCheckpoint
 from pocketslm.models.reference import parameter_shapes
 from pocketslm.models.sites import LAYERS, Site
-from pocketslm.models.tensors import Weight, stored_bytes
+from pocketslm.models.tensors import Weight, floats, stored_bytes
 
 BITS = (2.75, 3.25, 4.0, 5.0)  # a weight, on average
 METHODS = ("search+gptq", "search+gptq+tune")
-TYPES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K")
+# "pure": the embedding takes the type, too. K-blocks of 256 do not divide the rows of many small
+# models, which then take wider types.
+TYPES = (
+    *("IQ4_NL pure", "Q4_1 pure"),
+    *("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K"),
+)
 PLAIN, WITH_MATRIX = "llama.cpp", "llama.cpp, imatrix"
 _MEASURED_TOKENS = 1024
 
+Losses = dict[tuple[str, ...], dict[int, float]]  # of a site, by bits
 
-def points(bench: Any) -> Iterator[tuple[str, str, Any]]:
+
+def points(bench: Any, losses: Path) -> Iterator[tuple[str, str, Any]]:
     """(method, detail, maker) of each row, for :func:`pocketslm.export.methods.rows`.
 
-    llama.cpp's rows are there for a GGUF file where llama-cpp-python is installed.
+    ``losses``: where the loss of each matrix at each width is kept for the next run. llama.cpp's
+    rows are there for a GGUF file where llama-cpp-python is installed.
     """
 
     @functools.cache  # the same for every size
-    def measured() -> tuple[Sizes, Any]:
+    def measured() -> tuple[Sizes, Losses]:
         sizes = Sizes(bench.checkpoint, _recipe("search"))
-        ids = bench.calibration[: max(1, _MEASURED_TOKENS // bench.window)]
-        found = sensitivities(bench.model(), ids, sizes.base, list(sizes.costs), sizes.widths)
+        found = _read(losses, bench.identity)
+        if found is None:
+            ids = bench.calibration[: max(1, _MEASURED_TOKENS // bench.window)]
+            found = sensitivities(bench.model(), ids, sizes.base, list(sizes.costs), sizes.widths)
+            _write(losses, bench.identity, found)
         return sizes, found
 
     @functools.cache  # and for every type
@@ -73,7 +87,8 @@ def points(bench: Any) -> Iterator[tuple[str, str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.gguf"
             by_name = importance() if method == WITH_MATRIX else None
-            quantize(bench.checkpoint.path, detail, file, by_name)
+            kind = detail.removesuffix(" pure")
+            quantize(bench.checkpoint.path, kind, file, by_name, pure=kind != detail)
             seconds = time.perf_counter() - start
             checkpoint = GGUFCheckpoint(file)
             about = {"table": "bits", "method": method, "detail": detail}
@@ -88,6 +103,29 @@ def points(bench: Any) -> Iterator[tuple[str, str, Any]]:
         for kind in TYPES:
             for method in (PLAIN, WITH_MATRIX):
                 yield method, kind, theirs
+
+
+def _read(path: Path, identity: dict[str, Any]) -> Losses | None:
+    """What :func:`_write` kept there; UsageError where it is not of this model and setting."""
+    if not path.exists():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+        found = {
+            tuple(site): {int(bits): float(loss) for bits, loss in by_bits.items()}
+            for site, by_bits in kept["losses"]
+        }
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UsageError(f"{path} is not a file of losses; remove it") from None
+    if kept["identity"] != identity:
+        raise UsageError(f"{path} holds losses of another model or setting; choose another")
+    return found
+
+
+def _write(path: Path, identity: dict[str, Any], losses: Losses) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps({"identity": identity, "losses": list(losses.items())}) + "\n")
+    aside.replace(path)
 
 
 def chart(rows: Sequence[Any]) -> str:
@@ -129,10 +167,10 @@ def _rounded(bench: Any, recipe: Recipe) -> tuple[Any, dict[str, Weight]]:
         quantize_layers(model, bench.calibration, spec, recipe.fit, use_gptq=recipe.use_gptq)
     )
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and not name.startswith(LAYERS):
+        if parameter.dim() == 2 and name not in stored:  # an embedding beside another head
             stored[name] = recipe.apply(name, parameter.cpu().numpy())
             with torch.no_grad():
-                parameter.copy_(torch.from_numpy(stored[name].dequantize()))  # type: ignore[union-attr]
+                parameter.copy_(torch.from_numpy(floats(stored[name])))
     if recipe.use_tune:
         stored = tune(model, bench.model(), bench.calibration, stored, spec)
     return model, stored

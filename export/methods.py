@@ -29,6 +29,7 @@ from pocketslm.export.recipe import GROUP_SIZES, Recipe
 from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.reference import load_reference
+from pocketslm.models.sites import LAYERS
 from pocketslm.models.tensors import stored_bytes
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
@@ -134,13 +135,13 @@ def rows(
     done = _read(results, bench.identity)
     if not done:
         results.write_text(json.dumps(bench.identity) + "\n")
-    makers = {
+    makers: dict[str, Callable[[Workbench], Iterator[tuple[str, str, Maker]]]] = {
         "quantize": _quantized,
         "depth": _shallow,
         "width": _narrow,
         "adaptive": _adaptive,
         "sparse": _sparse,
-        "bits": bits.points,
+        "bits": functools.partial(bits.points, losses=results.with_suffix(".losses.json")),
     }
     found = []
     for table in tables:
@@ -176,8 +177,8 @@ def _quantized(bench: Workbench) -> Iterator[tuple[str, str, Maker]]:
         model = bench.model()
         start = time.perf_counter()
 
-        def spec(name: str) -> Spec | None:
-            return recipe.spec(name, quantized=False)
+        def spec(name: str) -> Spec | None:  # the table is of layers; the head stays as it is
+            return recipe.spec(name, quantized=False) if name.startswith(LAYERS) else None
 
         stored = dict(
             quantize_layers(

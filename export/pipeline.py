@@ -32,7 +32,7 @@ from pocketslm.models.checkpoint import (
 )
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.pooling import MODULES
-from pocketslm.models.tensors import QuantTensor
+from pocketslm.models.tensors import QuantTensor, floats
 from pocketslm.runtime.adapters import PREFIX, SUFFIX
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
 from pocketslm.runtime.config import generation_defaults
@@ -189,6 +189,9 @@ def _quantize(
     def spec(name: str) -> Spec | None:
         return recipe.spec(name, quantized=isinstance(checkpoint.weight(name), QuantTensor))
 
+    def head(name: str) -> torch.Tensor:
+        return torch.from_numpy(floats(checkpoint.weight(name)))
+
     window = ids.shape[1]
     options: dict[str, Any] = {
         "use_awq": recipe.use_awq,
@@ -203,7 +206,9 @@ def _quantize(
     else:
         tokens, ids = torch.unique(ids, return_inverse=True)
         layers = Layers(TrimmedVocabulary(checkpoint, tokens.tolist()), window)
-        weights = quantize_layers(layers.model, ids, spec, recipe.fit, hold=layers.held, **options)
+        weights = quantize_layers(
+            layers.model, ids, spec, recipe.fit, head=head, hold=layers.held, **options
+        )
     for name, weight in weights:
         shelf[name] = weight
 

@@ -259,10 +259,14 @@ class Model(nn.Module):
             x = x + ops.positions(ids, past[0][0], self.model.embed_positions.weight)
         return self.model.embed_norm(x) if c.embedding_norm else x
 
+    def normalized(self, x: Tensor) -> Tensor:
+        """What the head reads of the last layer's output x [B, S, H]."""
+        return self.model.norm(x) if self.config.final_norm else x
+
     def finish(self, x: Tensor) -> Tensor:
         """Logits [B, S, V] of the last layer's output x [B, S, H]; without a head, x normalized."""
         c = self.config
-        x = self.model.norm(x) if c.final_norm else x
+        x = self.normalized(x)
         if not c.head:
             return x
         logits = self.lm_head(x)

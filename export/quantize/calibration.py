@@ -15,8 +15,12 @@ from pocketslm.errors import UsageError
 from pocketslm.export.quantize import awq, gptq
 from pocketslm.export.quantize.grid import Fit, Spec, round_to_grid
 from pocketslm.export.text import read_text
+from pocketslm.models.checkpoint import EMBEDDING, HEAD
 from pocketslm.models.sites import LAYERS, Site, matrices, sites
-from pocketslm.models.tensors import Weight
+from pocketslm.models.tensors import QuantTensor, Weight
+
+# GPTQ's damping of a head that is the embedding, too, and must not leave its own values too far.
+_TIED = 1.0
 
 Visit = Callable[[Site, Tensor], None]
 
@@ -45,15 +49,18 @@ def quantize_layers(
     *,
     use_awq: bool = False,
     use_gptq: bool = False,
+    head: Callable[[str], Tensor] | None = None,
     hold: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext(),
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Iterator[tuple[str, Weight]]:
-    """Round a reference model's layers in place, first to last; yield the rounded weights by name.
+    """Round a reference model in place, layers first to last, then its head; yield the rounded
+    weights by name.
 
     Each matrix sees the inputs that the already rounded ones before it make of ``ids`` [B, S].
     ``spec_of`` a matrix name is what to round it to, None: not at all. AWQ passes over a layer that
-    is not rounded whole; the vectors that it may have changed are among the weights. ``hold`` is
-    entered with a layer's index as long as it is needed.
+    is not rounded whole; the vectors that it may have changed are among the weights. ``head``: the
+    matrix [V, H] of a name where it is not the model's own, which then stays. ``hold`` is entered
+    with a layer's index as long as it is needed.
     """
     model.config.need_own_layers("calibration")
     x = model.embed(ids.to(model.device))
@@ -76,11 +83,8 @@ def quantize_layers(
                     by_spec.setdefault(spec, []).append(name)
             for spec, names in by_spec.items():
                 parameters = [layer.get_submodule(name).weight for name in names]
-                stacked = torch.cat(parameters)  # rows are rounded alike, so all in one go
-                if use_gptq:
-                    rounded = gptq.quantize(stacked, hessian, spec, fit)
-                else:
-                    rounded = round_to_grid(stacked, spec, fit, hessian.diagonal())
+                # Rows are rounded alike, so all in one go.
+                rounded = _round(torch.cat(parameters), hessian, spec, fit, use_gptq)
                 start = 0
                 for name, parameter in zip(names, parameters, strict=True):
                     rows = rounded.rows(slice(start, start := start + len(parameter)))
@@ -97,6 +101,34 @@ def quantize_layers(
             x = run_layer(model, index, x, round_site)
         yield from stored.items()
         progress((index + 1) / len(model.model.layers))
+    name = EMBEDDING if model.config.tie_word_embeddings else HEAD
+    if (spec := spec_of(name)) is not None:
+        weight = model.get_parameter(name) if head is None else head(name)
+        damping = _TIED if name == EMBEDDING else gptq.DAMPING
+        hessian = _second_moment(model.normalized(x))
+        rounded = _round(weight, hessian, spec, fit, use_gptq, damping)
+        if head is None:
+            weight.copy_(torch.from_numpy(rounded.dequantize()))
+        yield name, rounded
+
+
+def _round(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: Spec,
+    fit: Fit,
+    use_gptq: bool,
+    damping: float = gptq.DAMPING,
+) -> QuantTensor:
+    if use_gptq:
+        return gptq.quantize(weight, hessian, spec, fit, damping=damping)
+    return round_to_grid(weight, spec, fit, hessian.diagonal())
+
+
+def _second_moment(x: Tensor) -> Tensor:
+    """``X^T X`` of x [B, S, K], a token on average: [K, K]."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat.T @ flat / len(flat)
 
 
 def run_layer(model: Any, index: int, x: Tensor, visit: Visit) -> Tensor:
@@ -130,8 +162,7 @@ def _with_inputs(model: Any, index: int, x: Tensor, visit: Visit) -> Tensor:
 
     def hook(site: Site) -> Callable[[Any, tuple[Tensor]], None]:
         def before(module: Any, inputs: tuple[Tensor]) -> None:
-            flat = inputs[0].reshape(-1, inputs[0].shape[-1])
-            visit(site, flat.T @ flat / len(flat))
+            visit(site, _second_moment(inputs[0]))
 
         return before
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from pocketslm.export.quantize import rtn
-from pocketslm.export.quantize.grid import Fit, Grid, Spec
-from pocketslm.models.tensors import QuantTensor
+from pocketslm.export.quantize.grid import PIECE, Fit, Grid, Spec
+from pocketslm.models.tensors import QuantTensor, concat_rows
+
+DAMPING = 0.05
 
 
 def quantize(
@@ -22,7 +24,7 @@ def quantize(
     fit: Fit = rtn.fit,
     *,
     act_order: bool = True,
-    damping: float = 0.05,
+    damping: float = DAMPING,
 ) -> QuantTensor:
     """Round ``weight`` [N, K] for inputs with ``hessian`` [K, K].
 
@@ -34,13 +36,25 @@ def quantize(
     small models a few inputs are so large that their share would drown the others' correlations.
     """
     assert act_order or spec.kind != "min8", "a row's grids must be known before its factors"
-    groups = spec.split(weight)
-    n, _, size = groups.shape
     order = torch.arange(weight.shape[1], device=weight.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-    group_of = (order // size).tolist()
     factor = inverse_factor(hessian[order][:, order], damping)
+    at_a_time = max(1, PIECE // weight.shape[1])
+    pieces = (
+        _quantize_rows(weight[at : at + at_a_time], order, factor, spec, fit, act_order)
+        for at in range(0, len(weight), at_a_time)
+    )
+    return concat_rows(pieces, len(weight))
+
+
+def _quantize_rows(
+    weight: Tensor, order: Tensor, factor: Tensor, spec: Spec, fit: Fit, act_order: bool
+) -> QuantTensor:
+    """Rows of the matrix, which know nothing of the others; columns come in ``order``."""
+    groups = spec.split(weight)
+    n, _, size = groups.shape
+    group_of = (order // size).tolist()
     # The error of a column counts this much once later columns have adapted as well as they can.
     importance = factor.diagonal().square().reciprocal()
     grids: list[Grid] = []

@@ -22,7 +22,8 @@ from pocketslm.models.tensors import Array, QuantTensor, WholeScales, concat_row
 Kind = Literal["sym", "zp", "min", "min8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _MIN_GROUP = 16  # the smallest that onnxruntime's MatMulNBits takes
-_PIECE = 1 << 18  # weights that are rounded at a time
+# Weights that are rounded at a time: what stays in a processor's cache, and what keeps a GPU busy.
+_CACHED, PIECE = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,11 @@ def round_to_grid(
 
     ``importance`` [K]. Raises ExportError as :meth:`Spec.split` and :func:`half` do.
 
-    Rows know nothing of each other: some are rounded at a time, which stay in the cache, so that
-    no matrix takes several times its size meanwhile.
+    Rows know nothing of each other: some are rounded at a time, so that no matrix takes several
+    times its size meanwhile.
     """
-    at_a_time = max(1, _PIECE // weight.shape[1])
+    piece = _CACHED if weight.device.type == "cpu" else PIECE
+    at_a_time = max(1, piece // weight.shape[1])
 
     def pieces() -> Iterator[QuantTensor]:
         for start in range(0, len(weight), at_a_time):

@@ -176,7 +176,8 @@ def sensitivities(
             errors[bits] = 0.0
             for name, parameter, original in zip(site, parameters, originals, strict=True):
                 spec = _spec(recipe, name, bits)
-                rounded = torch.from_numpy(round_to_grid(original, spec, recipe.fit).dequantize())
+                stored = round_to_grid(original, spec, recipe.fit).dequantize()
+                rounded = torch.from_numpy(stored).to(original.device)
                 errors[bits] += float((rounded - original).square().sum())
                 parameter.copy_(rounded)
             if bits in _MEASURED or not losses:

@@ -23,6 +23,7 @@ from pocketslm.models.tensors import Array, QuantTensor, Weight
 
 # The rate is that of factors around 1: a step changes a scale by a thousandth.
 CONFIG = HealConfig(steps=64, batch=4, sequence=256, learning_rate=1e-3)
+_JUDGED_EVERY = 8  # steps
 
 
 def tune(
@@ -37,26 +38,42 @@ def tune(
     """``stored``, the rounded weights of ``model``, with scales, minimums and norms tuned.
 
     Both are reference models, ``teacher`` the unrounded one; ``ids`` [B, S] are tokens to learn
-    from. ``model`` ends with what is returned in place. Raises ExportError where a tuned value is
-    too large to be stored.
+    from; an eighth of them judges instead, and the best values by it are kept, so that a model that
+    only learns its text by heart stays as it was. ``model`` ends with what is returned in place.
+    Raises ExportError where a tuned value is too large to be stored.
     """
     model.requires_grad_(False)
     learnt = _learnt(model, stored)
     trained = [parameter for part in learnt.values() for parameter in part.parameters()]
     optimizer = torch.optim.Adam(trained, betas=(0.9, 0.95))
     sequences = ids.reshape(-1, min(config.sequence, ids.shape[1])).to(model.device)
+    aside = max(1, len(sequences) // 8)
+    judges, sequences = sequences[:aside], sequences[min(aside, len(sequences) - 1) :]
+
+    def divergence(batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            target, _ = teacher(batch, teacher.empty_cache(len(batch)))
+        logits, _ = model(batch, model.empty_cache(len(batch)))
+        return forward_kl(target, logits)
+
+    def judged() -> float:
+        with torch.no_grad():
+            return float(torch.stack([divergence(part[None]) for part in judges]).mean())
+
+    least, best = judged(), [parameter.detach().clone() for parameter in trained]
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         drawn = np.random.default_rng((config.seed, step)).integers(0, len(sequences), config.batch)
-        batch = sequences[torch.from_numpy(drawn)]
-        with torch.no_grad():
-            target, _ = teacher(batch, teacher.empty_cache(len(batch)))
-        logits, _ = model(batch, model.empty_cache(len(batch)))
-        forward_kl(target, logits).backward()  # type: ignore[no-untyped-call]
+        divergence(sequences[torch.from_numpy(drawn)]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % _JUDGED_EVERY == 0 and (loss := judged()) < least:
+            least, best = loss, [parameter.detach().clone() for parameter in trained]
         progress((step + 1) / config.steps)
+    with torch.no_grad():
+        for parameter, value in zip(trained, best, strict=True):
+            parameter.copy_(value)
     return stored | {name: _settle(model, name, stored.get(name), spec_of) for name in learnt}
 
 

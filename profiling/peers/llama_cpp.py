@@ -62,11 +62,17 @@ def _rounded(source: Path, kind: str, cache: Path) -> Path:
 
 
 def quantize(
-    source: Path, kind: str, target: Path, importance: Mapping[str, np.ndarray] | None = None
+    source: Path,
+    kind: str,
+    target: Path,
+    importance: Mapping[str, np.ndarray] | None = None,
+    *,
+    pure: bool = False,
 ) -> None:
     """Write ``target``, the GGUF ``source`` rounded again to llama.cpp's type ``kind``.
 
-    ``importance``: float32 mean squares of each tensor's inputs, by its name in the file. Raises
+    ``importance``: float32 mean squares of each tensor's inputs, by its name in the file. ``pure``:
+    every matrix, the embedding too, takes that type; else llama.cpp mixes wider ones in. Raises
     BackendError if llama.cpp cannot do it.
     """
     import llama_cpp
@@ -74,6 +80,7 @@ def quantize(
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     options.allow_requantize = True
+    options.pure = pure
     if importance:
         entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
         for entry, (name, values) in zip(entries, importance.items(), strict=False):

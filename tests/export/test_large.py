@@ -75,7 +75,7 @@ def test_a_matrix_is_rounded_in_pieces_as_whole(
     weight = torch.randn(70, 64, generator=torch.Generator().manual_seed(0))
     spec, importance = Spec(4, 32, kind), torch.rand(64)
     whole = round_to_grid(weight, spec, search.fit, importance)
-    monkeypatch.setattr(grid, "_PIECE", 64 * 3)
+    monkeypatch.setattr(grid, "_CACHED", 64 * 3)
     in_pieces = round_to_grid(weight, spec, search.fit, importance)
     for one, other in zip(whole.arrays(), in_pieces.arrays(), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -42,7 +42,21 @@ def test_every_row_is_made_once(
     drawn = bits.chart(found)
     assert drawn.startswith("<svg")
     assert drawn.count(">search+gptq</text>") == 1
+    kept = results.with_suffix(".losses.json")
+    before = kept.read_bytes()
     lines = results.read_text().splitlines()
+    results.write_text("\n".join(lines[:-1]) + "\n")
+    monkeypatch.delattr(bits, "sensitivities")  # known from the first run
+    assert methods.rows(bench, results, ("bits",), said.append, "6.0")[0].kl == many.kl
+    assert kept.read_bytes() == before
+    for wrong, error in (
+        (b"{", "is not a file of losses"),
+        (before.replace(b'"letters.txt"', b'"other"'), "losses of another model"),
+    ):
+        kept.write_bytes(wrong)
+        results.write_text("\n".join(lines[:-1]) + "\n")
+        with pytest.raises(UsageError, match=error):
+            methods.rows(bench, results, ("bits",), said.append, "6.0")
     results.write_text("\n".join(lines[:5]) + "\n")
     again = list[str]()
     methods.rows(bench, results, ("quantize", "depth"), again.append)

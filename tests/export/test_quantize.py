@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
+from torch import Tensor
 
 import support
 from pocketslm.errors import ExportError, UsageError
@@ -16,8 +19,8 @@ from pocketslm.export.heal import forward_kl
 from pocketslm.export.quantize import awq, gptq, hqq, rtn, search
 from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
 from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
-from pocketslm.export.quantize.tune import tune
-from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.export.quantize.tune import CONFIG, tune
+from pocketslm.models.checkpoint import EMBEDDING, HEAD, open_checkpoint
 from pocketslm.models.reference import load_reference
 from pocketslm.models.sites import sites
 from pocketslm.models.tensors import QuantTensor, concat_rows, pack_codes
@@ -216,8 +219,8 @@ def test_layers_are_rounded_on_the_inputs_that_they_will_get(method: str, tiny_h
     assert seen == [0.5, 1.0]
     assert "model.layers.1.mlp.up_proj.weight" not in stored
     matrices = [name for name, weight in stored.items() if isinstance(weight, QuantTensor)]
-    assert len(matrices) == 13
-    assert (len(stored) > 13) == ("awq" in method)
+    assert len(matrices) == 14  # the head, which is the embedding here, too
+    assert (len(stored) > 14) == ("awq" in method)
     for name, weight in stored.items():
         values = weight.dequantize() if isinstance(weight, QuantTensor) else weight
         np.testing.assert_array_equal(model.get_parameter(name).numpy(), values)
@@ -225,12 +228,54 @@ def test_layers_are_rounded_on_the_inputs_that_they_will_get(method: str, tiny_h
     assert 0 < float((got - exact).std() / exact.std()) < 0.4
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_rounded_for_what_it_reads(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its outputs err less than those of the nearest values, also where the caller gives it."""
+    support.write_hf(tmp_path / "model", support.tiny(tie_word_embeddings=tied))
+    model = load_reference(open_checkpoint(tmp_path / "model"))
+    name = EMBEDDING if tied else HEAD
+    own = model.get_parameter(name).clone()
+    spec, seen = Spec(4, 32, "min"), list[Tensor]()
+    handle = model.model.norm.register_forward_hook(lambda module, x, y: seen.append(y))
+
+    def head_as(use_gptq: bool, head: Tensor | None = None) -> QuantTensor:
+        options: dict[str, Any] = {} if head is None else {"head": {name: head}.__getitem__}
+        only = {name: spec}
+        found = dict(
+            quantize_layers(model, IDS, only.get, search.fit, use_gptq=use_gptq, **options)
+        )
+        assert found.keys() == {name}
+        weight = found[name]
+        assert isinstance(weight, QuantTensor)
+        return weight
+
+    def error(weight: QuantTensor) -> float:
+        lost = torch.from_numpy(weight.dequantize()) - own
+        return float((seen[0] @ lost.T).square().mean())
+
+    given = head_as(use_gptq=True, head=own[:100])
+    assert given.shape == (100, own.shape[1])
+    torch.testing.assert_close(model.get_parameter(name), own, rtol=0, atol=0)
+    weighed, adapted = head_as(False, own), head_as(True, own)
+    monkeypatch.setattr(gptq, "PIECE", 40 * own.shape[1])
+    in_pieces = head_as(True, own)  # sums of other shapes may round a value elsewhere
+    for other in (given, in_pieces.rows(slice(0, 100))):
+        assert np.mean(other.codes == adapted.codes[:100]) > 0.99
+    nearest = round_to_grid(own, spec, rtn.fit)
+    assert error(adapted) < 0.9 * error(weighed) < 0.9 * error(nearest)
+    assert head_as(True).shape == own.shape
+    assert not torch.equal(model.get_parameter(name), own)
+    handle.remove()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tuning_brings_the_logits_nearer_and_keeps_the_codes(kind: Kind, tiny_hf: Path) -> None:
     """On tokens that it did not see; what is stored is what is in the model."""
     checkpoint = open_checkpoint(tiny_hf)
     teacher, model = load_reference(checkpoint), load_reference(checkpoint)
-    ids = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (24, 32)))
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (48, 32)))
 
     def spec(name: str) -> Spec | None:
         return None if "layers.1.mlp.up" in name else Spec(4, 32, kind)
@@ -255,6 +300,19 @@ def test_tuning_brings_the_logits_nearer_and_keeps_the_codes(kind: Kind, tiny_hf
             np.testing.assert_array_equal(weight.codes, source.codes)
             assert weight.nbytes == source.nbytes
             assert not np.array_equal(weight.scales, source.scales)
+
+
+def test_tuning_that_only_does_harm_is_undone(tiny_hf: Path) -> None:
+    checkpoint = open_checkpoint(tiny_hf)
+    model, spec = load_reference(checkpoint), Spec(8, 32, "min")
+    before = dict(quantize_layers(model, IDS, lambda _: spec, rtn.fit))
+    wild = replace(CONFIG, steps=8, learning_rate=0.5)
+    after = tune(model, load_reference(checkpoint), IDS, before, lambda _: spec, config=wild)
+    for name, weight in after.items():
+        if isinstance(weight, QuantTensor):
+            np.testing.assert_array_equal(weight.dequantize(), before[name].dequantize())
+        else:
+            np.testing.assert_array_equal(weight, checkpoint.weight(name))
 
 
 def test_calibration_takes_the_end_of_the_text(tmp_path: Path) -> None:
