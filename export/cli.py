@@ -116,7 +116,7 @@ def add_commands(commands: Commands) -> None:
         "--chart", type=Path, metavar="FILE.svg", help="draw the table bits: KL against bytes"
     )
     parser.add_argument("--text", default="lee", help="to measure with: its start (default: lee)")
-    parser.add_argument("--calibration", default="lee", help="its end shows what matters")
+    parser.add_argument("--calibration", default="mix", help="its end shows what matters")
     parser.add_argument("--windows", type=int, default=16, help="of 512 tokens (default: 16)")
     parser.add_argument("--tokens", type=int, default=8192, help="to calibrate (default: 8192)")
     add_json(parser)
@@ -246,7 +246,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="TEXT",
         help="a UTF-8 file or catalog text whose end shows gptq, awq, search and tune the layers' "
-        "inputs (default where one is needed: lee)",
+        "inputs, or mix: Wikipedia, news, and chats of trivia and coding (default where one is "
+        "needed: mix)",
     )
     parser.add_argument(
         "--vocabulary",
@@ -305,7 +306,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         group_size=arguments.group_size,
         grid=arguments.grid or grid,
         method=method,
-        calibration=arguments.calibration or ("lee" if parts & {*CALIBRATED} else None),
+        calibration=arguments.calibration or ("mix" if parts & {*CALIBRATED} else None),
         calibration_tokens=arguments.calibration_tokens,
         dtype=arguments.dtype,
         kv_cache=arguments.kv_cache,
@@ -386,18 +387,16 @@ def export(arguments: argparse.Namespace) -> None:
 
 def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: Progress) -> Recipe:
     """The recipe with the bits of each matrix, by KL on 1024 tokens of the calibration text."""
+    from pocketslm.export.calibration_text import MIX, calibration_windows
     from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
-    from pocketslm.export.quantize.calibration import last_tokens
     from pocketslm.export.quantize.sensitivity import mixed_precision
-    from pocketslm.models.catalog import resolve
     from pocketslm.runtime.tokenizer import load_tokenizer_files
 
     checkpoint.config.need_head("--size")
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     files = checkpoint.tokenizer_files()
-    text = resolve(recipe.calibration or "lee", say)
-    ids = last_tokens(text, load_tokenizer_files(files).encode, 1024, 256)
+    ids = calibration_windows(recipe.calibration or MIX, load_tokenizer_files(files), 1024, 256)
     return mixed_precision(
         checkpoint,
         recipe,
@@ -456,7 +455,7 @@ def _methods(arguments: argparse.Namespace) -> None:
     bench = methods.Workbench(
         open_source(arguments.model, say),
         resolve(arguments.text, say),
-        resolve(arguments.calibration, say),
+        arguments.calibration,
         windows=arguments.windows,
         tokens=arguments.tokens,
     )
@@ -503,8 +502,8 @@ def _heal(arguments: argparse.Namespace) -> None:
 
 
 def _delta(arguments: argparse.Namespace) -> None:
+    from pocketslm.export.calibration_text import last_tokens
     from pocketslm.export.delta import make_delta, parse_bands
-    from pocketslm.export.quantize.calibration import last_tokens
     from pocketslm.export.source import open_source
     from pocketslm.models.catalog import resolve
     from pocketslm.runtime.tokenizer import load_tokenizer_files

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from pocketslm.errors import UsageError
 from pocketslm.export import bits
+from pocketslm.export.calibration_text import calibration_windows
 from pocketslm.export.evaluate import Ids, compare, windows_of
 from pocketslm.export.prune import adaptive, depth, sparse, width
-from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
+from pocketslm.export.quantize.calibration import quantize_layers
 from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.quantize.tune import tune
 from pocketslm.export.recipe import GROUP_SIZES, Recipe
 from pocketslm.export.text import read_text
+from pocketslm.models.catalog import resolve
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.reference import load_reference
 from pocketslm.models.sites import LAYERS
@@ -69,7 +71,7 @@ class Workbench:
     """The model, its own logits on the test windows, and the calibration windows."""
 
     def __init__(
-        self, checkpoint: Checkpoint, text: Path, calibration: Path, *, windows: int, tokens: int
+        self, checkpoint: Checkpoint, text: Path, calibration: str, *, windows: int, tokens: int
     ) -> None:
         checkpoint.config.need_head("methods")
         checkpoint.config.need_own_layers("methods")
@@ -77,20 +79,21 @@ class Workbench:
         self.window = 512
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         files = checkpoint.tokenizer_files()
-        encode = load_tokenizer_files(files).encode
-        ids = encode(read_text(text))
+        tokenizer = load_tokenizer_files(files)
+        ids = tokenizer.encode(read_text(text))
         self.windows: list[Ids] = windows_of(ids, self.window, windows)
-        if text == calibration and len(ids) < windows * self.window + tokens:
+        if text == resolve(calibration) and len(ids) < windows * self.window + tokens:
             raise UsageError(
                 f"{text} has {len(ids)} tokens, expected {windows * self.window} to measure with "
                 f"and {tokens} others to calibrate with"
             )
-        self.calibration = last_tokens(calibration, encode, tokens, self.window).to(self.device)
+        seen = calibration_windows(calibration, tokenizer, tokens, self.window)
+        self.calibration = seen.to(self.device)
         self.identity = {
             "model": checkpoint_sha256(checkpoint),
             "text": text.name,
             "windows": windows,
-            "calibration": calibration.name,
+            "calibration": Path(calibration).name,
             "tokens": tokens,
         }
         self.source = [self._logits(self.model(), window) for window in self.windows]

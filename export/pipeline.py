@@ -149,14 +149,12 @@ def _calibration(recipe: Recipe, folder: Path) -> tuple[Recipe, Any]:
     """
     if recipe.calibration is None:
         return recipe, None
-    from pocketslm.export.quantize.calibration import last_tokens
-    from pocketslm.models.catalog import resolve
+    from pocketslm.export.calibration_text import calibration_sha256, calibration_windows
     from pocketslm.runtime.tokenizer import load_tokenizer
 
-    text = resolve(recipe.calibration)
-    window = recipe.calibration_window
-    ids = last_tokens(text, load_tokenizer(folder).encode, recipe.calibration_tokens, window)
-    sha256 = file_entry(text).sha256
+    text, tokens, window = recipe.calibration, recipe.calibration_tokens, recipe.calibration_window
+    ids = calibration_windows(text, load_tokenizer(folder), tokens, window)
+    sha256 = calibration_sha256(text)
     if recipe.calibration_sha256 not in (None, sha256):
         raise ExportError(f"{text} is not the recipe's calibration text (SHA-256 differs)")
     return replace(recipe, calibration_sha256=sha256), ids

@@ -18,15 +18,14 @@ from typing import Any
 
 from pocketslm.errors import ExportError, UsageError
 from pocketslm.export import study
+from pocketslm.export.calibration_text import MIX, calibration_windows
 from pocketslm.export.evaluate import Ids, evaluate, windows_of
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.prune.depth import block_influence, least_influence
 from pocketslm.export.prune.vocabulary import format_ranges, parse_ranges, tokens_of
-from pocketslm.export.quantize.calibration import last_tokens
 from pocketslm.export.recipe import Recipe
 from pocketslm.export.text import read_text
 from pocketslm.folders import aside
-from pocketslm.models.catalog import resolve
 from pocketslm.models.checkpoint import HEAD, Checkpoint, checkpoint_sha256
 from pocketslm.models.reference import load_reference
 from pocketslm.models.sites import layer_matrices
@@ -144,7 +143,7 @@ def search(
     budget: Budget,
     work: Path,
     *,
-    calibration: str = "lee",
+    calibration: str = MIX,
     base: Recipe | None = None,
     vocabulary: Path | None = None,
     prune: bool = False,
@@ -158,10 +157,10 @@ def search(
     """Try recipes until ``trials`` of them are in the study, earlier ones counted; all of them.
 
     ``text``: what quality is measured on, by its first ``windows`` windows of 512 tokens; methods
-    that calibrate see the end of ``calibration``, a file or catalog name. ``work``: a folder for
-    the database and the bundle being tried. ``storage``: the URL of another database, on which
-    several workers may search at once. Each measures on a device of its own, and devices must be
-    alike for their figures to be comparable.
+    that calibrate see the end of ``calibration``, a file, a catalog name or ``mix``. ``work``: a
+    folder for the database and the bundle being tried. ``storage``: the URL of another database, on
+    which several workers may search at once. Each measures on a device of its own, and devices must
+    be alike for their figures to be comparable.
     ``base``: the recipe whose other fields every trial shares. ``vocabulary``: also try to keep
     only this text's tokens. ``prune``: also try to leave out the layers of least influence and the
     MLP neurons of least activation on the calibration text. ``measure``: speed and memory of a
@@ -232,7 +231,7 @@ def _influence(checkpoint: Checkpoint, base: Recipe, calibration: str) -> list[f
     files = checkpoint.tokenizer_files()
     window = base.calibration_window
     tokens = max(window, min(base.calibration_tokens, INFLUENCE_TOKENS))
-    ids = last_tokens(resolve(calibration), load_tokenizer_files(files).encode, tokens, window)
+    ids = calibration_windows(calibration, load_tokenizer_files(files), tokens, window)
     return block_influence(load_reference(checkpoint, window), ids)
 
 

@@ -12,9 +12,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from pocketslm.errors import UsageError
+from pocketslm.export.calibration_text import last_tokens
 from pocketslm.export.prune import adaptive, depth, sparse, width
 from pocketslm.export.prune.pruned import Changed
-from pocketslm.export.quantize.calibration import last_tokens
 from pocketslm.folders import published
 from pocketslm.models.checkpoint import Checkpoint
 from pocketslm.models.hf_writer import save_hf

@@ -1,20 +1,16 @@
-"""Text that shows which inputs the layers get, and the walk through the layers that rounds them."""
+"""The walk through a model that rounds each matrix for what it reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pocketslm.errors import UsageError
 from pocketslm.export.quantize import awq, gptq
 from pocketslm.export.quantize.grid import Fit, Spec, round_to_grid
-from pocketslm.export.text import read_text
 from pocketslm.models.checkpoint import EMBEDDING, HEAD
 from pocketslm.models.sites import LAYERS, Site, matrices, sites
 from pocketslm.models.tensors import QuantTensor, Weight
@@ -23,21 +19,6 @@ from pocketslm.models.tensors import QuantTensor, Weight
 _TIED = 1.0
 
 Visit = Callable[[Site, Tensor], None]
-
-
-def last_tokens(text: Path, encode: Callable[[str], list[int]], tokens: int, window: int) -> Tensor:
-    """The last ``tokens`` tokens of a text as int64 windows [tokens / window, window].
-
-    The last, because evaluation takes the first: the two stay disjoint in a text that is long
-    enough. Raises UsageError where the text cannot be read or has too few.
-    """
-    content = read_text(text)
-    # Tokens are seldom longer than eight characters; the rest need not be tokenized.
-    ids = encode(content[-8 * tokens :])
-    count = tokens // window
-    if count < 1 or len(ids) < count * window:
-        raise UsageError(f"{text} has {len(ids)} tokens for calibration, expected {tokens}")
-    return torch.from_numpy(np.asarray(ids[-count * window :], np.int64)).view(count, window)
 
 
 @torch.no_grad()

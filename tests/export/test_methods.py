@@ -20,7 +20,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> methods.Workbench:
     support.write_hf(model, support.tiny(num_hidden_layers=6))
     letters = np.random.default_rng(0).choice(list("etaoin shrdlu"), 3000)
     text.write_text("".join(letters))
-    return methods.Workbench(open_checkpoint(model), text, text, windows=1, tokens=1024)
+    return methods.Workbench(open_checkpoint(model), text, str(text), windows=1, tokens=1024)
 
 
 def test_every_row_is_made_once(
@@ -84,4 +84,4 @@ def test_test_and_calibration_text_stay_apart(tiny_hf: Path, tmp_path: Path) -> 
     text = tmp_path / "short.txt"
     text.write_text("x" * 1200)
     with pytest.raises(UsageError, match="512 to measure with and 1024 others"):
-        methods.Workbench(open_checkpoint(tiny_hf), text, text, windows=1, tokens=1024)
+        methods.Workbench(open_checkpoint(tiny_hf), text, str(text), windows=1, tokens=1024)

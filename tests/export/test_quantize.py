@@ -15,9 +15,10 @@ from torch import Tensor
 
 import support
 from pocketslm.errors import ExportError, UsageError
+from pocketslm.export.calibration_text import last_tokens
 from pocketslm.export.heal import forward_kl
 from pocketslm.export.quantize import awq, gptq, hqq, rtn, search
-from pocketslm.export.quantize.calibration import last_tokens, quantize_layers
+from pocketslm.export.quantize.calibration import quantize_layers
 from pocketslm.export.quantize.grid import KINDS, Fit, Kind, Spec, round_to_grid
 from pocketslm.export.quantize.tune import CONFIG, tune
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, open_checkpoint

@@ -73,7 +73,7 @@ def test_options_and_a_recipe_say_the_same(
 def test_what_needs_a_text_gets_one(part: str) -> None:
     parser = argparse.ArgumentParser()
     add_export_options(parser)
-    assert _recipe(parser.parse_args(["out", "--method", part])).calibration == "lee"
+    assert _recipe(parser.parse_args(["out", "--method", part])).calibration == "mix"
 
 
 @pytest.mark.parametrize(
