@@ -40,13 +40,15 @@ def calibration_windows(text: str, tokenizer: Tokenizer, tokens: int, window: in
     for others, name in zip((3, 2, 1, 0), _CHATS + _TEXTS, strict=True):
         share = -(-missing // (1 + others))
         if name in _CHATS:
-            ids = torch.tensor(_chats(resolve(name), tokenizer))
+            ids = torch.tensor(_chats(resolve(name), tokenizer), dtype=torch.int64)
             share = min(share, len(ids) // window)
             parts.append(ids[len(ids) - share * window :].view(share, window))
         elif share:
             parts.append(last_tokens(resolve(name), tokenizer.encode, share * window, window))
         missing -= share
-    return torch.cat(parts)
+    # In turns, since some look at the first windows alone.
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
+    return torch.cat(parts)[places.argsort(stable=True)]
 
 
 def calibration_sha256(text: str) -> str:
