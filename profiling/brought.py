@@ -4,8 +4,9 @@ The documents were written for this benchmark, except for a long PDF of Wikipedi
 news articles that fill the library. The kinds of questions: "own" uses the words of its document,
 "para" shares no content word with it, "table" and "list" want a cell or all of some items, "both"
 is asked of all documents together, and nothing answers "none". Half of the questions of
-``questions.txt``, by a hash of their words, are set apart: no constant of the assistant was chosen
-on them. Those of ``tuning.txt``, more paraphrases and unanswerable ones, are there to choose on.
+``questions.txt``, by a hash of their words, and all of ``apart.txt`` are set apart: no constant of
+the assistant was chosen on them. Those of ``tuning.txt`` are there to choose on. The last two hold
+more paraphrases and unanswerable questions.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class Brought:
     question: str
     pattern: str
     spans: tuple[str, ...]
-    tuning: bool = False
+    file: str = "questions.txt"
 
     @property
     def apart(self) -> bool:
-        """Whether the question is in the half that was set apart."""
-        return not self.tuning and hashlib.sha256(self.question.encode()).digest()[0] % 2 == 0
+        """Whether the question is set apart."""
+        if self.file != "questions.txt":
+            return self.file == "apart.txt"
+        return hashlib.sha256(self.question.encode()).digest()[0] % 2 == 0
 
     @property
     def language(self) -> str:
@@ -69,10 +72,10 @@ class Brought:
 
 def brought_questions() -> list[Brought]:
     """The questions that ship with the package."""
-    return [*_read("questions.txt"), *_read("tuning.txt", tuning=True)]
+    return [*_read("questions.txt"), *_read("tuning.txt"), *_read("apart.txt")]
 
 
-def _read(name: str, *, tuning: bool = False) -> Iterator[Brought]:
+def _read(name: str) -> Iterator[Brought]:
     document = ""
     for line in (_folder() / name).read_text("utf-8").splitlines():
         if line.startswith("== "):
@@ -82,7 +85,7 @@ def _read(name: str, *, tuning: bool = False) -> Iterator[Brought]:
             part.replace("\\|", "|").strip() for part in re.split(r"(?<!\\)\|(?= )", line)
         )
         wanted = () if spans == "-" else tuple(spans.split(" && "))
-        yield Brought(document, kind, question, pattern, wanted, tuning)
+        yield Brought(document, kind, question, pattern, wanted, name)
 
 
 def written() -> dict[str, bytes]:
