@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from pocketslm.profiling.brought import EVERYWHERE, Brought, brought_questions, fill
-from pocketslm.runtime.assistant.answer import Answer, Event
+from pocketslm.runtime.assistant.answer import Answer, Citation, Event
 from pocketslm.runtime.assistant.assistant import Assistant, sample_document
 from pocketslm.runtime.assistant.document import Block, Document, make_source
 from pocketslm.runtime.assistant.library import Library
@@ -148,26 +148,14 @@ def _answers(
         alone = question.document != EVERYWHERE
         place = [shelf[question.document]] if alone else list(everything)
         speak = every or at * SAMPLE // len(asked) != (at - 1) * SAMPLE // len(asked)
-        start = time.perf_counter()
-        events = assistant.ask(place, question.question)
-        next(events)
-        times["library" if not alone else "document"].append(time.perf_counter() - start)
-        answer = finished(events) if speak else None
-        _, quotes = assistant.find(place, question.question)
+        answer = finished(assistant.ask(place, question.question)) if speak else None
+        shown, seems = _quotes(assistant, place, question, found, times)
+        if alone:
+            _quotes(assistant, everything, question, found, times)
         of = {document.id: document for document in place}
-        citations = answer.citations if answer else quotes.citations
+        citations = answer.citations if answer else shown
         cited = [of[c.document].text[c.start : c.end] for c in citations]
         own = answer.own if answer else ""
-        kind = _shown_as(question)
-        if question.answerable:
-            right = question.is_answer(" ".join(cited)) and question.is_cited(cited)
-            found["quote or answer holds the truth"].append(right)
-            found[f"quote or answer holds the truth, {kind}"].append(right)
-            found["citation right"].append(question.is_cited(cited))
-            found["refused wrongly"].append(not quotes.found)
-            found[f"refused wrongly, {kind}"].append(not quotes.found)
-        else:
-            found["refused rightly (nothing answers)"].append(not quotes.found)
         if speak:
             found["the model's own sentence is shown"].append(bool(own))
         if own:
@@ -180,18 +168,60 @@ def _answers(
                 not numbers(own) <= numbers(known) or bool(invented_names(own, known, language))
             )
         text = "\n".join(f"  “{quote}”" for quote in cited)
-        state = "found" if quotes.found else "not found"
+        state = "found" if seems else "not found"
         examples(
             f"{question.document} [{question.kind}] {question.question} ({question.pattern}): "
             f"{state}\n{text}" + (f"\n  own: {own}" if own else "")
         )
     figures = [fraction(name, found[name]) for name in sorted(found)]
-    for where, some in times.items():
+    for what, some in times.items():
         figures += [
-            Figure(f"time to the quote, {where}, median", 1000 * median(some), unit="ms"),
-            Figure(f"time to the quote, {where}, most", 1000 * max(some), unit="ms"),
+            Figure(f"time {what}, median", 1000 * median(some), unit="ms"),
+            Figure(f"time {what}, most", 1000 * max(some), unit="ms"),
         ]
     return figures
+
+
+def _quotes(
+    assistant: Assistant,
+    place: Sequence[Document],
+    question: Brought,
+    found: dict[str, list[bool]],
+    times: dict[str, list[float]],
+) -> tuple[tuple[Citation, ...], bool]:
+    """The quotes in the end, and whether they seem to answer; adds what is right of them at once
+    and after the second look.
+    """
+    where = "document" if len(place) == 1 else "library"
+    start = time.perf_counter()
+    hits, quotes = assistant.find(place, question.question)
+    quoted = time.perf_counter()
+    times[f"to the quote, {where}"].append(quoted - start)
+    again = assistant.read_again(place, hits, quotes, question.question)
+    if again:
+        times["of the second look"].append(time.perf_counter() - quoted)
+    shown = tuple(dict.fromkeys((*again, *quotes.citations)))
+    if not question.answerable:
+        found[f"refused rightly (nothing answers), {where}"].append(not quotes.found)
+        return shown, quotes.found
+    of = {document.id: document for document in place}
+    kind = _shown_as(question)
+    found[f"refused wrongly, {where}, {kind}"].append(not quotes.found)
+    for look, some in (("at once", quotes.citations), ("in the end", shown)):
+        cited = [of[c.document].text[c.start : c.end] for c in some]
+        right = question.is_answer(" ".join(cited)) and question.is_cited(cited)
+        found[f"quotes hold the truth, {look}, {where}, {kind}"].append(right)
+    if where == "library":
+        ranked = [(one.document, one.chunk) for one in again]
+        ranked += [(hit.document.id, hit.chunk.index) for hit in hits]
+        passages = [
+            of[number].passage(of[number].chunks[at]) for number, at in dict.fromkeys(ranked)
+        ]
+        for k in (K, MORE):
+            found[f"recall@{k} in the library on the second look, {kind}"].append(
+                any(map(question.stands_in, passages[:k]))
+            )
+    return shown, quotes.found
 
 
 def _suggestions(

@@ -20,6 +20,7 @@ from pocketslm.runtime.backends import (
 )
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.prefixes import Keeping
+from pocketslm.runtime.sampling import log_sum_exp
 
 
 @runtime_checkable
@@ -191,6 +192,27 @@ class Engine(Generating):
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
         with self._turns.turn():
             return self._read(whole(ids))
+
+    def logprobs(self, ids: Sequence[int], following: Sequence[int]) -> Logits:
+        """Read ``ids``; how probable each of the tokens is that follow them, as natural logarithms.
+
+        What a text shares with the one before it is not read again. Raises UsageError where either
+        is empty, and ContextOverflowError.
+        """
+        self._open()
+        known, wanted = whole(ids), whole(following)
+        if not known or not wanted:
+            raise UsageError("a text and what follows it need at least one token each")
+        with self._turns.turn():
+            new = self.cache.rewind(known)
+            if len(new) > 1:
+                self.session.forward(np.asarray(new[:-1], np.int64))
+                self.cache.tokens = known[:-1]
+            last = np.asarray([new[-1], *wanted[:-1]], np.int64)
+            logits = self.session.forward(last, all_logits=True)
+            self.cache.tokens = known + wanted[:-1]
+            given = logits[np.arange(len(wanted)), wanted]
+            return given - np.asarray([log_sum_exp(row) for row in logits], np.float32)
 
     def keep_with(self, keeping: Callable[[Session], Keeping] | None) -> None:
         """Take states of prompts from a store and put them there, or no more."""

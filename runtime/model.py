@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -103,6 +103,15 @@ class TextModel(Protocol):
         self, prompt: str | Sequence[int], config: GenerationConfig | None = None
     ) -> Iterator[Record]:
         """See `Model.generate`."""
+        ...
+
+
+@runtime_checkable
+class ScoringModel(TextModel, Protocol):
+    """A model that also says how probable a text is, to rank by it."""
+
+    def logprobs(self, ids: Sequence[int], following: Sequence[int]) -> Vector:
+        """See `Model.logprobs`."""
         ...
 
 
@@ -423,6 +432,18 @@ class Model:
         steps = self.engine.generate(ids, config, eos, self._limiting(config))
         stops, marks = _marked_stops(config.stop_strings, self.tokenizer)
         return _with_text(steps, StreamDecoder(self.tokenizer), stops, marks)
+
+    def logprobs(self, ids: Sequence[int], following: Sequence[int]) -> Vector:
+        """How probable each of the tokens ``following`` is after ``ids``, as natural logarithms.
+
+        What a text shares with the one before it is not read again. Raises UsageError of a model of
+        embeddings, of one of several answers at once, and where either text is empty, and
+        ContextOverflowError.
+        """
+        self.need_head("logprobs")
+        if not isinstance(self.engine, Engine):
+            raise UsageError("a model of several answers at once scores no texts; load another")
+        return self.engine.logprobs(ids, following)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], config: GenerationConfig | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pocketslm.errors import BackendError
-from pocketslm.runtime.model import Model, TextModel
+from pocketslm.runtime.model import Model
 
 # Engine -> (strings key of its name, of where it was tried). See docs/explanation/app.md.
 ENGINES = {
@@ -19,7 +19,7 @@ ON_PHONE = ("auto", "runner", "onnx_aar")
 ON_DESKTOP = ("auto", "runner", "native", "onnx")
 
 
-def open_model(path: Path, engine: str, threads: int, *, phone: bool) -> TextModel:
+def open_model(path: Path, engine: str, threads: int, *, phone: bool) -> Model:
     """Load a bundle with the engine of the settings; "auto" is the runner on a phone.
 
     Raises PocketSlmError.

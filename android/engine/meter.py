@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.model import Record, TextModel
+from pocketslm.runtime.embedding import Vector
+from pocketslm.runtime.model import Record, ScoringModel
 from pocketslm.runtime.tokenizer import Tokenizer
 
 
 class Metered:
     """A model that counts its tokens; otherwise the model it is given."""
 
-    def __init__(self, model: TextModel) -> None:
+    def __init__(self, model: ScoringModel) -> None:
         self.model = model
         self.tokens = 0
         self._first = self._last = 0.0
@@ -55,6 +56,9 @@ class Metered:
             self._first = now if self.tokens == 1 else self._first
             self._last = now
             yield record
+
+    def logprobs(self, ids: Sequence[int], following: Sequence[int]) -> Vector:
+        return self.model.logprobs(ids, following)
 
     def cancel(self) -> None:
         """Stop a prompt from being read any further, where the engine can; from any thread."""

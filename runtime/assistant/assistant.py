@@ -4,8 +4,9 @@ Every task is a generator of `Event`: pieces of text as they are made, and final
 stop a task, set the ``threading.Event`` that it was given as ``cancel``, from any thread. The task
 then ends with the text so far and the finish "cancelled". Closing the generator stops it too.
 
-An answer begins with quotes from the document, which need no model and are there at once. The
-model's words follow only if their numbers, names and negations stand in the text that it read.
+An answer begins with quotes from the document, which need no model and are there at once. Where
+they are doubtful, the model reads the nearest sentences again. Its own words follow only if their
+numbers, names and negations stand in the text that it read.
 
 Prompts begin with the document or its passages in their order, so that a model which keeps the
 KV cache of what it read does not read them again for the next task.
@@ -16,13 +17,13 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pocketslm.errors import BackendError, ContextOverflowError, UsageError
+from pocketslm.errors import BackendError, ContextOverflowError, PocketSlmError, UsageError
 from pocketslm.runtime.assistant.answer import Answer, Citation, Event, Finish, Task
 from pocketslm.runtime.assistant.document import Document
 from pocketslm.runtime.assistant.following import standing_alone
@@ -30,6 +31,7 @@ from pocketslm.runtime.assistant.language import detect
 from pocketslm.runtime.assistant.meaning import Meanings
 from pocketslm.runtime.assistant.prompts import prompt, speaks
 from pocketslm.runtime.assistant.quoting import PASSAGES, Quotes, choose
+from pocketslm.runtime.assistant.rereading import MORE, is_doubtful, reread
 from pocketslm.runtime.assistant.retrieval import Hit, search
 from pocketslm.runtime.assistant.salience import (
     is_answered,
@@ -41,7 +43,7 @@ from pocketslm.runtime.assistant.salience import (
 from pocketslm.runtime.assistant.support import ground_of
 from pocketslm.runtime.assistant.words import sentences
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.model import Model, Record, TextModel
+from pocketslm.runtime.model import Model, Record, ScoringModel, TextModel
 from pocketslm.runtime.prefixes import Prefixes, shared
 
 SUGGESTIONS = 3
@@ -165,6 +167,11 @@ class Assistant:
             for citation in quotes.citations
         ]
         yield run.add("\n".join([lead, *lines]))
+        again = self.read_again(shelf, hits, quotes, question, run.cancelled)
+        if new := [one for one in again if one not in citations]:
+            lines = [quoted(of[one.document], one, named=True) for one in new]
+            yield run.add("\n".join(["", self._prompt("again", language), *lines]))
+        citations = tuple(dict.fromkeys((*again, *citations)))
         if quotes.found and speaks(self.model.name, language) and not run.cancelled():
             request, begin = self._request("ask", question=question), self._prompt("ask-begin")
             text = self._context(shelf, hits, request, begin)
@@ -187,8 +194,38 @@ class Assistant:
 
     def find(self, shelf: Sequence[Document], question: str) -> tuple[list[Hit], Quotes]:
         """The passages and sentences that answer a question, without the model."""
-        hits = search(shelf, question, PASSAGES, meanings=self.meanings)
-        return hits, choose(hits, question)
+        hits = search(shelf, question, MORE, meanings=self.meanings)
+        return hits, choose(hits[:PASSAGES], question)
+
+    def read_again(
+        self,
+        shelf: Sequence[Document],
+        hits: Sequence[Hit],
+        quotes: Quotes,
+        question: str,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> tuple[Citation, ...]:
+        """The sentences of several documents that are nearest on a second look, the best first.
+
+        Empty where what :meth:`find` gave is not doubtful, and where the model does not know the
+        question's language or cannot score texts.
+        """
+        model = self.model
+        if len(shelf) == 1 or not is_doubtful(hits[:PASSAGES], quotes):
+            return ()
+        if not isinstance(model, ScoringModel) or not speaks(model.name, detect(question)):
+            return ()
+        asked = model.tokenizer.encode(question)
+
+        def probability(sentence: str) -> float:
+            request = self._request("reread", sentence=sentence)
+            ids = model.tokenizer.apply_chat_template([{"role": "user", "content": request}])
+            return float(model.logprobs(ids, asked).sum())
+
+        try:
+            return reread(hits, question, probability, cancelled)
+        except PocketSlmError:  # the context is tiny, or the engine has no logits but the last
+            return ()
 
     def suggest(self, document: Document, cancel: threading.Event | None = None) -> Iterator[Event]:
         """At most three questions that the assistant itself answers with the sentence that each

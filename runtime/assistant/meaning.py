@@ -87,7 +87,7 @@ class Meanings:
                 rows = []
                 for chunk in todo[at : at + BATCH]:
                     texts = [document.text[a:b] for a, b in spans_of(document, chunk)]
-                    texts[1:] = [_in_place(chunk, text) for text in texts[1:]]
+                    texts[1:] = [in_place(chunk, text) for text in texts[1:]]
                     rows.append((chunk.index, pack(self.embedder.embed(texts, truncate=True))))
                 if not self.library.keep_meanings(number, rows):
                     break
@@ -131,7 +131,7 @@ class _Vectors:
         return dict(zip(self._chunks, np.split(cosines, self._ends[:-1]), strict=True))
 
 
-def _in_place(chunk: Chunk, sentence: str) -> str:
+def in_place(chunk: Chunk, sentence: str) -> str:
     """A sentence behind its heading, which says what the sentence is about."""
     heading = chunk.heading.rpartition(" › ")[2]
     return f"{heading}: {sentence}" if heading and heading not in sentence else sentence

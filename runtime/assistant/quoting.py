@@ -126,8 +126,18 @@ def choose(hits: Sequence[Hit], question: str) -> Quotes:
         for one in said[:GROUNDS]
         if one.features[WORDS] >= GROUND * said[0].features[WORDS]
     ]
-    citations = tuple(_merged([_whole(one) for one in close]))
+    citations = tuple(_merged([whole_quote(one) for one in close]))
     return Quotes(citations, found, tuple(grounds))
+
+
+def nearest(hits: Sequence[Hit], question: str, most: int) -> list[Candidate]:
+    """The sentences that are most alike to a question, whatever its words, the best first."""
+    found = [
+        replace(one, score=_odds(FEW_WORDS, one.features))
+        for one in candidates(hits, question, BY_MEANING)
+        if not one.features[HEADS]
+    ]
+    return sorted(found, key=lambda one: -one.score)[:most]
 
 
 def _is_answered(
@@ -224,7 +234,7 @@ def _shares(document: Document, question: str) -> dict[str, float]:
     return {term: value / total for term, value in worth.items()}
 
 
-def _whole(found: Candidate) -> Citation:
+def whole_quote(found: Candidate) -> Citation:
     """A sentence, with the rest of a quotation in it and the list that it announces."""
     citation, text = found.citation, found.document.text
     chunk, end = found.document.chunks[citation.chunk], citation.end

@@ -28,10 +28,10 @@ COMMON = 0.05
 MOST_NAMES = 4
 SHORT = 30  # chunks
 # The weight of words beside meaning: the best BM25 score counts as much as a cosine of WORDS if its
-# chunk holds the whole question, and less if it holds a part: words that meet by chance must not
-# outweigh meaning. A chunk's cosine is that of its most similar sentence, times SENTENCE, plus its
-# own, times the rest.
-WORDS, SENTENCE = 0.3, 0.7
+# chunk holds the whole question, and by the cube of the part otherwise: words that meet by chance
+# must not outweigh meaning. A chunk's cosine is that of its most similar sentence, times SENTENCE,
+# plus its own, times the rest.
+WORDS, SENTENCE = 0.4, 0.7
 
 Place = tuple[int, int]
 """(document's number, chunk)"""
@@ -153,7 +153,8 @@ def _fused(
     """
     best = max(score.values(), default=0.0) or 1.0
     fused = {
-        place: WORDS * covered.get(place, TRUST) * value / best for place, value in score.items()
+        place: WORDS * covered.get(place, TRUST) ** 2 * value / best
+        for place, value in score.items()
     }
     for place, cosines in likeness.items():
         sentence = float(cosines[1:].max()) if cosines.size > 1 else float(cosines[0])

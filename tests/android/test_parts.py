@@ -291,6 +291,7 @@ def test_the_meter_changes_no_token(tiny_bundle: Path) -> None:
     assert [record.token for record in metered.generate("the inner", config)] == expected
     assert metered.tokens == 9
     assert metered.tps > 0
+    assert (metered.logprobs([1, 2], [3]) == model.logprobs([1, 2], [3])).all()
 
 
 # Actions

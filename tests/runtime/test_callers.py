@@ -62,6 +62,7 @@ INTERRUPTIONS: dict[str, Callable[[Model], object]] = {
     "a generation": lambda model: tokens(model, prompt(1)),
     "the beginning of one": lambda model: next(model.generate(prompt(1), GREEDY)),
     "logits": lambda model: model.engine.logits(prompt(1)),
+    "probabilities": lambda model: model.logprobs(prompt(1), prompt(2)),
     "a sampled one": lambda model: tokens(model, prompt(1), GREEDY.but(do_sample=True, min_p=0.1)),
 }
 

@@ -193,6 +193,13 @@ def test_greedy_equals_the_pytorch_model(model: Model, tiny_hf: Path) -> None:
     assert [step.token for step in steps] == expected
     assert [step.logprob for step in steps] == pytest.approx(logprobs, abs=1e-3)
     assert [step.finish for step in steps] == [None] * 29 + ["length"]
+    for _ in range(2):  # what is shared is not read again
+        assert model.logprobs(PROMPT, expected).tolist() == pytest.approx(logprobs, abs=1e-3)
+    later = model.logprobs([*PROMPT, *expected[:9]], expected[9:])
+    assert later.tolist() == pytest.approx(logprobs[9:], abs=1e-3)
+    for ids, following in (([], [1]), (PROMPT, [])):
+        with pytest.raises(UsageError, match="at least one token"):
+            model.logprobs(ids, following)
     times = [step.time_ns for step in steps]
     assert times == sorted(times)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from pocketslm.cli import main
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.models.catalog import fetch
 from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.profiling.assistant import finished
+from pocketslm.runtime.assistant.assistant import Assistant
 from pocketslm.runtime.assistant.document import Block, Document, make_source
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.assistant.meaning import Meanings, Vector, pack
 from pocketslm.runtime.assistant.quoting import PASSAGES, choose
 from pocketslm.runtime.assistant.retrieval import search
-from pocketslm.runtime.model import Model
+from pocketslm.runtime.model import Model, Record
 
 # Words that mean the same share a dimension.
 MEANT = ({"cock", "cockerel", "cockerels"}, {"queue", "wait"}, {"camp", "night"}, {"price", "cost"})
@@ -82,6 +85,50 @@ def test_likeness_alone_answers_only_in_the_language_of_its_model(library: Libra
         hits = search(document, question, PASSAGES, meanings=meanings)
         assert hits[0].coverage == 0.0
         assert choose(hits, question).found is found, question
+
+
+class Reader:
+    """A model that finds the question after sentences with one word probable, and says nothing."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.name, self.backend, self.context, self.tokenizer = "reader", "none", 512, Letters()
+
+    def generate(self, prompt: object, config: object = None) -> Iterator[Record]:
+        yield from ()
+
+    def logprobs(self, ids: Sequence[int], following: Sequence[int]) -> Vector:
+        known = self.word in "".join(map(chr, ids))
+        return np.full(len(following), -1.0 if known else -9.0, np.float32)
+
+
+class Letters(SimpleNamespace):
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.encode(messages[0]["content"])
+
+
+def test_a_second_look_finds_among_several_documents(library: Library) -> None:
+    """What is doubtful is read again; the first quotes stay where they are."""
+    texts = ("Hens are fine here, but there are no cockerels.", "The cost is 85 pounds.")
+    shelf = [library.add(make_source(text[:4], "txt", [Block(text)])) for text in texts]
+    meanings = Meanings(library, Words())
+    list(meanings.index())
+    plain = finished(Assistant(Reader("?"), meanings=meanings).ask(shelf, "May I have a cock?"))
+    assistant = Assistant(Reader("85 pounds"), meanings=meanings)
+    answer = finished(assistant.ask(shelf, "May I have a cock?"))
+    assert answer.text.startswith(plain.text.partition("\n\n")[0])
+    assert "second reading" in answer.text
+    best = answer.citations[0]
+    assert (best.document, shelf[1].text[best.start : best.end]) == (shelf[1].id, texts[1])
+    assert set(plain.citations) <= set(answer.citations)
+    stop = threading.Event()
+    stop.set()
+    assert "second reading" not in finished(assistant.ask(shelf, "A cock?", stop)).text
+    assert "second reading" not in finished(assistant.ask(shelf, "Is the cost 85 pounds?")).text
+    assert "second reading" not in finished(assistant.ask(shelf[0], "May I have a cock?")).text
 
 
 def test_words_that_meet_by_chance_do_not_outweigh_meaning(
