@@ -28,7 +28,7 @@ COMMON = 0.05
 MOST_NAMES = 4
 SHORT = 30  # chunks
 # The weight of words beside meaning: the best BM25 score counts as much as a cosine of WORDS if its
-# chunk holds the whole question, and by the cube of the part otherwise: words that meet by chance
+# chunk holds the whole question, and by the square of the part otherwise: words that meet by chance
 # must not outweigh meaning. A chunk's cosine is that of its most similar sentence, times SENTENCE,
 # plus its own, times the rest.
 WORDS, SENTENCE = 0.4, 0.7
