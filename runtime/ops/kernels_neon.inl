@@ -130,6 +130,34 @@ inline void store_digits(int8_t* high, int8_t* low, V16 x) {
 }
 constexpr size_t kMaxRegisterRows = 6, kAccumulators = 6;
 
+// Clang loads as early and computes as late as it can, and runs out of registers by it: no load moves
+// across this, and what gives these values is done. GCC keeps the order by -fno-schedule-insns.
+template <typename T>
+inline void finish([[maybe_unused]] T& x) {
+#if defined(__clang__)
+  __asm__ volatile("" : "+w"(x) : : "memory");
+#endif
+}
+template <typename T>
+inline void finish_all(T& x) {
+  for (auto& one : x) finish(one);
+}
+
+// Four factors that follow each other.
+#define POCKETSLM_FACTORS_BY_LANE
+constexpr size_t kMaxLaneRows = 3;  // more of them run out of registers
+struct Lanes {
+  float32x4_t v;
+  Lanes() = default;
+  explicit Lanes(const float* p) : v(vld1q_f32(p)) {}
+  // acc += this lane * x
+  template <size_t lane>
+  void add(V16 x, V16& acc) const {
+    for (int i = 0; i < 4; ++i) acc.v[i] = vfmaq_laneq_f32(acc.v[i], x.v[i], v, lane);
+    finish_all(acc.v);
+  }
+};
+
 // Dot products of int8.
 struct I16 {
   int32x4_t v[4];

@@ -115,19 +115,6 @@ struct RowScales {
   }
 };
 
-// Clang loads as early and computes as late as it can, and runs out of registers by it: no load moves
-// across this, and what gives these values is done. GCC keeps the order by -fno-schedule-insns.
-template <typename T>
-inline void finish([[maybe_unused]] T& x) {
-#if defined(__clang__)
-  __asm__ volatile("" : "+w"(x) : : "memory");
-#endif
-}
-template <typename T>
-inline void finish_all(T& x) {
-  for (auto& one : x) finish(one);
-}
-
 // Bytes of a block that belong to one group.
 template <WeightKind K>
 constexpr size_t kGroupBytes = group_bytes(form_of(K)) * (form_of(K).split ? 2 : 1) + 32 +

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from program_support import ACTIVATIONS
 
 from pocketslm.runtime.backends.native_library import isa_names
-from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops import build, instructions
 from pocketslm.runtime.ops.ids import ACTIVATION
 
 EPS = float(np.finfo(np.float32).eps)
@@ -22,6 +23,7 @@ EPS = float(np.finfo(np.float32).eps)
 RELATIVE, ABSOLUTE = 1e-5, 4e-7
 ATTENTION_TOLERANCE = 2e-5  # of the largest value: sums of a few hundred products
 INT8_ATTENTION_TOLERANCE = 5e-4  # the same with weights of 14 bits
+LARGEST_VALUE = 127 * 0.03  # of attention_probe.cpp
 SIMD_PATHS = [isa for isa in isa_names() if isa != "scalar"]
 BLOCK = 16
 
@@ -36,6 +38,15 @@ class _Job(ctypes.Structure):
         ("cap", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("out", "maximum", "weight")),
     )
+
+
+@pytest.fixture(scope="module")
+def arm_attention_probe(arm_runner_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program; what it links is compiled already, as a part of the runner."""
+    source = str(Path(__file__).with_name("attention_probe"))
+    output = tmp_path_factory.mktemp("arm") / "attention_probe"
+    toolchain = build.find_toolchain("aarch64-linux")
+    return build.compile_and_link(output, toolchain, [source, "cpu"], [], ["-static"])
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +265,19 @@ def test_attention(int8: bool, dim: int, probe: ctypes.CDLL) -> None:
                     assert_close(log_total, total, ATTENTION_TOLERANCE * 10)
                 for isa in SIMD_PATHS[1:]:
                     np.testing.assert_array_equal(results[isa][0], results[SIMD_PATHS[0]][0])
+
+
+def test_attention_on_arm(arm_attention_probe: Path) -> None:
+    """Each path against the scalar one, under qemu."""
+    command = ["qemu-aarch64-static", "-cpu", "max", str(arm_attention_probe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    tried = set()
+    for line in done.stdout.splitlines():
+        isa, kv_type, error = line.split()
+        tolerance = ATTENTION_TOLERANCE if kv_type == "fp16" else INT8_ATTENTION_TOLERANCE
+        assert float(error) <= tolerance * LARGEST_VALUE, line
+        tried.add((isa, kv_type))
+    assert tried == set(itertools.product(instructions.PATHS, ("fp16", "int8")))
 
 
 def test_the_comparison_can_fail(probe: ctypes.CDLL) -> None:
