@@ -22,6 +22,7 @@ from typing import Any
 
 from pocketslm.errors import BackendError, PocketSlmError
 from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops.ids import KIND
 
 PATHS = ("neon_i8mm", "neon_dotprod", "scalar")
 PROMPT = "Once upon a time"  # four tokens of most vocabularies
@@ -34,6 +35,9 @@ DECODE_4, DECODE_512 = "decode at 4", "decode at 512"
 PROMPT_16, PROMPT_128 = "prompt of 16", "prompt of 128"
 WHOLE_HEAD, SAMPLING = "greedy, whole head", "sampling"
 CASES = (DECODE_4, DECODE_512, PROMPT_16, PROMPT_128, WHOLE_HEAD, SAMPLING)
+
+# Kinds of quantized weights; q8_apart runs as q8_split does.
+KINDS = tuple(kind for kind in KIND if kind[0] in "qif" and kind not in ("f32", "f16", "q8_apart"))
 
 Request = dict[str, Any]
 
@@ -141,6 +145,29 @@ def count_cases(
     return counts
 
 
+def build_kind_counts(output: Path) -> Path:
+    """The program that :func:`count_kinds` counts."""
+    toolchain = build.find_toolchain("aarch64-linux")
+    return build.compile_and_link(output, toolchain, ["kind_counts", "cpu"], [], ["-static"])
+
+
+def count_kinds(
+    program: Path, plugin: Path, isa: str, kinds: Sequence[str] = KINDS
+) -> dict[str, tuple[float, float]]:
+    """Instructions for 32 weights of a row and a token, by kind: of one token, and of sixteen."""
+    numbers = [str(KIND[kind]) for kind in kinds]
+    rows, cols = 256, 2048
+    command = [str(program), isa, str(rows), str(cols), *numbers]
+    _, said = _counted(plugin, command)
+    marks = [int(found) for found in re.findall(r"^written at: (\d+)$", said, re.MULTILINE)]
+    spent = [after - before for before, after in zip(marks[::2], marks[1::2], strict=True)]
+    groups = rows * cols // 32
+    return {
+        kind: (one / groups, many / (16 * groups))
+        for kind, one, many in zip(kinds, spent[::2], spent[1::2], strict=True)
+    }
+
+
 def count_peer(plugin: Path, command: str, cases: Sequence[str] = CASES) -> dict[str, float]:
     """Count any program for aarch64, from the difference between two runs.
 
@@ -193,6 +220,15 @@ def _print(label: str, counts: Mapping[str, float], before: Mapping[str, float])
         print(f"{label:<24}{case:<20}{count / 1e6:10.2f}{change}", flush=True)
 
 
+def _print_kinds(counts: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+    print(f"{'':<12}" + "".join(f"{isa:>20}" for isa in counts))
+    for kind in KINDS:
+        found = "".join(
+            f"{one:12.2f}{many:8.2f}" for one, many in (c[kind] for c in counts.values())
+        )
+        print(f"{kind:<12}{found}", flush=True)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__.splitlines()[0]} In millions.",
@@ -201,9 +237,15 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "models",
-        nargs="+",
+        nargs="*",
         metavar="[NAME=]MODEL.slm",
         help="the name, such as Q4_0, is that of recorded counts",
+    )
+    parser.add_argument(
+        "--kinds",
+        action="store_true",
+        help="count every kind of weights: instructions for 32 weights of a row and a token, for "
+        "one token and for 16",
     )
     parser.add_argument("--isa", choices=PATHS, action="append", help="only these paths")
     parser.add_argument("--case", choices=CASES, action="append", help="only these cases")
@@ -218,6 +260,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--record", action="store_true", help="keep the counts as those to compare")
     args = parser.parse_args()
+    if not (args.models or args.kinds or args.peer):
+        parser.error("nothing to count; give a model, --kinds or --peer")
     if any("=" not in peer for peer in args.peer):
         parser.error("--peer needs NAME=COMMAND")
     return args
@@ -227,13 +271,17 @@ def main() -> int:
     args = _arguments()
     table, over = recorded(), []
     cases = args.case or CASES
+    paths = args.isa or PATHS[:2]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            runner = args.runner or build.runner("aarch64-linux")
             plugin = build_plugin(Path(folder) / "qemu_count.so")
+            if args.kinds:
+                program = build_kind_counts(Path(folder) / "kind_counts")
+                _print_kinds({isa: count_kinds(program, plugin, isa) for isa in paths})
             for model in args.models:
+                runner = args.runner or build.runner("aarch64-linux")
                 name, _, path = model.rpartition("=")
-                for isa in args.isa or PATHS[:2]:
+                for isa in paths:
                     counts = count_cases(runner, plugin, Path(path), isa, cases, args.kv_cache)
                     _print(f"{name} {isa}", counts, table.get(name, {}).get(isa, {}))
                     over += over_budget(name, isa, counts)

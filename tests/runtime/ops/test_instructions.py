@@ -58,6 +58,19 @@ def test_a_program_that_is_given_as_a_peer_counts_the_same(
         instructions.count_peer(plugin, "/nonexistent {prompt} {new}", cases)
 
 
+def test_kinds_of_weights_are_counted(arm_runner_path: Path, plugin: Path, tmp_path: Path) -> None:
+    """The runner has what the program links; other kinds take longer than 4 bits."""
+    program = instructions.build_kind_counts(tmp_path / "kind_counts")
+    kinds = ("q4_sym", "q3_sym", "q8_split")
+    for isa in instructions.PATHS[:2]:
+        found = instructions.count_kinds(program, plugin, isa, kinds)
+        assert tuple(found) == kinds
+        plain = found.pop("q4_sym")
+        assert plain[0] <= 6.85 * (1 + instructions.TOLERANCE)
+        assert plain[1] < plain[0]  # unpacked once for several tokens
+        assert all(one > plain[0] and many > plain[1] for one, many in found.values())
+
+
 def test_a_count_above_the_recorded_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"Q4_0": {"neon_i8mm": {"sampling": 10.0}}}
     monkeypatch.setattr(instructions, "recorded", lambda: table)
