@@ -10,18 +10,10 @@ from pathlib import Path
 
 from pocketslm.errors import BackendError
 from pocketslm.runtime.backends import usable_cores
+from pocketslm.runtime.cores import Cluster
 
 PROBE_BYTES = 64 << 20  # more than the caches of a phone or board hold
 _SOFTWARE = ("numpy", "onnxruntime", "onnxruntime-genai", "llama-cpp-python", "executorch", "torch")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Cores of one kind. ``capacity`` is the kernel's rating; the fastest cores have 1024."""
-
-    cpus: tuple[int, ...]
-    capacity: int | None = None
-    max_khz: int | None = None
 
 
 @dataclass(frozen=True)

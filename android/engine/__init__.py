@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pocketslm.errors import BackendError
+from pocketslm.runtime.cores import choice_here, keep_to
 from pocketslm.runtime.model import Model
 
 # Engine -> (strings key of its name, of where it was tried). See docs/explanation/app.md.
@@ -22,7 +23,8 @@ ON_DESKTOP = ("auto", "runner", "native", "onnx")
 def open_model(path: Path, engine: str, threads: int, *, phone: bool) -> Model:
     """Load a bundle with the engine of the settings; "auto" is the runner on a phone.
 
-    Raises PocketSlmError.
+    With 0 threads it takes what `pocketslm tune-threads` found for this machine, if anything, and
+    this thread keeps to the cores that it found. Raises PocketSlmError.
     """
     if engine == "auto":
         engine = "runner" if phone else "auto"
@@ -33,4 +35,7 @@ def open_model(path: Path, engine: str, threads: int, *, phone: bool) -> Model:
         return load(path, threads)
     if engine not in ("auto", "native", "onnx", "runner"):
         raise BackendError(f"engine {engine!r} is unknown, expected one of {', '.join(ENGINES)}")
+    tuned = choice_here(path) if not threads else None
+    keep_to(tuned.cpus if tuned else ())
+    threads = tuned.threads if tuned else threads
     return Model.load(path, engine, threads or None, verify=False)

@@ -14,6 +14,7 @@ from pocketslm.errors import BundleError
 from pocketslm.folders import aside, put
 from pocketslm.models.config import PREFILL_BATCH, ModelConfig
 from pocketslm.runtime.bundle import MANIFEST, Bundle, Graph, open_bundle, read_manifest
+from pocketslm.runtime.cores import CHOICES, MOST_BYTES
 
 # Beside weights and cache: code, buffers, the tokenizer, a document.
 OVERHEAD_BYTES = 60 << 20
@@ -108,6 +109,8 @@ class Models:
                         (copy / name).parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(source / name, copy / name)
                         yield name
+                    if (source / CHOICES).is_file():
+                        shutil.copyfile(source / CHOICES, copy / CHOICES)
                 else:
                     yield from _unpack(source, copy)
                 name = _plain(open_bundle(copy, verify=True).name)
@@ -184,5 +187,8 @@ def _unpack(source: Path, copy: Path) -> Iterator[str]:
                         file.write(block)
                         left -= len(block)
                 yield name
+            entry = entries.get(root + CHOICES)
+            if entry is not None and entry.file_size <= MOST_BYTES:
+                (copy / CHOICES).write_bytes(archive.read(entry))
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
         raise BundleError(f"{source.name} is not a zip that can be read: {error}") from None

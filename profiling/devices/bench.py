@@ -204,7 +204,7 @@ class _Session:
             base = runner.ask("stats")["peak_rss_bytes"]
             counted = _Counted(self._load(runner, test, threads), limits, base)
             if not self._conditions.cold:
-                _repeat(runner, test)  # first touches of memory, not counted
+                repeat(runner, test)  # first touches of memory, not counted
             sampler = self._sampler(runner.pid)
             try:
                 with sampler:
@@ -213,7 +213,7 @@ class _Session:
                         if self._conditions.cold and turn:
                             self._load(runner, test, threads)
                         sampler.poll()
-                        answer = _repeat(runner, test)
+                        answer = repeat(runner, test)
                         counted.add(test, answer, time.monotonic_ns())
                         sampler.poll()
                         counted.stats = runner.ask("stats")
@@ -250,8 +250,8 @@ class _Session:
     def _operators(self, runner: RunnerProcess, test: Test, threads: int) -> dict[str, int]:
         """Nanoseconds of the timed part of one repetition, by operator."""
         self._load(runner, test, threads, profile=True)
-        _repeat(runner, test)  # as in measure
-        answer = _repeat(runner, test)
+        repeat(runner, test)  # as in measure
+        answer = repeat(runner, test)
         parts = [part for part, n in (("prefill", test.n_prompt), ("decode", test.n_gen)) if n]
         times = [answer[f"{part}_times"] for part in parts]
         return {
@@ -346,7 +346,7 @@ def total_pss(text: str) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def _repeat(runner: RunnerProcess, test: Test) -> dict[str, Any]:
+def repeat(runner: RunnerProcess, test: Test) -> dict[str, Any]:
     """One repetition from an empty cache."""
     tokens = {"tokens": test.ids} if test.n_prompt or test.n_depth else {"prompt_tokens": 0}
     return runner.ask("bench", new_tokens=test.n_gen, repeats=1, **tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,24 @@ def add_commands(commands: Commands) -> None:
         "clean", _clean, "remove what benchmarks left on a device", "pocketslm device clean adb"
     )
     parser.add_argument("device", help=SPECS)
+    parser = commands.add(
+        "tune-threads",
+        _tune_threads,
+        "measure how many threads a model is fastest with on a device, on which cores, for the app",
+        "pocketslm tune-threads out/smollm2 --device adb",
+    )
+    parser.add_argument("bundle", type=Path, help="its threads.json gets the choice")
+    parser.add_argument("--device", default="local", help=f"{SPECS} (default: local)")
+    parser.add_argument(
+        "-p", "--n-prompt", type=int, default=128, help="tokens of the prompt (default: 128)"
+    )
+    parser.add_argument(
+        "-n", "--n-gen", type=int, default=32, help="tokens of the answer (default: 32)"
+    )
+    parser.add_argument(
+        "-r", "--rounds", type=int, default=3, help="times to measure each choice (default: 3)"
+    )
+    add_json(parser)
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +156,30 @@ def bench(arguments: argparse.Namespace) -> None:
         elif measured:
             everything = [row for found in measured.values() for row in found]
             show(format_rows(everything, arguments.output), end="")
+
+
+def _tune_threads(arguments: argparse.Namespace) -> None:
+    from pocketslm.profiling.devices import open_device
+    from pocketslm.profiling.devices.tune import tune_threads
+
+    with open_device(arguments.device) as device, Progress() as progress:
+        chosen, tried = tune_threads(
+            device,
+            arguments.bundle,
+            n_prompt=arguments.n_prompt,
+            n_gen=arguments.n_gen,
+            rounds=arguments.rounds,
+            say=say,
+            progress=progress,
+        )
+    rows = [(str(one), f"{one.median_ns / 1e6:.1f} ms") for one in tried]
+    if arguments.json:
+        choice = {"threads": chosen.threads, "cpus": chosen.cpus}
+        print_json(choice | {"milliseconds": {name: float(ms.split()[0]) for name, ms in rows}})
+        return
+    print_columns(
+        [(*row, "chosen" * (one is chosen)) for row, one in zip(rows, tried, strict=True)]
+    )
 
 
 def _list(arguments: argparse.Namespace) -> None:

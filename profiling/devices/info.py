@@ -7,6 +7,7 @@ from pocketslm.profiling.devices.device import Device
 from pocketslm.profiling.machine import Machine
 from pocketslm.profiling.sensors import cpufreq
 from pocketslm.profiling.sensors.tree import Tree, matching, number, parse, script, whole
+from pocketslm.runtime.cores import clusters
 
 FILES = (
     "/proc/cpuinfo",
@@ -79,7 +80,7 @@ def machine(tree: Tree, kind: str) -> Machine:
         kind=kind,
         product=_product(tree),
         soc=_soc(tree),
-        clusters=cpufreq.clusters(tree, cores),
+        clusters=clusters(tree, cores),
         governor=cpufreq.governor(tree),
     )
 

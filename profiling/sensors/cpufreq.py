@@ -5,38 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pocketslm.errors import UsageError
-from pocketslm.profiling.machine import Cluster
 from pocketslm.profiling.sensors.tree import Tree, matching, number, whole
+from pocketslm.runtime.cores import CAPACITY, CPU, MAX_KHZ, POSSIBLE, Cluster, parse_cpus
 
-_CPU = "/sys/devices/system/cpu/cpu"
 FILES = (
-    f"{_CPU}[0-9]*/cpu_capacity",
-    f"{_CPU}[0-9]*/cpufreq/cpuinfo_max_freq",
-    f"{_CPU}[0-9]*/cpufreq/scaling_governor",
-    f"{_CPU}[0-9]*/cpufreq/scaling_cur_freq",
-    f"{_CPU}[0-9]*/cpufreq/stats/time_in_state",
-    "/sys/devices/system/cpu/possible",
+    f"{CPU}[0-9]*/{CAPACITY}",
+    f"{CPU}[0-9]*/{MAX_KHZ}",
+    f"{CPU}[0-9]*/cpufreq/scaling_governor",
+    f"{CPU}[0-9]*/cpufreq/scaling_cur_freq",
+    f"{CPU}[0-9]*/cpufreq/stats/time_in_state",
+    POSSIBLE,
 )
 _STATES = "stats/time_in_state"
-MOST_CPUS = 4096  # as many as Linux is built for
-
-
-def clusters(tree: Tree, cores: int) -> tuple[Cluster, ...]:
-    """The cores by capacity and greatest frequency, the fastest cluster first.
-
-    ``cores`` is the number of cores if the tree does not tell. A symmetric machine has one cluster.
-    """
-    try:
-        cpus = parse_cpus(tree["/sys/devices/system/cpu/possible"])
-    except (KeyError, ValueError):
-        cpus = tuple(range(min(cores, MOST_CPUS)))
-    groups: dict[tuple[int | None, int | None], list[int]] = {}
-    for cpu in cpus:
-        capacity = number(tree, f"{_CPU}{cpu}/cpu_capacity")
-        khz = number(tree, f"{_CPU}{cpu}/cpufreq/cpuinfo_max_freq")
-        groups.setdefault((capacity, khz), []).append(cpu)
-    order = sorted(groups, key=lambda key: (-(key[0] or 0), -(key[1] or 0)))
-    return tuple(Cluster(tuple(groups[key]), *key) for key in order)
 
 
 def khz(tree: Tree, before: Tree | None, machine_clusters: Sequence[Cluster]) -> tuple[int, ...]:
@@ -47,7 +27,7 @@ def khz(tree: Tree, before: Tree | None, machine_clusters: Sequence[Cluster]) ->
     """
     found = []
     for cluster in machine_clusters:
-        paths = [f"{_CPU}{cpu}/cpufreq/" for cpu in cluster.cpus]
+        paths = [f"{CPU}{cpu}/cpufreq/" for cpu in cluster.cpus]
         means = [_mean_khz(tree, before, path + _STATES) for path in paths] if before else []
         now = [number(tree, path + "scaling_cur_freq") for path in paths]
         if not any(now):
@@ -77,11 +57,9 @@ def _states(text: str) -> dict[int, int]:
 
 def polled_files(tree: Tree, machine_clusters: Sequence[Cluster]) -> list[str]:
     """One CPU's files for cores that share a clock; otherwise each core's own, as on x86."""
-    found = matching(tree, f"{_CPU}[0-9]*/cpufreq/scaling_cur_freq")
+    found = matching(tree, f"{CPU}[0-9]*/cpufreq/scaling_cur_freq")
     if len(machine_clusters) > 1:
-        first = {
-            f"{_CPU}{cluster.cpus[0]}/cpufreq/scaling_cur_freq" for cluster in machine_clusters
-        }
+        first = {f"{CPU}{cluster.cpus[0]}/cpufreq/scaling_cur_freq" for cluster in machine_clusters}
         found = [path for path in found if path in first]
     states = [path.replace("scaling_cur_freq", _STATES) for path in found]
     return found + [path for path in states if path in tree]
@@ -89,7 +67,7 @@ def polled_files(tree: Tree, machine_clusters: Sequence[Cluster]) -> list[str]:
 
 def governor(tree: Tree) -> str | None:
     """cpufreq's governor. Those of several clusters are joined."""
-    found = dict.fromkeys(tree[path] for path in matching(tree, f"{_CPU}*/scaling_governor"))
+    found = dict.fromkeys(tree[path] for path in matching(tree, f"{CPU}*/scaling_governor"))
     return ", ".join(found) or None
 
 
@@ -117,15 +95,3 @@ def pinned(choice: str, machine_clusters: Sequence[Cluster]) -> tuple[int, ...]:
     if unknown := sorted(set(cpus) - set(every)):
         raise UsageError(f"pin names CPU {unknown[0]}, the device has {min(every)} to {max(every)}")
     return cpus
-
-
-def parse_cpus(text: str) -> tuple[int, ...]:
-    """Read a list of CPUs as the kernel writes it: ``0-3,6``. Raises ValueError otherwise."""
-    cpus: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        low, high = int(first), int(last if dash else first)
-        if not 0 <= low <= high < MOST_CPUS:
-            raise ValueError(text)
-        cpus |= set(range(low, high + 1))
-    return tuple(sorted(cpus))

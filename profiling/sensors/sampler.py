@@ -16,10 +16,10 @@ from typing import Self
 
 from pocketslm.errors import DeviceError
 from pocketslm.profiling.devices.device import Device, watchdog
-from pocketslm.profiling.machine import Cluster
 from pocketslm.profiling.records import TracePoint
 from pocketslm.profiling.sensors import cpufreq, power, thermal
 from pocketslm.profiling.sensors.tree import Tree, parse, script, whole
+from pocketslm.runtime.cores import Cluster
 
 FILES = tuple(dict.fromkeys((*cpufreq.FILES, *thermal.FILES, *power.FILES)))
 COMMANDS = tuple(dict.fromkeys((*thermal.COMMANDS, *power.COMMANDS)))
