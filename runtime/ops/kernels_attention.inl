@@ -248,12 +248,9 @@ void attend_i8(const AttentionJob& job) {
   QueryCodes queries;
   WeightDigits weights;
   const size_t dim = job.head_dim;
-  for (size_t r = 0; r < job.rows; ++r) {
-    int8_t* codes = queries.codes + r * dim;
-    queries.scales[r] = to_i8(job.queries + r * dim, dim, codes);
-    queries.sums[r] = 0;
-    for (size_t d = 0; d < dim; ++d) queries.sums[r] += codes[d];
-  }
+  for (size_t r = 0; r < job.rows; ++r)
+    queries.scales[r] =
+        to_codes(job.queries + r * dim, dim, queries.codes + r * dim, queries.sums[r]);
   begin_rows(job);
   for_spans(job, [&](size_t first, size_t live, size_t count) {
     POCKETSLM_FOR_ROW_GROUPS(kDotRows, job.rows,

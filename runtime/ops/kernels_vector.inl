@@ -162,17 +162,23 @@ void to_f16(const float* x, size_t n, uint16_t* out) {
   for (size_t i = 0; i < n; i += 16) store_f16(out + i, load(x + i));
 }
 
-float to_i8(const float* x, size_t n, int8_t* out) {
+// As to_i8, with the sum of the codes.
+inline float to_codes(const float* x, size_t n, int8_t* out, int32_t& sum) {
   V16 peaks = zero();
   for (size_t i = 0; i < n; i += 16) peaks = larger_magnitude(peaks, load(x + i));
   const float peak = reduce_magnitude(peaks);
-  if (!has_codes(peak)) {
-    for (size_t i = 0; i < n; i += 16) store_i8(out + i, zero());
-    return peak / 127.0f;
-  }
-  const V16 inverse = set1(127.0f / peak);
-  for (size_t i = 0; i < n; i += 16) store_i8(out + i, mul(load(x + i), inverse));
+  const bool coded = has_codes(peak);
+  const V16 inverse = set1(coded ? 127.0f / peak : 0.0f);
+  int32_t total = 0;
+  for (size_t i = 0; i < n; i += 16)
+    total += store_i8(out + i, coded ? mul(load(x + i), inverse) : zero());
+  sum = total;
   return peak / 127.0f;
+}
+
+float to_i8(const float* x, size_t n, int8_t* out) {
+  int32_t sum;
+  return to_codes(x, n, out, sum);
 }
 
 void lower_rank(const uint16_t* a, const float* x, size_t cols, size_t panels, float* out) {

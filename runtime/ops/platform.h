@@ -15,6 +15,9 @@ namespace pocketslm::platform {
 // Pages of zeros, in memory once they are touched. Throws std::bad_alloc.
 void* reserve_pages(size_t bytes);
 void release_pages(void* pages, size_t bytes);
+// Puts what is there into large pages, where the system has them: fewer translations of addresses.
+// Memory that was never touched is taken too.
+void use_large_pages(void* pages, size_t bytes);
 
 // A whole file, mapped for reading. Paths are UTF-8.
 class MappedFile {

@@ -27,6 +27,8 @@ std::vector<int> usable_cpus() {
 
 long cpu_speed(int) { return 0; }
 
+void use_large_pages(void*, size_t) {}
+
 bool binds_threads() { return false; }
 
 void bind_thread(int) {}

@@ -110,6 +110,8 @@ long cpu_speed(int cpu) {
   return 0;
 }
 
+void use_large_pages(void*, size_t) {}
+
 bool binds_threads() { return true; }
 
 void bind_thread(int cpu) { SetThreadAffinityMask(GetCurrentThread(), bit(cpu)); }

@@ -9,7 +9,7 @@ States::States(const Program& program, const Kernels& kernels, size_t context, p
                size_t batch)
     : kernels_(kernels), type_(type), width_(type == PSLM_KV_I8 ? 1 : 2) {
   size_t bytes = 0, scales = 0, columns = 0;
-  const size_t all = round_up(context, kPositionBlock);
+  const size_t all = positions_ = round_up(context, kPositionBlock);
   for (const StateRecord& s : program.states) {
     Kept kept{static_cast<StateKind>(s.kind), s.sizes[0], s.sizes[1], s.sizes[2], all, 0, 0,
               nullptr,                        nullptr};
@@ -92,6 +92,11 @@ void States::advance(size_t length) {
   for (Kept& kept : kept_)
     if (kept.kind == StateKind::kv && length > kept.room)
       kept.first = std::max(kept.first, length - kept.room);
+  // All heads fill at the same pace, so that small pages hold only what is there. Half full, large
+  // ones take at most twice that.
+  if (in_large_pages_ || 2 * length < positions_) return;
+  in_large_pages_ = true;
+  if (data_.bytes()) platform::use_large_pages(data_.data(), data_.bytes());
 }
 
 void States::forget() {

@@ -77,6 +77,8 @@ class States {
   const pslm_kv_type type_;
   const size_t width_;  // bytes of an element
   std::vector<Kept> kept_;
+  size_t positions_ = 0;  // of a whole context
+  bool in_large_pages_ = false;
   Buffer<uint8_t> data_;   // {keys, values} of each state, fp16 or int8
   Buffer<float> scales_;   // int8 only: [state][head]{keys, values}[room]
   Buffer<float> columns_;  // [convolution][taps - 1][width]
