@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 from pocketslm.profiling.render import zipped
@@ -67,6 +68,19 @@ def pdf_file(pages: Sequence[str | bytes], filters: str = "") -> bytes:
     out += b"".join(f"{offset:010} 00000 n \n".encode() for offset in offsets)
     out += f"trailer\n<< /Size {len(data) + 1} /Root 1 0 R >>\nstartxref\n{start}\n%%EOF".encode()
     return bytes(out)
+
+
+def pdf_of_forms(form: bytes) -> bytes:
+    """A PDF whose page shows a form 5,000 times, as often as pypdf allows."""
+    content = zlib.compress(form, 9)
+    head = (
+        "9 0 obj\n<< /Subtype /Form /BBox [0 0 9 9] /Resources << /Font << /F1 3 0 R >> >> "
+        f"/Filter /FlateDecode /Length {len(content)} >>\nstream\n"
+    )
+    shown = pdf_file([b"/X Do " * 5000])
+    shown = shown.replace(b"/Resources <<", b"/Resources << /XObject << /X 9 0 R >>")
+    whole = head.encode() + content + b"\nendstream\nendobj\n"
+    return shown.replace(b"xref", whole + b"xref", 1)
 
 
 def _content(text: str) -> bytes:

@@ -249,6 +249,22 @@ def _pdfs() -> Iterator[Case]:
         "pdf of 200 pages of much",
         lambda: read_small(make([shared] * 200, "/FlateDecode"), "a.pdf"),
     )
+    strings = (f"<{n * 2654435761 % 2**32:08x}> Tj T*" for n in range(150_000))
+    book = b"BT /F1 10 Tf 12 TL " + " ".join(strings).encode()
+    yield (
+        "pdf of many strings",
+        lambda: read_small(make([zlib.compress(book, 9)], "/FlateDecode"), "a.pdf"),
+    )
+    for name, form in {
+        "text": b"BT " + b"(a) Tj " * 10_000,
+        "numbers": b"1 " * 100_000,
+        "images": b"BI /W 1 ID a EI " + b"1 " * 100_000,
+        "nothing": b"q",
+    }.items():
+        yield (
+            f"pdf form of {name}",
+            lambda f=form: read_small(support_documents.pdf_of_forms(f), "a.pdf"),
+        )
     yield "pdf of 3,000 pages", lambda: read_small(make(["a"] * 3000), "a.pdf")
     runs = bytes([129, 65]) * (MB // 2 - 1000)
     yield "pdf run lengths", lambda: read_small(make([runs], "/RunLengthDecode"), "a.pdf")

@@ -20,6 +20,7 @@ _ABBREVIATION = re.compile(
     r"Inc|Ltd|Co|Corp|Jan|Feb|Aug|Sept|Oct|Nov|Dec|"
     r"Nr|bzw|ca|usw|Abs|Art|Str|Hr|Fr|Mme|Sra|Dra)|\b[^\W\d_]|(?:\b[^\W\d_]\.)+[^\W\d_])\.\s+$"
 )
+_SENTENCE_BEGIN = re.compile('[.!?:\n"“”]')  # in what stands before a word
 # Characters of scripts without spaces: two neighbours are a term.
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af]+")
 
@@ -49,19 +50,19 @@ def words(text: str, language: str = "en") -> Iterator[Word]:
     A word counts as named where it is capitalised although no sentence begins with it, in
     languages whose capitals mean names.
     """
-    end = 0
+    before = 0
     stops, names = stop_words(language), has_names(language)
     for match in _WORD.finditer(text):
-        between, word = text[end : match.start()], match.group()
-        begins = end == 0 or any(mark in between for mark in '.!?:\n"“”')
-        end = match.end()
-        if _UNSPACED.search(word):
-            yield from _pairs(word, match.start())
-            continue
-        if (low := word.lower()) in stops and not (word.isupper() and len(word) > 1):
-            continue
-        named = names and word[0].isupper() and not begins
-        yield Word(stem(low, language), match.start(), end, named)
+        word = match.group()
+        start, end = match.span()
+        if not word.isascii() and _UNSPACED.search(word):
+            yield from _pairs(word, start)
+        elif (low := word.lower()) not in stops or (word.isupper() and len(word) > 1):
+            named = names and word[0].isupper()
+            if named:
+                named = before > 0 and not _SENTENCE_BEGIN.search(text, before, start)
+            yield Word(stem(low, language), start, end, named)
+        before = end
 
 
 def _pairs(word: str, start: int) -> Iterator[Word]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html import unescape
-from typing import NamedTuple
 
 from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers.limits import ElementCount
@@ -21,6 +20,7 @@ _TAG = re.compile(r"<(/?)([a-zA-Z][^\s/>]*+)(?:[^>=]++|=\s*+(?:\"[^\"]*+\"|'[^']
 _TAG_TO_FIRST_END = re.compile(r"<(/?)([a-zA-Z][^\s/>]*+)[^>]*+>")
 _LONG_NUMBER = re.compile(r"&#[xX]?[0-9a-fA-F]{9,}+;?")
 _SPACE = re.compile(r"\s++")
+_SPACES, _LINE_END = re.compile(" {2,}+"), re.compile(" ?\n ?")
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 # Elements whose content is not text to read. ``head`` needs no entry: its other elements are empty.
 _SKIPPED = {
@@ -49,20 +49,18 @@ def read(data: bytes, count: ElementCount | None = None) -> Iterator[Block]:
 def parse(markup: str, count: ElementCount) -> Iterator[Block]:
     """The blocks of a page. A broken or unclosed tag costs structure, never text."""
     page = _Page()
-    for piece in _pieces(markup, count):
-        yield from page.take(piece)
-    yield from page.end_block()
+    for tag, text in _pieces(markup, count):
+        if block := page.take(tag, text):
+            yield block
+    if block := page.end_block():
+        yield block
 
 
-class _Piece(NamedTuple):
-    """Text, or a tag. ``tag`` is its name, with a slash before it if it ends an element."""
+def _pieces(markup: str, count: ElementCount) -> Iterator[tuple[str, str]]:
+    """The tags and the text of a page that are to be read, in order; one of both is empty.
 
-    tag: str
-    text: str = ""
-
-
-def _pieces(markup: str, count: ElementCount) -> Iterator[_Piece]:
-    """The text and tags of a page that are to be read, in order."""
+    A tag is its name, with a slash before it if it ends an element.
+    """
     missing: set[str] = set()  # marks that do not occur any more
     tag = _TAG
 
@@ -83,30 +81,30 @@ def _pieces(markup: str, count: ElementCount) -> Iterator[_Piece]:
     at = text_from = 0
     while (start := markup.find("<", at)) >= 0:
         count.add()
-        opening, piece, end = _OPENING.match(markup, start), None, 0
-        if opening and opening[1] == "!--":
+        name, end = "", 0
+        if found := ">" not in missing and tag.match(markup, start):
+            end, name = found.end(), found[1] + found[2].lower()
+        elif (opening := _OPENING.match(markup, start)) and opening[1] == "!--":
             end = end_of("-->", start + len("<!")) or opening.end()
         elif opening:
             end = end_of(">", start)
             if end and opening[1][-1].isalpha():
-                found = tag.match(markup, start)
-                if not found:  # its quotes do not close, so other quotes do not count either
-                    tag = _TAG_TO_FIRST_END
-                    found = tag.match(markup, start)
-                if found:
-                    end, piece = found.end(), _Piece(found[1] + found[2].lower())
+                # Its quotes do not close, so other quotes do not count either.
+                tag = _TAG_TO_FIRST_END
+                if found := tag.match(markup, start):
+                    end, name = found.end(), found[1] + found[2].lower()
         if not end:  # a "<" that is text
             at = start + 1
             continue
         if start > text_from:
-            yield _Piece("", markup[text_from:start])
-        if piece and piece.tag in _SKIPPED:
-            end = end_of(piece.tag, end) or end
-        elif piece:
-            yield piece
+            yield "", markup[text_from:start]
+        if name in _SKIPPED:
+            end = end_of(name, end) or end
+        elif name:
+            yield name, ""
         at = text_from = end
     if text_from < len(markup):
-        yield _Piece("", markup[text_from:])
+        yield "", markup[text_from:]
 
 
 class _Page:
@@ -116,14 +114,15 @@ class _Page:
         self._text: list[str] = []
         self._level = 0
 
-    def take(self, piece: _Piece) -> Iterator[Block]:
-        """Add a piece. Yields the block that it ends."""
-        tag = piece.tag
-        name = tag.removeprefix("/")
+    def take(self, tag: str, text: str) -> Block | None:
+        """Add a tag or text. Returns the block that it ends."""
+        ended, name = None, tag.removeprefix("/")
         if not tag:
-            self._text.append(_SPACE.sub(" ", unescape(_LONG_NUMBER.sub("\ufffd", piece.text))))
+            if "&" in text:
+                text = unescape(_LONG_NUMBER.sub("\ufffd", text))
+            self._text.append(_SPACE.sub(" ", text))
         elif name in _HEADINGS or name in _BLOCKS:
-            yield from self.end_block()
+            ended = self.end_block()
             if tag in _HEADINGS:
                 self._level = _HEADINGS[tag]
             elif tag == "li":
@@ -132,10 +131,15 @@ class _Page:
             self._text.append("\n")
         elif tag in ("td", "th") and self._text:
             self._text.append(" | ")
+        return ended
 
-    def end_block(self) -> Iterator[Block]:
-        text = re.sub(r" {2,}+", " ", "".join(self._text))
-        text = re.sub(r" ?\n ?", "\n", text).strip()
-        if text.strip("-| "):
-            yield Block(text, self._level)
-        self._text, self._level = [], 0
+    def end_block(self) -> Block | None:
+        ended = None
+        if self._text:
+            text = _SPACES.sub(" ", "".join(self._text))
+            text = _LINE_END.sub("\n", text).strip()
+            if text.strip("-| "):
+                ended = Block(text, self._level)
+            self._text = []
+        self._level = 0
+        return ended

@@ -19,11 +19,6 @@ from pocketslm.runtime.assistant.readers.text import LIST_ITEM
 MAX_PAGES = 5000
 MAX_PICTURES = 1000  # of pages without text: each takes Tesseract a second or more
 MAX_UNPACKED = 32 << 20  # of one stream
-# The most bytes of all pages' contents, and tokens of one stream, in a small file. A larger file
-# may have more, in proportion to its size.
-MAX_CONTENTS_OF_SMALL, MAX_TOKENS_OF_SMALL = 4 << 20, 400_000
-# Thousandths of an em. Typesetters that justify draw no spaces but move the pen by 180 to 400.
-WIDEST_JOINT = 140
 HEADING = 1.15  # times the size of the page's text
 TITLE = 1.35
 FULL = 0.7  # of the longest line of a paragraph: shorter ones end where their author ended them
@@ -39,19 +34,19 @@ _LIGATURES = {
 def read(data: bytes, password: str = "") -> Iterator[Block]:
     try:
         from pypdf import PdfReader, apply_configuration, errors, get_configuration
+
+        from pocketslm.runtime.assistant.readers import pdf_streams
     except ImportError:
         raise DocumentError(
             "is a PDF, which needs pypdf; `pip install pocketslm[assistant]`"
         ) from None
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # its warnings are not for our users
-    left = max(MAX_CONTENTS_OF_SMALL, 4 * len(data))
     limits = get_configuration().with_overwrites(
-        stream_parsing_work_maximum_count=min(2_000_000, max(MAX_TOKENS_OF_SMALL, len(data) // 2)),
         zlib_maximum_output_length=MAX_UNPACKED,
         lzw_maximum_output_length=MAX_UNPACKED,
         run_length_maximum_output_length=MAX_UNPACKED,
     )
-    _see_narrow_gaps()
+    work = pdf_streams.Work(len(data))
     pictures = 0
     try:
         with apply_configuration(limits):
@@ -62,12 +57,8 @@ def read(data: bytes, password: str = "") -> Iterator[Block]:
                 raise DocumentError(f"has {count} pages, at most {MAX_PAGES} are read")
         for number in range(1, count + 1):
             page = _Page()
-            with apply_configuration(limits):
+            with apply_configuration(limits), pdf_streams.counting(work):
                 source = reader.pages[number - 1]
-                contents = source.get_contents()
-                left -= 0 if contents is None else len(contents.get_data())
-                if left < 0:
-                    raise DocumentError("draws too much on its pages for its size; print it anew")
                 source.extract_text(visitor_text=page.take)
                 blocks = list(page.blocks(number))
                 if not blocks and ocr.available():
@@ -77,7 +68,9 @@ def read(data: bytes, password: str = "") -> Iterator[Block]:
                             raise DocumentError(f"has more than {MAX_PICTURES} pictures; split it")
                         blocks += ocr.read_picture(picture, number)
             yield from blocks
-            reader.resolved_objects.clear()  # otherwise memory grows with every page
+            work.end_page(reader.resolved_objects)
+    except pdf_streams.Exhausted:
+        raise DocumentError("draws too much on its pages for its size; print it anew") from None
     except DocumentError:
         raise
     except GeneratorExit:
@@ -90,25 +83,6 @@ def read(data: bytes, password: str = "") -> Iterator[Block]:
     except Exception as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise DocumentError(f"is a damaged PDF: {reason}") from None
-
-
-def _see_narrow_gaps() -> None:
-    """Let pypdf see gaps between words of fonts without a space.
-
-    pypdf takes half the average width of a font's glyphs for half a space. Gaps of justified text
-    are narrower, so it would join the words.
-    """
-    from pypdf._text_extraction._text_extractor import TextExtraction
-
-    original = TextExtraction.process_tj_offset
-    if getattr(original, "sees_narrow_gaps", False):
-        return
-
-    def process(self: Any, offset: float, space_width: float) -> None:
-        original(self, offset, min(space_width, WIDEST_JOINT))
-
-    process.sees_narrow_gaps = True  # type: ignore[attr-defined]
-    TextExtraction.process_tj_offset = process  # type: ignore[method-assign]
 
 
 class _Line(NamedTuple):

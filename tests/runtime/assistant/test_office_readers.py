@@ -142,13 +142,11 @@ def test_words_of_a_font_without_a_space_stand_apart() -> None:
     # does not, our change can go.
     from pypdf._text_extraction._text_extractor import TextExtraction
 
-    ours = TextExtraction.process_tj_offset
-    assert ours.sees_narrow_gaps  # type: ignore[attr-defined]
-    theirs = ours.__closure__[0].cell_contents  # type: ignore[attr-defined]
-    for process, seen in ((ours, True), (theirs, False)):
-        page_of_words = TextExtraction()
+    from pocketslm.runtime.assistant.readers.pdf_streams import Work, _Extraction
+
+    for page_of_words, seen in ((_Extraction(Work(0)), True), (TextExtraction(), False)):
         page_of_words.text = "Among"
-        process(page_of_words, -190.0, 267.9)
+        page_of_words.process_tj_offset(-190.0, 267.9)
         assert (page_of_words.text + page_of_words.output).endswith(" ") == seen
 
 
