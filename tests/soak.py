@@ -4,7 +4,8 @@
 
 For so long, clients ask for answers, whole and streamed, hang up in the middle, send rubbish, and
 bodies of 100 MB. A question with one right answer must always get it. At the end nobody may wait,
-as many answers as there are slots must come at once, and memory must not have grown.
+as many answers as there are slots must come at once, no more files may be open than at the start,
+and memory must not have grown.
 """
 
 from __future__ import annotations
@@ -144,19 +145,30 @@ def resident(process: int) -> int:
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+def open_files(process: int) -> int:
+    return len(list(Path(f"/proc/{process}/fd").iterdir()))
+
+
+def threads_of(process: int) -> int:
+    return len(list(Path(f"/proc/{process}/task").iterdir()))
+
+
 def soak(bundle: Path, minutes: float) -> list[str]:
     """What was wrong; nothing where all is well."""
     port, seconds = free_port(), minutes * 60
     # States of earlier prompts fill the memory that they may have before the middle of a run.
     with running([*ours(bundle, port, PARALLEL, 2), "--prefix-mb", "16"], port):
         clients, process = Clients(port), child()
-        memory: list[int] = []
+        clients.good(Random(0))  # which loads what is loaded late
+        memory, threads_now = [resident(process)], [threads_of(process)]
+        files = open_files(process)
         until = time.monotonic() + seconds
         with ThreadPoolExecutor(CLIENTS) as threads:
             done = [threads.submit(clients.work, seed, until) for seed in range(CLIENTS)]
             while time.monotonic() < until:
                 time.sleep(min(2.0, seconds / 30))
                 memory.append(resident(process))
+                threads_now.append(threads_of(process))
         for one in done:
             one.result()
         wrong = clients.wrong
@@ -168,13 +180,23 @@ def soak(bundle: Path, minutes: float) -> list[str]:
         with ThreadPoolExecutor(PARALLEL) as threads:
             for _ in threads.map(clients.good, map(Random, range(PARALLEL))):
                 pass
+        while (left := open_files(process)) > files and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if left > files:
+            wrong.append(f"{left} files are open, {files} were at the start")
+        threads_now.append(threads_of(process))
     third = len(memory) // 3
     before, after = (statistics.median(part) for part in (memory[third:-third], memory[-third:]))
     if after - before > GROWTH * before + NOISE:
         wrong.append(f"memory grew from {before / 1e6:.0f} to {after / 1e6:.0f} MB")
     print(f"{minutes} minutes, {dict(clients.counts)}")
     print(
-        f"memory: {before / 1e6:.0f} MB, then {after / 1e6:.0f} MB, at most {max(memory) / 1e6:.0f}"
+        f"memory: {memory[0] / 1e6:.0f} MB at the start, {before / 1e6:.0f} MB in the middle, "
+        f"{after / 1e6:.0f} MB in the last third, at most {max(memory) / 1e6:.0f}"
+    )
+    print(
+        f"open files: {files}, then {left}; threads: {threads_now[0]}, then {threads_now[-1]}, at "
+        f"most {max(threads_now)}; {PARALLEL} slots of {PARALLEL} answered at the end"
     )
     return wrong
 
