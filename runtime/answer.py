@@ -211,8 +211,11 @@ class Answer:
     def take(self, made: Sequence[Made]) -> list[Step]:
         """The steps of tokens that were made."""
         now = time.perf_counter_ns() - self._start
-        self.ids += [one.token for one in made]
-        return [Step(one.token, one.logprob, now, one.finish) for one in made]
+        steps = []
+        for token, logprob, finish in made:
+            self.ids.append(token)
+            steps.append(Step(token, logprob, now, finish))
+        return steps
 
     def make(self) -> list[Step]:
         """The next steps; none where a part of the prompt was read."""

@@ -385,6 +385,12 @@ class NativeSession:
             self._error.check(status)
             return [maker.made(turn) for turn, maker in zip(turns, makers, strict=False)]
 
+    def make_one(self, maker: NativeGenerator, turn: Any) -> None:
+        """As :meth:`make` for a text alone, whose turn the maker keeps."""
+        with self._lock:
+            maker.open()
+            self._error.check(self._library.pslm_generate(turn, 1, self._error.argument))
+
     def begin(self, maker: NativeGenerator, ids: npt.NDArray[np.int32], how: Generation) -> None:
         """Open a generator in this slot, which ends the one before."""
         with self._lock:

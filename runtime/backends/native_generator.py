@@ -64,10 +64,17 @@ class NativeGenerator:
         self._scored = config.logprobs
         self._limited: Finish = "length" if config.max_new_tokens else "context"
         session.begin(self, text, options)
+        # For steps of this text alone, so that little is done for each.
+        self._turn = Turn(generator=self.handle, error=self.error.argument)
+        self._turn_argument, self._first = ctypes.byref(self._turn), self._turn.made[0]
 
     def make(self) -> list[Made]:
         """See :class:`pocketslm.runtime.backends.Maker`."""
-        (made,) = self._session.make([self])
+        turn, first = self._turn, self._first
+        self._session.make_one(self, self._turn_argument)
+        if turn.count == 1 and not (turn.status or first.finish or self._scored):
+            return [Made(first.token)]
+        made = self.made(turn)
         if isinstance(made, PocketSlmError):
             raise made
         return made
