@@ -114,15 +114,12 @@ class Work:
 
     def shown(self, font: Font) -> dict[bytes | str, Shown | None]:
         """What is known of the strings that a font shows."""
-        known = self._shown.get(id(font), {})
-        if len(known) > MAX_SHOWN:
-            known.clear()
-        return known
+        return self._shown.get(id(font), {})
 
     def end_page(self, objects: dict[Any, Any]) -> None:
         """Take the streams of a page, which are large, from what a reader keeps. Other objects
         stay: pages share them, and many are packed together."""
-        new = list(islice(reversed(objects), len(objects) - self._kept))
+        new = list(islice(reversed(objects), max(0, len(objects) - self._kept)))
         for key in new:
             if isinstance(objects[key], StreamObject):
                 del objects[key]
@@ -318,6 +315,8 @@ class _Extraction(TextExtraction):
         try:
             shown = known[string]
         except KeyError:
+            if len(known) == MAX_SHOWN:
+                known.clear()
             shown = known[string] = self._shown(string)
         if shown is None:
             return False
@@ -326,7 +325,8 @@ class _Extraction(TextExtraction):
         size["str_widths"] += shown.width * self.font_size + 1000 * self.char_spacing * shown.glyphs
         size["str_height"] = self.font_size
         # Text where the pen was already ends neither a line nor a word.
-        if not (self._settled and self.text[-1:] not in ("", "\n")):
+        follows = self._settled and self.text[-1:] not in ("", "\n")
+        if not follows or len(self.text) > LONG_LINE:
             self._post_process_text_operation(0.0)
             self._settled = self._stays()
         return True
@@ -371,5 +371,4 @@ class _Extraction(TextExtraction):
             and self.font_size > 0
             and self.font_size * self._space_width > 1e-9
             and abs(tm[0] * cm[0] + tm[1] * cm[2]) + abs(tm[0] * cm[1] + tm[1] * cm[3]) > 1e-9
-            and len(self.text) < LONG_LINE
         )
