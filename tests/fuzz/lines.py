@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pocketslm.runtime.ops import build
 
-from . import campaign
+from . import campaign, native
 from .worker import TARGETS
 
 Lines = dict[str, dict[int, bool]]  # file -> line -> whether it was reached
@@ -24,9 +24,9 @@ def measure(state: Path, names: list[str], inputs: int) -> str:
     campaign.prepare(state)
     found: Lines = defaultdict(dict)
     with tempfile.TemporaryDirectory(prefix="lines") as folder:
-        native = [name for name in names if TARGETS[name].sanitized]
-        if native:
-            _merge(found, _of_native(state, native, inputs, Path(folder)))
+        compiled = [name for name in names if TARGETS[name].sanitized]
+        if compiled:
+            _merge(found, _of_native(state, compiled, inputs, Path(folder)))
         for name in names:
             if not TARGETS[name].sanitized:
                 _merge(found, _of_python(state, name, inputs, Path(folder)))
@@ -52,7 +52,7 @@ def _work(
 
 def _of_python(state: Path, name: str, inputs: int, folder: Path) -> Lines:
     covers = [str(campaign.ROOT / pattern) for pattern in TARGETS[name].covers]
-    data, report = folder / "coverage", folder / "coverage.json"
+    data, report = folder / "coverage", folder / "report.json"
     tool = [sys.executable, "-m", "coverage"]
     run = [*tool, "run", f"--data-file={data}", f"--include={','.join(covers)}"]
     _work(state, name, inputs, folder, [*run, "-m", "tests.fuzz.worker"])
@@ -78,10 +78,13 @@ def _of_native(state: Path, names: list[str], inputs: int, folder: Path) -> Line
     toolchain = build.find_toolchain()
     library = (*build.COMMON, *build.TEXT)
     runner = (*library, *(f"runner/{name}" for name in build.RUNNER))
-    for output, units, link in (
-        ("libpocketslm.so", library, ["-shared", "--coverage"]),
-        ("pocketslm-run", runner, ["--coverage"]),
+    of_runner = {issubclass(TARGETS[name], native.OfRunner) for name in names}
+    for is_runner, output, units, link in (
+        (False, "libpocketslm.so", library, ["-shared", "--coverage"]),
+        (True, "pocketslm-run", runner, ["--coverage"]),
     ):
+        if is_runner not in of_runner:
+            continue
         build.compile_and_link(home / output, toolchain, units, flags, link, keep=objects / output)
     more = {"POCKETSLM_LIBRARY": str(home / "libpocketslm.so"), "LD_PRELOAD": ""}
     for name in names:
