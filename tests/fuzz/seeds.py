@@ -441,6 +441,26 @@ def _grammars(home: Path) -> None:
     }
     _seed(home, "json_schema", json.dumps(schema))
     _seed(home, "json_schema", '{"type": ["number", "boolean"]}')
+    for one in (
+        {"type": "number", "minimum": -2.5, "exclusiveMaximum": 1.25e2},
+        {"type": "number", "exclusiveMinimum": 0.05, "maximum": 17},
+        {"type": "integer", "minimum": -12, "maximum": 305},
+        {"type": "integer", "exclusiveMinimum": 7},
+        {"allOf": [{"type": "number", "minimum": 1}, {"maximum": 9, "multipleOf": 1}]},
+        {
+            "allOf": [
+                {"type": "object", "properties": {"a": {"enum": [1, "b"]}}},
+                {"required": ["a"]},
+            ]
+        },
+        {"type": "array", "prefixItems": [{"const": 1}, {"type": "null"}], "items": False},
+        {"oneOf": [{"type": "string", "minLength": 2, "maxLength": 3}, {"const": {"a": [1]}}]},
+        *(
+            {"type": "string", "format": one}
+            for one in ("date", "date-time", "time", "email", "uuid")
+        ),
+    ):
+        _seed(home, "json_schema", json.dumps(one))
     _seed(home, "regex", r"(ab|c)*[^x-z\d]{2,5}(?:\u00e9|\.)+?$")
     _seed(home, "grammar", 'root ::= item ("," item){0,3}\nitem ::= [a-z]+ | "\\"" [^"]* "\\""\n')
 
