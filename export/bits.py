@@ -33,7 +33,7 @@ from pocketslm.models.reference import parameter_shapes
 from pocketslm.models.sites import LAYERS, Site
 from pocketslm.models.tensors import Weight, floats, stored_bytes
 
-BITS = (2.75, 3.25, 4.0, 5.0)  # a weight, on average
+BITS = (2.75, 3.25, 4.0, 4.5, 5.0)  # a weight, on average
 METHODS = ("search+gptq", "search+gptq+tune")
 # "pure": the embedding takes the type, too. K-blocks of 256 do not divide the rows of many small
 # models, which then take wider types.
