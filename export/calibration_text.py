@@ -24,27 +24,33 @@ _CHATS, _TEXTS = ("trivia", "coding"), ("wiki", "lee")
 _DAY = datetime.date(2026, 1, 1)  # of every chat, so that the same files come out tomorrow
 
 
-def calibration_windows(text: str, tokenizer: Tokenizer, tokens: int, window: int) -> Tensor:
+def calibration_windows(
+    text: str,
+    tokenizer: Tokenizer,
+    tokens: int,
+    window: int,
+    say: Callable[[str], None] = lambda message: None,
+) -> Tensor:
     """The last ``tokens`` tokens of a text as int64 windows [tokens / window, window].
 
     ``text``: a file, a catalog name, or ``mix``: as many windows each of trivia and of coding, as
-    chats in the model's template, of Wikipedia and of news. Raises UsageError where a text cannot
-    be read or has too few tokens.
+    chats in the model's template, of Wikipedia and of news. ``say`` tells what is downloaded.
+    Raises UsageError where a text cannot be read or has too few tokens.
     """
     if text != MIX:
-        return last_tokens(resolve(text), tokenizer.encode, tokens, window)
+        return last_tokens(resolve(text, say), tokenizer.encode, tokens, window)
     missing = tokens // window
     if missing < 1:
         raise UsageError(f"the mix has windows of {window} tokens, expected more than {tokens}")
     parts = []
     for others, name in zip((3, 2, 1, 0), _CHATS + _TEXTS, strict=True):
-        share = -(-missing // (1 + others))
+        share, path = -(-missing // (1 + others)), resolve(name, say)
         if name in _CHATS:
-            ids = torch.tensor(_chats(resolve(name), tokenizer), dtype=torch.int64)
+            ids = torch.tensor(_chats(path, tokenizer), dtype=torch.int64)
             share = min(share, len(ids) // window)
             parts.append(ids[len(ids) - share * window :].view(share, window))
         elif share:
-            parts.append(last_tokens(resolve(name), tokenizer.encode, share * window, window))
+            parts.append(last_tokens(path, tokenizer.encode, share * window, window))
         missing -= share
     # In turns, since some look at the first windows alone.
     places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])

@@ -396,7 +396,8 @@ def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: 
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     files = checkpoint.tokenizer_files()
-    ids = calibration_windows(recipe.calibration or MIX, load_tokenizer_files(files), 1024, 256)
+    tokenizer = load_tokenizer_files(files)
+    ids = calibration_windows(recipe.calibration or MIX, tokenizer, 1024, 256, say)
     return mixed_precision(
         checkpoint,
         recipe,
@@ -458,6 +459,7 @@ def _methods(arguments: argparse.Namespace) -> None:
         arguments.calibration,
         windows=arguments.windows,
         tokens=arguments.tokens,
+        say=say,
     )
     tables = methods.TABLES if arguments.table == "all" else (arguments.table,)
     found = methods.rows(bench, arguments.results, tables, say, arguments.only)

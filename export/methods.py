@@ -71,7 +71,14 @@ class Workbench:
     """The model, its own logits on the test windows, and the calibration windows."""
 
     def __init__(
-        self, checkpoint: Checkpoint, text: Path, calibration: str, *, windows: int, tokens: int
+        self,
+        checkpoint: Checkpoint,
+        text: Path,
+        calibration: str,
+        *,
+        windows: int,
+        tokens: int,
+        say: Callable[[str], None] = lambda message: None,
     ) -> None:
         checkpoint.config.need_head("methods")
         checkpoint.config.need_own_layers("methods")
@@ -87,7 +94,7 @@ class Workbench:
                 f"{text} has {len(ids)} tokens, expected {windows * self.window} to measure with "
                 f"and {tokens} others to calibrate with"
             )
-        seen = calibration_windows(calibration, tokenizer, tokens, self.window)
+        seen = calibration_windows(calibration, tokenizer, tokens, self.window, say)
         self.calibration = seen.to(self.device)
         self.identity = {
             "model": checkpoint_sha256(checkpoint),

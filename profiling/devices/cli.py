@@ -172,13 +172,12 @@ def _tune_threads(arguments: argparse.Namespace) -> None:
             say=say,
             progress=progress,
         )
-    rows = [(str(one), f"{one.median_ns / 1e6:.1f} ms") for one in tried]
     if arguments.json:
         choice = {"threads": chosen.threads, "cpus": chosen.cpus}
-        print_json(choice | {"milliseconds": {name: float(ms.split()[0]) for name, ms in rows}})
+        print_json(choice | {"milliseconds": {str(one): one.milliseconds for one in tried}})
         return
     print_columns(
-        [(*row, "chosen" * (one is chosen)) for row, one in zip(rows, tried, strict=True)]
+        [(str(one), f"{one.milliseconds} ms", "chosen" * (one is chosen)) for one in tried]
     )
 
 

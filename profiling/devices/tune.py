@@ -36,6 +36,10 @@ class Candidate:
     def median_ns(self) -> float:
         return statistics.median(self.samples_ns)
 
+    @property
+    def milliseconds(self) -> float:
+        return round(self.median_ns / 1e6, 1)
+
     def __str__(self) -> str:
         where = f" on CPU {cores.format_cpus(self.cpus)}" if self.cpus else ""
         return f"{self.threads} thread{'s' * (self.threads > 1)}{where}"
@@ -107,7 +111,7 @@ def tune_threads(
         "device": machine.product or machine.cpu,
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "test": test.name,
-        "milliseconds": {str(one): round(one.median_ns / 1e6, 1) for one in tried},
+        "milliseconds": {str(one): one.milliseconds for one in tried},
     }
     cores.keep_choice(opened.path, cores.name_of(machine.arch, machine.clusters), entry)
     return chosen, tried
