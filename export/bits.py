@@ -25,7 +25,7 @@ import torch
 from pocketslm.errors import UsageError
 from pocketslm.export.quantize.calibration import quantize_layers, run_layer
 from pocketslm.export.quantize.grid import Spec
-from pocketslm.export.quantize.sensitivity import Sizes, sensitivities
+from pocketslm.export.quantize.sensitivity import Losses, Sizes, sensitivities
 from pocketslm.export.quantize.tune import tune
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import GGUFCheckpoint
@@ -42,9 +42,6 @@ TYPES = (
     *("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K"),
 )
 PLAIN, WITH_MATRIX = "llama.cpp", "llama.cpp, imatrix"
-_MEASURED_TOKENS = 1024
-
-Losses = dict[tuple[str, ...], dict[int, float]]  # of a site, by bits
 
 
 def points(bench: Any, losses: Path) -> Iterator[tuple[str, str, Any]]:
@@ -56,11 +53,10 @@ def points(bench: Any, losses: Path) -> Iterator[tuple[str, str, Any]]:
 
     @functools.cache  # the same for every size
     def measured() -> tuple[Sizes, Losses]:
-        sizes = Sizes(bench.checkpoint, _recipe("search"))
+        sizes = Sizes(bench.checkpoint, _recipe(METHODS[0]))
         found = _read(losses, bench.identity)
         if found is None:
-            ids = bench.calibration[: max(1, _MEASURED_TOKENS // bench.window)]
-            found = sensitivities(bench.model(), ids, sizes.base, list(sizes.costs), sizes.widths)
+            found = sensitivities(bench.model(), bench.calibration, sizes.base, sizes.widths)
             _write(losses, bench.identity, found)
         return sizes, found
 

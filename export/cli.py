@@ -386,7 +386,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: Progress) -> Recipe:
-    """The recipe with the bits of each matrix, by KL on 1024 tokens of the calibration text."""
+    """The recipe with the bits of each matrix, by KL on the calibration text."""
     from pocketslm.export.calibration_text import MIX, calibration_windows
     from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
     from pocketslm.export.quantize.sensitivity import mixed_precision
@@ -395,9 +395,9 @@ def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: 
     checkpoint.config.need_head("--size")
     if recipe.vocabulary is not None:
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
-    files = checkpoint.tokenizer_files()
-    tokenizer = load_tokenizer_files(files)
-    ids = calibration_windows(recipe.calibration or MIX, tokenizer, 1024, 256, say)
+    tokenizer = load_tokenizer_files(checkpoint.tokenizer_files())
+    text, tokens = recipe.calibration or MIX, recipe.calibration_tokens
+    ids = calibration_windows(text, tokenizer, tokens, 256, say)
     return mixed_precision(
         checkpoint,
         recipe,

@@ -65,7 +65,7 @@ def quantize_layers(
             for spec, names in by_spec.items():
                 parameters = [layer.get_submodule(name).weight for name in names]
                 # Rows are rounded alike, so all in one go.
-                rounded = _round(torch.cat(parameters), hessian, spec, fit, use_gptq)
+                rounded = round_for(torch.cat(parameters), hessian, spec, fit, use_gptq)
                 start = 0
                 for name, parameter in zip(names, parameters, strict=True):
                     rows = rounded.rows(slice(start, start := start + len(parameter)))
@@ -85,15 +85,19 @@ def quantize_layers(
     name = EMBEDDING if model.config.tie_word_embeddings else HEAD
     if (spec := spec_of(name)) is not None:
         weight = model.get_parameter(name) if head is None else head(name)
-        damping = _TIED if name == EMBEDDING else gptq.DAMPING
-        hessian = _second_moment(model.normalized(x))
-        rounded = _round(weight, hessian, spec, fit, use_gptq, damping)
+        hessian = second_moment(model.normalized(x))
+        rounded = round_for(weight, hessian, spec, fit, use_gptq, damping(name))
         if head is None:
             weight.copy_(torch.from_numpy(rounded.dequantize()))
         yield name, rounded
 
 
-def _round(
+def damping(name: str) -> float:
+    """GPTQ's of a matrix that has a Hessian: of an embedding, it is the head, too."""
+    return _TIED if name == EMBEDDING else gptq.DAMPING
+
+
+def round_for(
     weight: Tensor,
     hessian: Tensor,
     spec: Spec,
@@ -101,12 +105,13 @@ def _round(
     use_gptq: bool,
     damping: float = gptq.DAMPING,
 ) -> QuantTensor:
+    """``weight`` [N, K] rounded for inputs with ``hessian`` [K, K]."""
     if use_gptq:
         return gptq.quantize(weight, hessian, spec, fit, damping=damping)
     return round_to_grid(weight, spec, fit, hessian.diagonal())
 
 
-def _second_moment(x: Tensor) -> Tensor:
+def second_moment(x: Tensor) -> Tensor:
     """``X^T X`` of x [B, S, K], a token on average: [K, K]."""
     flat = x.reshape(-1, x.shape[-1])
     return flat.T @ flat / len(flat)
@@ -143,7 +148,7 @@ def _with_inputs(model: Any, index: int, x: Tensor, visit: Visit) -> Tensor:
 
     def hook(site: Site) -> Callable[[Any, tuple[Tensor]], None]:
         def before(module: Any, inputs: tuple[Tensor]) -> None:
-            visit(site, _second_moment(inputs[0]))
+            visit(site, second_moment(inputs[0]))
 
         return before
 

@@ -1,8 +1,9 @@
 """Mixed precision: each matrix gets the bits that buy the most within a size.
 
 What a matrix suffers is measured, not guessed: the KL divergence of the model's answers when it
-alone is rounded. Matrices that read the same input are taken together; the embedding is one of
-them, with the output head where both are one matrix. Each byte then goes where it buys the most KL.
+alone is rounded as the export will round it, on text that the rounding has not seen. Matrices that
+read the same input are taken together; the embedding is one of them, with the output head where
+both are one matrix. Each byte then goes where it buys the most KL.
 """
 
 from __future__ import annotations
@@ -17,17 +18,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocketslm.errors import ExportError
+from pocketslm.export.quantize import calibration
 from pocketslm.export.quantize.grid import Spec, round_to_grid
 from pocketslm.export.recipe import Recipe, Scheme
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint
+from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import load_reference, parameter_shapes
 from pocketslm.models.sites import LAYERS, layer_matrices
+from pocketslm.models.sites import Site as LayerSite
 from pocketslm.models.tensors import stored_bytes
 
 Site = tuple[str, ...]  # names of matrices
+Losses = dict[Site, dict[int, float]]  # mean KL in nats, by bits
 WIDTHS = (2, 3, 4, 5, 6, 8)
-# The others follow from these: a site's KL grows with the squared error of its weights.
-_MEASURED = (2, 3, 4)
+# Up to so many bits a loss is measured; the others follow from this one, since a site's KL grows
+# with the squared error of its weights.
+_RUN = 4
+# Tokens that losses are measured on; logits are made of every second one: neighbours suffer alike,
+# and a large head costs more than the layers.
+_TOKENS, _EVERY = 1024, 2
 
 
 def mixed_precision(
@@ -39,15 +48,20 @@ def mixed_precision(
 ) -> Recipe:
     """``recipe`` with the bits of each matrix such that weights take at most ``megabytes``.
 
-    ``ids`` [B, S]: windows of tokens to measure on. Raises ExportError where not even the fewest
-    bits fit.
+    ``ids`` [B, S]: windows of tokens, as for :func:`sensitivities`. Raises ExportError where not
+    even the fewest bits fit.
     """
     checkpoint.config.need_own_layers("--size")
     sizes = Sizes(checkpoint, recipe)
     sizes.check(megabytes)
     model = load_reference(checkpoint, ids.shape[1])
-    losses = sensitivities(model, ids, sizes.base, list(sizes.costs), sizes.widths, progress)
-    return sizes.within(megabytes, losses)
+    return sizes.within(megabytes, sensitivities(model, ids, sizes.base, sizes.widths, progress))
+
+
+def all_sites(config: ModelConfig) -> list[Site]:
+    """Those of each layer, then the embedding and the head, which may be one matrix."""
+    head = () if config.tie_word_embeddings else ((HEAD,),)
+    return [*layer_matrices(config), (EMBEDDING,), *head]
 
 
 class Sizes:
@@ -60,8 +74,7 @@ class Sizes:
         self.base = replace(recipe, weights="int4", head="int4", overrides={})
         self.widths = [bits for bits in WIDTHS if recipe.grid != "zp" or bits in (4, 8)]
         shapes = parameter_shapes(checkpoint.config)
-        tops = [(name,) for name in (EMBEDDING, HEAD) if name in shapes]
-        sites = [*layer_matrices(checkpoint.config), *tops]
+        sites = all_sites(checkpoint.config)
         rest = shapes.keys() - {name for site in sites for name in site}
         self.fixed = sum(stored_bytes(self.base.apply(n, checkpoint.weight(n))) for n in rest)
         self.costs: dict[Site, dict[int, int]] = {
@@ -153,61 +166,104 @@ def sensitivities(
     model: Any,
     ids: Tensor,
     recipe: Recipe,
-    sites: Sequence[Site],
     widths: Sequence[int] = WIDTHS,
     progress: Callable[[float], None] = lambda fraction: None,
-) -> dict[Site, dict[int, float]]:
-    """Mean KL divergence in nats when the matrices of one site alone are rounded to so many bits.
+) -> Losses:
+    """Mean KL divergence when the matrices of one site alone are rounded to so many bits.
 
-    Widths above 4 bits are not run: their KL is that of 4 bits, as much less as the squared error
-    of the weights is.
+    It is measured on the first windows of ``ids`` [B, S]. A recipe with a calibration rounds for
+    what the other windows make a matrix read, as the export does, but for AWQ and tuning. Widths
+    above 4 bits are not run: their KL is that of 4 bits, as much less as the squared error of the
+    weights is.
     """
-    inputs = [model.embed(ids)]
-    for index in range(len(model.model.layers)):
-        inputs.append(model.run_layer(index, inputs[-1]))
-    exact = F.log_softmax(model.finish(inputs[-1]), -1)
-    found: dict[Site, dict[int, float]] = {}
-    for done, site in enumerate(sites, 1):
-        parameters = [model.get_parameter(name) for name in site]
-        originals = [parameter.clone() for parameter in parameters]
-        errors: dict[int, float] = {}
-        losses: dict[int, float] = {}
-        for bits in widths:
-            errors[bits] = 0.0
-            for name, parameter, original in zip(site, parameters, originals, strict=True):
-                spec = _spec(recipe, name, bits)
-                stored = round_to_grid(original, spec, recipe.fit).dequantize()
-                rounded = torch.from_numpy(stored).to(original.device)
-                errors[bits] += float((rounded - original).square().sum())
-                parameter.copy_(rounded)
-            if bits in _MEASURED or not losses:
-                losses[bits] = _divergence(model, ids, inputs, exact, site)
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.copy_(original)
-        last = max(losses)
-        for bits in widths:
-            if bits not in losses:
-                losses[bits] = losses[last] * errors[bits] / max(errors[last], 1e-30)
-        found[site] = losses
-        progress(done / len(sites))
+    count = max(1, min(_TOKENS // ids.shape[1], len(ids) - 1))
+    measured, others = ids[:count], ids[count:] if len(ids) > count else ids
+    exact = _log_probabilities(model, 0, model.embed(measured))
+    total = len(all_sites(model.config))
+    found: Losses = {}
+    for site, index, x, read in _with_inputs(model, measured, others):
+
+        def divergence(site: Site = site, index: int = index, x: Tensor = x) -> float:
+            start = model.embed(measured) if site[0] == EMBEDDING else x
+            got = _log_probabilities(model, index, start)
+            return float((exact.exp() * (exact - got)).sum(-1).mean())
+
+        found[site] = _losses(model, site, recipe, widths, read, divergence)
+        progress(len(found) / total)
     return found
 
 
-def _divergence(
-    model: Any, ids: Tensor, inputs: Sequence[Tensor], exact: Tensor, site: Site
-) -> float:
-    """Mean KL of the model as it is to its ``exact`` log-probabilities; what runs before ``site``
-    is known from ``inputs``."""
-    layers = len(model.model.layers)
-    if site[0] == EMBEDDING:
-        x, first = model.embed(ids), 0
-    else:
-        first = int(site[0].split(".")[2]) if site[0].startswith(LAYERS) else layers
-        x = inputs[first]
-    for index in range(first, layers):
+def _with_inputs(
+    model: Any, measured: Tensor, others: Tensor
+) -> Iterator[tuple[Site, int, Tensor, Tensor | None]]:
+    """Each site; the layer from which the model runs anew when it changes, and what this layer
+    makes of ``measured`` reads; ``X^T X`` of what the site reads of ``others``."""
+    x, other = model.embed(measured), model.embed(others)
+    by_first = {site[0]: site for site in all_sites(model.config)}
+    for index in range(len(model.model.layers)):
+        read: dict[str, Tensor] = {}
+
+        def keep(
+            site: LayerSite, hessian: Tensor, at: int = index, read: dict[str, Tensor] = read
+        ) -> None:
+            read[f"{LAYERS}{at}.{site.name}.weight"] = hessian
+
+        other = calibration.run_layer(model, index, other, keep)
+        for name, hessian in read.items():
+            yield by_first[name], index, x, hessian
         x = model.run_layer(index, x)
-    got = F.log_softmax(model.finish(x), -1)
-    return float((exact.exp() * (exact - got)).sum(-1).mean())
+    head = calibration.second_moment(model.normalized(other))
+    tied = model.config.tie_word_embeddings
+    yield (EMBEDDING,), 0, x, head if tied else None
+    if not tied:
+        yield (HEAD,), len(model.model.layers), x, head
+
+
+def _losses(
+    model: Any,
+    site: Site,
+    recipe: Recipe,
+    widths: Sequence[int],
+    read: Tensor | None,
+    divergence: Callable[[], float],
+) -> dict[int, float]:
+    """What ``divergence`` says of the model with the site rounded, by bits; it is whole again."""
+    weights = {name: model.get_parameter(name) for name in site}
+    originals = {name: weight.clone() for name, weight in weights.items()}
+    losses: dict[int, float] = {}
+    errors: dict[int, float] = {}
+    for bits in widths:
+        specs = {name: _spec(recipe, name, bits) for name in site}
+        if bits <= _RUN:
+            for name, spec in specs.items():
+                if read is None or recipe.calibration is None:
+                    stored = round_to_grid(originals[name], spec, recipe.fit)
+                else:
+                    damping = calibration.damping(name)
+                    stored = calibration.round_for(
+                        originals[name], read, spec, recipe.fit, recipe.use_gptq, damping
+                    )
+                weights[name].copy_(torch.from_numpy(stored.dequantize()))
+            losses[bits] = divergence()
+        if bits >= _RUN:
+            errors[bits] = sum(_error(originals[name], specs[name], recipe) for name in site)
+            losses[bits] = losses[_RUN] * errors[bits] / max(errors[_RUN], 1e-30)
+    for name, weight in weights.items():
+        weight.copy_(originals[name])
+    return losses
+
+
+def _error(weight: Tensor, spec: Spec, recipe: Recipe) -> float:
+    """The squared error of a matrix that is rounded to the nearest values."""
+    rounded = torch.from_numpy(round_to_grid(weight, spec, recipe.fit).dequantize())
+    return float((rounded.to(weight.device) - weight).square().sum())
+
+
+def _log_probabilities(model: Any, index: int, x: Tensor) -> Tensor:
+    """Of every second position, when layer ``index`` reads x [B, S, H]; [B, S / 2, V]."""
+    for at in range(index, len(model.model.layers)):
+        x = model.run_layer(at, x)
+    return F.log_softmax(model.finish(x[:, ::_EVERY]), -1)
 
 
 def _scheme(bits: int) -> Scheme:

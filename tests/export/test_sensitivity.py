@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,12 @@ import support
 from pocketslm.cli import main
 from pocketslm.errors import ExportError
 from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.quantize.calibration import quantize_layers
+from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.quantize.sensitivity import (
     WIDTHS,
+    Site,
+    all_sites,
     allocate,
     mixed_precision,
     sensitivities,
@@ -23,29 +28,42 @@ from pocketslm.export.quantize.sensitivity import (
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import EMBEDDING, open_checkpoint
 from pocketslm.models.reference import load_reference
-from pocketslm.models.sites import layer_matrices
 
-IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 264, (2, 50)))
-ALL = [*layer_matrices(support.TINY), (EMBEDDING,)]
+IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 264, (5, 250)))
+MEASURED, OTHERS = IDS[:4], IDS[4:]  # four windows are the most within 1024 tokens
 
 
-def test_each_site_is_measured_alone(tiny_hf: Path) -> None:
-    """Against the definition: a whole forward pass with that site rounded."""
-    recipe = Recipe(weights="int4")
-    model = load_reference(open_checkpoint(tiny_hf))
+@pytest.mark.parametrize("method", ["rtn", "search", "search+gptq"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_site_is_measured_alone(tied: bool, method: str, tmp_path: Path) -> None:
+    """Against the definition: a whole forward pass with that site rounded as an export rounds."""
+    config = replace(support.TINY, tie_word_embeddings=tied)
+    folder = support.write_hf(tmp_path / "model", config)
+    text = None if method == "rtn" else "given"
+    recipe = Recipe(weights="int4", head="int4", method=method, calibration=text)
+    model = load_reference(open_checkpoint(folder))
     seen: list[float] = []
-    found = sensitivities(model, IDS, recipe, ALL, progress=seen.append)
+    found = sensitivities(model, IDS, recipe, progress=seen.append)
     assert seen[-1] == 1
-    exact = model(IDS, model.empty_cache(2))[0].log_softmax(-1)  # the model is whole again
-    for site, bits in ((ALL[0], 4), (ALL[5], 2), (ALL[-1], 3)):
+    sites = all_sites(config)
+    assert list(found) == sites
+    exact = model(MEASURED, model.empty_cache(4))[0].log_softmax(-1)  # the model is whole again
+    for site, bits in ((sites[0], 4), (sites[5], 2), ((EMBEDDING,), 3), (sites[-1], 3)):
         scheme = f"int{bits}"
-        rounding = Recipe(weights=scheme, head=scheme)  # type: ignore[arg-type]
-        rounded = load_reference(open_checkpoint(tiny_hf))
-        for name in site:
-            weight = rounding.apply(name, rounded.get_parameter(name).numpy())
-            rounded.get_parameter(name).copy_(torch.from_numpy(weight.dequantize()))  # type: ignore[union-attr]
-        got = rounded(IDS, rounded.empty_cache(2))[0].log_softmax(-1)
-        kl = float((exact.exp() * (exact - got)).sum(-1).mean())
+        rounding = replace(recipe, weights=scheme, head=scheme)
+        rounded = load_reference(open_checkpoint(folder))
+
+        def spec(name: str, site: Site = site, rounding: Recipe = rounding) -> Spec | None:
+            return rounding.spec(name, quantized=False) if name in site else None
+
+        if text is None or (site == (EMBEDDING,) and not tied):
+            for name in site:
+                weight = rounding.apply(name, rounded.get_parameter(name).numpy())
+                rounded.get_parameter(name).copy_(torch.from_numpy(weight.dequantize()))  # type: ignore[union-attr]
+        else:
+            list(quantize_layers(rounded, OTHERS, spec, recipe.fit, use_gptq=recipe.use_gptq))
+        got = rounded(MEASURED, rounded.empty_cache(4))[0].log_softmax(-1)
+        kl = float((exact.exp() * (exact - got)).sum(-1)[:, ::2].mean())
         assert found[site][bits] == pytest.approx(kl, rel=1e-3)
     for losses in found.values():
         assert list(losses) == sorted(losses)
