@@ -10,6 +10,7 @@ import numpy as np
 
 from pocketslm.errors import UsageError
 from pocketslm.runtime.backends import (
+    AdapterSession,
     ForgettingSession,
     Logits,
     Maker,
@@ -65,15 +66,39 @@ class Made(NamedTuple):
     finish: Finish | None = None
 
 
+# What a session keeps with which adapter.
+Keeps = Callable[[Session, int], Keeping]
+
+
 class Cache:
-    """A session that remembers which tokens its context holds, and reuses them."""
+    """A session that remembers which tokens its context holds, and reuses them.
+
+    adapter: the number of the one that it takes, 0: none.
+    """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.tokens: list[int] = []
+        self.adapter = 0
         self.keeping: Keeping | None = None
+        self._keeps: Keeps | None = None
         # Of a session that forgets: how many tokens the last prompt had, and the state after them.
         self._snapshot: tuple[int, bytes] | None = None
+
+    def keep_with(self, keeps: Keeps | None) -> None:
+        """Take states of prompts from a store and put them there, or no more."""
+        self._keeps = keeps
+        self.keeping = keeps(self.session, self.adapter) if keeps else None
+
+    def use_adapter(self, adapter: int) -> None:
+        """Take an adapter from now on; what the context holds came of other weights then."""
+        if adapter == self.adapter:
+            return
+        assert isinstance(self.session, AdapterSession)
+        self.session.use_adapter(adapter)
+        self.adapter, self._snapshot = adapter, None
+        self.tokens = []
+        self.keep_with(self._keeps)
 
     def shared(self, ids: Sequence[int]) -> int:
         """How many tokens at its beginning are those of ``ids``."""
@@ -186,6 +211,7 @@ class Answer:
         eos: Collection[int],
         limit: int,
         limiting: Callable[[], Limiting] | None,
+        adapter: int = 0,
     ) -> None:
         self._start = time.perf_counter_ns()
         self.cache, self.ids = cache, ids
@@ -193,6 +219,7 @@ class Answer:
         limits = limiting() if limiting and config.constraint else None
         if config.constraint and limits is None:
             raise UsageError("an answer that is held to something needs Model.generate")
+        cache.use_adapter(adapter)
         new = cache.rewind(ids)
         session = cache.session
         self.maker: Maker = (

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from pocketslm.errors import PocketSlmError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.answer import Answer, Cache, Limiting, Made, Step
-from pocketslm.runtime.backends import Session, SlotSession
+from pocketslm.runtime.backends import SlotSession
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.generation import Generating, new_limit, stale, whole
-from pocketslm.runtime.prefixes import Keeping
 
 # Steps that an answer may be ahead of whoever reads it.
 AHEAD = 4
@@ -89,18 +88,18 @@ class Batch(Generating):
         config: GenerationConfig,
         eos_token_ids: Collection[int],
         limiting: Callable[[], Limiting] | None = None,
+        adapter: int | None = None,
     ) -> Generator[Step | None, None, None]:
         """What :meth:`pocketslm.runtime.generation.Engine.generate` yields, and None where what
         comes next is still to be made, by a step for all."""
         self._open()
         ids = whole(tokens)
         limit = new_limit(self.session, len(ids), config)
-        return self._steps(ids, config, eos_token_ids, limit, limiting)
+        return self._steps(ids, config, eos_token_ids, limit, limiting, adapter)
 
-    def keep_with(self, keeping: Callable[[Session], Keeping] | None) -> None:
-        """See :meth:`pocketslm.runtime.generation.Engine.keep_with`."""
-        for cache in self._slots:
-            cache.keeping = keeping(cache.session) if keeping else None
+    @property
+    def caches(self) -> Sequence[Cache]:
+        return self._slots
 
     def keep_prefix(self, tokens: Sequence[int], name: str) -> bool:
         """Raises UsageError: whose slot would it be?"""
@@ -139,8 +138,14 @@ class Batch(Generating):
         eos: Collection[int],
         limit: int,
         limiting: Callable[[], Limiting] | None,
+        adapter: int | None,
     ) -> Generator[Step | None, None, None]:
-        seat = self._join(ids, lambda cache: Answer(cache, ids, config, eos, limit, limiting))
+        number = self.adapter if adapter is None else adapter
+
+        def begin(cache: Cache) -> Answer:
+            return Answer(cache, ids, config, eos, limit, limiting, number)
+
+        seat = self._join(ids, number, begin)
         last = None
         try:
             while self._wait(seat):
@@ -156,7 +161,7 @@ class Batch(Generating):
         if last:
             yield last
 
-    def _join(self, ids: Sequence[int], begin: Callable[[Cache], Answer]) -> _Seat:
+    def _join(self, ids: Sequence[int], adapter: int, begin: Callable[[Cache], Answer]) -> _Seat:
         """Wait for a slot, and take the best for these tokens."""
         with self._changed:
             self._joining += 1
@@ -173,7 +178,13 @@ class Batch(Generating):
                 self._changed.notify_all()
         try:
             self._open()
-            slot = max(self._free, key=lambda slot: self._slots[slot].shared(ids))
+
+            def serves(slot: int) -> tuple[bool, int]:
+                cache = self._slots[slot]
+                same = cache.adapter == adapter
+                return same, cache.shared(ids) if same else 0
+
+            slot = max(self._free, key=serves)
             cache = self._slots[slot]
             seat = _Seat(slot, begin(cache))
             with self._changed:

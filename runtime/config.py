@@ -53,6 +53,8 @@ class GenerationConfig:
       JSON schema, as text or as the value that it stands for; an expression that the whole answer
       matches; and a grammar in GBNF. The answer ends where nothing may follow. An answer that
       max_new_tokens or the context cuts short is not whole. See docs/how-to/schema.md.
+    - ``adapter``: one of the bundle's LoRA adapters, for this answer alone. The native engine makes
+      answers with several at once. None: the model's, see `Model.use_adapter`; "": none.
 
     Raises UsageError for a value that makes no sense.
     """
@@ -73,6 +75,7 @@ class GenerationConfig:
     json_schema: str | Mapping[str, Any] | bool | None = None
     regex: str | None = None
     grammar: str | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         count, seed, guesses = self.max_new_tokens, self.seed, self.prompt_lookup_num_tokens
@@ -105,7 +108,7 @@ class GenerationConfig:
             raise UsageError(f"{' and '.join(held)} together; an answer is held to one of them")
         if held and self.ignore_eos:
             raise UsageError(f"ignore_eos with {held[0]}, which says where an answer ends")
-        for name in ("regex", "grammar"):
+        for name in ("regex", "grammar", "adapter"):
             if not isinstance(getattr(self, name), str | None):
                 raise UsageError(f"{name} must be a text")
         if not isinstance(self.json_schema, str | None):

@@ -13,13 +13,12 @@ import numpy as np
 
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.runtime import forks
-from pocketslm.runtime.answer import Answer, Cache, Limiting, Step
+from pocketslm.runtime.answer import Answer, Cache, Keeps, Limiting, Step
 from pocketslm.runtime.backends import (
     Logits,
     Session,
 )
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.prefixes import Keeping
 from pocketslm.runtime.sampling import log_sum_exp
 
 
@@ -110,14 +109,35 @@ class Closing(Protocol):
 
 
 class Generating(ABC):
-    """A session that texts are generated with, by one caller or several."""
+    """A session that texts are generated with, by one caller or several.
+
+    adapter: the number of the one that what is made takes unless it asks for another; 0: none.
+    """
 
     session: Session
+    adapter = 0
     _closed = False
 
     @abstractmethod
     def exclusive(self) -> AbstractContextManager[None]:
         """Change the session so that what it holds counts no more."""
+
+    @property
+    @abstractmethod
+    def caches(self) -> Sequence[Cache]:
+        """What the session holds, one for each generation at once."""
+
+    def use_adapter(self, adapter: int) -> None:
+        """Take another adapter unless a generation asks for one."""
+        with self.exclusive():
+            self.adapter = adapter
+            for cache in self.caches:
+                cache.use_adapter(adapter)
+
+    def keep_with(self, keeps: Keeps | None) -> None:
+        """Take states of prompts from a store and put them there, or no more."""
+        for cache in self.caches:
+            cache.keep_with(keeps)
 
     @abstractmethod
     def cancel(self) -> None:
@@ -175,10 +195,12 @@ class Engine(Generating):
         config: GenerationConfig,
         eos_token_ids: Collection[int],
         limiting: Callable[[], Limiting] | None = None,
+        adapter: int | None = None,
     ) -> Generator[Step, None, None]:
         """Yield a step for each new token after the prompt ``tokens``, until a finish.
 
-        limiting: makes what holds the answer to the configuration's constraint. The last step has
+        limiting: makes what holds the answer to the configuration's constraint. adapter: the number
+        of the one that it takes, None: the one that is used otherwise. The last step has
         ``finish`` set. Raises UsageError for an empty or odd prompt and ContextOverflowError,
         before anything runs, where prompt and max_new_tokens do not fit; BackendError where the
         model computes NaN or infinity.
@@ -186,7 +208,7 @@ class Engine(Generating):
         self._open()
         ids = whole(tokens)
         limit = new_limit(self.session, len(ids), config)
-        return self._in_turn(self._steps(ids, config, eos_token_ids, limit, limiting))
+        return self._in_turn(self._steps(ids, config, eos_token_ids, limit, limiting, adapter))
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Bring the cache to exactly ``ids``; the logits [V] of what may come next."""
@@ -204,6 +226,7 @@ class Engine(Generating):
         if not known or not wanted:
             raise UsageError("a text and what follows it need at least one token each")
         with self._turns.turn():
+            self.cache.use_adapter(self.adapter)
             new = self.cache.rewind(known)
             if len(new) > 1:
                 self.session.forward(np.asarray(new[:-1], np.int64))
@@ -214,9 +237,9 @@ class Engine(Generating):
             given = logits[np.arange(len(wanted)), wanted]
             return given - np.asarray([log_sum_exp(row) for row in logits], np.float32)
 
-    def keep_with(self, keeping: Callable[[Session], Keeping] | None) -> None:
-        """Take states of prompts from a store and put them there, or no more."""
-        self.cache.keeping = keeping(self.session) if keeping else None
+    @property
+    def caches(self) -> Sequence[Cache]:
+        return (self.cache,)
 
     def keep_prefix(self, tokens: Sequence[int], name: str) -> bool:
         """Read the beginning of prompts and keep its state; whether there was place for it."""
@@ -224,6 +247,7 @@ class Engine(Generating):
         if not (ids := whole(tokens)):
             raise UsageError("the prefix is empty, expected at least one token")
         with self._turns.turn():
+            self.cache.use_adapter(self.adapter)
             keeping = self.cache.keeping
             if keeping is None:
                 raise UsageError("there is no place for prefixes; load the model with prefixes=")
@@ -233,6 +257,7 @@ class Engine(Generating):
             return keeping.keep(ids, name)
 
     def _read(self, ids: Sequence[int]) -> Logits:
+        self.cache.use_adapter(self.adapter)
         new = self.cache.rewind(ids)
         logits: Logits = self.session.forward(np.asarray(new, np.int64))[0]
         self.cache.tokens = list(ids)
@@ -277,12 +302,14 @@ class Engine(Generating):
         eos: Collection[int],
         limit: int,
         limiting: Callable[[], Limiting] | None,
+        adapter: int | None,
     ) -> Generator[Step | None, None, None]:
         if isinstance(self.session, SelfDriven):
             self.cache.tokens.clear()
             yield from self.session.generate(ids, config, eos, limit)
             return
-        answer = Answer(self.cache, ids, config, eos, limit, limiting)
+        number = self.adapter if adapter is None else adapter
+        answer = Answer(self.cache, ids, config, eos, limit, limiting, number)
         while True:
             yield from answer.make() or (None,)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
@@ -131,7 +132,8 @@ class Model:
         self.tokenizer = tokenizer
         self.defaults = generation_defaults(bundle.path)
         self._token_texts: TokenTexts | None = None
-        self._adapter: str | None = None
+        self._numbers: dict[str, int] = {}  # of adapters that the session knows
+        self._fresh = count(1)  # numbers for others
         self._prefixes: Prefixes | None = None
 
     @classmethod
@@ -169,24 +171,41 @@ class Model:
             model.use_prefixes(prefixes)
         return model
 
+    @property
+    def adapters(self) -> Collection[str]:
+        """The names of the LoRA adapters that it can answer with."""
+        known = isinstance(self.engine.session, AdapterSession)
+        return list(self.bundle.adapters) if known else ()
+
     def use_adapter(self, name: str | None) -> None:
-        """Answer with one of the bundle's LoRA adapters from now on; None: as the base does.
+        """Answer with one of the bundle's LoRA adapters from now on, unless an answer asks for
+        another (`GenerationConfig.adapter`); None: as the base does.
 
         The base's weights stay as they are: without an adapter its numbers are the same bits as
         before. Raises BundleError for a name that the bundle does not have, BackendError where the
         backend cannot add adapters.
         """
+        self.engine.use_adapter(self._number(name or ""))
+
+    def _number(self, name: str) -> int:
+        """The session's number of an adapter, which is read when it is first asked for; of "" 0."""
         session, adapters = self.engine.session, self.bundle.adapters
-        if name is not None and name not in adapters:
+        if not name:
+            return 0
+        if name not in adapters:
             known = ", ".join(adapters) or "none"
             raise BundleError(f"{self.bundle.path} has no adapter {name!r}, it has: {known}")
         if not isinstance(session, AdapterSession):
             raise BackendError(f"{session.backend} cannot add adapters; use --backend native")
-        updates = [] if name is None else read_updates(adapters[name], self.bundle.layer_runs)
-        with self.engine.exclusive():
-            session.use_adapter(updates)
-            self._adapter = name
-            self._keep_in(self._prefixes)
+        if name not in self._numbers:
+            updates, number = (
+                read_updates(adapters[name], self.bundle.layer_runs),
+                next(self._fresh),
+            )
+            session.set_adapter(number, updates)
+            if self._numbers.setdefault(name, number) != number:  # another thread was faster
+                session.set_adapter(number, [])
+        return self._numbers[name]
 
     @property
     def keeps_prefixes(self) -> bool:
@@ -214,12 +233,12 @@ class Model:
         assert bundle.manifest is not None
         assert bundle.config is not None
         sums = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
-        adapter = "" if self._adapter is None else sums[f"{PREFIX}{self._adapter}{SUFFIX}"]
         model, forgets = sums[bundle.graph("native").file], bundle.config.forgets
 
-        def keeping(session: Session) -> Keeping:
+        def keeping(session: Session, adapter: int) -> Keeping:
             assert isinstance(session, SavingSession)
-            return Keeping(store, session, model, adapter, forgets)
+            files = {number: f"{PREFIX}{name}{SUFFIX}" for name, number in self._numbers.items()}
+            return Keeping(store, session, model, sums[files[adapter]] if adapter else "", forgets)
 
         self.engine.keep_with(keeping)
 
@@ -429,7 +448,8 @@ class Model:
             else list(prompt)
         )
         eos = self.tokenizer.eos_token_ids
-        steps = self.engine.generate(ids, config, eos, self._limiting(config))
+        adapter = None if config.adapter is None else self._number(config.adapter)
+        steps = self.engine.generate(ids, config, eos, self._limiting(config), adapter)
         stops, marks = _marked_stops(config.stop_strings, self.tokenizer)
         return _with_text(steps, StreamDecoder(self.tokenizer), stops, marks)
 

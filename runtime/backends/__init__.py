@@ -196,9 +196,16 @@ class MakingSession(Session, Protocol):
 class AdapterSession(Session, Protocol):
     """A session that adds low-rank updates to its weights as it runs."""
 
-    def use_adapter(self, updates: Sequence[Update]) -> None:
-        """Replace all earlier updates with these, or with none. Empties the cache. Raises
-        UsageError.
+    def set_adapter(self, number: int, updates: Sequence[Update]) -> None:
+        """Let adapter ``number``, from 1 on, be these updates and no others. Of a session that uses
+        it the context is forgotten: other weights made it. Raises UsageError where an update does
+        not belong to the model, or the number is too high.
+        """
+        ...
+
+    def use_adapter(self, number: int) -> None:
+        """Take an adapter that was set from now on, or 0: none. The context is forgotten, if that
+        is a change. Raises UsageError.
         """
         ...
 

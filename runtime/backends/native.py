@@ -428,12 +428,8 @@ class NativeSession:
         with self._lock:
             self._error.check(self._library.pslm_truncate(self._changing(), length))
 
-    def use_adapter(self, updates: Sequence[Update]) -> None:
-        """Replace the low-rank updates of the matrices. An empty list restores the plain weights.
-
-        The context is forgotten, because other weights made it. Raises UsageError where an update
-        does not belong to the model.
-        """
+    def set_adapter(self, number: int, updates: Sequence[Update]) -> None:
+        """See :class:`pocketslm.runtime.backends.AdapterSession`."""
         array = (UpdateEntry * len(updates))()
         kept = []  # until they are copied
         for one, update in zip(array, updates, strict=True):
@@ -443,10 +439,15 @@ class NativeSession:
             one.rows, one.cols, one.rank = b.shape[1], *a.shape
             one.a, one.b = a.ctypes.data, b.ctypes.data
         with self._lock:
-            self._shared.end(list(self._shared.makers))
             status = self._library.pslm_set_updates(
-                self._open(), array, len(updates), self._error.argument
+                self._open(), number, array, len(updates), self._error.argument
             )
+            self._error.check(status)
+
+    def use_adapter(self, number: int) -> None:
+        """See :class:`pocketslm.runtime.backends.AdapterSession`."""
+        with self._lock:
+            status = self._library.pslm_use_adapter(self._changing(), number, self._error.argument)
             self._error.check(status)
 
     def profile(self, on: bool = True) -> None:

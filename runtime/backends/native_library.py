@@ -17,7 +17,7 @@ from pocketslm.errors import (
 )
 from pocketslm.runtime.ops import build
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 MOST_MADE = 8  # tokens of a text in a step
 
 _ERRORS: dict[int, type[PocketSlmError]] = {
@@ -197,7 +197,8 @@ def load_library() -> ctypes.CDLL:
         "generate": (ctypes.c_int, (p(Turn), _size, NativeError)),
         "generator_next": (ctypes.c_int, (pointer, p(MadeEntry), NativeError)),
         "generator_close": (None, (pointer,)),
-        "set_updates": (ctypes.c_int, (pointer, p(UpdateEntry), _size, NativeError)),
+        "set_updates": (ctypes.c_int, (pointer, _u32, p(UpdateEntry), _size, NativeError)),
+        "use_adapter": (ctypes.c_int, (pointer, _u32, NativeError)),
         "set_profiling": (ctypes.c_int, (pointer, _u32)),
         "read_times": (ctypes.c_int, (pointer, p(Times))),
         "length": (_size, (pointer,)),

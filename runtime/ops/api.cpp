@@ -266,9 +266,13 @@ pslm_status pslm_bind_cache(pslm_session* session, void* const* tensors, size_t 
   });
 }
 
-pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates, size_t count,
-                             pslm_error error) {
+pslm_status pslm_set_updates(pslm_session* session, uint32_t adapter, const pslm_update* updates,
+                             size_t count, pslm_error error) {
   if (!session || (count && !updates)) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  if (adapter < 1 || adapter > kMaxAdapters)
+    return report(error, PSLM_ERROR_ARGUMENT,
+                  "adapter " + std::to_string(adapter) + ", expected 1 to " +
+                      std::to_string(kMaxAdapters));
   return enter(session, error, [&](Session& engine) {
     const ModelFile& model = engine.model();
     const std::vector<Step>& steps = model.program.steps;
@@ -306,7 +310,18 @@ pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates, 
                           std::to_string(u.layer) + " has numbers that are not within fp16's range");
       *slot = LowRank::packed(u.a, u.b, u.rank, matrix->rows, matrix->cols);
     }
-    engine.set_updates(std::move(all));
+    engine.set_updates(adapter, std::move(all));
+    return PSLM_OK;
+  });
+}
+
+pslm_status pslm_use_adapter(pslm_session* session, uint32_t adapter, pslm_error error) {
+  if (!session) return report(error, PSLM_ERROR_ARGUMENT, "null argument");
+  return enter(session, error, [&](Session& engine) {
+    if (!engine.has_adapter(adapter))
+      return report(error, PSLM_ERROR_ARGUMENT,
+                    "adapter " + std::to_string(adapter) + " is empty; set its updates first");
+    engine.use_adapter(adapter);
     return PSLM_OK;
   });
 }

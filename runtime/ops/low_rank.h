@@ -48,9 +48,17 @@ struct LowRank {
   }
 };
 
-// Of the matrices of one step of a program.
+// Of the matrices of one step of a program, which read the same.
 struct StepUpdates {
   LowRank of[3];
+
+  size_t width() const { return of[0].width() + of[1].width() + of[2].width(); }
+};
+
+// An adapter: one entry a step, or none at all.
+struct Updates {
+  std::vector<StepUpdates> steps;
+  bool of_hidden = false;  // one of the products of an MLP's hidden values, which it reads as floats
 };
 
 }  // namespace pocketslm

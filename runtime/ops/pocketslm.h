@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 8
+#define PSLM_ABI_VERSION 9
 
 typedef enum {
   PSLM_OK = 0,
@@ -198,10 +198,15 @@ typedef struct {
   uint32_t role, layer, rows, cols, rank;
   const float *a, *b;
 } pslm_update;
-/* Adds these to the session's matrices, in place of any before; none with a count of 0, and all is
- * as it was. They are copied. The context is forgotten: it came of other weights. */
-PSLM_API pslm_status pslm_set_updates(pslm_session* session, const pslm_update* updates,
-                                      size_t count, pslm_error error);
+/* A session may have up to PSLM_MAX_ADAPTERS sets of updates, its adapters, numbered from 1. These
+ * replace what an adapter was; it is empty with a count of 0. They are copied. What uses it forgets
+ * its context, which came of other weights. */
+enum { PSLM_MAX_ADAPTERS = 64 };
+PSLM_API pslm_status pslm_set_updates(pslm_session* session, uint32_t adapter,
+                                      const pslm_update* updates, size_t count, pslm_error error);
+/* The slot in use takes an adapter that is not empty from now on; 0: the weights as they are. Its
+ * context is forgotten, if that is a change. */
+PSLM_API pslm_status pslm_use_adapter(pslm_session* session, uint32_t adapter, pslm_error error);
 PSLM_API pslm_status pslm_session_describe(const pslm_session* session, pslm_session_info* info);
 
 /* Appends `count` tokens to the context. `logits` receives output_size floats (LAST) or
@@ -238,7 +243,7 @@ PSLM_API pslm_status pslm_forward_greedy(pslm_session* session, const int32_t* t
 
 /* Several texts at once. A session may have up to PSLM_MAX_SLOTS contexts, its slots, which share all
  * that it has but the state of their tokens; memory of that is touched as positions fill. A function
- * that knows no slot means the one in use, at first 0, and pslm_set_updates makes all forget. An
+ * that knows no slot means the one in use, at first 0; each slot may take another adapter. An
  * encoder and PSLM_KV_CALLER have one slot only. */
 enum { PSLM_MAX_SLOTS = 16 };
 PSLM_API pslm_status pslm_session_open_slots(const pslm_model* model, const pslm_options* options,

@@ -44,6 +44,7 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   for (size_t i = 0; i < kBuffers; ++i)
     buffers_[i] = Buffer<float>(batch_ * program_.widths[i]);
   normed_ = Buffer<float>(batch_ * hidden_size);
+  row_updates_.resize(batch_);
   for (const Step& step : program_.steps)
     if (step.code == Code::project_add && step.norm.kind != NormKind::none && !projected_.bytes())
       projected_ = Buffer<float>(batch_ * hidden_size);
@@ -142,6 +143,12 @@ void Session::run(const int32_t* tokens, size_t count, Head head, float* logits)
 
 void Session::begin(const int32_t* tokens, size_t count) {
   count_ = count;
+  of_hidden_ = false;
+  for (const Run& run : runs_) {
+    const Updates& updates = adapters_[run.context->adapter];
+    std::fill_n(&row_updates_[run.first], run.count, &updates);
+    of_hidden_ |= updates.of_hidden;
+  }
   clock_.start(count);
   prepare_rotation();
   embed(tokens);
@@ -163,16 +170,14 @@ void Session::end() {
 }
 
 void Session::run_step(unsigned m, size_t index) {
-  static const StepUpdates kNoUpdates{};
   const Step& step = program_.steps[index];
-  const StepUpdates& updates = updates_.empty() ? kNoUpdates : updates_[index];
   members_[m].plan.start(index);
   switch (step.code) {
     case Code::norm: normalize_buffer(m, step); break;
-    case Code::project: project(m, step, updates); break;
+    case Code::project: project(m, step, index); break;
     case Code::attend: attend(m, step); break;
-    case Code::project_add: add_projection(m, step, updates); break;
-    case Code::gated: gated(m, step, updates); break;
+    case Code::project_add: add_projection(m, step, index); break;
+    case Code::gated: gated(m, step, index); break;
     case Code::short_conv: short_conv(m, step); break;
     case Code::embed:
     case Code::head: break;  // not among the steps in between
@@ -282,37 +287,46 @@ void Session::normalize_buffer(unsigned m, const Step& step) {
   });
 }
 
-void Session::set_updates(std::vector<StepUpdates> updates) {
-  size_t widest = 0;
-  updates_hidden_ = false;
-  for (size_t i = 0; i < updates.size(); ++i) {
-    const auto& [first, second, third] = updates[i].of;
-    widest = std::max(widest, first.width() + second.width() + third.width());
+void Session::set_updates(size_t adapter, std::vector<StepUpdates> steps) {
+  size_t widest = widest_;
+  bool of_hidden = false;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    widest = std::max(widest, steps[i].width());
     const Step& step = program_.steps[i];
-    updates_hidden_ |=
-        step.code == Code::project_add && step.buffer == BufferId::hidden && first.rank;
+    of_hidden |= step.code == Code::project_add && step.buffer == BufferId::hidden &&
+                 steps[i].of[0].rank;
   }
-  lowered_.assign(widest * batch_, 0.0f);
-  for (Member& member : members_) member.lowered.assign(widest, 0.0f);
-  updates_ = std::move(updates);
-  rewind({});
+  lowered_.resize(widest * batch_);
+  for (Member& member : members_) member.lowered.resize(widest);
+  widest_ = widest;
+  adapters_[adapter] = {std::move(steps), of_hidden};
+  for (Context& context : contexts_)
+    if (context.adapter == adapter) context.truncate(0);
 }
 
-// What updates make of the input that they read: [token][update][rank], ranks in whole panels, null
-// where there is none.
+void Session::use_adapter(size_t adapter) {
+  if (used_->adapter == adapter) return;
+  used_->adapter = adapter;
+  used_->truncate(0);
+}
+
+// What each row's updates make of the input that they read: [row][update][rank], ranks in whole
+// panels; null where no row has any.
 // One token is cheaper to do again in each thread than to share.
-const float* Session::lower(unsigned m, std::initializer_list<const LowRank*> updates,
-                            const PanelView& panel) {
-  size_t width = 0;
-  for (const LowRank* update : updates) width += update->width();
-  if (!width) return nullptr;
+const float* Session::lower(unsigned m, size_t index, const PanelView& panel) {
+  const auto updated = [&](const Run& run) {
+    const Updates& updates = adapters_[run.context->adapter];
+    return !updates.steps.empty() && updates.steps[index].width() > 0;
+  };
+  if (std::none_of(runs_.begin(), runs_.end(), updated)) return nullptr;
   float* out = count_ == 1 ? members_[m].lowered.data() : lowered_.data();
   const auto fill = [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
-      float* low = out + t * width;
-      for (const LowRank* update : updates) {
-        if (update->rank) update->lower(kernels_, panel.values(t), low);
-        low += update->width();
+      if (row_updates_[t]->steps.empty()) continue;
+      float* low = out + t * widest_;
+      for (const LowRank& update : row_updates_[t]->steps[index].of) {
+        if (update.rank) update.lower(kernels_, panel.values(t), low);
+        low += update.width();
       }
     }
   };
@@ -320,20 +334,29 @@ const float* Session::lower(unsigned m, std::initializer_list<const LowRank*> up
   return out;
 }
 
-void Session::project(unsigned m, const Step& step, const StepUpdates& updates) {
-  const auto& [query, key, value] = updates.of;
+// out[j] += row `first + j` of what the update of matrix `part` of a step makes of `row`, for `count`
+// rows of the matrix; low is what lower() gave, not null.
+void Session::add_update(const float* low, size_t row, size_t index, size_t part, size_t first,
+                         size_t count, float* out) const {
+  const Updates& updates = *row_updates_[row];
+  if (updates.steps.empty()) return;
+  const StepUpdates& step = updates.steps[index];
+  low += row * widest_;
+  for (size_t i = 0; i < part; ++i) low += step.of[i].width();
+  step.of[part].add(kernels_, low, first, count, out);
+}
+
+void Session::project(unsigned m, const Step& step, size_t index) {
   const PanelView input = normalized(m, step.norm);
   float* const outputs[] = {buffer(BufferId::query), buffer(BufferId::key),
                             buffer(BufferId::value)};
-  const float* low = lower(m, {&query, &key, &value}, input);
-  const size_t ranks = query.width() + key.width() + value.width();
+  const float* low = lower(m, index, input);
   size_t total = 0;
   for (const Matrix* w : step.w) total += w ? w->blocks() : 0;
   share_weights(m, total, step.w[0]->block_bytes, [&](size_t begin, size_t end) {
-    size_t first = 0, rank = 0;
+    size_t first = 0;
     for (size_t part = 0; part < 3 && step.w[part]; ++part) {
       const Matrix& w = *step.w[part];
-      const LowRank& update = updates.of[part];
       const float* bias = step.bias[part];
       const size_t last = first + w.blocks();
       const size_t from = std::max(begin, first), to = std::min(end, last);
@@ -346,11 +369,10 @@ void Session::project(unsigned m, const Step& step, const StepUpdates& updates) 
                 float* out = outputs[part] + (t + i) * w.rows + b * kBlockRows;
                 std::memcpy(out, y + i * width, width * sizeof(float));
                 for (size_t j = 0; bias && j < width; ++j) out[j] += bias[b * kBlockRows + j];
-                if (low)
-                  update.add(kernels_, low + (t + i) * ranks + rank, b * kBlockRows, width, out);
+                if (low) add_update(low, t + i, index, part, b * kBlockRows, width, out);
               }
             });
-      first = last, rank += update.width();
+      first = last;
     }
   });
 }
@@ -374,12 +396,11 @@ PanelView Session::product_input(unsigned m, const Step& step) {
 }
 
 // residual += scale * norm(w * input + bias)
-void Session::add_projection(unsigned m, const Step& step, const StepUpdates& updates) {
+void Session::add_projection(unsigned m, const Step& step, size_t index) {
   const Matrix& w = *step.w[0];
-  const LowRank& update = updates.of[0];
   const float* bias = step.bias[0];
   const PanelView input = product_input(m, step);
-  const float* low = lower(m, {&update}, input);
+  const float* low = lower(m, index, input);
   float* residual = buffer(BufferId::residual);
   const bool normed = step.norm.kind != NormKind::none;
   if (!normed && !bias && step.scale == 1.0f) {
@@ -388,7 +409,7 @@ void Session::add_projection(unsigned m, const Step& step, const StepUpdates& up
       for (size_t i = 0; i < tokens; ++i) {
         float* x = residual + (t + i) * w.rows + b * kBlockRows;
         for (size_t j = 0; j < width; ++j) x[j] += y[i * width + j];
-        if (low) update.add(kernels_, low + (t + i) * update.width(), b * kBlockRows, width, x);
+        if (low) add_update(low, t + i, index, 0, b * kBlockRows, width, x);
       }
     });
     return;
@@ -398,7 +419,7 @@ void Session::add_projection(unsigned m, const Step& step, const StepUpdates& up
     for (size_t i = 0; i < tokens; ++i) {
       float* row = y + i * width;
       for (size_t j = 0; bias && j < width; ++j) row[j] += bias[first + j];
-      if (low) update.add(kernels_, low + (t + i) * update.width(), first, width, row);
+      if (low) add_update(low, t + i, index, 0, first, width, row);
       if (normed) {
         std::memcpy(&projected_[(t + i) * w.rows + first], row, width * sizeof(float));
         continue;
@@ -417,13 +438,11 @@ void Session::add_projection(unsigned m, const Step& step, const StepUpdates& up
   });
 }
 
-void Session::gated(unsigned m, const Step& step, const StepUpdates& updates) {
-  const LowRank &gate_update = updates.of[0], &up_update = updates.of[1];
+void Session::gated(unsigned m, const Step& step, size_t index) {
   const PanelView input = normalized(m, step.norm);
   const PanelView hidden{&hidden_panel_, count_, step.width, buffer(BufferId::hidden)};
-  const bool want_floats = step.keeps_floats || updates_hidden_;
-  const float* low = lower(m, {&gate_update, &up_update}, input);
-  const size_t ranks = gate_update.width() + up_update.width();
+  const bool want_floats = step.keeps_floats || of_hidden_;
+  const float* low = lower(m, index, input);
   const bool has_gate = step.w[0];
   size_t unit_bytes = 0;
   for (const Matrix* w : {step.w[0], step.w[1]}) unit_bytes += w ? 2 * w->block_bytes : 0;
@@ -450,9 +469,9 @@ void Session::gated(unsigned m, const Step& step, const StepUpdates& updates) {
               out[i] += bias[unit * kGroup + i % width];
         }
         for (size_t i = 0; low && i < tile.tokens; ++i) {
-          const float* row = low + (t + i) * ranks;
-          if (has_gate) gate_update.add(kernels_, row, unit * kGroup, width, gate + i * width);
-          up_update.add(kernels_, row + gate_update.width(), unit * kGroup, width, up + i * width);
+          if (has_gate)
+            add_update(low, t + i, index, 0, unit * kGroup, width, gate + i * width);
+          add_update(low, t + i, index, 1, unit * kGroup, width, up + i * width);
         }
         if (has_gate)
           kernels_.gated[activation](gate, up, tile.tokens * width, gate);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <initializer_list>
 #include <vector>
 
 #include "buffers.h"
@@ -23,6 +22,7 @@ constexpr size_t kMaxWhole = 8192;     // the same where each of them sees all o
 constexpr size_t kFewTokens = 8;       // whose attention is cut into pieces for threads
 constexpr size_t kScratchBlocks = 16;  // blocks of 16 outputs that a matmul call may fill
 constexpr size_t kMaxSlots = PSLM_MAX_SLOTS;
+constexpr size_t kMaxAdapters = PSLM_MAX_ADAPTERS;
 static_assert(kMaxSlots <= kMaxTile);
 
 struct Candidate {
@@ -93,14 +93,20 @@ class Session {
     return std::min<size_t>(positions / kPositionBlock * kPositionBlock, model_.config.max_context);
   }
   void bind_cache(void* const* places, size_t positions, size_t length);
-  // One entry a step, or none; what is in the context came of other weights and is forgotten.
-  void set_updates(std::vector<StepUpdates> updates);
+  // Replaces an adapter, 1 to kMaxAdapters; slots that use it forget what came of other weights.
+  void set_updates(size_t adapter, std::vector<StepUpdates> steps);
+  bool has_adapter(size_t adapter) const {
+    return adapter == 0 || (adapter <= kMaxAdapters && !adapters_[adapter].steps.empty());
+  }
+  // What the context takes from now on, 0: the weights as they are. It forgets what came of others.
+  void use_adapter(size_t adapter);
 
  private:
   // One text.
   struct Context {
     States states;
     size_t length = 0;
+    size_t adapter = 0;
     size_t rewind_limit() const { return states.rewind_limit(length); }
     bool can_rewind(size_t to) const { return to == 0 || (to <= length && to >= rewind_limit()); }
     void truncate(size_t to);
@@ -153,10 +159,10 @@ class Session {
   void prepare_rotation();
   void run_step(unsigned m, size_t index);
   void normalize_buffer(unsigned m, const Step& step);
-  void project(unsigned m, const Step& step, const StepUpdates& updates);
+  void project(unsigned m, const Step& step, size_t index);
   void attend(unsigned m, const Step& step);
-  void add_projection(unsigned m, const Step& step, const StepUpdates& updates);
-  void gated(unsigned m, const Step& step, const StepUpdates& updates);
+  void add_projection(unsigned m, const Step& step, size_t index);
+  void gated(unsigned m, const Step& step, size_t index);
   void short_conv(unsigned m, const Step& step);
   void trust_logits() {
     for (Member& member : members_) member.finite = true;
@@ -219,8 +225,9 @@ class Session {
   template <typename Sink>
   void multiply_blocks(unsigned m, const Matrix& w, const PanelView& panel, size_t begin,
                        size_t end, Sink&& sink);
-  const float* lower(unsigned m, std::initializer_list<const LowRank*> updates,
-                     const PanelView& panel);
+  const float* lower(unsigned m, size_t index, const PanelView& panel);
+  void add_update(const float* low, size_t row, size_t index, size_t part, size_t first,
+                  size_t count, float* out) const;
   template <typename F>
   void share(unsigned m, size_t total, size_t chunk, F&& f);
   template <typename F>
@@ -265,9 +272,11 @@ class Session {
   Buffer<float> screened_, highest_;
   Buffer<uint16_t> spreads_;
 
-  std::vector<StepUpdates> updates_;
-  bool updates_hidden_ = false;  // products of hidden have updates, which read floats
-  std::vector<float> lowered_;  // a^T x of updates that read the same, see lower()
+  std::array<Updates, kMaxAdapters + 1> adapters_;  // the first one is empty
+  std::vector<const Updates*> row_updates_;         // what each row of the batch takes of them
+  bool of_hidden_ = false;  // some row's adapter reads hidden values as floats
+  size_t widest_ = 0;       // ranks of a step's updates, of any adapter
+  std::vector<float> lowered_;  // [row][widest_]: a^T x of updates that read the same, see lower()
 
   OperatorClock clock_;
   std::vector<uint64_t> work_;

@@ -108,6 +108,12 @@ class Server:
         self.limits = limits
         self.key = key
         self.lines = {name: Line(model, limits) for name, model in models.items()}
+        # The models by the names that clients ask for, each with an adapter or "".
+        self.served = {
+            f"{name}+{adapter}" if adapter else name: (line, adapter)
+            for name, line in self.lines.items()
+            for adapter in ("", *line.model.adapters)
+        }
         self.metrics = Metrics()
 
     async def health(self, _: Request) -> Response:
@@ -118,7 +124,7 @@ class Server:
         self.check_key(request)
         data = [
             {"id": name, "object": "model", "created": 0, "owned_by": "pocketslm"}
-            for name in self.lines
+            for name in self.served
         ]
         return JSONResponse({"object": "list", "data": data})
 
@@ -126,7 +132,7 @@ class Server:
         self, name: str, texts: list[str], *, truncate: bool = False
     ) -> tuple[str, Vector, int]:
         """The model's name, the embeddings of texts, and how many tokens they have."""
-        line, name = self.line(name)
+        line, name, _ = self.line(name)
 
         def work() -> tuple[Vector, int]:
             ids = line.model.tokens_to_embed(texts, truncate=truncate)
@@ -169,8 +175,10 @@ class Server:
         self, request: Request, asked: Asked, words: Callable[[list[Answer]], Words]
     ) -> Response:
         """What was asked for, in the words of an interface, whole or as a stream."""
-        line, name = self.line(asked.model)
-        answers = [Answer(line.model, asked, name, self.limits, n) for n in range(asked.count)]
+        line, name, adapter = self.line(asked.model)
+        answers = [
+            Answer(line.model, asked, name, adapter, self.limits, n) for n in range(asked.count)
+        ]
         told = words(answers)
         if asked.stream:
             events = self._events(line, answers, told)
@@ -227,14 +235,17 @@ class Server:
                                 yield answer, records
                     yield answer, None
 
-    def line(self, name: str) -> tuple[Line, str]:
+    def line(self, name: str) -> tuple[Line, str, str]:
+        """Who answers for a model, its name, and the adapter that the answers take, or "".
+        Raises HTTPException."""
         if not name and len(self.lines) == 1:
             name = next(iter(self.lines))
-        if name not in self.lines:
+        if name not in self.served:
             raise HTTPException(
-                404, f"there is no model {name!r}; there are: {', '.join(self.lines)}"
+                404, f"there is no model {name!r}; there are: {', '.join(self.served)}"
             )
-        return self.lines[name], name
+        line, adapter = self.served[name]
+        return line, name, adapter
 
     def check_key(self, request: Request) -> None:
         if self.key is None:
@@ -264,7 +275,7 @@ class Answer:
     which draws by a seed of its own."""
 
     def __init__(
-        self, model: Model, asked: Asked, name: str, limits: Limits, index: int = 0
+        self, model: Model, asked: Asked, name: str, adapter: str, limits: Limits, index: int = 0
     ) -> None:
         self.model, self.asked, self.name, self.index = model, asked, name, index
         self.texts: list[str] = []
@@ -273,7 +284,7 @@ class Answer:
         self.finish: Finish | None = None
         self.made = 0
         self.first_ns = self.last_ns = 0  # when its first and last token were made
-        self.config = model.options(**asked.options)
+        self.config = model.options(adapter=adapter, **asked.options)
         if index and self.config.seed is not None:
             self.config = self.config.but(seed=self.config.seed + index)
         most = min(self.config.max_new_tokens or limits.tokens, limits.tokens)

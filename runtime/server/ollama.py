@@ -71,14 +71,14 @@ def routes(server: Server) -> list[Route]:
 
     async def tags(request: Request) -> Response:
         server.check_key(request)
-        models = [_listed(name, line.model) for name, line in server.lines.items()]
+        models = [_listed(name, line.model) for name, (line, _) in server.served.items()]
         return JSONResponse({"models": models})
 
     async def show(request: Request) -> Response:
         fields = Fields(await server.body(request), UNUSED, NEUTRAL)
         name = _model(fields)
         fields.finish()
-        line, _ = server.line(name)
+        line, _, _ = server.line(name)
         return JSONResponse(_shown(line.model))
 
     async def version(_: Request) -> Response:
@@ -96,7 +96,7 @@ def routes(server: Server) -> list[Route]:
 
 async def _answer(server: Server, request: Request, asked: Asked, *, chat: bool) -> Response:
     if asked.messages == [] or (asked.messages is None and not asked.prompt):
-        _, name = server.line(asked.model)  # "load it", which it is
+        _, name, _ = server.line(asked.model)  # "load it", which it is
         nothing = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
         return JSONResponse(_stamp(name) | nothing | {"done": True, "done_reason": "load"})
     return await server.answer(request, asked, lambda answers: _Words(answers[0], chat=chat))

@@ -277,7 +277,8 @@ class Adapters(Target):
             a = np.full((rank, columns), value, np.float32)
             b = np.full((rows, rank), 0.01, np.float32)
             updates.append(Update(layer, part, a, b))
-        self.session.use_adapter(updates)
+        self.session.set_adapter(1, updates)
+        self.session.use_adapter(1 if updates else 0)
         with suppress(PocketSlmError):
             self.session.forward(np.arange(9))
             self.session.step_greedy(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.updated import WithAdapter
 from pocketslm.runtime.adapters import Update, read_updates
+from pocketslm.runtime.backends import Part, Wanted
 from pocketslm.runtime.backends.native import NativeModel, NativeSession
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
@@ -123,6 +125,79 @@ def test_a_changed_adapter_reads_the_prompt_again(carried: Path) -> None:
     assert tokens() == plain != polite
 
 
+def generated(model: Model, number: int, name: str | None) -> list[int]:
+    """An answer of its own length to a prompt that shares its beginning with others."""
+    prompt = [*range(40), number % 4, *range(number % 7)]
+    config = GenerationConfig(
+        max_new_tokens=6 + number % 5, ignore_eos=True, adapter=name, logprobs=number % 2 > 0
+    )
+    return [record.token for record in model.generate(prompt, config)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_each_answer_may_take_another_at_once(carried: Path, threads: int) -> None:
+    """With more answers than slots, so that slots change hands; each is the one alone."""
+    names = ("", "polite", "terse", "polite", None)
+    cases = [(number, names[number % len(names)]) for number in range(20)]
+    alone = {name: Model.load(carried, "native", adapter=name or None) for name in set(names)}
+    expected = [generated(alone[name], number, None) for number, name in cases]
+    assert expected[0] != expected[4] or expected[1] != expected[2]
+    several = Model.load(carried, "native", threads=threads, parallel=3)
+    with ThreadPoolExecutor(5) as pool:
+        assert list(pool.map(lambda case: generated(several, *case), cases)) == expected
+    one = Model.load(carried, "native", threads=threads)
+    assert [generated(one, *case) for case in cases] == expected
+    # What the model takes otherwise is another thing.
+    one.use_adapter("terse")
+    assert generated(one, 1, None) == generated(alone["terse"], 1, None)
+    assert generated(one, 1, "") == generated(alone[""], 1, None)
+    np.testing.assert_array_equal(
+        one.logprobs(IDS[:30].tolist(), [1, 2]), alone["terse"].logprobs(IDS[:30].tolist(), [1, 2])
+    )
+
+
+def test_slots_take_adapters_of_different_shapes(carried: Path) -> None:
+    """Ranks and matrices differ; each slot's logits are the bits that it gets alone."""
+    model = NativeModel(carried / "model.slm")
+    rng = np.random.default_rng(3)
+
+    def update(part: str, rank: int, rows: int, columns: int) -> Update:
+        a, b = rng.standard_normal((rank, columns)), rng.standard_normal((rows, rank))
+        return Update(1, part, a.astype(np.float32) / 8, b.astype(np.float32) / 8)
+
+    sets = [
+        [update("q_proj", 3, 64, 64), update("down_proj", 20, 64, 96)],
+        [update("up_proj", 17, 96, 64), update("gate_proj", 1, 96, 64)],
+        [update("v_proj", 40, 32, 64), update("o_proj", 2, 64, 64)],
+    ]
+    together = model.session(threads=2, slots=4)
+    singles = [model.session(threads=1) for _ in range(4)]
+    for number, updates in enumerate(sets, 1):
+        together.set_adapter(number, updates)
+        together.slots[number].use_adapter(number)
+        singles[number].set_adapter(7, updates)
+        singles[number].use_adapter(7)
+    seen = []
+    for size in (1, 30, 1, 5):
+        ids = IDS[:size]
+        found = together.forward_slots([Part(slot, ids, Wanted.LOGITS) for slot in range(4)])
+        for single, one in zip(singles, found, strict=True):
+            np.testing.assert_array_equal(one.logits, single.forward(ids)[0])
+        seen.append([one.logits for one in found])
+    for one in seen[-1][1:]:
+        assert error(one, seen[-1][0]) > 0.01
+    # Another meaning of a number empties who uses it, and nobody else.
+    together.set_adapter(2, [])
+    assert [slot.length > 0 for slot in together.slots] == [True, True, False, True]
+    np.testing.assert_array_equal(together.slots[2].forward(ids), model.session().forward(ids))
+    for number in (2, 5, 64, 65, 2**32 - 1):
+        with pytest.raises(UsageError, match=f"adapter {number} is empty"):
+            together.use_adapter(number)
+    for number in (0, 65):
+        with pytest.raises(UsageError, match=f"adapter {number}, expected 1 to 64"):
+            together.set_adapter(number, [])
+
+
 def test_what_cannot_be_is_an_error(
     carried: Path, tiny_hf: Path, adapters: list[Path], tmp_path: Path
 ) -> None:
@@ -130,6 +205,9 @@ def test_what_cannot_be_is_an_error(
         Model.load(carried, adapter="rude")
     with pytest.raises(BackendError, match="onnxruntime.*cannot add adapters"):
         Model.load(carried, "onnx", adapter="polite")
+    for backend, name in (("onnx", "polite"), ("runner", "polite"), ("native", "rude")):
+        with pytest.raises((BackendError, BundleError), match="adapter"):
+            Model.load(carried, backend).reply("Hello", adapter=name)
     base = open_checkpoint(tiny_hf)
     for recipe, message in (
         (Recipe(targets=("onnx",)), "needs the native target"),
@@ -148,7 +226,7 @@ def test_what_cannot_be_is_an_error(
         ([Update(0, "q_proj", a[:0], b[:, :0])], "rank 0"),
     ):
         with pytest.raises(UsageError, match=message):
-            session.use_adapter(updates)
+            session.set_adapter(1, updates)
     np.testing.assert_array_equal(logits(session), before)
 
 

@@ -203,6 +203,13 @@ def test_what_another_made_is_left_alone(
     read.clear()
     assert answer(model) == answer(load(bundle("fp16")))
     assert read[0] == 1
+    read.clear()  # one model, each answer with what it asks for
+    model = load(carried, tmp_path)
+    for adapter in ("polite", "", "polite"):
+        config = replace(CONFIG, adapter=adapter)
+        assert [r.token for r in model.generate(IDS, config)] == [
+            r[0] for r in answer(load(carried, adapter=adapter or None))
+        ]
 
 
 def test_the_kernel_path_counts(

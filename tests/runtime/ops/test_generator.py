@@ -243,7 +243,7 @@ def test_a_text_ends_where_its_session_is_used_for_something_else(model: NativeM
         lambda: session.truncate(0),
         lambda: session.restore(0, b""),
         lambda: session.maker([3, 4, 5], config, (), 5, None),
-        lambda: session.use_adapter([]),
+        lambda: session.use_adapter(0),
     ):
         session.truncate(0)
         maker = session.maker([3, 4], config, (), 5, None)
@@ -252,6 +252,7 @@ def test_a_text_ends_where_its_session_is_used_for_something_else(model: NativeM
         with pytest.raises(UsageError, match="used for something else"):
             maker.make()
         del kept
+    session.truncate(0)
     maker = session.maker([3, 4], config, (), 5, None)
     session.close()
     with pytest.raises(UsageError, match="used for something else"):

@@ -96,5 +96,5 @@ def test_an_adapter_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         b[5, 1] = value
         a = np.ones((2, 64), np.float32)
         with pytest.raises(UsageError, match="not within fp16"):
-            session.use_adapter([Update(0, "q_proj", a, b)])
+            session.set_adapter(1, [Update(0, "q_proj", a, b)])
     session.forward(np.arange(5))
