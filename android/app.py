@@ -23,7 +23,7 @@ from pocketslm.android.engine.meter import Metered, resident_bytes
 from pocketslm.android.engine.models import Models
 from pocketslm.android.engine.worker import Job, Worker
 from pocketslm.android.phone import Phone, accessibility, this_system
-from pocketslm.android.settings import Settings
+from pocketslm.android.settings import TEXT_SIZES, Settings
 from pocketslm.android.theme import Theme
 from pocketslm.android.widgets.sheet import Notice, ask_text
 from pocketslm.errors import BackendError, LockedError, PocketSlmError
@@ -47,6 +47,7 @@ class PocketApp(App):
     theme = ObjectProperty()
     language = StringProperty("en")
     rtl = BooleanProperty(False)
+    text_scale = NumericProperty(1)
     wide = BooleanProperty(False)
     place = StringProperty("library")
     window_width = NumericProperty(400)
@@ -68,7 +69,7 @@ class PocketApp(App):
     # Life of the app
 
     def build(self) -> Any:
-        for name in ("theme", "language"):
+        for name in ("theme", "language", "text_size"):
             self._changed(name)
         self.settings.watch(self._changed)
         Window.bind(size=self._resized, on_keyboard=self._key)
@@ -178,6 +179,8 @@ class PocketApp(App):
         elif name == "language":
             self.language = self.settings["language"]
             self.rtl = strings.is_rtl(self.language)
+        elif name == "text_size":
+            self.text_scale = TEXT_SIZES[self.settings["text_size"]]
         elif name in ("engine", "threads"):
             self.unload()
 

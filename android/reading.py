@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pocketslm.runtime.assistant.answer import Answer, Citation
 from pocketslm.runtime.assistant.document import Document
+from pocketslm.runtime.assistant.library import Entry
 
 # A label of more than this may be higher than a graphics card's largest texture, and stays black:
 # 60 lines of 34 pixels at three pixels a point are 6,000 of at least 4,096 to 16,384.
@@ -81,3 +82,34 @@ def button_of(document: Document, citation: Citation, number: int, *, named: boo
     words = " ".join(document.text[citation.start : citation.end].split())
     short = words if len(words) <= QUOTE_CHARACTERS else f"{words[:QUOTE_CHARACTERS].rstrip()}…"
     return " · ".join(filter(None, (f"{number}", title, where[:QUOTE_CHARACTERS], short)))
+
+
+def in_order(entries: Sequence[Entry], by: str) -> list[Entry]:
+    """Documents by title, or by kind and title; else as they are, the newest first."""
+    if by == "title":
+        return sorted(entries, key=lambda entry: entry.title.casefold())
+    if by == "kind":
+        return sorted(entries, key=lambda entry: (entry.kind, entry.title.casefold()))
+    return list(entries)
+
+
+_HEADING = re.compile(r"#{1,6}\s+(.*?)(?:\s+#+)?")
+_ITEM = re.compile(r"(\s*)[-*+]\s+(.*)")
+_STRONG = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
+_SOFT = re.compile(r"(?<![\w*])\*(?=[^\s*])([^*]+?)(?<=[^\s*])\*(?![\w*])")
+
+
+def markup_of(text: str) -> str:
+    """A model's Markdown as Kivy's markup: headings and strong text bold, stress in italics, and
+    points with their dots. All else is shown as it is, code too."""
+    return "\n".join(map(_line_of, text.split("\n")))
+
+
+def _line_of(line: str) -> str:
+    line = line.replace("&", "&amp;").replace("[", "&bl;").replace("]", "&br;")
+    if found := _HEADING.fullmatch(line):
+        return f"[b]{_STRONG.sub(lambda strong: strong[2], found[1])}[/b]"
+    if found := _ITEM.fullmatch(line):
+        line = f"{found[1]}\u2022 {found[2]}"
+    line = _STRONG.sub(lambda strong: f"[b]{strong[2]}[/b]", line)
+    return _SOFT.sub(lambda soft: f"[i]{soft[1]}[/i]", line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 DEFAULTS: dict[str, Any] = {
     "theme": "light",
     "language": "en",
+    "text_size": "normal",
+    "sort": "added",
     "engine": "auto",
     "threads": 0,  # 0: the engine decides
     "model": "",
@@ -22,9 +24,15 @@ DEFAULTS: dict[str, Any] = {
     "drafts": {},  # document -> what was typed and not yet sent
     "pending": None,  # a task that runs: {"document", "task", "request", "text"}
 }
-_CHOICES = {
+# How large text is drawn, beside the system's own setting.
+TEXT_SIZES = {"small": 0.87, "normal": 1.0, "large": 1.2, "largest": 1.45}
+# What the library's documents are sorted by.
+SORTS = ("added", "title", "kind")
+_CHOICES: dict[str, Collection[str]] = {
     "theme": ("light", "dark"),
     "language": ("en", "de", "ar"),
+    "text_size": TEXT_SIZES,
+    "sort": SORTS,
     "engine": ("auto", "native", "runner", "onnx", "onnx_aar"),
 }
 

@@ -12,9 +12,11 @@ from kivy.factory import Factory
 from kivy.properties import BooleanProperty, NumericProperty, StringProperty
 from kivy.uix.screenmanager import Screen
 
+from pocketslm.android.reading import in_order
 from pocketslm.android.screens.document import AnswerCard
+from pocketslm.android.settings import SORTS
 from pocketslm.android.widgets.basics import TapCard
-from pocketslm.android.widgets.sheet import confirm
+from pocketslm.android.widgets.sheet import choose, confirm
 from pocketslm.runtime.assistant.answer import Answer
 from pocketslm.runtime.assistant.assistant import sample_document
 from pocketslm.runtime.assistant.library import Entry
@@ -44,7 +46,7 @@ class LibraryScreen(Screen):
         shown.clear_widgets()
         if self._answer is not None:
             shown.add_widget(self._answer)
-        for entry in entries:
+        for entry in in_order(entries, app.settings["sort"]):
             if wanted in entry.title.lower():
                 shown.add_widget(self._card(entry))
         if self.empty:
@@ -99,6 +101,17 @@ class LibraryScreen(Screen):
         app.start("engine", work, event, on_error=failed)
         self.ids.search.text = ""
         self.refresh()
+
+    def sort(self) -> None:
+        """Let a person choose what the documents are sorted by."""
+        app = App.get_running_app()
+
+        def chosen(value: str) -> None:
+            app.settings["sort"] = value
+            self.refresh()
+
+        options = [(name, app.t(f"sort_{name}")) for name in SORTS]
+        choose(app.t("sort"), options, app.settings["sort"], app.t("cancel"), chosen)
 
     def add(self) -> None:
         app = App.get_running_app()

@@ -11,6 +11,7 @@ from kivy.uix.screenmanager import Screen
 
 from pocketslm import __version__
 from pocketslm.android.engine import ENGINES, ON_DESKTOP, ON_PHONE
+from pocketslm.android.settings import TEXT_SIZES
 from pocketslm.android.strings import LANGUAGES
 from pocketslm.runtime.backends import usable_cores
 
@@ -23,6 +24,7 @@ class SettingsScreen(Screen):
         body.clear_widgets()
         self._choices("theme", [(name, t(f"theme_{name}"), "") for name in ("light", "dark")])
         self._choices("language", [(key, name, "") for key, name in LANGUAGES.items()])
+        self._choices("text_size", [(name, t(f"text_{name}"), "") for name in TEXT_SIZES])
         engines = ON_PHONE if app.phone.is_phone else ON_DESKTOP
         self._choices(
             "engine",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kivy.core.text import Label as CoreLabel
-from kivy.metrics import dp, sp
+from kivy.metrics import dp
 from kivy.properties import BooleanProperty, ColorProperty, NumericProperty, StringProperty
 from kivy.uix.behaviors import ButtonBehavior
 from kivy.uix.boxlayout import BoxLayout
@@ -90,9 +90,13 @@ class Chip(Tap):
     marked = BooleanProperty(False)
     widest = NumericProperty(400)
     natural = NumericProperty(0)
+    type_size = NumericProperty(14)
+
+    def on_type_size(self, *_: Any) -> None:
+        self.on_text()
 
     def on_text(self, *_: Any) -> None:
-        label = CoreLabel(font_name=font_for(self.text), font_size=sp(14))
+        label = CoreLabel(font_name=font_for(self.text), font_size=self.type_size)
         self.natural = label.get_extents(strings.shaped(self.text))[0] + dp(32)
 
 

@@ -73,6 +73,27 @@ def confirm(
     sheet.open()
 
 
+def choose(
+    title: str,
+    options: Sequence[tuple[str, str]],
+    now: str,
+    no: str,
+    action: Callable[[str], object],
+) -> None:
+    """Let a person tap one of several (value, text)."""
+    sheet = Sheet()
+    sheet.add(Factory.Heading(content=title))
+    for value, text in options:
+
+        def tapped(_: Any, value: str = value) -> None:
+            sheet.dismiss()
+            action(value)
+
+        sheet.add(Factory.Choice(text=text, chosen=value == now)).bind(on_release=tapped)
+    sheet.buttons((no, "plain", lambda: None))
+    sheet.open()
+
+
 def ask_text(
     title: str,
     text: str,

@@ -21,6 +21,7 @@ from kivy.uix.textinput import TextInput
 from kivy.utils import escape_markup
 
 from pocketslm.android import strings
+from pocketslm.android.reading import markup_of
 
 
 def font_for(text: str) -> str:
@@ -89,7 +90,11 @@ class Text(Directed, Label):
             self.text = strings.visual(content) if shaped else content
             return
         self.text_size = (width, None)
-        self.text = strings.visual(content, inner, self._measure) if shaped else self.drawn(content)
+        if shaped:
+            visual = strings.visual(content, inner, self._measure)
+            self.text = escape_markup(visual) if self.markup else visual
+        else:
+            self.text = self.drawn(content)
 
     def drawn(self, content: str) -> str:
         """What Kivy is to draw for text that runs from left to right."""
@@ -99,6 +104,16 @@ class Text(Directed, Label):
         label = CoreLabel(font_name=self.font_name, font_size=self.font_size, bold=self.bold)
         width: float = label.get_extents(text)[0]
         return width
+
+
+class Said(Text):
+    """What a model wrote, whose Markdown is shown."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=True, **options)
+
+    def drawn(self, content: str) -> str:
+        return markup_of(content)
 
 
 class Passage(Text):

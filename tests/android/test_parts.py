@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import string
 import threading
 import time
@@ -26,6 +27,8 @@ from pocketslm.android.reading import (
     PIECE_CHARACTERS,
     PIECE_LINES,
     button_of,
+    in_order,
+    markup_of,
     next_place,
     pieces,
     shared,
@@ -36,7 +39,7 @@ from pocketslm.export.pipeline import export_bundle
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.runtime.assistant.answer import Answer, Citation
 from pocketslm.runtime.assistant.document import Block, make_source
-from pocketslm.runtime.assistant.library import Library
+from pocketslm.runtime.assistant.library import Entry, Library
 from pocketslm.runtime.bundle import Graph, open_bundle
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
@@ -362,6 +365,34 @@ def test_no_piece_of_a_text_is_too_high_for_a_graphics_card() -> None:
             text[a:b].count("\n") <= PIECE_LINES and b - a <= PIECE_CHARACTERS for a, b in cut
         )
         assert cut == sorted(cut)
+
+
+def test_markdown_is_shown_and_nothing_else_is_markup() -> None:
+    for text, shown in (
+        ("## Notes ##", "[b]Notes[/b]"),
+        ("# **All** of it", "[b]All of it[/b]"),
+        ("- one\n  * two\n1. three", "\u2022 one\n  \u2022 two\n1. three"),
+        ("It is **very** and *quite* __so__.", "It is [b]very[/b] and [i]quite[/i] [b]so[/b]."),
+        ("2 * 3 * 4, a*b*c, ** alone **, snake_case_name", None),
+        ("#hash, -5 degrees, `x = **y`", None),
+        (
+            "[b]no[/b] & [ref=mark]x[/ref]",
+            "&bl;b&br;no&bl;/b&br; &amp; &bl;ref=mark&br;x&bl;/ref&br;",
+        ),
+    ):
+        assert markup_of(text) == (text if shown is None else shown)
+    long = "*" * 4000 + "**a" * 4000  # no time without end
+    assert set(re.sub(r"\[/?[bi]\]", "", markup_of(long))) <= {"*", "a"}
+
+
+def test_documents_are_sorted() -> None:
+    entries = [
+        Entry(3, "beta", "pdf", "2026-03-01", 2, 10, 1),
+        Entry(2, "Alpha", "txt", "2026-02-01", None, 10, 1),
+        Entry(1, "gamma", "pdf", "2026-01-01", 9, 10, 1),
+    ]
+    for by, ids in (("added", [3, 2, 1]), ("title", [2, 3, 1]), ("kind", [3, 1, 2])):
+        assert [entry.id for entry in in_order(entries, by)] == ids
 
 
 def test_what_is_shared_is_whole_and_says_where_it_stands() -> None:

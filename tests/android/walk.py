@@ -264,6 +264,19 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         assert max(passage.texture_size[1] for passage in passages) < 4096
         yield from me.shot("table")
         yield from me.tap("Library")
+        listed = app.screen("library").ids.documents
+        order = [card.title for card in listed.children[::-1]]
+        assert order == ["expenses 1", "expenses 0", "Apollo 8"]
+        yield from me.tap("Sort by")
+        yield from me.tap("Title")
+        yield from me.wait(lambda: not me.says("Kind of file"), "the end of the sheet")
+        assert [card.title for card in listed.children[::-1]] == sorted(order)
+        yield from me.tap("Settings")
+        yield from me.tap("Large")
+        assert app.settings["text_size"] == "large"
+        yield from me.tap("Library")
+        yield from me.shot("library-large")
+        app.settings["text_size"] = "normal"
         yield from me.tap("Search titles, or ask all documents")
         yield from me.type(QUESTION)
         yield from me.key(ENTER)
