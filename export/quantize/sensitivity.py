@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pocketslm.errors import ExportError
@@ -26,14 +25,12 @@ from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import load_reference, parameter_shapes
 from pocketslm.models.sites import LAYERS, layer_matrices
 from pocketslm.models.sites import Site as LayerSite
-from pocketslm.models.tensors import stored_bytes
+from pocketslm.models.tensors import QuantTensor, stored_bytes
 
 Site = tuple[str, ...]  # names of matrices
 Losses = dict[Site, dict[int, float]]  # mean KL in nats, by bits
 WIDTHS = (2, 3, 4, 5, 6, 8)
-# Up to so many bits a loss is measured; the others follow from this one, since a site's KL grows
-# with the squared error of its weights.
-_RUN = 4
+_RUN = 2  # widths, the narrowest, that the model is run for
 # Tokens that losses are measured on; logits are made of every second one: neighbours suffer alike,
 # and a large head costs more than the layers.
 _TOKENS, _EVERY = 1024, 2
@@ -172,25 +169,34 @@ def sensitivities(
     """Mean KL divergence when the matrices of one site alone are rounded to so many bits.
 
     It is measured on the first windows of ``ids`` [B, S]. A recipe with a calibration rounds for
-    what the other windows make a matrix read, as the export does, but for AWQ and tuning. Widths
-    above 4 bits are not run: their KL is that of 4 bits, as much less as the squared error of the
-    weights is.
+    what the other windows make a matrix read, as the export does, but for AWQ and tuning. The model
+    is run for the two narrowest widths: the KL of a wider one is as much less as the squared error
+    of what the matrices make of their inputs is.
     """
     count = max(1, min(_TOKENS // ids.shape[1], len(ids) - 1))
     measured, others = ids[:count], ids[count:] if len(ids) > count else ids
-    exact = _log_probabilities(model, 0, model.embed(measured))
+    exact = _logits(model, 0, model.embed(measured))
+    probabilities = exact.softmax(-1)
     total = len(all_sites(model.config))
     found: Losses = {}
     for site, index, x, read in _with_inputs(model, measured, others):
 
         def divergence(site: Site = site, index: int = index, x: Tensor = x) -> float:
             start = model.embed(measured) if site[0] == EMBEDDING else x
-            got = _log_probabilities(model, index, start)
-            return float((exact.exp() * (exact - got)).sum(-1).mean())
+            return _divergence(probabilities, _logits(model, index, start) - exact)
 
         found[site] = _losses(model, site, recipe, widths, read, divergence)
         progress(len(found) / total)
     return found
+
+
+def _divergence(probabilities: Tensor, change: Tensor) -> float:
+    """Mean KL of logits [B, S, V] that changed so from those with these probabilities; ``change``
+    is overwritten. Small ones do not drown in the logits, as they would in a difference of
+    log-probabilities."""
+    mean = torch.einsum("bsv,bsv->bs", probabilities, change)
+    grown = torch.einsum("bsv,bsv->bs", probabilities, change.expm1_())
+    return float((grown.log1p() - mean).mean())
 
 
 def _with_inputs(
@@ -233,37 +239,38 @@ def _losses(
     losses: dict[int, float] = {}
     errors: dict[int, float] = {}
     for bits in widths:
-        specs = {name: _spec(recipe, name, bits) for name in site}
-        if bits <= _RUN:
-            for name, spec in specs.items():
-                if read is None or recipe.calibration is None:
-                    stored = round_to_grid(originals[name], spec, recipe.fit)
-                else:
-                    damping = calibration.damping(name)
-                    stored = calibration.round_for(
-                        originals[name], read, spec, recipe.fit, recipe.use_gptq, damping
-                    )
-                weights[name].copy_(torch.from_numpy(stored.dequantize()))
+        errors[bits] = 0.0
+        for name, original in originals.items():
+            stored = _rounded(name, original, _spec(recipe, name, bits), recipe, read)
+            weights[name].copy_(torch.from_numpy(stored.dequantize()))
+            lost = weights[name] - original
+            errors[bits] += float((lost * (lost if read is None else lost @ read)).sum())
+        if len(losses) < _RUN:
+            last = bits
             losses[bits] = divergence()
-        if bits >= _RUN:
-            errors[bits] = sum(_error(originals[name], specs[name], recipe) for name in site)
-            losses[bits] = losses[_RUN] * errors[bits] / max(errors[_RUN], 1e-30)
+        else:
+            losses[bits] = losses[last] * errors[bits] / max(errors[last], 1e-30)
     for name, weight in weights.items():
         weight.copy_(originals[name])
     return losses
 
 
-def _error(weight: Tensor, spec: Spec, recipe: Recipe) -> float:
-    """The squared error of a matrix that is rounded to the nearest values."""
-    rounded = torch.from_numpy(round_to_grid(weight, spec, recipe.fit).dequantize())
-    return float((rounded.to(weight.device) - weight).square().sum())
+def _rounded(
+    name: str, weight: Tensor, spec: Spec, recipe: Recipe, read: Tensor | None
+) -> QuantTensor:
+    """A matrix as the export rounds it; ``read``: ``X^T X`` of its inputs, if that plays a part."""
+    if read is None or recipe.calibration is None:
+        return round_to_grid(weight, spec, recipe.fit)
+    damping = calibration.damping(name)
+    return calibration.round_for(weight, read, spec, recipe.fit, recipe.use_gptq, damping)
 
 
-def _log_probabilities(model: Any, index: int, x: Tensor) -> Tensor:
-    """Of every second position, when layer ``index`` reads x [B, S, H]; [B, S / 2, V]."""
+def _logits(model: Any, index: int, x: Tensor) -> Tensor:
+    """Of every second position, when layer ``index`` reads x [B, S, H]: [B, S / 2, V]."""
     for at in range(index, len(model.model.layers)):
         x = model.run_layer(at, x)
-    return F.log_softmax(model.finish(x[:, ::_EVERY]), -1)
+    logits: Tensor = model.finish(x[:, ::_EVERY])
+    return logits
 
 
 def _scheme(bits: int) -> Scheme:

@@ -48,7 +48,7 @@ def test_each_site_is_measured_alone(tied: bool, method: str, tmp_path: Path) ->
     sites = all_sites(config)
     assert list(found) == sites
     exact = model(MEASURED, model.empty_cache(4))[0].log_softmax(-1)  # the model is whole again
-    for site, bits in ((sites[0], 4), (sites[5], 2), ((EMBEDDING,), 3), (sites[-1], 3)):
+    for site, bits in ((sites[0], 3), (sites[5], 2), ((EMBEDDING,), 3), (sites[-1], 2)):
         scheme = f"int{bits}"
         rounding = replace(recipe, weights=scheme, head=scheme)
         rounded = load_reference(open_checkpoint(folder))
