@@ -1,4 +1,4 @@
-"""Folders that appear whole: made beside their place, then renamed into it.
+"""Folders and files that appear whole: made beside their place, then renamed into it.
 
 A folder under way is locked by its process. What a killed process left is known by its lock being
 free, and goes when the next one works in the same place.
@@ -44,6 +44,19 @@ def aside(parent: Path, prefix: str = _PART) -> Iterator[Path]:
         if held is not None:
             os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for a new file, which takes its place when the block ends well, and is
+    on the disk by then; else it goes. What a killed process left has the same name, and is written
+    over. Raises OSError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        put_file(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from pocketslm.folders import written
 
 DEFAULTS: dict[str, Any] = {
     "theme": "light",
@@ -76,9 +77,5 @@ class Settings:
     def save(self) -> None:
         """Written aside, then renamed: a crash leaves the old file or the new one."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_suffix(".new")
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(self._values, file, ensure_ascii=False, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self._path)
+        with written(self._path) as part:
+            part.write_text(json.dumps(self._values, ensure_ascii=False, indent=1), "utf-8")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.quantize.sensitivity import Losses, Sizes, sensitivities
 from pocketslm.export.quantize.tune import tune
 from pocketslm.export.recipe import Recipe
+from pocketslm.folders import written
 from pocketslm.models.checkpoint import GGUFCheckpoint
 from pocketslm.models.reference import parameter_shapes
 from pocketslm.models.sites import LAYERS, Site
@@ -119,9 +119,8 @@ def _read(path: Path, identity: dict[str, Any]) -> Losses | None:
 
 
 def _write(path: Path, identity: dict[str, Any], losses: Losses) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps({"identity": identity, "losses": list(losses.items())}) + "\n")
-    aside.replace(path)
+    with written(path) as part:
+        part.write_text(json.dumps({"identity": identity, "losses": list(losses.items())}) + "\n")
 
 
 def chart(rows: Sequence[Any]) -> str:

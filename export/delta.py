@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from pocketslm.errors import CheckpointError, ExportError, UsageError
 from pocketslm.export.quantize import gptq
 from pocketslm.export.quantize.calibration import run_layer
+from pocketslm.folders import written
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint, checkpoint_sha256, one_line
 from pocketslm.models.reference import load_reference, parameter_shapes
 from pocketslm.models.sites import LAYERS, Site
@@ -104,13 +104,10 @@ def make_delta(
         "bands": json.dumps([[band.rank, band.bits] for band in bands]),
     }
     identity["sha256"] = _digest(sorted(parts), parts.__getitem__)
-    aside = path.with_name(f".{path.name}.part")
     try:
-        save_file(parts, aside, metadata=identity)
-        aside.replace(path)
+        with written(path) as part:
+            save_file(parts, part, metadata=identity)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            aside.unlink()
         raise ExportError(f"cannot write {path}: {one_line(error)}") from None
     return path.stat().st_size
 

@@ -34,6 +34,7 @@ from pocketslm.export.prune import adaptive, sparse, width
 from pocketslm.export.prune.pruned import Changed
 from pocketslm.export.team import Team, alone
 from pocketslm.export.text import read_text
+from pocketslm.folders import written
 from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
@@ -232,21 +233,20 @@ class _Run:
 
     def save(self, path: Path, identity: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
         trained = [p.detach().cpu() for p in self.trained]
         optimizer = self.optimizer.state_dict()
-        torch.save(
-            {
-                "identity": identity,
-                "step": self.step,
-                "losses": self.losses,
-                "kept": (self.kept.groups, self.kept.neurons),
-                "trained": trained,
-                "optimizer": optimizer,
-            },
-            aside,
-        )
-        aside.replace(path)
+        with written(path) as part:
+            torch.save(
+                {
+                    "identity": identity,
+                    "step": self.step,
+                    "losses": self.losses,
+                    "kept": (self.kept.groups, self.kept.neurons),
+                    "trained": trained,
+                    "optimizer": optimizer,
+                },
+                part,
+            )
 
     def restore(self, path: Path, identity: str) -> None:
         state = torch.load(path, map_location=self.team.device, weights_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from pocketslm.export.quantize.grid import Spec
 from pocketslm.export.recipe import RECIPE_FILE, Recipe
 from pocketslm.export.shelf import Shelf, StoredWeights, need_room
 from pocketslm.export.tokenizer import settled
-from pocketslm.folders import published
+from pocketslm.folders import published, written
 from pocketslm.models.checkpoint import (
     EMBEDDING,
     HEAD,
@@ -231,9 +230,8 @@ def _carry(checkpoint: Checkpoint, adapter: Path, recipe: Recipe, folder: Path) 
 
 def update_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace a bundle's manifest in one step."""
-    aside = folder / f".{MANIFEST}.{os.getpid()}"
-    aside.write_text(manifest.to_json())
-    aside.replace(folder / MANIFEST)
+    with written(folder / MANIFEST) as part:
+        part.write_text(manifest.to_json())
 
 
 def _lower_native(

@@ -25,7 +25,7 @@ from pocketslm.export.prune.depth import block_influence, least_influence
 from pocketslm.export.prune.vocabulary import format_ranges, parse_ranges, tokens_of
 from pocketslm.export.recipe import Recipe
 from pocketslm.export.text import read_text
-from pocketslm.folders import aside
+from pocketslm.folders import aside, written
 from pocketslm.models.checkpoint import HEAD, Checkpoint, checkpoint_sha256
 from pocketslm.models.reference import load_reference
 from pocketslm.models.sites import layer_matrices
@@ -463,9 +463,8 @@ def write_report(trials: Sequence[Trial], budget: Budget, work: Path) -> None:
         (work / f"trial-{trial.number}.toml").write_text(trial.recipe.to_toml())
     text = f"# Search for: {limits}\n\n![memory and KL of the trials]({PICTURE})\n\n{table(trials)}"
     for name, content in ((PICTURE, picture(trials)), (REPORT, text)):
-        aside = work / f".{name}.part"
-        aside.write_text(content, encoding="utf-8")
-        aside.replace(work / name)
+        with written(work / name) as part:
+            part.write_text(content, encoding="utf-8")
 
 
 def picture(trials: Sequence[Trial]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketslm.errors import UsageError
+from pocketslm.folders import written
 from pocketslm.profiling import charts
 from pocketslm.profiling.charts import Axis, Bar, Point, Series, clean
 from pocketslm.profiling.llama_bench import read_rows
@@ -134,12 +135,10 @@ def write_report(sources: Sequence[str | Path], output: Path) -> int:
         text = roofline(rows)
     else:
         text = format_rows(rows, output.suffix[1:])
-    aside = output.with_name(f".{output.name}.part")
     try:
-        aside.write_bytes(text.encode("utf-8", "replace"))
-        aside.replace(output)
+        with written(output) as part:
+            part.write_bytes(text.encode("utf-8", "replace"))
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UsageError(f"cannot write the report {output}: {error}") from None
     return len(rows)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketslm.errors import BundleError
+from pocketslm.folders import written
 
 CPU = "/sys/devices/system/cpu/cpu"
 POSSIBLE = "/sys/devices/system/cpu/possible"
@@ -138,10 +139,8 @@ def _choice(entry: Mapping[str, Any]) -> Choice:
 def keep_choice(bundle: Path, machine: str, entry: Mapping[str, Any]) -> None:
     """Put an entry into a bundle's ``threads.json``: ``threads``, ``cpus`` and what says why."""
     entries = read_choices(bundle) | {machine: dict(entry)}
-    path = bundle / CHOICES
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"machines": entries}, indent=1) + "\n", "utf-8")
-    part.replace(path)
+    with written(bundle / CHOICES) as part:
+        part.write_text(json.dumps({"machines": entries}, indent=1) + "\n", "utf-8")
 
 
 def choice_here(bundle: Path) -> Choice | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from pocketslm import folders
 from pocketslm.errors import ExportError
-from pocketslm.folders import published
+from pocketslm.folders import published, written
 
 
 def write(out: Path, text: str, **options: object) -> None:
@@ -112,6 +113,20 @@ def test_a_link_keeps_pointing_at_what_was_replaced(tmp_path: Path) -> None:
     write(tmp_path / "out", "second", replace=True)
     assert (tmp_path / "out").is_symlink()
     assert (real / "file").read_text() == "second"
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with written(file) as part:
+        part.write_text("one")
+        assert not file.exists()
+    assert file.read_text() == "one"
+    with suppress(KeyboardInterrupt), written(file) as part:
+        part.write_text("tw")
+        raise KeyboardInterrupt
+    assert (file.read_text(), list(tmp_path.iterdir())) == ("one", [file])
+    with pytest.raises(OSError, match="No such file"), written(tmp_path / "no" / "file") as part:
+        part.write_text("")
 
 
 def test_the_error_names_what_failed(tmp_path: Path) -> None:
