@@ -331,6 +331,10 @@ pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size
                   std::to_string(count) + " tokens do not fit the context of " +
                       std::to_string(session->engine.context()));
   if (const pslm_status status = check_sampling(*options, error)) return status;
+  // Tokens that the session holds count for a penalty; the others are checked before they are read.
+  if (const pslm_status status = check_vocabulary(session->engine.model().config.vocab_size, text,
+                                                  pslm_length(session), error))
+    return status;
   return guarded(error, [&] {
     *generator = new pslm_generator(session, text, count, *options);
     session->generators[(*generator)->slot()] = *generator;
