@@ -79,7 +79,7 @@ def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     """
     found: dict[str, dict[str, Any]] = {}
     for tool in tools:
-        function = tool.get("function", tool)
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         parameters = function.get("parameters") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):

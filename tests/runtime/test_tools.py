@@ -86,6 +86,7 @@ def test_tools_that_make_no_sense() -> None:
         ([], "no tools"),
         ([{"name": "a b"}], "a tool's name"),
         ([{"function": 3}], "a tool's name"),
+        (["a"], "a tool's name"),
         ([CLOCK, CLOCK], "two tools"),
         ([{"name": "a", "parameters": 3}], "no JSON schema"),
     ):

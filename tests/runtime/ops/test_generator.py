@@ -101,6 +101,7 @@ def constraint() -> Constraint:
         {"do_sample": True, "seed": 8, "top_k": 9, "logprobs": True},
         {"do_sample": True, "seed": 8, "top_k": 5, "top_p": 0.8, "temperature": 1.7},
         {"do_sample": True, "seed": 6, "top_k": 10_000, "min_p": 0.01, "logprobs": True},
+        {"do_sample": True, "seed": 6, "top_k": 2**32 + 1},
         {"do_sample": True, "seed": 9, "temperature": 2.5, "top_p": 0.8, "min_p": 0.01},
         {"do_sample": True, "seed": 1, "repetition_penalty": 1.5, "top_p": 0.9},
     ],
@@ -170,6 +171,13 @@ def test_what_cannot_be_is_refused(model: NativeModel) -> None:
     session.forward(np.array([1, 2]))
     with pytest.raises(UsageError, match="does not hold"), opened(session, [1, 2], config):
         pass
+    for token in (-1, 100, 2**30):  # a penalty would be for it
+        text = [1, token, 3]
+        with (
+            pytest.raises(UsageError, match="outside the vocabulary"),
+            opened(session, text, config),
+        ):
+            pass
     with opened(session, [1, 2, 100], config) as generator:
         for _ in range(2):
             with pytest.raises(UsageError, match="outside the vocabulary|has ended"):

@@ -259,7 +259,9 @@ def test_a_state_that_was_saved_at_the_limit_can_be_cut_back(
         other.truncate(length)
         fresh.truncate(0)
         fresh.forward(TOKENS[:length])
-        np.testing.assert_array_equal(other.forward(TOKENS[500:503]), fresh.forward(TOKENS[500:503]))
+        np.testing.assert_array_equal(
+            other.forward(TOKENS[500:503]), fresh.forward(TOKENS[500:503])
+        )
 
 
 def test_a_convolution_goes_back_to_nothing_but_the_beginning(tmp_path: Path) -> None:
