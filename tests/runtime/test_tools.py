@@ -104,6 +104,27 @@ def test_calls_in_python_name_tools_and_parameters() -> None:
         assert not accepts(constraint, text)
 
 
+def test_calls_in_python_have_names_that_python_has_not() -> None:
+    """A tool of the name ``look-up``, a parameter ``from``: its schema calls them so."""
+    arguments = {"from": "Zürich, (HB)", "größe": [1, {"a": "]"}], "😀": None, "a b": True}
+    tool = {"name": "look-up", "parameters": {"properties": {key: {} for key in arguments}}}
+    text = '[look-up(from="Zürich, (HB)", größe=[1, {"a": "]"}], 😀=None, a b=True), look-up()]'
+    grammar = Grammar("grammar", python_grammar(functions_of([tool])))
+    assert accepts(Constraint(grammar, byte_texts()), text)
+    assert read_calls(BY_NAME["LFM2"], text) == [Call("look-up", arguments), Call("look-up", {})]
+    for broken in (
+        "[]",
+        "[a(b=1, b=2)]",
+        "[a(b=1,)]",
+        "[a(b=c)]",
+        "[a(b=[)]",
+        '[a(b=")]',
+        "[a()b]",
+    ):
+        with pytest.raises(UsageError, match="no call that can be read"):
+            read_calls(BY_NAME["LFM2"], broken)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A model of random weights with a template of Hermes' kind."""
