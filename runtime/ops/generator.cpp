@@ -137,7 +137,8 @@ struct pslm_generator {
       Picked picked;
       if (const pslm_status status = pick_at(entry, row, picked, error)) return status;
       ready_.push_back(picked);
-      if (row == guessed || picked.whole || picked.token != tokens_[1 + row]) break;
+      if (row == guessed || picked.whole || ends(picked.token)) break;
+      if (picked.token != tokens_[1 + row]) break;
       ++held_;
     }
     if (lookup_) lookup_->judge(guessed, ready_.size() - 1);
@@ -151,7 +152,7 @@ struct pslm_generator {
     ready_.pop_front();
     text_.push_back(token);
     pslm_finish finish = PSLM_GOES_ON;
-    if (std::find(ends_.begin(), ends_.end(), token) != ends_.end())
+    if (ends(token))
       finish = PSLM_FINISH_END;
     else if (whole)
       finish = PSLM_FINISH_STOP;
@@ -178,6 +179,9 @@ struct pslm_generator {
     bool whole = false;
   };
 
+  bool ends(int32_t token) const {
+    return std::find(ends_.begin(), ends_.end(), token) != ends_.end();
+  }
   bool owns() const { return session()->generators[slot_] == this; }
   // What is drawn is seldom what was guessed. A convolution's state goes forward only, so that wrong
   // guesses could not be taken back.

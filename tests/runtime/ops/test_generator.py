@@ -156,6 +156,27 @@ def test_it_is_held_to_a_constraint(model: NativeModel) -> None:
     assert steps[-1].finish in ("eos", "stop")
 
 
+def test_guesses_behind_the_end_are_not_held(tmp_path: Path) -> None:
+    """What follows the end of an answer in a text before is not read, however likely it is."""
+    embedding = np.random.default_rng(1).standard_normal((100, 64)).astype(np.float32)
+
+    def counting(name: str, values: np.ndarray) -> np.ndarray:
+        """The model says of each token the next one."""
+        if "embed" in name or "lm_head" in name:
+            return np.roll(embedding, 1, axis=0) if "lm_head" in name else embedding
+        return np.zeros_like(values) if "o_proj" in name or "down_proj" in name else values
+
+    write_tiny(tmp_path / "m.slm", tiny_config(tie_word_embeddings=False), counting)
+    session = NativeModel(tmp_path / "m.slm").session(threads=1)
+    text = [*range(20), 0, 1, 2]
+    maker = session.maker(text, GenerationConfig(), [7], 50, None)
+    made = [one for _ in range(2) for one in maker.make()]
+    assert [one.token for one in made] == [3, 4, 5, 6, 7]
+    assert made[-1].finish == "eos"
+    assert session.length == len(text) + 4
+    session.truncate(session.length)
+
+
 def test_what_cannot_be_is_refused(model: NativeModel) -> None:
     session, config = model.session(threads=1, context=32), GenerationConfig()
     for options, what in (
