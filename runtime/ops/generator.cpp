@@ -25,6 +25,7 @@ constexpr size_t kPart = 256;  // tokens of texts that are read at a time where 
 // take two to three times as long as one.
 constexpr size_t kStep = 8, kLeastRead = 4;
 static_assert(PSLM_MOST_MADE == 1 + PromptLookup::kMost);
+constexpr size_t kTies = 8;  // tokens beyond top_k that are looked at, as they may equal the last of it
 
 pslm_status check_sampling(const pslm_generation& options, pslm_error error) {
   const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
@@ -196,7 +197,8 @@ struct pslm_generator {
   // How many of the highest logits decide; 0: any may.
   size_t deciding() const {
     if (options_.constraint || sampler_.penalty() != 1) return 0;
-    return sampler_.greedy() ? 1 : options_.top_k;
+    if (sampler_.greedy()) return 1;
+    return options_.top_k ? options_.top_k + kTies : 0;
   }
 
   // The token behind one of the last of an entry.

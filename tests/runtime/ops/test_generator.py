@@ -126,6 +126,25 @@ def test_tokens_are_those_of_python(options: dict[str, Any], model: NativeModel)
     assert session.length == 400
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_what_equals_the_last_of_top_k_stays(temperature: float, tmp_path: Path) -> None:
+    """As in transformers, and as where all logits are looked at."""
+
+    def twins(name: str, values: np.ndarray) -> np.ndarray:
+        return np.repeat(values[::2], 2, axis=0) if "lm_head" in name else values
+
+    write_tiny(tmp_path / "m.slm", tiny_config(tie_word_embeddings=False), twins)
+    model = NativeModel(tmp_path / "m.slm")
+    session, plain = model.session(threads=1), Engine(Plain(model.session(threads=1)))
+    config = GenerationConfig(do_sample=True, seed=4, temperature=temperature, max_new_tokens=40)
+    for top_k in (3, 5, 99):
+        session.truncate(0)
+        drawn = config.but(top_k=top_k)
+        with opened(session, TEXT[:9], drawn) as generator:
+            made = [one.token for one in made_by(session, generator)]
+        assert made == [step.token for step in plain.generate(TEXT[:9], drawn, ())]
+
+
 def test_it_goes_on_from_what_the_session_holds(model: NativeModel) -> None:
     session = model.session(threads=1)
     config = GenerationConfig(max_new_tokens=20)
