@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -15,11 +14,14 @@ from pocketslm.errors import UsageError
 # The options that hold an answer to something.
 ConstraintKind = Literal["json_schema", "regex", "grammar"]
 CONSTRAINTS: tuple[ConstraintKind, ...] = ("json_schema", "regex", "grammar")
+FLAGS = ("do_sample", "penalize_prompt", "ignore_eos", "logprobs")
 
-# Logits divided by less may not be finite any more.
-LEAST_TEMPERATURE = 1e-6
+# Logits divided by less may not be finite any more, and by more are all alike.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e9
 # Whole numbers up to here are the same in JSON, which the runner reads.
 MOST_SEED = 10**15
+# No model has more tokens, so that a top_k from here on rules none out.
+MOST_TOKENS = 1 << 24
 
 
 def _number(value: object) -> bool:
@@ -78,14 +80,21 @@ class GenerationConfig:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop_strings, str | list):  # as transformers takes them
+            one = isinstance(self.stop_strings, str)
+            stops = (self.stop_strings,) if one else tuple(self.stop_strings)
+            object.__setattr__(self, "stop_strings", stops)
         count, seed, guesses = self.max_new_tokens, self.seed, self.prompt_lookup_num_tokens
         held = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         rules = {
             "max_new_tokens": (count is None or (_whole(count) and count >= 1), "1 or more"),
             "temperature": (
                 _number(self.temperature)
-                and (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf),
-                f"0 (greedy) or a number from {LEAST_TEMPERATURE:g} on",
+                and (
+                    self.temperature == 0
+                    or LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE
+                ),
+                f"0 (greedy) or a number from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}",
             ),
             "top_k": (_whole(self.top_k) and self.top_k >= 0, "0 (off) or more"),
             "top_p": (_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -99,8 +108,13 @@ class GenerationConfig:
                 "0 (off) or more",
             ),
             "seed": (seed is None or (_whole(seed) and 0 <= seed <= MOST_SEED), "0 to 10^15"),
-            "stop_strings": (all(self.stop_strings), "non-empty texts"),
+            "stop_strings": (
+                isinstance(self.stop_strings, tuple)
+                and all(isinstance(text, str) and text for text in self.stop_strings),
+                "non-empty texts",
+            ),
         }
+        rules |= {name: (getattr(self, name) in (True, False), "True or False") for name in FLAGS}
         for name, (holds, expected) in rules.items():
             if not holds:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, expected {expected}")

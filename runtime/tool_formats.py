@@ -79,7 +79,7 @@ def functions_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]
     """
     found: dict[str, dict[str, Any]] = {}
     for tool in tools:
-        function = tool.get("function", tool)
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         parameters = function.get("parameters") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
@@ -101,7 +101,8 @@ def python_grammar(functions: Mapping[str, Mapping[str, Any]]) -> str:
     """A grammar in GBNF for a list of calls of these functions, with their parameters' names."""
     calls = []
     for name, schema in functions.items():
-        keys = " | ".join(json.dumps(f"{key}=") for key in schema.get("properties", {}))
+        names = (json.dumps(f"{key}=", ensure_ascii=False) for key in schema.get("properties", {}))
+        keys = " | ".join(names)
         inside = f' (({keys}) value (", " ({keys}) value)*)?' if keys else ""
         calls.append(f'{json.dumps(name + "(")}{inside} ")"')
     return (
@@ -139,15 +140,38 @@ def _read_json(text: str, form: ToolFormat) -> list[Call]:
 
 
 def _read_python(text: str, form: ToolFormat) -> list[Call]:
-    body = ast.parse(text, mode="eval").body
-    calls = body.elts if isinstance(body, ast.List) else [body]
+    """Names of functions and parameters may be none of Python's own, such as ``from``."""
+    calls = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     out = []
-    for call in calls:
-        if not isinstance(call, ast.Call) or call.args:
+    for call in _members(calls):
+        name, _, inside = call.partition("(")
+        if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or not inside.endswith(")"):
             raise ValueError
-        arguments = {key.arg: ast.literal_eval(key.value) for key in call.keywords if key.arg}
-        out.append(Call(ast.unparse(call.func), arguments))
+        arguments: dict[str, Any] = {}
+        for member in _members(inside[:-1]):
+            key, equals, value = member.partition("=")
+            if not equals or key in arguments:
+                raise ValueError
+            arguments[key] = ast.literal_eval(value)
+        out.append(Call(name, arguments))
+    if not out:
+        raise ValueError
     return out
+
+
+_SIGNS = re.compile(r"""["](?:[^"\\]|\\.)*["]|['](?:[^'\\]|\\.)*[']|[](){}[,]""", re.DOTALL)
+
+
+def _members(text: str) -> list[str]:
+    """What stands between the commas that are in no text and no brackets."""
+    depth, start, parts = 0, 0, []
+    for sign in _SIGNS.finditer(text):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(sign.group(), 0)
+        if sign.group() == "," and depth == 0:
+            parts.append(text[start : sign.start()].strip())
+            start = sign.end()
+    last = text[start:].strip()
+    return [*parts, last] if parts or last else []
 
 
 _GEMMA = re.compile(r"call:([\w.-]+)\{")

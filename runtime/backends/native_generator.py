@@ -13,7 +13,7 @@ from pocketslm.errors import PocketSlmError, UsageError
 from pocketslm.runtime.answer import Finish, Made
 from pocketslm.runtime.backends import check_vocabulary
 from pocketslm.runtime.backends.native_library import ErrorText, Generation, Turn
-from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.config import MOST_TOKENS, GenerationConfig
 
 if TYPE_CHECKING:
     from pocketslm.runtime.backends.native import NativeSession
@@ -30,7 +30,7 @@ def options_of(config: GenerationConfig) -> Generation:
     guesses = config.prompt_lookup_num_tokens
     options.guesses = MOST_GUESSES if guesses is None else min(guesses, MOST_GUESSES)
     if config.samples:
-        options.temperature, options.top_k = config.temperature, config.top_k
+        options.temperature, options.top_k = config.temperature, min(config.top_k, MOST_TOKENS)
         options.top_p, options.min_p = config.top_p, config.min_p
         options.seed = secrets.randbits(64) if config.seed is None else config.seed
     return options

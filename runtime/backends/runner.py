@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Collection, Generator, Sequence
 from contextlib import suppress
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +30,7 @@ from pocketslm.runtime import forks
 from pocketslm.runtime.answer import Step
 from pocketslm.runtime.backends import Logits, check_tokens
 from pocketslm.runtime.bundle import Bundle, Graph
-from pocketslm.runtime.config import CONSTRAINTS, GenerationConfig
+from pocketslm.runtime.config import CONSTRAINTS, MOST_TOKENS, GenerationConfig
 from pocketslm.runtime.pipes import has_input
 
 PROGRAM = "POCKETSLM_RUN"
@@ -147,7 +148,7 @@ class RunnerSession:
             "logprobs": config.logprobs,
         }
         if config.prompt_lookup_num_tokens is not None:
-            request["prompt_lookup"] = config.prompt_lookup_num_tokens
+            request["prompt_lookup"] = min(config.prompt_lookup_num_tokens, MOST_TOKENS)
         if config.constraint is not None:
             kind, text = config.constraint
             try:
@@ -155,7 +156,8 @@ class RunnerSession:
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"json_schema: the schema is not JSON: {error}") from None
         if config.samples:
-            request |= {"temperature": config.temperature, "top_k": config.top_k}
+            top_k = min(config.top_k, MOST_TOKENS)
+            request |= {"temperature": config.temperature, "top_k": top_k}
             seed = time.time_ns() % 10**15 if config.seed is None else config.seed
             request |= {"top_p": config.top_p, "min_p": config.min_p, "seed": seed}
         with self._asking:
@@ -275,7 +277,7 @@ class RunnerSession:
         process = self._process
         if process is None or process.stdin is None:
             raise BrokenPipeError
-        line = json.dumps(request, separators=(",", ":")) + "\n"
+        line = json.dumps(request, separators=(",", ":"), default=_plain) + "\n"
         with self._write:
             left = memoryview(line.encode())
             while left:
@@ -363,6 +365,15 @@ class RunnerSession:
         raise BackendError(
             f"pocketslm-run ended with {how}{memory}; it starts again with the next request"
         )
+
+
+def _plain(value: object) -> int | float:
+    """A number of numpy's, or a fraction, as one of JSON."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{type(value).__name__} is no number")
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ constexpr size_t kPart = 256;  // tokens of texts that are read at a time where 
 // take two to three times as long as one.
 constexpr size_t kStep = 8, kLeastRead = 4;
 static_assert(PSLM_MOST_MADE == 1 + PromptLookup::kMost);
+constexpr size_t kTies = 8;  // tokens beyond top_k that are looked at, as they may equal the last of it
 
 pslm_status check_sampling(const pslm_generation& options, pslm_error error) {
   const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
@@ -137,7 +138,8 @@ struct pslm_generator {
       Picked picked;
       if (const pslm_status status = pick_at(entry, row, picked, error)) return status;
       ready_.push_back(picked);
-      if (row == guessed || picked.whole || picked.token != tokens_[1 + row]) break;
+      if (row == guessed || picked.whole || ends(picked.token)) break;
+      if (picked.token != tokens_[1 + row]) break;
       ++held_;
     }
     if (lookup_) lookup_->judge(guessed, ready_.size() - 1);
@@ -151,7 +153,7 @@ struct pslm_generator {
     ready_.pop_front();
     text_.push_back(token);
     pslm_finish finish = PSLM_GOES_ON;
-    if (std::find(ends_.begin(), ends_.end(), token) != ends_.end())
+    if (ends(token))
       finish = PSLM_FINISH_END;
     else if (whole)
       finish = PSLM_FINISH_STOP;
@@ -178,6 +180,9 @@ struct pslm_generator {
     bool whole = false;
   };
 
+  bool ends(int32_t token) const {
+    return std::find(ends_.begin(), ends_.end(), token) != ends_.end();
+  }
   bool owns() const { return session()->generators[slot_] == this; }
   // What is drawn is seldom what was guessed. A convolution's state goes forward only, so that wrong
   // guesses could not be taken back.
@@ -192,7 +197,8 @@ struct pslm_generator {
   // How many of the highest logits decide; 0: any may.
   size_t deciding() const {
     if (options_.constraint || sampler_.penalty() != 1) return 0;
-    return sampler_.greedy() ? 1 : options_.top_k;
+    if (sampler_.greedy()) return 1;
+    return options_.top_k ? options_.top_k + kTies : 0;
   }
 
   // The token behind one of the last of an entry.
@@ -331,6 +337,10 @@ pslm_status pslm_generator_open(pslm_session* session, const int32_t* text, size
                   std::to_string(count) + " tokens do not fit the context of " +
                       std::to_string(session->engine.context()));
   if (const pslm_status status = check_sampling(*options, error)) return status;
+  // Tokens that the session holds count for a penalty; the others are checked before they are read.
+  if (const pslm_status status = check_vocabulary(session->engine.model().config.vocab_size, text,
+                                                  pslm_length(session), error))
+    return status;
   return guarded(error, [&] {
     *generator = new pslm_generator(session, text, count, *options);
     session->generators[(*generator)->slot()] = *generator;

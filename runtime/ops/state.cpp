@@ -107,7 +107,9 @@ size_t States::rewind_limit(size_t length) const {
   size_t limit = 1;
   for (const Kept& kept : kept_) {
     if (kept.kind == StateKind::conv) limit = length;
-    if (kept.first) limit = std::max(limit, kept.first + kept.window - 1);
+    // What is saved there begins with a whole block, none of whose positions may be overwritten.
+    if (kept.first)
+      limit = std::max(limit, round_up(kept.first, kPositionBlock) + kept.window - 1);
   }
   return std::min(limit, length);
 }

@@ -138,8 +138,11 @@ class Server:
             ids = line.model.tokens_to_embed(texts, truncate=truncate)
             return line.model.embed_tokens(ids), sum(map(len, ids))
 
-        async with line.turn():
-            vectors, count = await asyncio.get_running_loop().run_in_executor(None, work)
+        try:
+            async with line.turn():
+                vectors, count = await asyncio.get_running_loop().run_in_executor(None, work)
+        except TimeoutError:
+            raise HTTPException(504, TOO_LONG) from None
         return name, vectors, count
 
     async def embed(self, request: Request) -> Response:

@@ -190,15 +190,21 @@ def read_message(message: Any) -> dict[str, Any]:
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise UsageError("a part of a message other than text is not supported")
-        content = "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text", "") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    if not isinstance(content, str):
+        raise UsageError("the 'content' of a message must be a text, or parts of one")
     out["content"] = content
     if out["role"] == "developer":
         out["role"] = "system"
-    for call in out.get("tool_calls", []):
+    calls = out.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise UsageError("'tool_calls' of a message must be a list")
+    for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:  # templates want the value
                 function["arguments"] = json.loads(function["arguments"])
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise UsageError("the arguments of a call in 'messages' are no JSON") from None
     return out

@@ -128,6 +128,10 @@ def test_a_seed_draws_the_same_and_another_does_not(model: Model) -> None:
         {"temperature": float("inf")},
         {"temperature": "hot"},
         {"temperature": True},
+        {"temperature": 1e10},
+        {"temperature": 10**400},
+        {"do_sample": "false"},
+        {"logprobs": None},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_k": -1},
@@ -142,11 +146,20 @@ def test_a_seed_draws_the_same_and_another_does_not(model: Model) -> None:
         {"max_new_tokens": 0},
         {"max_new_tokens": 2.5},
         {"stop_strings": ("",)},
+        {"stop_strings": ""},
+        {"stop_strings": (5,)},
+        {"stop_strings": 5},
     ],
 )
 def test_options_that_make_no_sense(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
         GenerationConfig(**bad)
+
+
+def test_one_stop_string_is_a_text_of_its_own() -> None:
+    """And not as many as it has characters."""
+    assert GenerationConfig(stop_strings="END").stop_strings == ("END",)  # type: ignore[arg-type]
+    assert GenerationConfig(stop_strings=["a", "b"]).stop_strings == ("a", "b")  # type: ignore[arg-type]
 
 
 def test_no_temperature_is_greedy(model: Model) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -117,6 +118,8 @@ def test_sampling_follows_the_seed(child: Model) -> None:
         {"top_k": 0, "min_p": 0.05},
         {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
         {"top_k": 0, "temperature": 0.7},
+        {"top_k": 2**32 + 1, "prompt_lookup_num_tokens": 2**32},
+        {"top_k": np.int64(7), "top_p": np.float32(0.8), "temperature": Fraction(3, 2)},
     ],
     ids=str,
 )

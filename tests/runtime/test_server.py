@@ -138,6 +138,9 @@ def test_tools(server: Running, stream: bool) -> None:
     assert set(json.loads(call.function.arguments)) == {"yes", "n"}
 
 
+DEEP = {"type": "function", "function": {"name": "a", "arguments": "[" * 3000 + "]" * 3000}}
+
+
 def test_what_is_wrong_is_said(server: Running) -> None:
     create: Any = server.client.chat.completions.create
     for wrong, message in (
@@ -160,6 +163,15 @@ def test_what_is_wrong_is_said(server: Running) -> None:
             "'not' is not supported",
         ),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, "do not fit"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "'content' of a message must be"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "must be a text",
+        ),
+        ({"messages": [{"role": "user", "tool_calls": 5}]}, "'tool_calls' of a message"),
+        ({"messages": [{"role": "user", "tool_calls": [DEEP]}]}, "arguments of a call"),
+        ({"messages": HI, "extra_body": {"tools": ["clock"]}}, "a tool's name"),
+        ({"messages": HI, "extra_body": {"temperature": 10**400}}, "temperature"),
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             create(model="tiny", **wrong)

@@ -61,3 +61,10 @@ def test_a_text_that_is_too_long_is_cut_where_that_is_asked_for(
     for wrong in ("", []):
         with pytest.raises(ollama.ResponseError, match="'input' must be"):
             client.embed("tiny", wrong)
+
+
+def test_who_waits_too_long_is_told(server: Running) -> None:
+    for running in serving(server.model, Limits(seconds=0)):
+        with pytest.raises(openai.APIStatusError, match="took too long") as late:
+            running.client.embeddings.create(model="tiny", input="a")
+        assert late.value.status_code == 504

@@ -14,6 +14,7 @@ import support
 from pocketslm.errors import UsageError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.constraint import Constraint, Grammar
 from pocketslm.runtime.model import Model, Record
 from pocketslm.runtime.tool_formats import (
@@ -24,6 +25,7 @@ from pocketslm.runtime.tool_formats import (
     python_grammar,
     read_calls,
 )
+from pocketslm.runtime.tools import _Writer
 
 WEATHER = {
     "type": "function",
@@ -41,6 +43,7 @@ WEATHER = {
     },
 }
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
+DRAWN = GenerationConfig(do_sample=True, temperature=100.0, top_k=0, max_new_tokens=3)
 CALL = Call("get_weather", {"city": 'São "P"', "days": 3})
 BY_NAME = {form.name.split(",")[0]: form for form in FORMATS}
 HERMES = """{% if tools %}Tools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}
@@ -86,6 +89,7 @@ def test_tools_that_make_no_sense() -> None:
         ([], "no tools"),
         ([{"name": "a b"}], "a tool's name"),
         ([{"function": 3}], "a tool's name"),
+        (["a"], "a tool's name"),
         ([CLOCK, CLOCK], "two tools"),
         ([{"name": "a", "parameters": 3}], "no JSON schema"),
     ):
@@ -101,6 +105,27 @@ def test_calls_in_python_name_tools_and_parameters() -> None:
         assert read_calls(BY_NAME["LFM2"], text)
     for text in ("[other()]", "[get_weather(town=3)]", "[clock(city=3)]", "clock()"):
         assert not accepts(constraint, text)
+
+
+def test_calls_in_python_have_names_that_python_has_not() -> None:
+    """A tool of the name ``look-up``, a parameter ``from``: its schema calls them so."""
+    arguments = {"from": "Zürich, (HB)", "größe": [1, {"a": "]"}], "😀": None, "a b": True}
+    tool = {"name": "look-up", "parameters": {"properties": {key: {} for key in arguments}}}
+    text = '[look-up(from="Zürich, (HB)", größe=[1, {"a": "]"}], 😀=None, a b=True), look-up()]'
+    grammar = Grammar("grammar", python_grammar(functions_of([tool])))
+    assert accepts(Constraint(grammar, byte_texts()), text)
+    assert read_calls(BY_NAME["LFM2"], text) == [Call("look-up", arguments), Call("look-up", {})]
+    for broken in (
+        "[]",
+        "[a(b=1, b=2)]",
+        "[a(b=1,)]",
+        "[a(b=c)]",
+        "[a(b=[)]",
+        '[a(b=")]',
+        "[a()b]",
+    ):
+        with pytest.raises(UsageError, match="no call that can be read"):
+            read_calls(BY_NAME["LFM2"], broken)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +191,26 @@ def test_a_model_that_begins_calls_makes_them(
     assert [call.name for call in reply.calls] == ["get_weather"] * 2
     assert reply.text == "Let me see. That is all."
     assert reply.finish == "eos"
+
+
+def test_an_answer_without_marks_is_drawn_as_it_began(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is a call is said by its beginning, which is not another one then."""
+    writer = _Writer(model, BY_NAME["Llama 3"], functions_of([CLOCK]), DRAWN)
+    writer.ids = model.prompt_ids("hi")
+    begun = []
+    whole = model.generate
+
+    def generate(prompt: Any, config: Any = None) -> Any:
+        records = list(whole(prompt, config))
+        begun.append(records[0].token)
+        yield from records
+
+    monkeypatch.setattr(model, "generate", generate)
+    for _ in range(4):
+        writer.text_or_calls()
+    assert begun[::2] == begun[1::2]
 
 
 def test_choices_that_make_no_sense(model: Model) -> None:

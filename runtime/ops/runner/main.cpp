@@ -1,4 +1,6 @@
 // pocketslm-run: a small language model from one file, with no other file or library.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -37,6 +39,7 @@ struct Arguments {
   LoadOptions load;
   Generation generation;
   std::string prompt, chat, system;
+  std::vector<std::string> options;  // the names of those that were given
   bool json = false, bench = false, help = false;
 };
 
@@ -74,10 +77,29 @@ std::string constrain(const std::string& option, const char* value, Generation& 
   return "";
 }
 
+// Empty, or why options do nothing beside each other.
+std::string conflict(const Arguments& arguments) {
+  const auto given = [&names = arguments.options](const char* name) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  };
+  if (arguments.json && (arguments.options.size() > 1 || !arguments.load.path.empty()))
+    return "--json goes alone: its requests say the rest";
+  if (given("-p") && given("--chat")) return "-p and --chat are two prompts";
+  if (given("--system") && !given("--chat")) return "--system is for --chat";
+  for (const char* name : {"-p", "--chat", "-n", "--temperature", "--top-k", "--top-p", "--min-p",
+                           "--seed", "--json-schema", "--regex", "--grammar"})
+    if (arguments.bench && given(name)) return std::string(name) + " does nothing with --bench";
+  for (const char* name : {"--top-k", "--top-p", "--min-p", "--seed"})
+    if (given(name) && !(arguments.generation.options.temperature > 0))
+      return std::string(name) + " does nothing without a --temperature";
+  return "";
+}
+
 // Empty, or what is wrong with the command line.
 std::string parse(const std::vector<std::string>& words, Arguments& out) {
   for (size_t i = 1; i < words.size(); ++i) {
     const std::string& name = words[i];
+    if (name[0] == '-') out.options.push_back(name);
     if (name == "--json" || name == "--bench" || name == "--pin" || name == "--help") {
       (name == "--json"    ? out.json
        : name == "--bench" ? out.bench
@@ -128,8 +150,8 @@ std::string parse(const std::vector<std::string>& words, Arguments& out) {
       valid = parse_number(value, 0, 1, n);
       out.generation.options.min_p = static_cast<float>(n);
     } else if (name == "--seed") {
-      valid = parse_number(value, 0, 1e15, n);
-      out.generation.options.seed = static_cast<uint64_t>(n);
+      valid = parse_number(value, 0, 1e15, n) && n == std::floor(n);
+      out.generation.options.seed = valid ? static_cast<uint64_t>(n) : 0;
     } else if (name == "--json-schema" || name == "--regex" || name == "--grammar") {
       if (const std::string failure = constrain(name, value, out.generation); !failure.empty())
         return failure;
@@ -139,7 +161,7 @@ std::string parse(const std::vector<std::string>& words, Arguments& out) {
     if (!valid) return std::string(value) + " is out of range for " + name;
   }
   if (!out.json && !out.help && out.load.path.empty()) return "no model file given";
-  return "";
+  return out.help ? "" : conflict(out);
 }
 
 int fail(const std::string& message) {

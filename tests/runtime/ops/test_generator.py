@@ -101,6 +101,7 @@ def constraint() -> Constraint:
         {"do_sample": True, "seed": 8, "top_k": 9, "logprobs": True},
         {"do_sample": True, "seed": 8, "top_k": 5, "top_p": 0.8, "temperature": 1.7},
         {"do_sample": True, "seed": 6, "top_k": 10_000, "min_p": 0.01, "logprobs": True},
+        {"do_sample": True, "seed": 6, "top_k": 2**32 + 1},
         {"do_sample": True, "seed": 9, "temperature": 2.5, "top_p": 0.8, "min_p": 0.01},
         {"do_sample": True, "seed": 1, "repetition_penalty": 1.5, "top_p": 0.9},
     ],
@@ -123,6 +124,25 @@ def test_tokens_are_those_of_python(options: dict[str, Any], model: NativeModel)
         with pytest.raises(UsageError, match="the text has ended"):
             next(made_by(session, generator))
     assert session.length == 400
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_what_equals_the_last_of_top_k_stays(temperature: float, tmp_path: Path) -> None:
+    """As in transformers, and as where all logits are looked at."""
+
+    def twins(name: str, values: np.ndarray) -> np.ndarray:
+        return np.repeat(values[::2], 2, axis=0) if "lm_head" in name else values
+
+    write_tiny(tmp_path / "m.slm", tiny_config(tie_word_embeddings=False), twins)
+    model = NativeModel(tmp_path / "m.slm")
+    session, plain = model.session(threads=1), Engine(Plain(model.session(threads=1)))
+    config = GenerationConfig(do_sample=True, seed=4, temperature=temperature, max_new_tokens=40)
+    for top_k in (3, 5, 99):
+        session.truncate(0)
+        drawn = config.but(top_k=top_k)
+        with opened(session, TEXT[:9], drawn) as generator:
+            made = [one.token for one in made_by(session, generator)]
+        assert made == [step.token for step in plain.generate(TEXT[:9], drawn, ())]
 
 
 def test_it_goes_on_from_what_the_session_holds(model: NativeModel) -> None:
@@ -155,6 +175,27 @@ def test_it_is_held_to_a_constraint(model: NativeModel) -> None:
     assert steps[-1].finish in ("eos", "stop")
 
 
+def test_guesses_behind_the_end_are_not_held(tmp_path: Path) -> None:
+    """What follows the end of an answer in a text before is not read, however likely it is."""
+    embedding = np.random.default_rng(1).standard_normal((100, 64)).astype(np.float32)
+
+    def counting(name: str, values: np.ndarray) -> np.ndarray:
+        """The model says of each token the next one."""
+        if "embed" in name or "lm_head" in name:
+            return np.roll(embedding, 1, axis=0) if "lm_head" in name else embedding
+        return np.zeros_like(values) if "o_proj" in name or "down_proj" in name else values
+
+    write_tiny(tmp_path / "m.slm", tiny_config(tie_word_embeddings=False), counting)
+    session = NativeModel(tmp_path / "m.slm").session(threads=1)
+    text = [*range(20), 0, 1, 2]
+    maker = session.maker(text, GenerationConfig(), [7], 50, None)
+    made = [one for _ in range(2) for one in maker.make()]
+    assert [one.token for one in made] == [3, 4, 5, 6, 7]
+    assert made[-1].finish == "eos"
+    assert session.length == len(text) + 4
+    session.truncate(session.length)
+
+
 def test_what_cannot_be_is_refused(model: NativeModel) -> None:
     session, config = model.session(threads=1, context=32), GenerationConfig()
     for options, what in (
@@ -170,6 +211,13 @@ def test_what_cannot_be_is_refused(model: NativeModel) -> None:
     session.forward(np.array([1, 2]))
     with pytest.raises(UsageError, match="does not hold"), opened(session, [1, 2], config):
         pass
+    for token in (-1, 100, 2**30):  # a penalty would be for it
+        text = [1, token, 3]
+        with (
+            pytest.raises(UsageError, match="outside the vocabulary"),
+            opened(session, text, config),
+        ):
+            pass
     with opened(session, [1, 2, 100], config) as generator:
         for _ in range(2):
             with pytest.raises(UsageError, match="outside the vocabulary|has ended"):

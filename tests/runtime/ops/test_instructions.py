@@ -47,8 +47,9 @@ def test_a_program_that_is_given_as_a_peer_counts_the_same(
 ) -> None:
     cases = (instructions.DECODE_4,)
     own = instructions.count_cases(arm_runner_path, plugin, chat_model, "neon_dotprod", cases)
-    # Greedy, so that --top-k does nothing.
-    options = f"-p '{instructions.PROMPT}' -n {{new}} --top-k {{prompt}} -t 1 --isa neon_dotprod"
+    # One token is left to draw, so that the seed does nothing.
+    options = f"-p '{instructions.PROMPT}' -n {{new}} -t 1 --isa neon_dotprod"
+    options += " --temperature 1 --top-k 1 --seed {prompt}"
     peer = instructions.count_peer(plugin, f"{arm_runner_path} {chat_model} {options}", cases)
     # One ends at the end of an answer, the other writes JSON.
     assert peer[instructions.DECODE_4] == pytest.approx(own[instructions.DECODE_4], rel=0.5)

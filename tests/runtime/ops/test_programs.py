@@ -228,7 +228,7 @@ def test_every_length_that_a_window_can_be_cut_back_to(name: str, tmp_path: Path
     limit = session.rewind_limit
     room = -(-(WINDOW + 256) // 64) * 64
     if name != "mistral":  # its other window is shorter, and so is its ring
-        assert limit == 500 - room + WINDOW - 1
+        assert limit == -(-(500 - room) // 16) * 16 + WINDOW - 1
     with pytest.raises(UsageError, match="truncate"):
         session.truncate(limit - 1)
     assert session.length == 500
@@ -239,6 +239,28 @@ def test_every_length_that_a_window_can_be_cut_back_to(name: str, tmp_path: Path
         fresh.forward(TOKENS[:length])
         np.testing.assert_array_equal(
             session.forward(TOKENS[500:510]), fresh.forward(TOKENS[500:510])
+        )
+
+
+@pytest.mark.parametrize("kv_type", ["fp16", "int8"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+def test_a_state_that_was_saved_at_the_limit_can_be_cut_back(
+    name: str, kv_type: str, tmp_path: Path
+) -> None:
+    """It holds whole blocks of positions, those of which it lets a session go back to."""
+    model = NativeModel(program(name).write(tmp_path / "m.slm"))
+    session, other, fresh = (model.session(threads=2, kv_type=kv_type) for _ in range(3))
+    session.forward(TOKENS[:500])
+    limit = session.rewind_limit
+    session.truncate(limit)
+    saved = session.save()
+    other.restore(limit, saved)
+    for length in range(limit, other.rewind_limit - 1, -1):
+        other.truncate(length)
+        fresh.truncate(0)
+        fresh.forward(TOKENS[:length])
+        np.testing.assert_array_equal(
+            other.forward(TOKENS[500:503]), fresh.forward(TOKENS[500:503])
         )
 
 

@@ -444,11 +444,20 @@ def test_command_line(runner_path: Path, chat_model: Path) -> None:
         (("/nowhere.slm",), "cannot open"),
         ((str(chat_model), "-n", "x"), "out of range"),
         ((str(chat_model), "--frobnicate"), "unknown or needs a value"),
+        ((str(chat_model), "--seed", "1.5"), "out of range"),
+        # What would do nothing.
+        (("--json", str(chat_model)), "--json goes alone"),
+        (("--json", "-t", "2"), "--json goes alone"),
+        ((str(chat_model), "-p", "a", "--chat", "b"), "two prompts"),
+        ((str(chat_model), "-p", "--chat", "--system", "b"), "--system is for --chat"),
+        ((str(chat_model), "--seed", "5"), "--seed does nothing without a --temperature"),
+        ((str(chat_model), "--bench", "-n", "5"), "-n does nothing with --bench"),
     ]:
         done = run(*arguments)
         assert done.returncode == 2
         assert message in done.stderr
     assert "usage" in run("--help").stdout
+    assert run(str(chat_model), "--chat", "-p", "-n", "1").returncode == 0
 
 
 def program_headers(path: Path) -> list[tuple[int, int]]:
