@@ -114,7 +114,7 @@ class HFCheckpoint:
     format = "safetensors"
 
     def __init__(self, path: Path) -> None:
-        from pocketslm.models.pooling import read_pooling
+        from pocketslm.models.pooling import MODULES, read_pooling
 
         self.path, self.name = path, path.resolve().name
         data = read_json(path / "config.json")
@@ -128,6 +128,11 @@ class HFCheckpoint:
         pooling, pooling_notes = read_pooling(path, config.hidden_size)
         if pooling is not None:  # its hidden states are wanted
             config = replace(config, head=False, tie_word_embeddings=False, pooling=pooling)
+        if config.head and not config.causal:
+            raise CheckpointError(
+                f"{path}/config.json: is_causal is false, so every token sees those after it; that "
+                f"is supported for models of embeddings alone, which have a {MODULES}"
+            )
         self.config = config
         origin = _read_origin(path)
         self.licence = _model_card_licence(path / "README.md") or origin["licence"]
