@@ -21,9 +21,10 @@ from pocketslm.models.tensors import Array, QuantTensor, Weight
 from pocketslm.models.tokenizer_files import tokenizer_notes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
 ORIGIN_FILE = "origin.json"
 _LFS = b"version https://git-lfs"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -237,7 +238,7 @@ class HFCheckpoint:
         _refuse_unread(self.path, unread)
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        found = {name: self.path / name for name in _TOKENIZER_FILES}
+        found = {name: self.path / name for name in TOKENIZER_FILES}
         files = {name: path.read_bytes() for name, path in found.items() if path.exists()}
         if "tokenizer.json" not in files:
             raise CheckpointError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,11 @@ class WithAdapter(Updated):
         self.scale = alpha / (sqrt(rank) if data.get("use_rslora") else rank)
         self._map = architectures.by_name(self.config.architecture).hf
         self._names = self._matrices()
+        self.notes += [
+            f"{folder.resolve().name} has a {name} of its own, which is not used; if the adapter "
+            "was trained with it, put it into the base's folder"
+            for name in _own_files(base, folder)
+        ]
 
     def _matrices(self) -> set[str]:
         """Our names of the matrices that have both factors, each of the right shape.
@@ -185,6 +192,34 @@ class WithAdapter(Updated):
             a, b = self._pair(file, name)
         product: Array = np.float32(self.scale) * (b @ a)
         return product
+
+
+def _own_files(base: Checkpoint, folder: Path) -> list[str]:
+    """Tokenizer files beside an adapter that say something else than the base's."""
+    names = ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json")
+    there = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    ours = base.tokenizer_files() if there else {}
+    differ = []
+    if "tokenizer.json" in there and _said(ours, names[0]) != _said(there, names[0]):
+        differ.append("tokenizer.json")
+    template = _template(there)
+    if template is not None and template != _template(ours):
+        differ.append("chat template")
+    return differ
+
+
+def _template(files: Mapping[str, bytes]) -> Any:
+    config = _said(files, "tokenizer_config.json")
+    in_config = config.get("chat_template") if isinstance(config, dict) else None
+    return files["chat_template.jinja"].decode() if "chat_template.jinja" in files else in_config
+
+
+def _said(files: Mapping[str, bytes], name: str) -> Any:
+    """A JSON file's content; None where it is none."""
+    try:
+        return json.loads(files.get(name, b"null"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _factor(matrix: str, suffix: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,17 @@ def test_factors_lie_as_the_familys_matrices_do(family: str, tmp_path: Path) -> 
         product = carried[name.replace("lora_A", "lora_B")] @ carried[name]
         difference = floats(adapted.weight(ours)) - floats(base.weight(ours))
         np.testing.assert_allclose(product, difference, atol=1e-5)
+
+
+def test_a_template_beside_an_adapter_is_named(tiny_hf: Path, tmp_path: Path) -> None:
+    base, folder = open_checkpoint(tiny_hf), write_adapter(tmp_path / "polite")
+    for name, content in base.tokenizer_files().items():
+        (folder / name).write_bytes(content)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
+    assert len(WithAdapter(base, folder).notes) == len(base.notes) + 1
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert "polite has a chat template of its own" in WithAdapter(base, folder).notes[-1]
 
 
 def test_export_and_eval_take_a_base_and_its_adapter(tiny_hf: Path, tmp_path: Path) -> None:
