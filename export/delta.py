@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,14 @@ from pocketslm.errors import CheckpointError, ExportError, UsageError
 from pocketslm.export.quantize import gptq
 from pocketslm.export.quantize.calibration import run_layer
 from pocketslm.folders import written
-from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint, checkpoint_sha256, one_line
+from pocketslm.models.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    TOKENIZER_FILES,
+    Checkpoint,
+    checkpoint_sha256,
+    one_line,
+)
 from pocketslm.models.reference import load_reference, parameter_shapes
 from pocketslm.models.sites import LAYERS, Site
 from pocketslm.models.tensors import floats
@@ -33,6 +40,7 @@ from pocketslm.models.updated import Updated
 Array = npt.NDArray[np.float32]
 VERSION = "2"
 EXACT = 32  # bits: float32
+FILE = "file:"  # before the names of the tuned model's tokenizer files that differ from the base's
 DAMPING = 0.05  # of the Hessians, as in quantize/gptq.py
 
 
@@ -76,7 +84,8 @@ def make_delta(
 
     ``bands``: by default the paper's. ``ids`` [B, S]: tokens for GPTQ; without them every vector is
     rounded to its nearest codes. Embedding, head and norms are stored where they differ, as they
-    are. Raises ExportError where the two have different shapes, or the file cannot be written.
+    are; so are tokenizer files, chat template among them. Raises ExportError where the two have
+    different shapes, or the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -97,6 +106,7 @@ def make_delta(
             parts |= {f"{name}.{key}": value for key, value in mine.items()}
         if ids is None:
             progress(done, len(shapes))
+    parts |= _files_that_differ(base, tuned)
     identity = {
         "format": "pocketslm-delta",
         "version": VERSION,
@@ -139,6 +149,13 @@ def _calibrated(
     return split
 
 
+def _files_that_differ(base: Checkpoint, tuned: Checkpoint) -> dict[str, Any]:
+    """The tuned model's tokenizer files as bytes [N]; one that it lacks is empty."""
+    ours, theirs = base.tokenizer_files(), tuned.tokenizer_files()
+    names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    return {f"{FILE}{name}": np.frombuffer(theirs.get(name, b""), np.uint8) for name in names}
+
+
 def _difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Array:
     delta: Array = floats(tuned.weight(name)) - floats(base.weight(name))
     return delta
@@ -173,7 +190,9 @@ class DeltaCheckpoint(Updated):
                 }
                 self._check_facts(facts, path, base)
                 self.bands = _read_bands(facts.get("bands", ""))
-                self._parts = _check_parts(found, parameter_shapes(base.config), self.bands)
+                weights = {n: part for n, part in found.items() if not n.startswith(FILE)}
+                self._parts = _check_parts(weights, parameter_shapes(base.config), self.bands)
+                self._files = _read_files(found.keys() - weights.keys(), file.get_tensor)
                 if _digest(sorted(found), file.get_tensor) != facts.get("sha256"):
                     raise ValueError("its tensors do not match its SHA-256")
         except (OSError, SafetensorError) as error:
@@ -189,6 +208,10 @@ class DeltaCheckpoint(Updated):
         if facts.get("base") != checkpoint_sha256(base):
             raise CheckpointError(f"{path} was made from another base than {base.path}")
 
+    def tokenizer_files(self) -> dict[str, bytes]:
+        files = self.base.tokenizer_files() | self._files
+        return {name: content for name, content in files.items() if content}
+
     def update(self, name: str, shape: tuple[int, ...]) -> Any:
         from safetensors import safe_open
 
@@ -201,6 +224,17 @@ class DeltaCheckpoint(Updated):
 
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # part -> its type in safetensors' words, shape
+
+
+def _read_files(names: Iterable[str], tensor: Callable[[str], Any]) -> dict[str, bytes]:
+    """Tokenizer files by name; ValueError for anything else."""
+    files = {}
+    for name in names:
+        file, content = name.removeprefix(FILE), tensor(name)
+        if file not in TOKENIZER_FILES or content.dtype != np.uint8 or content.ndim != 1:
+            raise ValueError(f"its tensor {name!r} is no file of a tokenizer")
+        files[file] = content.tobytes()
+    return files
 
 
 def _read_bands(text: str) -> list[Band]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketslm import __version__
-from pocketslm.errors import ExportError
+from pocketslm.errors import BundleError, ExportError
 from pocketslm.export.lower.trace import Traced, trace
 from pocketslm.export.prune.depth import WithoutLayers
 from pocketslm.export.prune.vocabulary import TrimmedVocabulary, parse_ranges
@@ -28,11 +28,12 @@ from pocketslm.models.checkpoint import (
     HEAD,
     Checkpoint,
     checkpoint_sha256,
+    one_line,
 )
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.pooling import MODULES
 from pocketslm.models.tensors import QuantTensor, floats
-from pocketslm.runtime.adapters import PREFIX, SUFFIX
+from pocketslm.runtime.adapters import PREFIX, SUFFIX, read_updates
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
 from pocketslm.runtime.config import generation_defaults
 
@@ -88,7 +89,7 @@ def export_bundle(
         for name, content in files.items():
             (folder / name).write_bytes(content)
         generation_defaults(folder)  # which reads them as every run will
-        recipe, ids = _calibration(recipe, folder)
+        recipe, ids = _calibration(recipe, folder, checkpoint.config)
         if recipe.neurons is not None:
             checkpoint = _with_neurons(checkpoint, ids, recipe.neurons)
         need_room(checkpoint, recipe, folder)
@@ -141,22 +142,24 @@ def _check_overrides(recipe: Recipe, config: ModelConfig) -> None:
         raise ExportError(f"overrides name {unknown[0]!r}, which is no matrix of the model")
 
 
-def _calibration(recipe: Recipe, folder: Path) -> tuple[Recipe, Any]:
+def _calibration(recipe: Recipe, folder: Path, config: ModelConfig) -> tuple[Recipe, Any]:
     """The recipe with its calibration text's SHA-256, and the text's tokens [B, S], if any.
 
-    ``folder`` holds the tokenizer. Raises ExportError where the text is not the recipe's.
+    ``folder`` holds the tokenizer. No window is longer than the model's positions. Raises
+    ExportError where the text is not the recipe's.
     """
     if recipe.calibration is None:
         return recipe, None
     from pocketslm.export.calibration_text import calibration_sha256, calibration_windows
     from pocketslm.runtime.tokenizer import load_tokenizer
 
-    text, tokens, window = recipe.calibration, recipe.calibration_tokens, recipe.calibration_window
+    text, tokens = recipe.calibration, recipe.calibration_tokens
+    window = min(recipe.calibration_window, config.max_position_embeddings)
     ids = calibration_windows(text, load_tokenizer(folder), tokens, window)
     sha256 = calibration_sha256(text)
     if recipe.calibration_sha256 not in (None, sha256):
         raise ExportError(f"{text} is not the recipe's calibration text (SHA-256 differs)")
-    return replace(recipe, calibration_sha256=sha256), ids
+    return replace(recipe, calibration_sha256=sha256, calibration_window=window), ids
 
 
 def _with_neurons(checkpoint: Checkpoint, ids: Any, neurons: int) -> Checkpoint:
@@ -225,7 +228,12 @@ def _carry(checkpoint: Checkpoint, adapter: Path, recipe: Recipe, folder: Path) 
         raise ExportError(
             f"pruning and awq change what adapter {name} reads; merge it: MODEL+{adapter}"
         )
-    save_file(WithAdapter(checkpoint, adapter).factors(), folder / f"{PREFIX}{name}{SUFFIX}")
+    file = folder / f"{PREFIX}{name}{SUFFIX}"
+    save_file(WithAdapter(checkpoint, adapter).factors(), file)
+    try:
+        read_updates(file)  # as every run will
+    except BundleError as error:
+        raise ExportError(f"{one_line(error)}; merge it: MODEL+{adapter}") from None
 
 
 def update_manifest(folder: Path, manifest: Manifest) -> None:

@@ -21,9 +21,10 @@ from pocketslm.models.tensors import Array, QuantTensor, Weight
 from pocketslm.models.tokenizer_files import tokenizer_notes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
 ORIGIN_FILE = "origin.json"
 _LFS = b"version https://git-lfs"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -114,7 +115,7 @@ class HFCheckpoint:
     format = "safetensors"
 
     def __init__(self, path: Path) -> None:
-        from pocketslm.models.pooling import read_pooling
+        from pocketslm.models.pooling import MODULES, read_pooling
 
         self.path, self.name = path, path.resolve().name
         data = read_json(path / "config.json")
@@ -128,6 +129,11 @@ class HFCheckpoint:
         pooling, pooling_notes = read_pooling(path, config.hidden_size)
         if pooling is not None:  # its hidden states are wanted
             config = replace(config, head=False, tie_word_embeddings=False, pooling=pooling)
+        if config.head and not config.causal:
+            raise CheckpointError(
+                f"{path}/config.json: is_causal is false, so every token sees those after it; that "
+                f"is supported for models of embeddings alone, which have a {MODULES}"
+            )
         self.config = config
         origin = _read_origin(path)
         self.licence = _model_card_licence(path / "README.md") or origin["licence"]
@@ -232,7 +238,7 @@ class HFCheckpoint:
         _refuse_unread(self.path, unread)
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        found = {name: self.path / name for name in _TOKENIZER_FILES}
+        found = {name: self.path / name for name in TOKENIZER_FILES}
         files = {name: path.read_bytes() for name, path in found.items() if path.exists()}
         if "tokenizer.json" not in files:
             raise CheckpointError(

@@ -263,6 +263,8 @@ class ModelConfig:
             _positive(name, getattr(self, name))
         if self.mlp_sharing and len({layer.mlp for layer in self.stored_layers}) > 1:
             raise CheckpointError("config: one MLP for all layers has one width")
+        if not self.causal and any(a.window is not None for a in self.attentions):
+            raise CheckpointError("config: windows need tokens that see those before them alone")
         if self.head and self.pooling is not None:
             raise CheckpointError("config: a model with an output head has no pooling")
         for layer in self.stored_layers:

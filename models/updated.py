@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pocketslm.errors import CheckpointError
+from pocketslm.models import architectures
 from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint, one_line, read_json
 from pocketslm.models.reference import parameter_shapes
 from pocketslm.models.tensors import Array, Weight, floats
@@ -115,37 +118,48 @@ class WithAdapter(Updated):
             if not (number and least <= value <= _MOST):
                 raise CheckpointError(f"{where}: {key} is {value!r:.40}, expected a number")
         self.scale = alpha / (sqrt(rank) if data.get("use_rslora") else rank)
+        self._map = architectures.by_name(self.config.architecture).hf
         self._names = self._matrices()
+        self.notes += [
+            f"{folder.resolve().name} has a {name} of its own, which is not used; if the adapter "
+            "was trained with it, put it into the base's folder"
+            for name in _own_files(base, folder)
+        ]
 
     def _matrices(self) -> set[str]:
-        """Names of the matrices that have both factors, each of the right shape."""
+        """Our names of the matrices that have both factors, each of the right shape.
+
+        A factor has the name that the family's own files give the matrix, which may be several of
+        ours in one.
+        """
         shapes: dict[str, list[int]] = {}
         with self._open() as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 shapes[name] = file.get_slice(name).get_shape()
-        wanted = {n: s for n, s in parameter_shapes(self.config).items() if len(s) == 2}
+        wanted: dict[str, dict[str, tuple[int, ...]]] = {}
+        for ours, shape in parameter_shapes(self.config).items():
+            if len(shape) == 2:
+                wanted.setdefault(self._map.stored(ours), {})[ours] = shape
         found = set()
-        for name, shape in shapes.items():
+        for name, given in shapes.items():
             suffix = next((suffix for suffix in _FACTORS if name.endswith(suffix)), None)
-            matrix = f"{name.removeprefix(_PREFIX).removesuffix(suffix or '')}.weight"
-            if suffix is None or matrix not in wanted:
+            stored = f"{name.removeprefix(_PREFIX).removesuffix(suffix or '')}.weight"
+            if suffix is None or stored not in wanted or self._map.transposed:
                 raise CheckpointError(
                     f"{self.file}: {name!r} is not a factor of one of {self.base.name}'s matrices"
                 )
-            rows, columns = wanted[matrix]
+            parts = wanted[stored]
+            rows, columns = sum(s[0] for s in parts.values()), next(iter(parts.values()))[1]
             expected = [self.rank, columns] if suffix == _FACTORS[0] else [rows, self.rank]
-            if shape != expected or any(self._factor(matrix, s) not in shapes for s in _FACTORS):
+            if given != expected or any(_factor(stored, s) not in shapes for s in _FACTORS):
                 raise CheckpointError(
-                    f"{self.file}: {name!r} has shape {shape}, expected {expected} and a factor "
+                    f"{self.file}: {name!r} has shape {given}, expected {expected} and a factor "
                     "beside it"
                 )
-            found.add(matrix)
+            found |= parts.keys()
         if not found:
             raise CheckpointError(f"{self.file} has no tensors")
         return found
-
-    def _factor(self, matrix: str, suffix: str) -> str:
-        return f"{_PREFIX}{matrix.removesuffix('.weight')}{suffix}"
 
     def _open(self) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -160,15 +174,53 @@ class WithAdapter(Updated):
         found = {}
         with self._open() as file:
             for name in sorted(self._names):
-                for suffix, scale in zip(_FACTORS, (1, self.scale), strict=True):
-                    tensor = file.get_tensor(self._factor(name, suffix)).float()
-                    found[self._factor(name, suffix)] = (tensor * scale).numpy()
+                a, b = self._pair(file, name)
+                b *= np.float32(self.scale)
+                found |= dict(zip((_factor(name, s) for s in _FACTORS), (a, b), strict=True))
         return found
+
+    def _pair(self, file: Any, name: str) -> tuple[Array, Array]:
+        """A and B of our matrix ``name``; B's rows are in our order."""
+        stored = self._map.stored(name)
+        a, b = (file.get_tensor(_factor(stored, s)).float().numpy() for s in _FACTORS)
+        return a, floats(self._map.read(name, self.config, lambda _: b))
 
     def update(self, name: str, shape: tuple[int, ...]) -> Array | None:
         if name not in self._names:
             return None
         with self._open() as file:
-            a, b = (file.get_tensor(self._factor(name, s)).float().numpy() for s in _FACTORS)
+            a, b = self._pair(file, name)
         product: Array = np.float32(self.scale) * (b @ a)
         return product
+
+
+def _own_files(base: Checkpoint, folder: Path) -> list[str]:
+    """Tokenizer files beside an adapter that say something else than the base's."""
+    names = ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json")
+    there = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+    ours = base.tokenizer_files() if there else {}
+    differ = []
+    if "tokenizer.json" in there and _said(ours, names[0]) != _said(there, names[0]):
+        differ.append("tokenizer.json")
+    template = _template(there)
+    if template is not None and template != _template(ours):
+        differ.append("chat template")
+    return differ
+
+
+def _template(files: Mapping[str, bytes]) -> Any:
+    config = _said(files, "tokenizer_config.json")
+    in_config = config.get("chat_template") if isinstance(config, dict) else None
+    return files["chat_template.jinja"].decode() if "chat_template.jinja" in files else in_config
+
+
+def _said(files: Mapping[str, bytes], name: str) -> Any:
+    """A JSON file's content; None where it is none."""
+    try:
+        return json.loads(files.get(name, b"null"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _factor(matrix: str, suffix: str) -> str:
+    return f"{_PREFIX}{matrix.removesuffix('.weight')}{suffix}"

@@ -18,7 +18,7 @@ import support
 from pocketslm.models.config import Pooling
 from pocketslm.models.pooling import write_pooling
 
-_BASE = {
+BASE = {
     "vocab_size": 264,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -184,7 +184,7 @@ def tiny_transformer(row: Row, seed: int = 0) -> Any:
     """The row's model of transformers with random weights, large enough that logits differ."""
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(row.model_type, **_BASE | row.fields)
+    config = AutoConfig.for_model(row.model_type, **BASE | row.fields)
     torch.manual_seed(seed)
     model = _class(row).from_config(config).eval()
     for name, parameter in model.named_parameters():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -82,6 +82,8 @@ def prune_folder(
     """
     checkpoint.config.need_head("prune")
     checkpoint.config.need_own_layers("prune")
+    positions = checkpoint.config.max_position_embeddings
+    config = replace(config, window=min(config.window, positions))
     if out.exists():
         raise UsageError(f"{out} exists already; choose another")
 

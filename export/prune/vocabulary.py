@@ -24,7 +24,7 @@ from pocketslm.errors import ExportError
 from pocketslm.export.prune.pruned import Pruned
 from pocketslm.export.text import read_text
 from pocketslm.export.tokenizer import settled
-from pocketslm.models.checkpoint import EMBEDDING, HEAD, Checkpoint
+from pocketslm.models.checkpoint import EMBEDDING, HEAD, HEAD_BIAS, Checkpoint
 from pocketslm.models.tensors import QuantTensor, Weight
 from pocketslm.runtime.tokenizer import load_tokenizer_files
 
@@ -45,7 +45,7 @@ class TrimmedVocabulary(Pruned):
 
     def weight(self, name: str) -> Weight:
         weight = self.whole.weight(name)
-        if name not in (EMBEDDING, HEAD):
+        if name not in (EMBEDDING, HEAD, HEAD_BIAS):
             return weight
         index = np.array(self.kept)
         return weight.rows(index) if isinstance(weight, QuantTensor) else weight[index]

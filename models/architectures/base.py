@@ -66,6 +66,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
     "relu2": "relu2",
 }
+_ROTATED = rope.ROTATED
 _ACTIVATION_NAMES: Mapping[Activation, str] = {
     "silu": "silu",
     "gelu_tanh": "gelu_pytorch_tanh",
@@ -100,6 +101,15 @@ def written_windows(c: ModelConfig) -> dict[str, Any]:
     }
 
 
+def written_rotaries(c: ModelConfig) -> dict[str, Any]:
+    """``rope_parameters`` of layers that see everything and of those with a window."""
+    return {
+        kind: (rope.declared(table, c.max_position_embeddings) or {"rope_type": "default"})
+        | {"rope_theta": table.theta}
+        for kind, table in zip((FULL, SLIDING), c.rotaries, strict=True)
+    }
+
+
 def activation(f: Fields, name: str) -> Activation:
     """One of our activations by Hugging Face's name."""
     if name not in _ACTIVATIONS:
@@ -131,10 +141,16 @@ class Architecture:
     gguf: WeightMap = field(default=gguf_map())
 
     act_field: ClassVar[str] = "hidden_act"
+    # What transformers takes where the config names no activation, no epsilon.
+    default_act: ClassVar[str] = "silu"
+    default_eps: ClassVar[float] = 1e-6
     tied_by_default: ClassVar[bool] = False
     # RoPE's base, and the share of a head that it rotates, where the config names none.
     default_theta: ClassVar[float] = 10000.0
     default_share: ClassVar[float] = 1.0
+    # Whether transformers' model of the family can rotate a part of a head.
+    rotates_part: ClassVar[bool] = False
+    causal_in_gguf: ClassVar[bool] = True
 
     # Reading config.json.
 
@@ -150,9 +166,10 @@ class Architecture:
             max_position_embeddings=f.integer("max_position_embeddings"),
             stored_layers=tuple(self.hf_layers(f, count)),
             rotaries=self.hf_rotaries(f),
-            norm_eps=f.number("rms_norm_eps", 1e-6),
+            norm_eps=f.number("rms_norm_eps", self.default_eps),
             tie_word_embeddings=f.flag("tie_word_embeddings", self.tied_by_default),
             layer_sharing=f.flag("layer_sharing"),
+            causal=f.flag("is_causal", True),
         )
         return _with_layer_sizes(self.finish(f, config), f)
 
@@ -163,7 +180,10 @@ class Architecture:
         """
         f("vision_config")
         f.notes.append("the vision tower is left out: the bundle reads and writes text")
-        text = Fields(dict(defaults) | f.table("text_config"), f.where)
+        data = dict(defaults) | f.table("text_config")
+        if (tied := f("tie_word_embeddings")) is not None:  # the whole model's word counts
+            data["tie_word_embeddings"] = tied
+        text = Fields(data, f.where)
         config = self.read_hf(text)
         f.notes += text.settle()
         return config
@@ -197,11 +217,24 @@ class Architecture:
         return attention, output, f.flag("mlp_bias")
 
     def hf_mlp(self, f: Fields) -> Mlp:
-        kind = activation(f, f.text(self.act_field, "silu"))
+        kind = activation(f, f.text(self.act_field, self.default_act))
         return Mlp(f.integer("intermediate_size"), kind, bias=self.hf_biases(f)[2])
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        return (rope.from_hf(f, self.head_dim(f), self.default_theta, self.default_share),)
+        return (self.hf_rotary(f),)
+
+    def hf_rotary(self, f: Fields, **options: Any) -> Rotary:
+        """One rotary table; ``options`` are those of :func:`rope.from_hf`."""
+        head_dim = self.head_dim(f)
+        defaults = {"theta": self.default_theta, "share": self.default_share}
+        table = rope.from_hf(f, head_dim, **defaults | options)
+        if table.dim != head_dim and not self.rotates_part and f(_ROTATED) is None:
+            raise CheckpointError(
+                f"{f.where}: partial_rotary_factor is {table.dim / head_dim:.3g}, which "
+                f"transformers' {self.hf_class} does not read and other programs do; it changes "
+                "what the model computes and is not supported"
+            )
+        return table
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         """Whatever a family has beside Llama's fields."""
@@ -236,9 +269,7 @@ class Architecture:
         if c.rotaries:
             table = c.rotaries[0]
             data["rope_theta"] = table.theta
-            share = table.dim / a.head_dim
-            if min(share, self.default_share) < 1:
-                data["partial_rotary_factor"] = share
+            data |= self._written_share(table.dim, a.head_dim)
             if (scaling := rope.declared(table, c.max_position_embeddings)) is not None:
                 data["rope_scaling"] = scaling
                 original = scaling.get("original_max_position_embeddings")
@@ -247,11 +278,19 @@ class Architecture:
         if a.output_bias != a.bias:
             data["attention_out_bias"] = a.output_bias
         data |= self.more_fields(c)
+        if c.rotaries and not c.causal:
+            data["is_causal"] = False
         if c.layer_sharing:
             data["layer_sharing"] = True
         if not c.is_uniform:  # no field of transformers' says it; only we read this one
             data["layer_sizes"] = [size._asdict() for size in sizes]
         return data
+
+    def _written_share(self, dim: int, head_dim: int) -> dict[str, Any]:
+        if not self.rotates_part:
+            return {} if dim == head_dim else {_ROTATED: dim}
+        share = dim / head_dim
+        return {"partial_rotary_factor": share} if min(share, self.default_share) < 1 else {}
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         """What a family writes beside Llama's fields, or in their place."""
@@ -268,6 +307,11 @@ class Architecture:
         vector: reads one of its vectors, None where there is none.
         """
         translated = self.gguf_fields(f, tensors)
+        if not f.flag("attention.causal", True) and self.causal_in_gguf:
+            raise CheckpointError(
+                f"{f.where}: attention.causal is false, so every token sees those after it; BERT "
+                "alone is supported so"
+            )
         freqs = vector("rope_freqs.weight")
         short, long = (vector(f"rope_factors_{kind}.weight") for kind in ("short", "long"))
         if freqs is not None:
@@ -286,7 +330,12 @@ class Architecture:
             if (factor := f("rope.scaling.attn_factor")) is not None:
                 scaling["attention_factor"] = factor
             translated["rope_scaling"] = scaling
-            translated["partial_rotary_factor"] = len(short) * 2 / translated["head_dim"]
+            translated[_ROTATED] = len(short) * 2
+        elif f.number("rope.scaling.attn_factor", 1.0) != 1:
+            raise CheckpointError(
+                f"{f.where}: rope.scaling.attn_factor is {f('rope.scaling.attn_factor')!r} without "
+                "factors of LongRoPE, which is not supported"
+            )
         config = self.read_hf(Fields(translated, f.where))
         return self.finish_gguf(f, config, tensors)
 
@@ -332,9 +381,7 @@ class Architecture:
                 "num_key_value_heads": max(kv_heads),
                 "intermediate_size": max(widths),
             }
-        share = f.integer("rope.dimension_count", head_dim) / head_dim
-        if min(share, self.default_share) < 1:
-            data["partial_rotary_factor"] = share
+        data[_ROTATED] = f.integer("rope.dimension_count", head_dim)
         data |= _gguf_scaling(f)
         return data
 

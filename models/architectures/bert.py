@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,6 +56,8 @@ class BertMap(WeightMap):
 
 @dataclass(frozen=True)
 class Bert(Architecture):
+    causal_in_gguf: ClassVar[bool] = False
+
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         return [Layer(self.hf_attention(f), self.hf_mlp(f), "last")] * count
 

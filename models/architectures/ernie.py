@@ -25,6 +25,7 @@ from pocketslm.models.config import ModelConfig
 class Ernie(Architecture):
     tied_by_default: ClassVar[bool] = True
     default_theta: ClassVar[float] = 5e5
+    default_eps: ClassVar[float] = 1e-5
 
     def hf_biases(self, f: Fields) -> tuple[bool, bool, bool]:
         return (f.flag("use_bias"),) * 3

@@ -38,6 +38,17 @@ class Fields:
         value = self.data.get(self.prefix + name)
         return default if value is None else value
 
+    def stated(self, name: str, default: Any) -> Any:
+        """The field's value, null too; ``default`` only where the field is absent."""
+        value = self(name)
+        return value if self.prefix + name in self.data else default
+
+    def but(self, **changes: Any) -> Fields:
+        """The same fields with others in their place; what is read of them counts here too."""
+        other = Fields({**self.data, **changes}, self.where, self.prefix)
+        other.used, other.notes = self.used, self.notes
+        return other
+
     def need(self, name: str) -> Any:
         """The field's value; CheckpointError where there is none."""
         value = self(name)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from pocketslm.errors import CheckpointError
 from pocketslm.models.architectures import rope
 from pocketslm.models.architectures.base import (
     ATTENTION,
@@ -21,6 +22,7 @@ from pocketslm.models.architectures.base import (
     activation,
     gguf_map,
     named,
+    written_rotaries,
     written_windows,
 )
 from pocketslm.models.architectures.fields import Fields, layer_types
@@ -68,6 +70,8 @@ class Gemma2(Architecture):
     act_field: ClassVar[str] = "hidden_activation"
     tied_by_default: ClassVar[bool] = True
     pattern: ClassVar[int] = 2  # every so many layers one sees everything
+    # Of scores and of logits, where the config names none; so in llama.cpp.
+    default_caps: ClassVar[tuple[float | None, float | None]] = (50.0, 30.0)
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         window = f.integer("sliding_window", 4096)
@@ -90,12 +94,12 @@ class Gemma2(Architecture):
 
     def hf_attention(self, f: Fields) -> Attention:
         scale = f.number("query_pre_attn_scalar", 256.0) ** -0.5
-        cap = f("attn_logit_softcapping")
+        cap = f.stated("attn_logit_softcapping", self.default_caps[0])
         return replace(super().hf_attention(f), scale=scale, softcap=cap)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         # transformers rounds the factor to the embedding's type; bfloat16 is what Gemma is in.
-        cap = f("final_logit_softcapping")
+        cap = f.stated("final_logit_softcapping", self.default_caps[1])
         # Our own field: a model that lost channels keeps the factor that it had.
         scale = f.number("embedding_multiplier", math.sqrt(config.hidden_size))
         return replace(config, embedding_scale=scale, logit_softcap=cap)
@@ -118,8 +122,8 @@ class Gemma2(Architecture):
         data["hidden_activation"] = "gelu_pytorch_tanh"
         data["sliding_window"] = f("attention.sliding_window")
         data["query_pre_attn_scalar"] = self.gguf_scalar(f, data)
-        data["attn_logit_softcapping"] = f("attn_logit_softcapping")
-        data["final_logit_softcapping"] = f("final_logit_softcapping")
+        data["attn_logit_softcapping"] = f("attn_logit_softcapping", self.default_caps[0])
+        data["final_logit_softcapping"] = f("final_logit_softcapping", self.default_caps[1])
         return data
 
     def gguf_scalar(self, f: Fields, data: dict[str, Any]) -> float:
@@ -136,6 +140,7 @@ class Gemma3(Gemma2):
     hf: WeightMap = field(default=_map(*QK_NORMS, ignored=VISION))
     pattern: ClassVar[int] = 6
     default_theta: ClassVar[float] = 1e6
+    default_caps: ClassVar[tuple[float | None, float | None]] = (None, None)
 
     def read_hf(self, f: Fields) -> ModelConfig:
         """Of a model that also sees (``gemma3``), the text alone."""
@@ -150,24 +155,19 @@ class Gemma3(Gemma2):
         return replace(full, window=window, rotary=1)
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        head_dim = self.head_dim(f)
-        given = f.table("rope_parameters")
         f("rope_theta")  # stands beside rope_parameters for readers that know one base alone
-        full = rope.from_hf(f, head_dim, self.default_theta, group=FULL)
-        local, sliding = f.number("rope_local_base_freq", 1e4), given.get(SLIDING)
-        if isinstance(sliding, dict):
-            local = sliding.get("rope_theta", local)
-        return full, Rotary(head_dim, local)
+        local, given = f.number("rope_local_base_freq", 1e4), f.table("rope_parameters")
+        if given and not rope.is_nested(given):
+            raise CheckpointError(
+                f"{f.where}: rope_parameters has no entry for each of {FULL} and {SLIDING}, which "
+                "this family has; transformers would ignore it"
+            )
+        return self.hf_rotary(f), self.hf_rotary(rope.of_kind(f, SLIDING), theta=local)
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
-        full, local = c.rotaries
-        stretched = rope.declared(full, c.max_position_embeddings) or {"rope_type": "default"}
         return super().more_fields(c) | {
-            "rope_local_base_freq": local.theta,
-            "rope_parameters": {
-                FULL: stretched | {"rope_theta": full.theta},
-                SLIDING: {"rope_type": "default", "rope_theta": local.theta},
-            },
+            "rope_local_base_freq": c.rotaries[1].theta,
+            "rope_parameters": written_rotaries(c),
         }
 
     def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:

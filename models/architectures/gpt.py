@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pocketslm.errors import CheckpointError
-from pocketslm.models.architectures import rope
 from pocketslm.models.architectures.base import (
     GGUF_TOP,
     Architecture,
@@ -146,6 +145,7 @@ class GptNeo(Gpt2):
 @dataclass(frozen=True)
 class GptNeoX(Architecture):
     default_share: ClassVar[float] = 0.25
+    rotates_part: ClassVar[bool] = True
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         parallel = f.flag("use_parallel_residual", True)
@@ -164,8 +164,9 @@ class GptNeoX(Architecture):
         return Mlp(f.integer("intermediate_size"), kind, gated=False, bias=True)
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        base, share = f("rotary_emb_base"), f.number("rotary_pct", self.default_share)
-        return (rope.from_hf(f, self.head_dim(f), self.default_theta, share, theta=base),)
+        base = f.number("rotary_emb_base", self.default_theta)
+        share = f.number("rotary_pct", self.default_share)
+        return (self.hf_rotary(f, theta=base, share=share),)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         return replace(config, norm="layer", norm_eps=f.number("layer_norm_eps", 1e-5))

@@ -49,6 +49,11 @@ class Granite(Architecture):
         }
 
     def gguf_fields(self, f: Fields, tensors: Collection[str]) -> dict[str, Any]:
+        if not f.flag("rope.scaling.finetuned", True):
+            raise CheckpointError(
+                f"{f.where}: rope.scaling.finetuned is false, by which this family has no "
+                "positions; that is not supported"
+            )
         return super().gguf_fields(f, tensors) | {
             "attention_multiplier": f("attention.scale"),
             "embedding_multiplier": f("embedding_scale"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from pocketslm.models.architectures.base import (
     ATTENTION,
@@ -20,6 +21,8 @@ from pocketslm.models.config import Attention
 
 @dataclass(frozen=True)
 class Hunyuan(Architecture):
+    default_eps: ClassVar[float] = 1e-5
+
     def hf_attention(self, f: Fields) -> Attention:
         normed = f.flag("use_qk_norm", True)
         f("attention_head_dim")  # the same as head_dim

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pocketslm.errors import CheckpointError
 from pocketslm.models.architectures.base import (
@@ -34,7 +34,18 @@ _MINISTRAL: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "max_position_embeddings": 262144,
-    "rms_norm_eps": 1e-5,
+}
+# The same for the whole of ``rope_parameters``.
+_MINISTRAL_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
 }
 
 
@@ -55,10 +66,12 @@ class Llama(Architecture):
 
 @dataclass(frozen=True)
 class Mistral(Architecture):
-    """Llama's block, with a window in each layer where the config names one."""
+    """Llama's block, with a window in each layer where the config does not say that it has none."""
+
+    default_window: ClassVar[int | None] = 4096
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
-        window = f("sliding_window")
+        window = f.stated("sliding_window", self.default_window)
         attention = replace(self.hf_attention(f), window=window)
         return [Layer(attention, self.hf_mlp(f))] * count
 
@@ -71,10 +84,14 @@ class Mistral(Architecture):
 class Ministral3(Mistral):
     """Queries grow with their distance from the start, in steps of the original context."""
 
+    default_window: ClassVar[int | None] = None
+    default_eps: ClassVar[float] = 1e-5
+
     def read_hf(self, f: Fields) -> ModelConfig:
         """Of a model that also sees (``mistral3``), the text alone."""
         if f("model_type") != "mistral3":
-            return super().read_hf(f)
+            bare = f("rope_parameters") is f("rope_scaling") is None
+            return super().read_hf(f.but(rope_parameters=_MINISTRAL_ROPE) if bare else f)
         if (kind := f.table("text_config").get("model_type")) != "ministral3":
             raise CheckpointError(
                 f"{f.where}: text_config is of model_type {str(kind)[:40]!r}, expected 'ministral3'"
@@ -86,14 +103,15 @@ class Ministral3(Mistral):
     def hf_attention(self, f: Fields) -> Attention:
         rope = f.table("rope_scaling") | f.table("rope_parameters")
         beta = rope.get("llama_4_scaling_beta") or 0.0
-        step = rope.get("original_max_position_embeddings")
         attention = super().hf_attention(f)
-        return (
-            replace(attention, temperature=beta, temperature_step=step or 0) if beta else attention
-        )
+        if not beta:
+            return attention
+        step = f("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+        step = step or f.integer("max_position_embeddings")
+        return replace(attention, temperature=beta, temperature_step=step)
 
     def gguf_fields(self, f: Fields, tensors: Collection[str]) -> dict[str, Any]:
-        data = super().gguf_fields(f, tensors)
+        data = super().gguf_fields(f, tensors) | {"rope_parameters": {}}
         beta = f("attention.temperature_scale")
         if beta and "rope_scaling" in data:
             data["rope_scaling"]["llama_4_scaling_beta"] = beta

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pocketslm.models.architectures.base import Architecture, gguf_map
 from pocketslm.models.architectures.fields import Fields
@@ -21,6 +21,7 @@ from pocketslm.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class MiniCpm(Architecture):
+    tied_by_default: ClassVar[bool] = True
     gguf: WeightMap = field(default=gguf_map(pairs=QK))
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from pocketslm.models.architectures.base import (
     TOP,
     Architecture,
     named,
+    written_rotaries,
     written_windows,
 )
 from pocketslm.models.architectures.fields import Fields, layer_types
@@ -38,6 +40,7 @@ class Olmo2(Architecture):
         )
     )
     qk_norm: ClassVar[Literal["head", "full"]] = "full"
+    default_eps: ClassVar[float] = 1e-5
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         return [Layer(self.hf_attention(f), self.hf_mlp(f), "post")] * count
@@ -51,7 +54,7 @@ class Windowed(Olmo2):
     """Layers with a window beside layers that see everything."""
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
-        window, every = f("sliding_window"), f("sliding_window_pattern")
+        window, every = f.stated("sliding_window", 4096), f("sliding_window_pattern")
         if isinstance(every, str):
             every = len(every)
         else:  # 0 where there is no window
@@ -87,8 +90,17 @@ class Olmo3(Windowed):
         return replace(full, window=window, rotary=1)
 
     def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
-        full = rope.from_hf(f, self.head_dim(f), self.default_theta)
-        return full, Rotary(full.dim, full.theta)
+        full = self.hf_rotary(f)
+        if not rope.is_nested(f.table("rope_parameters")):
+            return full, Rotary(full.dim, full.theta)
+        return full, self.hf_rotary(rope.of_kind(f, SLIDING))
+
+    def more_fields(self, c: ModelConfig) -> dict[str, Any]:
+        full, local = c.rotaries
+        data = super().more_fields(c)
+        if local == Rotary(full.dim, full.theta):
+            return data
+        return data | {"rope_parameters": written_rotaries(c), "rope_scaling": None}
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,9 @@ class Exaone4(Windowed):
 
     def beside_windows(self, full: Attention) -> Attention:
         return replace(full, rotary=None)
+
+    def gguf_fields(self, f: Fields, tensors: Collection[str]) -> dict[str, Any]:
+        return super().gguf_fields(f, tensors) | {"sliding_window": None}
 
 
 ARCHITECTURES = [

@@ -16,7 +16,7 @@ from pocketslm.models.architectures.base import (
 )
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.architectures.weights import WeightMap
-from pocketslm.models.config import Layer, Mlp, ModelConfig
+from pocketslm.models.config import Layer, Mlp, ModelConfig, Rotary
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -26,12 +26,20 @@ _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 class Phi3(Architecture):
     """Llama's block with fused matrices, and LongRoPE."""
 
+    default_eps: ClassVar[float] = 1e-5
+    rotates_part: ClassVar[bool] = True
+
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         attention = replace(self.hf_attention(f), window=f("sliding_window"))
         return [Layer(attention, self.hf_mlp(f))] * count
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         return {"sliding_window": c.attentions[0].window}
+
+    def hf_rotaries(self, f: Fields) -> tuple[Rotary, ...]:
+        rope = f.table("rope_scaling") | f.table("rope_parameters")
+        said = f("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+        return super().hf_rotaries(f.but(original_max_position_embeddings=said or 4096))
 
     def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:
         data = super().gguf_fields(f, tensors)
@@ -46,8 +54,9 @@ class Phi3(Architecture):
 class Phi(Architecture):
     """Phi 1, 1.5 and 2: attention and MLP read one LayerNorm; biases everywhere."""
 
-    act_field: ClassVar[str] = "hidden_act"
+    default_act: ClassVar[str] = "gelu_new"
     default_share: ClassVar[float] = 0.5
+    rotates_part: ClassVar[bool] = True
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         if f.flag("qk_layernorm"):

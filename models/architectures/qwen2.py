@@ -19,12 +19,15 @@ class Qwen2(Architecture):
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         """With ``use_sliding_window``, layers from ``max_window_layers`` on have a window."""
         full, mlp = self.hf_attention(f), self.hf_mlp(f)
-        window, first = f("sliding_window"), f.integer("max_window_layers", 0, least=0)
+        window, first = (
+            f.stated("sliding_window", 4096),
+            f.integer("max_window_layers", 28, least=0),
+        )
         pattern = [SLIDING if index >= first else FULL for index in range(count)]
         kinds = layer_types(f, count, pattern, (SLIDING, FULL))
         if not f.flag("use_sliding_window") or window is None:
             return [Layer(full, mlp)] * count
-        mixers = {FULL: full, SLIDING: replace(full, window=f.integer("sliding_window"))}
+        mixers = {FULL: full, SLIDING: replace(full, window=window)}
         return [Layer(mixers[kind], mlp) for kind in kinds]
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:

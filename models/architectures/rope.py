@@ -16,48 +16,55 @@ from pocketslm.errors import CheckpointError
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.config import Rotary
 
+# Our own field of config.json: how many dimensions of a head are rotated, whatever the family.
+ROTATED = "rotated_dimensions"
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def from_hf(
     f: Fields,
     head_dim: int,
-    default_theta: float,
-    default_share: float = 1.0,
     *,
-    group: str | None = None,
-    theta: float | None = None,
+    theta: float,
+    share: float = 1.0,
+    group: str = "full_attention",
 ) -> Rotary:
     """The rotary table that a config.json describes.
 
+    theta, share: the base, and the share of a head that is rotated, where the config names none.
     group: the kind of layers that is asked for, where ``rope_parameters`` has one entry for each.
-    default_theta, default_share: the base, and the share of a head that is rotated, where the
-    config names none.
-    theta: the base, where the family keeps it under another name.
     """
-    scaling, given = f.table("rope_scaling"), f.table("rope_parameters")
-    if given and all(isinstance(part, Mapping) for part in given.values()):
-        given = dict(given.get(group or "full_attention") or {})
-    rope = scaling | given
-    base = rope.get("rope_theta")
-    base = f.number("rope_theta", default_theta) if base is None else base
-    base = base if theta is None else theta
-    share = rope.get("partial_rotary_factor") or f("partial_rotary_factor") or default_share
-    if not isinstance(share, int | float) or not 0 < share <= 1:
-        raise CheckpointError(f"{f.where}: partial_rotary_factor is {share!r}, expected 0 to 1")
-    dim = int(head_dim * share)
+    given = f.table("rope_parameters")
+    nested = is_nested(given)
+    rope = f.table("rope_scaling") | (dict(given.get(group) or {}) if nested else given)
+    base = rope.pop("rope_theta", None)
+    base = f.number("rope_theta", theta) if base is None else base
+    part = rope.pop("partial_rotary_factor", None) or f("partial_rotary_factor") or share
+    if not isinstance(part, int | float) or not 0 < part <= 1:
+        raise CheckpointError(f"{f.where}: partial_rotary_factor is {part!r}, expected 0 to 1")
+    dim = int(head_dim * part) if f(ROTATED) is None else f.integer(ROTATED)
     original = f("original_max_position_embeddings")
-    if original is not None:
-        rope.setdefault("original_max_position_embeddings", original)
-    rope.pop("rope_theta", None)
-    rope.pop("partial_rotary_factor", None)
+    if original is not None and not nested:
+        rope["original_max_position_embeddings"] = original
     return scaled(f, rope, dim, float(_number(f, "rope_theta", base)))
+
+
+def of_kind(f: Fields, kind: str) -> Fields:
+    """The fields with the rope parameters of one kind of layers alone, none that are for all."""
+    own = f.table("rope_parameters").get(kind)
+    own = dict(own) if isinstance(own, Mapping) else {}
+    return f.but(rope_parameters=own, rope_scaling=None, rope_theta=None)
+
+
+def is_nested(given: Mapping[str, Any]) -> bool:
+    """Whether ``rope_parameters`` has an entry for each kind of layers."""
+    return bool(given) and all(isinstance(part, Mapping) for part in given.values())
 
 
 def scaled(f: Fields, rope: Mapping[str, Any], dim: int, theta: float) -> Rotary:
     """The table of ``dim`` dimensions, stretched as ``rope`` (Hugging Face's form) says."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "su":  # LongRoPE's first name
+    if kind == "su" or (kind == "yarn" and "short_factor" in rope):  # LongRoPE's first names
         kind = "longrope"
     if kind not in KINDS:
         raise CheckpointError(
@@ -113,15 +120,13 @@ def scaled(f: Fields, rope: Mapping[str, Any], dim: int, theta: float) -> Rotary
         attention = rope.get("attention_factor")
         if attention is None:
             mscale, over = rope.get("mscale"), rope.get("mscale_all_dim")
-            attention = _mscale(factor, mscale or 1.0)
-            if mscale and over:
-                attention /= _mscale(factor, over)
+            attention = _mscale(factor, 1.0)
+            if mscale and over:  # one alone does nothing
+                attention = _mscale(factor, mscale) / _mscale(factor, over)
         return Rotary(
             dim, theta, divisors, factor=_number(f, "factor", attention), declared=declared
         )
-    factor = (
-        positions / original if "original_max_position_embeddings" in rope else number("factor")
-    )
+    factor = number("factor", positions / original)
     attention = rope.get("attention_factor")
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

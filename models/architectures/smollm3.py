@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pocketslm.errors import CheckpointError
-from pocketslm.models.architectures.base import Architecture, gguf_map
-from pocketslm.models.architectures.fields import Fields
+from pocketslm.models.architectures.base import FULL, SLIDING, Architecture, gguf_map
+from pocketslm.models.architectures.fields import Fields, layer_types
 from pocketslm.models.architectures.llama import QK
 from pocketslm.models.config import Layer, ModelConfig
 
@@ -27,16 +27,26 @@ class SmolLM3(Architecture):
         if not whole or any(one not in (0, 1) for one in rotated):
             raise CheckpointError(f"{f.where}: no_rope_layers is not a list of {count} of 0 and 1")
         attention, mlp = self.hf_attention(f), self.hf_mlp(f)
-        window = f("sliding_window") if f.flag("use_sliding_window") else None
-        f("layer_types")  # follows from the two above
-        free = replace(attention, rotary=None, window=window)
-        return [Layer(attention if has else free, mlp) for has in rotated[:count]]
+        used, window = f.flag("use_sliding_window"), f("sliding_window")
+        window = window if used else None
+        pattern = [FULL if has or window is None else SLIDING for has in rotated[:count]]
+        kinds = layer_types(f, count, pattern, (SLIDING, FULL))
+        mixers = [
+            replace(
+                attention,
+                rotary=attention.rotary if has else None,
+                window=window if kind == SLIDING else None,
+            )
+            for has, kind in zip(rotated, kinds, strict=False)
+        ]
+        return [Layer(mixer, mlp) for mixer in mixers]
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         attentions = c.attentions[:: c.repeats]
         window = next((a.window for a in attentions if a.window is not None), None)
         return {
             "no_rope_layers": [int(a.rotary is not None) for a in attentions],
+            "layer_types": [FULL if a.window is None else SLIDING for a in attentions],
             "use_sliding_window": window is not None,
             "sliding_window": window,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ def test_full_rank_in_floats_is_lossless(
     for name in parameter_shapes(base.config):
         error = np.abs(again.weight(name) - tuned.weight(name)).max()
         assert error < MAX_FULL_RANK_ERROR, name
+
+
+def test_the_tuned_models_chat_template_comes_with_it(tiny_hf: Path, tmp_path: Path) -> None:
+    base, folder = open_checkpoint(tiny_hf), support.write_hf(tmp_path / "hf")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ messages[0]['content'] }}!"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink()
+    tuned = open_checkpoint(folder)
+    make_delta(base, tuned, tmp_path / "d", [Band(2, 8)])
+    assert DeltaCheckpoint(base, tmp_path / "d").tokenizer_files() == tuned.tokenizer_files()
+    assert base.tokenizer_files() != tuned.tokenizer_files()
 
 
 def test_an_empty_delta_is_exactly_the_base(base: Checkpoint, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import ROWS, write_folder
 
 import support
 from pocketslm.cli import main
@@ -24,7 +25,7 @@ from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import QuantTensor
 from pocketslm.runtime.backends import open_session
-from pocketslm.runtime.bundle import open_bundle
+from pocketslm.runtime.bundle import open_bundle, read_manifest
 
 MAX_GRAPH_ERROR = 0.02  # of float weights over an fp16 cache and an 8-bit head
 MAX_LOGIT_ERROR = 1e-4  # of a model with parts masked against one without them, in fp32
@@ -211,3 +212,16 @@ def test_a_pruned_bundle_is_measured_against_what_it_was_pruned_from(
     (twice / ORIGIN_FILE).write_text('{"made_from": "nonsense"}')
     with pytest.raises(CheckpointError, match="must be lists of texts"):
         open_checkpoint(twice)
+
+
+def test_windows_are_no_longer_than_a_models_positions(tmp_path: Path) -> None:
+    """GPT-2's positions are a table: beyond its end there is none to learn from."""
+    folder, _ = write_folder(tmp_path / "model", ROWS["gpt2"])
+    text = tmp_path / "text"
+    text.write_text("etaoin shrdlu " * 200)
+    common = ["--layers", "1", "--text", str(text), "--tokens", "1024"]
+    assert main(["prune", str(folder), str(tmp_path / "pruned"), *common]) == 0
+    options = ["--method", "gptq", "--calibration", str(text), "--calibration-tokens", "1024"]
+    out = tmp_path / "bundle"
+    assert main(["export", str(folder), str(out), *options, "--target", "native"]) == 0
+    assert read_manifest(out).recipe["calibration_window"] == 256

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
+from architectures import ROWS, write_folder
 
 import support
 from pocketslm.errors import ExportError
@@ -23,6 +25,7 @@ from pocketslm.export.prune.vocabulary import (
 )
 from pocketslm.export.recipe import Recipe, read_recipe
 from pocketslm.models.checkpoint import open_checkpoint
+from pocketslm.models.reference import load_reference
 from pocketslm.runtime.backends import open_session
 from pocketslm.runtime.bundle import open_bundle
 from pocketslm.runtime.tokenizer import load_tokenizer
@@ -47,6 +50,17 @@ def test_texts_of_kept_tokens_are_tokenized_as_before(style: str) -> None:
     assert trimmed.decode(trimmed.encode(text).ids) == whole.decode(ids)
     if style != "no-fallback":  # its own unknown characters are lost in the whole one as well
         assert trimmed.decode(trimmed.encode(OTHER).ids) == whole.decode(whole.encode(OTHER).ids)
+
+
+def test_the_biases_of_a_head_go_with_its_rows(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, ROWS["phi2"])
+    whole = load_reference(open_checkpoint(folder))
+    kept = [*range(0, 260, 2), 261, 263]
+    trimmed = load_reference(TrimmedVocabulary(open_checkpoint(folder), kept))
+    ids = torch.arange(20)[None]
+    few, _ = trimmed(ids, trimmed.empty_cache())
+    all_, _ = whole(torch.tensor(kept)[ids], whole.empty_cache())
+    assert torch.equal(few, all_[..., kept])
 
 
 def test_a_count_keeps_the_most_frequent_and_what_they_need() -> None:

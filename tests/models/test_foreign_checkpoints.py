@@ -195,6 +195,8 @@ def test_sizes_may_be_lists_with_an_entry_a_layer(tiny: Path, tmp_path: Path) ->
         ({"llama.embedding_length": "x"}, "embedding_length is 'x'"),
         ({"llama.block_count": 2**31 - 1}, "at most 1024"),
         ({"llama.rope.freq_base": 0.0}, "rope_theta"),
+        ({"llama.attention.causal": False}, "attention.causal is false"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5 without factors"),
     ],
 )
 def test_metadata_that_is_refused(

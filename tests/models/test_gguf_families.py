@@ -214,6 +214,27 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     assert error <= MAX_LLAMA_CPP_ERROR * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("caps", [(50.0, 30.0), (5.0, 3.0)])
+def test_the_first_files_of_gemma_2_name_no_caps(
+    caps: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = write_folder(tmp_path / "hf", ROWS["gemma2"])
+    named = dict(zip(("attn_logit_softcapping", "final_logit_softcapping"), caps, strict=True))
+    monkeypatch.setitem(KEYS, "gemma2", named if caps[0] == 5 else {})
+    config = open_checkpoint(write(tmp_path / "m.gguf", "gemma2", open_checkpoint(folder))).config
+    assert (config.attentions[0].softcap, config.logit_softcap) == caps
+
+
+def test_a_granite_without_positions_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = write_folder(tmp_path / "hf", ROWS["granite"])
+    monkeypatch.setitem(KEYS, "granite", KEYS["granite"] | {"rope.scaling.finetuned": False})
+    path = write(tmp_path / "m.gguf", "granite", open_checkpoint(folder))
+    with pytest.raises(CheckpointError, match=r"rope\.scaling\.finetuned is false"):
+        open_checkpoint(path)
+
+
 TEXTS = ["The cat sat on the mat.", "A DOG", "and then [SEP] it rained, all day long"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from adapter_support import ALPHA, RANK, factors, write_adapter
+from architectures import ROWS, write_folder
+from safetensors.torch import load_file, save_file
 
 from pocketslm.cli import main
 from pocketslm.errors import CheckpointError, UsageError
@@ -67,6 +71,62 @@ def test_matrices_without_factors_stay_as_they_are(tiny_gguf: Path, tmp_path: Pa
     assert isinstance(merged.weight(kept), QuantTensor)
     np.testing.assert_array_equal(floats(merged.weight(kept)), floats(base.weight(kept)))
     assert not np.array_equal(floats(merged.weight(changed)), floats(base.weight(changed)))
+
+
+TUNED = (
+    "q_proj",
+    "k_proj",
+    "down_proj",
+    "qkv_proj",
+    "gate_up_proj",
+    "query_key_value",
+    "input_linear",
+)
+
+
+@pytest.mark.parametrize("family", ["ernie 4.5", "phi3", "gpt_neox", "granite 4 dense"])
+def test_factors_lie_as_the_familys_matrices_do(family: str, tmp_path: Path) -> None:
+    """Rows of a factor B are those of the file's matrix: rotary pairs, or several matrices in one.
+
+    The expected model has the product added to the file's own matrices.
+    """
+    folder, _ = write_folder(tmp_path / "base", ROWS[family])
+    state = load_file(folder / "model.safetensors")
+    tensors, merged = {}, dict(state)
+    for number, (name, weight) in enumerate(state.items()):
+        if weight.dim() < 2 or name.split(".")[-2] not in TUNED:
+            continue
+        generator = torch.Generator().manual_seed(number)
+        a = torch.randn(RANK, weight.shape[1], generator=generator) / 8
+        b = torch.randn(weight.shape[0], RANK, generator=generator) / 8
+        at = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors |= {f"{at}.lora_A.weight": a, f"{at}.lora_B.weight": b}
+        merged[name] = weight + ALPHA / RANK * b @ a
+    base = open_checkpoint(folder)
+    adapted = WithAdapter(base, write_adapter(tmp_path / "adapter", tensors))
+    whole = shutil.copytree(folder, tmp_path / "merged")
+    save_file(merged, whole / "model.safetensors")
+    expected = logits(load_reference(open_checkpoint(whole)))
+    assert float((logits(load_reference(adapted)) - expected).abs().max()) < MAX_ERROR
+    assert float((logits(load_reference(base)) - expected).abs().max()) > 0.1
+    # Beside the base, under our names.
+    carried = adapted.factors()
+    for name in (n for n in carried if n.endswith("lora_A.weight")):
+        ours = f"{name.removeprefix('base_model.model.').removesuffix('.lora_A.weight')}.weight"
+        product = carried[name.replace("lora_A", "lora_B")] @ carried[name]
+        difference = floats(adapted.weight(ours)) - floats(base.weight(ours))
+        np.testing.assert_allclose(product, difference, atol=1e-5)
+
+
+def test_a_template_beside_an_adapter_is_named(tiny_hf: Path, tmp_path: Path) -> None:
+    base, folder = open_checkpoint(tiny_hf), write_adapter(tmp_path / "polite")
+    for name, content in base.tokenizer_files().items():
+        (folder / name).write_bytes(content)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"padding_side": "left"}))
+    assert len(WithAdapter(base, folder).notes) == len(base.notes) + 1
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert "polite has a chat template of its own" in WithAdapter(base, folder).notes[-1]
 
 
 def test_export_and_eval_take_a_base_and_its_adapter(tiny_hf: Path, tmp_path: Path) -> None:

@@ -97,6 +97,16 @@ def test_both_runs_of_a_shared_layer_are_updated(tmp_path: Path) -> None:
     assert error(logits(ours), logits(theirs)) < MAX_MERGED_ERROR["float"]
 
 
+def test_what_no_run_could_load_is_refused_at_export(tmp_path: Path) -> None:
+    untied = support.tiny(tie_word_embeddings=False)
+    base = open_checkpoint(support.write_hf(tmp_path / "hf", untied))
+    adapter = write_adapter(tmp_path / "loud", factors(untied, targets=("lm_head",)))
+    recipe = Recipe(weights="float", head="float", targets=NATIVE)
+    with pytest.raises(ExportError, match=r"is not a factor of a layer's matrix; merge it"):
+        export_bundle(base, tmp_path / "carried", recipe, adapters=[adapter])
+    export_bundle(WithAdapter(base, adapter), tmp_path / "merged", recipe)
+
+
 def test_the_command_line_chooses(carried: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(*options: str) -> str:
         assert main(["run", str(carried), "Hello", "-n", "12", "--json", *options]) == 0

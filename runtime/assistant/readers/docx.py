@@ -52,11 +52,11 @@ class _Body:
         self._now = _Paragraph(self.pages)
         self._around: list[_Paragraph] = []  # those that hold the text box that is being read
         self._in_text = False
-        self._skipping = 0  # how many nested copies of a drawing for old programs are open
+        self._skipping = 0  # how many nested copies are open
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
-        if self._skipping or tag == _FALLBACK:
-            self._skipping += tag == _FALLBACK
+        if self._skipping or _is_copy(tag):
+            self._skipping += _is_copy(tag)
             return
         now = self._now
         match _name(tag):
@@ -80,7 +80,7 @@ class _Body:
 
     def end(self, tag: str) -> None:
         if self._skipping:
-            self._skipping -= tag == _FALLBACK
+            self._skipping -= _is_copy(tag)
             return
         now = self._now
         match _name(tag):
@@ -126,6 +126,12 @@ def _name(tag: str) -> str:
     """The tag without Word's namespace. Tags of other namespaces stay as they are."""
     namespace, _, name = tag.rpartition(" ")
     return name if namespace in _NAMESPACES else tag
+
+
+def _is_copy(tag: str) -> bool:
+    """Whether it holds what stands elsewhere: a drawing for old programs, or text that a tracked
+    change moves away."""
+    return tag == _FALLBACK or _name(tag) == "moveFrom"
 
 
 def _value(attributes: dict[str, str], name: str) -> str:

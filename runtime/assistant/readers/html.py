@@ -14,13 +14,16 @@ from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers.limits import ElementCount
 from pocketslm.runtime.assistant.readers.text import decode
 
-_CHARSET = re.compile(rb"charset\s*+=[\s\"']*+([\w-]+)", re.IGNORECASE)
+_CHARSET = re.compile(
+    rb"(?:charset|<\?xml[^<>]{1,40}encoding)\s*+=[\s\"']*+([\w-]+)", re.IGNORECASE
+)
 _OPENING = re.compile(r"<(!--|[!?]|/?[a-zA-Z]|/)")
 _TAG = re.compile(r"<(/?)([a-zA-Z][^\s/>]*+)(?:[^>=]++|=\s*+(?:\"[^\"]*+\"|'[^']*+')?+)*+>")
 _TAG_TO_FIRST_END = re.compile(r"<(/?)([a-zA-Z][^\s/>]*+)[^>]*+>")
 _LONG_NUMBER = re.compile(r"&#[xX]?[0-9a-fA-F]{9,}+;?")
 _SPACE = re.compile(r"\s++")
 _SPACES, _LINE_END = re.compile(" {2,}+"), re.compile(" ?\n ?")
+_POWER = re.compile(r"[-+−]?\d")  # 10 to the power of 6 is no 106
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 # Elements whose content is not text to read. ``head`` needs no entry: its other elements are empty.
 _SKIPPED = {
@@ -113,13 +116,18 @@ class _Page:
     def __init__(self) -> None:
         self._text: list[str] = []
         self._level = 0
+        self._raised = False  # whether the text that comes is a superscript
 
     def take(self, tag: str, text: str) -> Block | None:
         """Add a tag or text. Returns the block that it ends."""
         ended, name = None, tag.removeprefix("/")
+        if tag:
+            self._raised = tag == "sup"
         if not tag:
             if "&" in text:
                 text = unescape(_LONG_NUMBER.sub("\ufffd", text))
+            if self._raised and self._text and _POWER.match(text) and self._text[-1][-1:].isdigit():
+                self._text.append("^")
             self._text.append(_SPACE.sub(" ", text))
         elif name in _HEADINGS or name in _BLOCKS:
             ended = self.end_block()

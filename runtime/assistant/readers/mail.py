@@ -58,12 +58,10 @@ def _mail(data: bytes) -> Iterator[Block]:
     lines = [f"{name}: {value}" for name in SHOWN if (value := _header(mail, name))]
     if lines:
         yield Block("\n".join(lines))
-    plain = [part for part in parts if _kind(part) == "text/plain"]
-    marked = [part for part in parts if _kind(part) == "text/html"]
-    for part in plain or marked:
+    for part in _read(mail):
         content = part.get_payload(decode=True)
         if isinstance(content, bytes):
-            yield from _body(content, _charset(part), marked=part in marked)
+            yield from _body(content, _charset(part), marked=_kind(part) == "text/html")
     for part in parts:
         if name := _file(part):
             yield Block(f"Attachment: {name}")
@@ -79,6 +77,26 @@ def _check(data: bytes) -> None:
         raise DocumentError(f"is a mail of more than {MAX_PARTS} parts within each other")
     if any(match.end() - match.start() > MAX_HEADER_BYTES for match in _FIELD.finditer(data)):
         raise DocumentError(f"is a mail with a header of more than {MAX_HEADER_BYTES} bytes")
+
+
+def _read(part: Message) -> Iterator[Message]:
+    """The parts to read, in order; of alternatives, the plainest that holds text."""
+    if not part.is_multipart():
+        if _kind(part) in ("text/plain", "text/html"):
+            yield part
+        return
+    inner = [list(_read(one)) for one in part.get_payload() if isinstance(one, Message)]
+    if part.get_content_type() == "multipart/alternative":
+        filled = [one for one in inner if any(map(_holds_text, one))]
+        filled.sort(key=lambda one: _kind(one[0]) != "text/plain")
+        inner = filled[:1]
+    for one in inner:
+        yield from one
+
+
+def _holds_text(part: Message) -> bool:
+    content = part.get_payload(decode=True)
+    return isinstance(content, bytes) and bool(content.strip())
 
 
 def _body(content: bytes, charset: str, *, marked: bool) -> Iterator[Block]:

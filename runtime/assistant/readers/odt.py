@@ -30,12 +30,23 @@ class _Body:
         self._parts: list[str] = []
         self._level = self._paragraphs = self._rows = self._skipping = 0
         self._item = False  # whether a list item has just begun
+        # Notes and text boxes stand within a paragraph, which goes on after them.
+        self._around: list[tuple[list[str], int, int, int, bool]] = []
+        self._citing = 0  # a note's number
+        self._after: list[Block] = []  # notes of the paragraph that is being read
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         if self._skipping or tag in _SKIPPED:
             self._skipping += tag in _SKIPPED
             return
         match _name(tag):
+            case "note-body" | "text-box":
+                state = self._parts, self._level, self._paragraphs, self._rows, self._item
+                self._around.append(state)
+                self._parts, self._level, self._paragraphs, self._rows = [], 0, 0, 0
+                self._item = False
+            case "note-citation":
+                self._citing += 1
             case "h":
                 self._paragraphs += 1
                 level = attributes.get(f"{_OASIS}text:1.0 outline-level", "1")
@@ -62,6 +73,12 @@ class _Body:
             self._skipping -= tag in _SKIPPED
             return
         match _name(tag):
+            case "note-body" | "text-box" if self._around:
+                self._end_block()
+                state = self._around.pop()
+                self._parts, self._level, self._paragraphs, self._rows, self._item = state
+            case "note-citation":
+                self._citing -= 1
             case "table-cell" if self._rows:
                 self._parts.append(" | ")
             case "table-row":
@@ -75,7 +92,7 @@ class _Body:
                     self._end_block()
 
     def text(self, text: str) -> None:
-        if self._paragraphs and not self._skipping:
+        if self._paragraphs and not self._skipping and not self._citing:
             self._parts.append(text.replace("\n", " "))
 
     def _end_block(self) -> None:
@@ -85,7 +102,10 @@ class _Body:
             block = Block(f"- {text}" if self._item and not self._level else text, self._level)
             block = block._replace(page=self.pages)
             self._count.add(block)
-            self.blocks.append(block)
+            (self._after if self._around else self.blocks).append(block)
+        if not self._around:
+            self.blocks += self._after
+            self._after.clear()
         self._level, self._item = 0, False
 
 

@@ -24,7 +24,12 @@ _SKIPPED = frozenset(
 _SAID = {
     b"tab": "\t",
     b"line": "\n",
+    b"lbr": "\n",
     b"cell": " | ",
+    b"nestcell": " | ",
+    b"emspace": " ",
+    b"enspace": " ",
+    b"qmspace": " ",
     b"emdash": "—",
     b"endash": "–",
     b"bullet": "•",
@@ -34,7 +39,17 @@ _SAID = {
     b"rdblquote": "”",
 }
 _SYMBOLS = {b"~": "\xa0", b"_": "-", b"\\": "\\", b"{": "{", b"}": "}"}
-_PAGES = frozenset((874, 932, 936, 949, 950, *range(1250, 1259)))
+_PAGES = {
+    page: f"cp{page}"
+    for page in (437, 708, 850, 852, 866, 874, 932, 936, 949, 950, *range(1250, 1259))
+} | {708: "iso-8859-6", 936: "gb18030", 10000: "mac_roman", 65001: "utf-8"}
+_FIRST_PAGES = {b"mac": "mac_roman", b"pc": "cp437", b"pca": "cp850"}
+# What a font's number of a character set says of its bytes.
+_CHARSETS = {
+    **{0: "", 77: "mac_roman", 128: "cp932", 129: "cp949", 134: "gb18030", 136: "big5hkscs"},
+    **{161: "cp1253", 162: "cp1254", 163: "cp1258", 177: "cp1255", 178: "cp1256"},
+    **{186: "cp1257", 204: "cp1251", 222: "cp874", 238: "cp1250"},
+}
 
 
 def read(data: bytes) -> Iterator[Block]:
@@ -49,14 +64,17 @@ def _blocks(data: bytes) -> Iterator[Block]:
     said: list[str] = []
     raw = bytearray()  # bytes that are not decoded yet, since a character may be split
     skipping, after, level, page, row = False, 1, 0, "cp1252", False
-    groups: list[tuple[bool, int]] = []
+    groups: list[tuple[bool, int, str]] = []
+    fonts: dict[bytes, str] = {}  # number -> the encoding of its bytes
+    listing = 0  # the depth of the list of fonts, while it is read
+    named, font = b"", ""  # the font that is listed, and the encoding of the one in use
     left = 0  # characters that old programs show in place of the last \u
     starts = False  # whether a group has just begun
     count = ElementCount(len(data))
 
     def flush() -> None:
         if raw:
-            said.append(raw.decode(page, "replace"))
+            said.append(raw.decode(font or page, "replace"))
             raw.clear()
 
     def block() -> Iterator[Block]:
@@ -73,16 +91,22 @@ def _blocks(data: bytes) -> Iterator[Block]:
         if brace == b"{":
             if len(groups) >= MAX_DEPTH:
                 raise DocumentError(f"nests RTF deeper than {MAX_DEPTH}")
-            groups.append((skipping, after))
+            groups.append((skipping, after, font))
             starts, left = True, 0
         elif brace:
             if groups:
-                skipping, after = groups.pop()
-            left = 0
+                if groups[-1][2] != font:
+                    flush()
+                skipping, after, font = groups.pop()
+            left, listing = 0, listing if listing <= len(groups) else 0
         elif symbol == b"*" or (begins and word in _SKIPPED):
             skipping = True
+            listing = len(groups) if word == b"fonttbl" else listing
         elif skipping and word != b"bin":
-            continue
+            if listing and word == b"f":
+                named = number or b""
+            elif listing and word == b"fcharset":
+                fonts[named] = _CHARSETS.get(int(number or 0), "")
         elif byte:
             if left:
                 left -= 1
@@ -103,7 +127,14 @@ def _blocks(data: bytes) -> Iterator[Block]:
         elif word == b"uc" and number:
             after = min(10, max(0, int(number)))
         elif word == b"ansicpg" and number and int(number) in _PAGES:
-            page = f"cp{int(number)}"
+            page = _PAGES[int(number)]
+        elif word == b"f" and fonts.get(number, "") != font:
+            flush()
+            font = fonts.get(number, "")
+        elif word in _FIRST_PAGES:
+            page = _FIRST_PAGES[word]
+        elif word in (b"deleted", b"v") and number != b"0":
+            skipping = True  # until its group ends
         elif word == b"outlinelevel" and number:
             level = min(6, max(0, int(number)) + 1) if int(number) < 9 else 0
         elif word == b"pard":

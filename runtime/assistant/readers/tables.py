@@ -6,6 +6,8 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 
 from pocketslm.errors import DocumentError
 from pocketslm.runtime.assistant.document import Block
@@ -14,7 +16,9 @@ from pocketslm.runtime.assistant.readers.limits import check_characters
 
 NAME_CHARACTERS = 60  # of a column's name, which every row repeats
 MOST_COLUMNS = 1 << 14  # as a spreadsheet has
-_DELIMITERS = ",;\t|"
+_DELIMITERS = "\t;|,"
+_LOOKED_AT = 20  # rows that tell the delimiter
+_NAMED = re.compile(r"sep=([,;\t|])\n")
 _NUMBER = re.compile(r"[-+]?[\d.,:/ %€$£-]*\d[\d.,:/ %€$£-]*")
 # The most characters without a line end. Files with longer lines are not tables.
 _LONGEST_LINE = 1 << 20
@@ -24,12 +28,30 @@ def read(data: bytes) -> Iterator[Block]:
     """Read comma-separated values. A file with a single column is read as text."""
     content = text.decode(data)
     check_characters(len(content))
-    first = next(line for line in text.lines(content + "\n ") if line.strip() or line == " ")
-    delimiter = max(_DELIMITERS, key=first.count)
     longest = max((len(line) for line in text.lines(content)), default=0)
-    if not first.count(delimiter) or longest > _LONGEST_LINE:
-        return text.read(data)
-    return named_rows(_rows(content, delimiter))
+    delimiter = "" if longest > _LONGEST_LINE else _delimiter(content)
+    return named_rows(_rows(content, delimiter)) if delimiter else text.read(data)
+
+
+def _delimiter(content: str) -> str:
+    """What stands between cells; empty where nothing does.
+
+    That is what cuts all of the first rows into equally many cells, commas last: "1,5;2,5" are two
+    numbers. Where nothing does, it is what cuts the first row into most.
+    """
+    named = _NAMED.match(content)  # by spreadsheets, for themselves
+    if named:
+        return named[1]
+    widths: dict[str, list[int]] = {}
+    for delimiter in _DELIMITERS:
+        rows = (row for row in _rows(content, delimiter) if any(cell.strip() for cell in row))
+        widths[delimiter] = []
+        with suppress(DocumentError):  # who takes this delimiter is told
+            widths[delimiter] += (len(row) for row in islice(rows, _LOOKED_AT))
+        if widths[delimiter] and widths[delimiter][0] > 1 == len(set(widths[delimiter])):
+            return delimiter
+    best = max(_DELIMITERS, key=lambda one: widths[one][:1])
+    return best if widths[best][:1] > [1] else ""
 
 
 def _rows(content: str, delimiter: str) -> Iterator[list[str]]:

@@ -16,12 +16,30 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Encodings that pages declare. Python knows more, but some do not encode text (hex, bz2), and some
-# can make half a surrogate pair (utf-7, unicode_escape).
+# Encodings that pages and mails declare. Python knows more, but some do not encode text (hex, bz2),
+# and some can make half a surrogate pair (utf-7, unicode_escape).
 _DECLARED = re.compile(
-    r"iso-?8859-?\d+|latin-?\d|windows-?\d+|cp-?\d+|koi8-?[rtu]|gbk|gb2312|gb18030|big5(-?hkscs)?|"
-    r"shift-?jis|sjis|euc-?(jp|kr)|iso-?2022-?(jp|kr)|macintosh|mac-?roman|tis-?620|us-ascii"
+    r"iso-?8859-?\d+|latin-?\d|windows-?\d+|cp-?\d+|koi8-?[rtu]|gb18030|euc-?jp|"
+    r"iso-?2022-?(jp|kr)|mac-?roman"
 )
+# Names under which browsers read more than their standards hold (https://encoding.spec.whatwg.org).
+_WIDER = {
+    name: encodings
+    for encodings, names in {
+        ("cp1252", "latin-1"): "iso-8859-1 iso8859-1 latin1 latin-1 us-ascii ascii x-cp1252",
+        ("cp1254", "latin-1"): "iso-8859-9 iso8859-9 latin5 latin-5",
+        ("cp874",): "iso-8859-11 iso8859-11 tis-620 tis620",
+        ("gb18030",): "gbk gb2312 gb-2312-80 x-gbk chinese cp936 windows-936",
+        ("big5hkscs", "cp950"): "big5 big5-hkscs x-x-big5 cp950",
+        ("cp932",): "shift-jis sjis x-sjis ms-kanji windows-31j cp932",
+        ("cp949",): "euc-kr euckr ks-c-5601-1987 ks-c-5601-1989 ksc5601 korean windows-949 cp949",
+        ("mac_roman",): "macintosh x-mac-roman",
+        ("mac_cyrillic",): "x-mac-cyrillic",
+        ("cp1251",): "x-cp1251",
+        ("cp866",): "ibm866",
+    }.items()
+    for name in names.split()
+}
 _PAGE_END, _LINE_END = re.compile("\f"), re.compile("\n")
 BLANK_LINE = re.compile(r"\n\s*\n")
 LIST_ITEM = re.compile(r"\s*+(?:[-*•+]|\d{1,3}[.)])\s")
@@ -78,16 +96,20 @@ def read_lines(data: bytes) -> Iterator[Block]:
 def decode(data: bytes, declared: str = "") -> str:
     """Decode UTF-8, UTF-16 with its mark, the encoding ``declared``, or Windows-1252.
 
-    Raises DocumentError for data that is not text, or is too long.
+    A few bytes that a declared encoding lacks do not make the text one of Windows-1252. Raises
+    DocumentError for data that is not text, or is too long.
     """
     if len(data) > MAX_ENCODED_BYTES:
         raise DocumentError(f"holds more than {MAX_ENCODED_BYTES >> 20} MiB of text; split it")
     marked = [encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)]
     known = declared.lower().replace("_", "-")
-    believed = [known] if _DECLARED.fullmatch(known) else []
-    for encoding in marked or [*believed, "utf-8", "cp1252"]:
+    believed = _WIDER.get(known) or ((known,) if _DECLARED.fullmatch(known) else ())
+    exact = marked or [*believed, "utf-8"]
+    tries = [(encoding, "strict") for encoding in exact]
+    tries += [] if marked else [*((name, "replace") for name in believed[:1]), ("cp1252", "strict")]
+    for encoding, errors in tries:
         try:
-            text = data.decode(encoding)
+            text = data.decode(encoding, errors)
             break
         except (UnicodeDecodeError, LookupError):
             continue

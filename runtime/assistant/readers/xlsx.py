@@ -13,8 +13,15 @@ from pocketslm.runtime.assistant.readers.limits import check_characters
 from pocketslm.runtime.assistant.readers.tables import MOST_COLUMNS, named_rows
 
 _BOOK = "xl/workbook.xml"
-_DATE_FORMATS = {*range(14, 18), 22, *range(27, 37), *range(50, 59)}  # without a definition
-_LITERAL = re.compile(r'"[^"]*+"?|\\.|\[[^\]]*+\]?')
+# Formats without a definition, and what they show.
+_KNOWN_FORMATS = {
+    **dict.fromkeys((*range(14, 18), 22, *range(27, 37), *range(50, 59)), "date"),
+    **dict.fromkeys((*range(18, 22), *range(45, 48)), "time"),
+    **dict.fromkeys((9, 10), "percent"),
+}
+_ELAPSED = re.compile(r"\[(?:h+|m+|s+)\]")
+_LITERAL = re.compile(r'"[^"]*+"?|[\\_*].|\[[^\]]*+\]?')
+_ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")  # of a character that XML cannot hold
 _COLUMN = re.compile(r"[A-Z]{1,3}")
 _LAST_DAY = 2_958_465  # the end of the year 9999
 GAP_COST = 8  # an empty cell counts as so many characters, since it takes as much memory
@@ -38,12 +45,12 @@ def read(data: bytes) -> Iterator[Block]:
     parse_xml(archive.read(_BOOK), start, count=archive.elements)
     targets = relations(archive, _BOOK)
     strings = _strings(archive) if _has(names, "sharedStrings") else []
-    dates = _date_styles(archive) if _has(names, "styles") else set()
+    shown = _styles(archive) if _has(names, "styles") else []
     for title, part in sheets:
         file = targets.get(part)
         if file in names:
             yield Block(title, 1)
-            yield from named_rows(_Sheet(archive, file, strings, dates, later).rows)
+            yield from named_rows(_Sheet(archive, file, strings, shown, later).rows)
 
 
 def _has(names: set[str], part: str) -> bool:
@@ -65,7 +72,7 @@ def _strings(archive: Archive) -> list[str]:
         if name in inside:
             inside[name] -= 1
         elif name == "si":
-            found.append("".join(parts))
+            found.append(_unescaped("".join(parts)))
             parts.clear()
 
     def text(text: str) -> None:
@@ -76,10 +83,26 @@ def _strings(archive: Archive) -> list[str]:
     return found
 
 
-def _date_styles(archive: Archive) -> set[int]:
-    """The cell formats that show a number as a date."""
-    codes: dict[str, bool] = {}
-    formats: list[bool] = []
+def _unescaped(text: str) -> str:
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 16)).replace("\r", ""), text)
+
+
+def _meaning(code: str) -> str:
+    """What a format shows of a number: a date, a time, a percentage, or the number ("")."""
+    code = code.lower()
+    elapsed = _ELAPSED.search(code)
+    first = _LITERAL.sub("", code).partition(";")[0].replace("general", "")
+    if "y" in first or "d" in first or ("m" in first and not set(first) & set("hs0#?")):
+        return "date"
+    if elapsed or "h" in first or "s" in first:
+        return "time"
+    return "percent" if "%" in first else ""
+
+
+def _styles(archive: Archive) -> list[str]:
+    """What each cell format shows of a number."""
+    codes: dict[str, str] = {}
+    formats: list[str] = []
     cells = False
 
     def start(tag: str, attributes: dict[str, str]) -> None:
@@ -87,12 +110,13 @@ def _date_styles(archive: Archive) -> set[int]:
         name = tag.rpartition(" ")[2]
         number = attributes.get("numFmtId", "")
         if name == "numFmt":
-            code = _LITERAL.sub("", attributes.get("formatCode", "")).lower()
-            codes[number] = "y" in code or "d" in code
+            codes[number] = _meaning(attributes.get("formatCode", ""))
         elif name == "cellXfs":
             cells = True
         elif name == "xf" and cells:
-            known = number.isdecimal() and len(number) < 4 and int(number) in _DATE_FORMATS
+            known = (
+                _KNOWN_FORMATS.get(int(number), "") if re.fullmatch("[0-9]{1,3}", number) else ""
+            )
             formats.append(codes.get(number, known))
 
     def end(tag: str) -> None:
@@ -100,17 +124,17 @@ def _date_styles(archive: Archive) -> set[int]:
         cells = cells and not tag.endswith(" cellXfs")
 
     parse_xml(archive.read("xl/styles.xml"), start, end, count=archive.elements)
-    return {at for at, date in enumerate(formats) if date}
+    return formats
 
 
 class _Sheet:
     """A sheet's rows of shown values. A shared text counts each time that a cell uses it."""
 
     def __init__(
-        self, archive: Archive, file: str, strings: list[str], dates: set[int], later: int
+        self, archive: Archive, file: str, strings: list[str], shown: list[str], later: int
     ) -> None:
         self.rows: list[list[str]] = []
-        self._strings, self._dates, self._later = strings, dates, later
+        self._strings, self._styles, self._later = strings, shown, later
         self._parts: list[str] = []
         self._row: list[str] = []
         self._kind, self._style, self._column = "n", "", 0
@@ -162,7 +186,7 @@ class _Sheet:
             return "yes" if text == "1" else "no"
         if self._kind == "n" and text:
             return self._shown(text)
-        return text
+        return _unescaped(text)
 
     def _shown(self, text: str) -> str:
         """A number or a date as people read it."""
@@ -171,10 +195,18 @@ class _Sheet:
         except ValueError:
             return text[:40]
         style = int(self._style) if self._style.isdecimal() and len(self._style) < 9 else -1
-        if style in self._dates and 0 < number + self._later < _LAST_DAY:
-            date = _EPOCH + timedelta(days=number + self._later)
+        meaning = self._styles[style] if 0 <= style < len(self._styles) else ""
+        if meaning == "date" and 0 < number + self._later < _LAST_DAY:
+            date = _EPOCH + timedelta(seconds=round((number + self._later) * 86400))
             return date.isoformat(" ", "minutes").removesuffix(" 00:00")
-        return f"{number:.10g}" if abs(number) < 1e15 else text[:40]
+        if meaning == "time" and 0 <= number < _LAST_DAY:
+            minutes, seconds = divmod(round(number * 86400), 60)
+            shown = f"{minutes // 60}:{minutes % 60:02}"
+            return f"{shown}:{seconds:02}" if seconds else shown
+        if meaning == "percent":
+            return f"{number * 100:.10g}%"
+        # As many digits as the program keeps: numbers of articles and accounts have more than ten.
+        return f"{number:.15g}" if abs(number) < 1e15 else text[:40]
 
 
 def _number(letters: str) -> int:

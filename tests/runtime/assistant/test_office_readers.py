@@ -173,3 +173,112 @@ def test_logs_and_code_keep_their_lines() -> None:
 def test_a_short_line_above_a_paragraph_is_its_heading() -> None:
     source = readers.read_bytes(b"Rent\n\nIt is due on the first day.", "a.txt")
     assert source.chunks[0].heading == "Rent"
+
+
+def _workbook(cells: str, styles: str, strings: str = "") -> bytes:
+    out = io.BytesIO(render(TABLE, "xlsx"))
+    files = {
+        name: zipfile.ZipFile(out).read(name).decode() for name in zipfile.ZipFile(out).namelist()
+    }
+    files["xl/styles.xml"] = f"<styleSheet>{styles}</styleSheet>"
+    files["xl/sharedStrings.xml"] = f"<sst>{strings}</sst>"
+    files["xl/worksheets/sheet0.xml"] = (
+        f"<worksheet><sheetData><row>{cells}</row></sheetData></worksheet>"
+    )
+    return zipped(files)
+
+
+def test_a_cell_is_what_its_format_shows() -> None:
+    formats = ["0%", "0.0%", "h:mm", "[h]:mm:ss", "mmmm yyyy", "mmm", '"day" 0', "# ##0.00_d", "@"]
+    codes = "".join(
+        f'<numFmt numFmtId="{200 + at}" formatCode="{code.replace(chr(34), "&quot;")}"/>'
+        for at, code in enumerate(formats)
+    )
+    known = ["0", "9", "20", "46", *(str(200 + at) for at in range(len(formats)))]
+    styles = "".join(f'<xf numFmtId="{number}"/>' for number in known)
+    values = {
+        (0, "9783161484100"): "9783161484100",
+        (0, "0.1"): "0.1",
+        (0, "0.30000000000000004"): "0.3",
+        (1, "0.25"): "25%",
+        (2, "0.5"): "12:00",
+        (3, "1.5"): "36:00",
+        (4, "0.07"): "7%",
+        (6, "0.75"): "18:00",
+        (7, "1.0000115740740741"): "24:00:01",
+        (8, "45000"): "2023-03-15",
+        (9, "45000"): "2023-03-15",
+        (10, "5"): "5",
+        (11, "5.5"): "5.5",
+        (12, "44"): "44",
+    }
+    cells = "".join(f'<c s="{style}"><v>{value}</v></c>' for style, value in values)
+    cells += '<c t="s"><v>0</v></c>'
+    book = _workbook(
+        cells,
+        f"<numFmts>{codes}</numFmts><cellXfs>{styles}</cellXfs>",
+        "<si><t>a_x000D_\nb_x0041_</t></si>",
+    )
+    shown = text_of(book, "a.xlsx").split("\n\n")[-1]
+    assert shown.split(" | ") == [*values.values(), "a bA"]
+
+
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [
+        ("1,5;2,5;3,5\n4,5;5,5;6,5\n", "1,5 | 2,5 | 3,5\n\n4,5 | 5,5 | 6,5"),
+        (
+            '"Smith, A, B, C";Age\n"Doe, D";7\n',
+            "Smith, A, B, C | Age\n\nSmith, A, B, C: Doe, D | Age: 7",
+        ),
+        ("Name,Colours\nA,red;blue\n", "Name | Colours\n\nName: A | Colours: red;blue"),
+        ("sep=|\na,b|c\n1|2\n", "sep=\n\na,b | c\n\na,b: 1 | c: 2"),
+        ("a,b\n1,2,\n3,4\n", "a | b\n\na: 1 | b: 2\n\na: 3 | b: 4"),
+    ],
+)
+def test_the_delimiter_is_what_cuts_all_rows_alike(table: str, rows: str) -> None:
+    assert text_of(table.encode(), "a.csv") == rows
+
+
+def test_notes_and_boxes_do_not_cut_their_paragraph() -> None:
+    spaces = "urn:oasis:names:tc:opendocument:xmlns"
+    body = (
+        f'<d xmlns:text="{spaces}:text:1.0" xmlns:draw="{spaces}:drawing:1.0">'
+        "<text:p>It was signed<text:note><text:note-citation>1</text:note-citation>"
+        "<text:note-body><text:p>See below.</text:p><text:p>Or not.</text:p></text:note-body>"
+        "</text:note> in 1815.</text:p><text:p>A<draw:text-box><text:p>box</text:p></draw:text-box>"
+        " b</text:p></d>"
+    )
+    text = text_of(zipped({"content.xml": body}), "a.odt")
+    assert text == "It was signed in 1815.\n\nSee below.\n\nOr not.\n\nA b\n\nbox"
+
+
+def test_text_that_was_moved_or_deleted_is_read_once() -> None:
+    space = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+    run = "<w:r><w:t>moved </w:t></w:r>"
+    body = f"<w:moveFrom>{run}</w:moveFrom><w:r><w:t>here </w:t></w:r><w:moveTo>{run}</w:moveTo>"
+    xml = f'<w:document xmlns:w="{space}"><w:body><w:p>{body}</w:p></w:body></w:document>'
+    assert text_of(zipped({"word/document.xml": xml}), "a.docx") == "here moved"
+    rtf = rb"{\rtf1 It costs {\deleted 5 }{\v hidden}\v0 7 euros.}"
+    assert text_of(rtf, "a.rtf") == "It costs 7 euros."
+
+
+def test_bytes_of_rtf_are_of_their_font() -> None:
+    fonts = rb"{\fonttbl{\f0\fcharset0 Arial;}{\f1\fswiss\fcharset204{\*\fname A;}Arial Cyr;}}"
+    rtf = rb"{\rtf1\ansi\ansicpg1252" + fonts + rb"\f0 Caf\'e9\emspace {\f1 \'cc\'e8\'f0} \'e9}"
+    assert text_of(rtf, "a.rtf") == "Café Мир é"
+    assert text_of(rb"{\rtf1\mac Caf\'8e}", "a.rtf") == "Café"
+
+
+def test_a_mail_is_read_whole_and_once() -> None:
+    def part(kind: str, text: str) -> str:
+        return f"--b\nContent-Type: text/{kind}\n\n{text}\n"
+
+    def mail(kind: str, *parts: str) -> str:
+        head = f"Subject: S\nContent-Type: multipart/{kind}; boundary=b\n\n"
+        return text_of(f"{head}{''.join(parts)}--b--\n".encode(), "a.eml")
+
+    page, footer = part("html", "<p>The price is 7.</p>"), part("plain", "To unsubscribe")
+    assert mail("mixed", page, footer) == "S\n\nThe price is 7.\n\nTo unsubscribe"
+    assert mail("alternative", footer, page) == "S\n\nTo unsubscribe"
+    assert mail("alternative", part("plain", " "), page) == "S\n\nThe price is 7."

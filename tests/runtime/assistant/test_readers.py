@@ -280,6 +280,44 @@ def test_a_page_may_declare_any_charset(charset: str) -> None:
     assert readers.read_bytes(page, "a.html").text == "Grüße \\ud800"
 
 
+@pytest.mark.parametrize(
+    ("charset", "text"),
+    [
+        ("iso-8859-1", "“quoted” – 5 €"),
+        ("us-ascii", "naïve “text”"),
+        ("gb2312", "镕基 喆 ￥"),
+        ("shift_jis", "①～㈱"),
+        ("ks_c_5601-1987", "뷁 한국"),
+        ("euc-kr", "똠방각하"),
+        ("tis-620", "ภาษาไทย"),
+        ("Big5", "香港 囍"),
+        ("windows-1251", "Привет"),
+    ],
+)
+def test_a_charset_is_read_as_browsers_do(charset: str, text: str) -> None:
+    wider = {"iso-8859-1": "cp1252", "us-ascii": "cp1252", "gb2312": "gbk", "shift_jis": "cp932"}
+    wider |= {"ks_c_5601-1987": "cp949", "euc-kr": "cp949", "tis-620": "cp874"}
+    data = text.encode(wider.get(charset, charset.lower()))
+    page = b"<meta charset=%s><p>%s" % (charset.encode(), data)
+    assert readers.read_bytes(page, "a.html").text == text
+    mail = b"Subject: S\nContent-Type: text/plain; charset=%s\n\n%s" % (charset.encode(), data)
+    assert readers.read_bytes(mail, "a.eml").text == f"S\n\n{text}"
+    chapter = b'<?xml version="1.0" encoding="%s"?><p>%s</p>' % (charset.encode(), data)
+    assert readers.read_bytes(chapter, "a.xhtml").text == text
+
+
+def test_bytes_that_a_charset_lacks_do_not_change_it() -> None:
+    page = b"<meta charset=gbk><p>" + "中文".encode("gbk") + b"\xff\xff" + "字".encode("gbk")
+    text = readers.read_bytes(page, "a.html").text
+    assert text.startswith("中文")
+    assert text.endswith("字")
+
+
+def test_a_power_is_no_number_of_more_digits() -> None:
+    page = b"<p>10<sup>6</sup> of 10<sup>-3</sup> m<sup>2</sup>, the 1<sup>st</sup>, 1990<sup>[3]"
+    assert readers.read_bytes(page, "a.html").text == "10^6 of 10^-3 m2, the 1st, 1990[3]"
+
+
 def test_a_name_that_is_no_utf8_is_readable(tmp_path: Path) -> None:
     file = tmp_path / os.fsdecode(b"caf\xe9.txt")
     file.write_text("Text.")
