@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,9 +69,11 @@ def main() -> int:
                 run(*shlex.split(line))
         else:
             link()
-            with compiling(sys.executable, BUILDS):
+            with compiling() as compiler:
+                compiler(sys.executable, BUILDS)
                 install("dev")
-            test() if sys.argv[1] == "test" else coverage()
+                compiler(str(PYTHON), ARM_BUILDS)
+                test() if sys.argv[1] == "test" else coverage()
     except subprocess.CalledProcessError as error:
         print(f"\nfailed with status {error.returncode}: {shlex.join(error.cmd)}", file=sys.stderr)
         return 1
@@ -83,10 +85,13 @@ def install(extra: str) -> None:
     """The package with an extra into ``.venv``, in place: edits count at once."""
     if not PYTHON.exists():
         run(sys.executable, "-m", "venv", str(VENV))
-    pip = (str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    # The exact torch first: a newer one would bring gigabytes that nobody here uses.
-    run(*pip, "torch==2.13.0")
-    run(*pip, "--editable", f".[{extra}]")
+    # Python compiles what it imports. To compile all that is installed would take over a minute.
+    pip = (str(PYTHON), "-m", "pip", "install", "--quiet", "--no-compile")
+    pip += ("--disable-pip-version-check",)
+    # Python 3.11 brings a pip that takes a minute to find versions that fit together.
+    run(*pip, "--upgrade", "pip", check=False)
+    # This torch: a newer one would bring gigabytes that nobody here uses.
+    run(*pip, "torch==2.13.0", "--editable", f".[{extra}]")
 
 
 def link() -> None:
@@ -98,35 +103,44 @@ def link() -> None:
 
 
 @contextmanager
-def compiling(python: str, builds: tuple[str, ...]) -> Iterator[None]:
-    """Compile while the block runs, which keeps one core busy at most.
+def compiling() -> Iterator[Callable[[str, tuple[str, ...]], None]]:
+    """What compiles while other things run, with what they leave of the cores.
 
-    Compiled objects stay in the cache. A build that fails, as without sanitizers, is left to the
-    test that needs it.
+    Compiled objects stay in the cache, where a test that needs them waits for the rest. A build
+    that fails, as without sanitizers, is left to the test that needs it.
     """
-
-    def build() -> None:
-        for options in builds:
-            command = (python, "-m", "pocketslm.runtime.ops.build", *options.split())
-            run(*command, check=False, PYTHONPATH=str(IMPORTS))
-
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(build)
-        yield
-    done.result()
+
+        def build(python: str, builds: tuple[str, ...]) -> None:
+            for options in builds:
+                command = ("nice", python, "-m", "pocketslm.runtime.ops.build", *options.split())
+                pool.submit(run, *command, check=False, PYTHONPATH=str(IMPORTS))
+
+        try:
+            yield build
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def test() -> None:
     run("ruff", "format", "--check", ".")
     run("ruff", "check", ".")
     run("python", "tests/house.py")
-    with compiling(str(PYTHON), ARM_BUILDS):
-        names = [f"-ppocketslm.{name}" for name in PACKAGES]
-        names += [f"-mpocketslm.{name}" for name in MODULES]
-        run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=IMPORTS)
-        # Warnings are errors. The variable silences a notice about future versions of mkdocs.
-        run("mkdocs", "build", "--quiet", "--strict", NO_MKDOCS_2_WARNING="1")
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(types), pool.submit(site)]:
+            done.result()
     run(*PYTEST, OMP_NUM_THREADS="1")
+
+
+def types() -> None:
+    names = [f"-ppocketslm.{name}" for name in PACKAGES]
+    names += [f"-mpocketslm.{name}" for name in MODULES]
+    run("mypy", "--config-file", str(ROOT / "pyproject.toml"), *names, cwd=IMPORTS)
+
+
+def site() -> None:
+    # Warnings are errors. The variable silences a notice about future versions of mkdocs.
+    run("mkdocs", "build", "--quiet", "--strict", NO_MKDOCS_2_WARNING="1")
 
 
 def coverage() -> None:

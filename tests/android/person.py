@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kivy.animation import Animation
 from kivy.clock import Clock
 from kivy.core.window import Window
 from kivy.tests.common import UnitTestTouch
@@ -24,6 +25,7 @@ Walk = Iterator[float]
 """What a person does: each yield waits so many seconds, while the app goes on."""
 
 PATIENCE = 300.0  # seconds until the app counts as stuck; nothing is timed
+BRIEFLY = 0.3  # seconds; what is scheduled for later than that is no answer to a touch
 
 
 class Person:
@@ -33,6 +35,7 @@ class Person:
         self.app, self.shots = app, shots
         self.frames = 0
         self._failure: BaseException | None = None
+        self._step: Callable[..., None] | None = None
 
     def run(self, walk: Walk) -> None:
         """Start the app, walk, end the app."""
@@ -49,6 +52,7 @@ class Person:
         def frame(_: float) -> None:
             self.frames += 1
 
+        self._step = step
         Clock.schedule_interval(frame, 0)
         Clock.schedule_once(step, 0.5)
         self.app.run()
@@ -103,9 +107,9 @@ class Person:
         assert 0 <= y < Window.height, f"{label!r} is not on the screen"
         touch = UnitTestTouch(x, y)
         touch.touch_down()
-        yield 0.1
+        yield 0.05
         touch.touch_up()
-        yield 0.4  # a page waits a moment whether it is to scroll
+        yield from self.settle()
 
     def type(self, text: str) -> Walk:
         """Type into the field that has the focus."""
@@ -117,14 +121,33 @@ class Person:
         if not Window.dispatch("on_key_down", code, 0, None, []):
             Window.dispatch("on_keyboard", code, 0, None, [])
         Window.dispatch("on_key_up", code, 0)
-        yield 0.4
+        yield from self.settle()
 
     def wait(self, holds: Callable[[], bool], what: str) -> Walk:
         end = time.monotonic() + PATIENCE
         while not holds():
             assert time.monotonic() < end, f"waited {PATIENCE:.0f} s for {what}"
-            yield 0.1
-        yield 0.4  # until everything has its place
+            yield 0.05
+        yield from self.settle()
+
+    def settle(self) -> Walk:
+        """Wait until all has its place: the app has done what it does by and by.
+
+        A page waits a moment whether a touch scrolls it; sheets and pages move in.
+        """
+        still = 0
+        while still < 3:  # frames, since what is done may schedule more
+            still = 0 if self._moves() else still + 1
+            yield 0
+
+    def _moves(self) -> bool:
+        if Animation._instances:
+            return True
+        return any(
+            not event.loop and event.is_triggered and event.timeout <= BRIEFLY
+            for event in Clock.get_events()
+            if event.get_callback() is not self._step
+        )
 
     def answered(self) -> Walk:
         """Wait for the end of the task that was begun."""

@@ -36,7 +36,9 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
     sys.addaudithook(watch)
     from kivy.config import Config
 
-    for name, value in (("width", PHONE[0]), ("height", PHONE[1]), ("multisamples", 4)):
+    # Smooth edges are for the pictures: without a graphics card they are most of all the work.
+    samples = 4 if shots else 0
+    for name, value in (("width", PHONE[0]), ("height", PHONE[1]), ("multisamples", samples)):
         Config.set("graphics", name, str(value))
     from kivy.core.clipboard import Clipboard
     from kivy.core.window import Window
@@ -78,7 +80,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         yield from me.key(ESCAPE)
         yield from me.tap("Remove: locked")
         yield from me.tap("Remove")
-        yield 0.4
+        yield from me.settle()
         yield from me.tap("Add a document")
         yield from me.tap("Apollo 8.txt")
         yield from me.wait(lambda: me.says("Ask a question"), "the document")
@@ -92,7 +94,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         yield from me.tap("model")
         yield from me.tap("Choose this folder")
         yield from me.wait(lambda: app.ready(), "the import")
-        yield 0.3
+        yield from me.settle()
         (name,) = [card.name for card in app.models.list()]
         assert me.says("MB free: fits")
         assert me.says("at most")
@@ -118,7 +120,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         assert "1968" in app.screen("document").document.text[citation.start : citation.end]
         app.screen("document").ids.answers.scroll_y = 0
         yield from me.tap("Passage 1")
-        yield 0.3
+        yield from me.settle()
         assert app.screen("document").part == "document"
         marked = [p for p in app.screen("document").ids.reader._passages() if p.marks]
         assert marked
@@ -138,7 +140,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         yield from me.tap("Rename")
         me.find("Rename").text = "Apollo 8"
         yield from me.tap("Save")
-        yield 0.4
+        yield from me.settle()
         yield from me.tap("Assistant")
         yield from me.tap("Questions")
         yield from me.answered()
@@ -166,7 +168,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         yield from me.type("Remind me tomorrow at 9 to read the Apollo report")
         yield from me.tap("Action")
         yield from me.wait(lambda: me.says("Do this?"), "the proposal")
-        yield 0.4
+        yield from me.settle()
         yield from me.shot("action")
         assert app.phone.done == []
         # What a person corrects counts, and what cannot be keeps the sheet open.
@@ -198,7 +200,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         assert app.rtl
         yield from me.tap("المكتبة")
         yield from me.tap("فتح: Apollo 8")
-        yield 0.3
+        yield from me.settle()
         yield from me.shot("arabic-dark")
         yield from me.tap("الإعدادات")
         yield from me.tap("English")
@@ -224,9 +226,9 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         yield from me.type("Who was")
         Window.size = TABLET
         yield from me.wait(lambda: app.wide, "the wide layout")
-        yield 0.5
+        yield 0.5  # until the window has been told
         app.screen("document").show(app.library.history(1)[-1].answer.citations[0])
-        yield 0.5
+        yield from me.settle()
         yield from me.shot("tablet")
         assert app.on_pause()
         app.low_memory()
@@ -289,7 +291,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         assert answer.text in Clipboard.paste()
         yield from me.tap(f"Share: {QUESTION}")
         yield from me.wait(lambda: me.says("Do this?"), "the sheet")
-        yield 0.4
+        yield from me.settle()
         yield from me.tap("Do it")
         text = app.phone.done[-1].arguments["text"]
         assert answer.text in text
@@ -307,7 +309,7 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         for at in (1, 0):
             yield from me.tap(f"Remove: expenses {at}")
             yield from me.tap("Remove")
-            yield 0.4
+            yield from me.settle()
         yield from me.wait(lambda: app._workers["engine"].current is None, "the end of the work")
         assert [entry.title for entry in app.library.entries()] == ["Apollo 8"]
         yield from me.tap("Open: Apollo 8")
@@ -317,11 +319,11 @@ def main(work: Path, bundle: Path, shots: Path | None) -> None:
         assert app.place == "library"
         yield from me.tap("Remove: Apollo 8")
         yield from me.tap("Cancel")
-        yield 0.4
+        yield from me.settle()
         assert len(app.library.entries()) == 1
         yield from me.tap("Remove: Apollo 8")
         yield from me.tap("Remove")
-        yield 0.4
+        yield from me.settle()
         assert me.says("Nothing here yet")
 
     def walk() -> Walk:
