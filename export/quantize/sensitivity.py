@@ -25,12 +25,13 @@ from pocketslm.models.config import ModelConfig
 from pocketslm.models.reference import load_reference, parameter_shapes
 from pocketslm.models.sites import LAYERS, layer_matrices
 from pocketslm.models.sites import Site as LayerSite
-from pocketslm.models.tensors import QuantTensor, stored_bytes
+from pocketslm.models.tensors import stored_bytes
 
 Site = tuple[str, ...]  # names of matrices
 Losses = dict[Site, dict[int, float]]  # mean KL in nats, by bits
 WIDTHS = (2, 3, 4, 5, 6, 8)
 _RUN = 2  # widths, the narrowest, that the model is run for
+_ROWS = 4096  # of a matrix, about; their errors tell what the other widths lose
 # Tokens that losses are measured on; logits are made of every second one: neighbours suffer alike,
 # and a large head costs more than the layers.
 _TOKENS, _EVERY = 1024, 2
@@ -237,32 +238,38 @@ def _losses(
     weights = {name: model.get_parameter(name) for name in site}
     originals = {name: weight.clone() for name, weight in weights.items()}
     losses: dict[int, float] = {}
-    errors: dict[int, float] = {}
-    for bits in widths:
-        errors[bits] = 0.0
-        for name, original in originals.items():
-            stored = _rounded(name, original, _spec(recipe, name, bits), recipe, read)
-            weights[name].copy_(torch.from_numpy(stored.dequantize()))
-            lost = weights[name] - original
-            errors[bits] += float((lost * (lost if read is None else lost @ read)).sum())
-        if len(losses) < _RUN:
-            last = bits
-            losses[bits] = divergence()
-        else:
-            losses[bits] = losses[last] * errors[bits] / max(errors[last], 1e-30)
+    for bits in widths[:_RUN]:
+        for name, weight in weights.items():
+            weight.copy_(_rounded(name, originals[name], bits, recipe, read))
+        losses[bits] = divergence()
     for name, weight in weights.items():
         weight.copy_(originals[name])
-    return losses
+
+    def error(bits: int) -> float:
+        """Of what the matrices make of their inputs, squared; of as many rows as tell."""
+        total = 0.0
+        for name, original in originals.items():
+            rows = original[:: max(1, len(original) // _ROWS)]
+            lost = _rounded(name, rows, bits, recipe, read) - rows
+            square = (lost * (lost if read is None else lost @ read)).sum()
+            total += float(square) * len(original) / len(rows)
+        return total
+
+    last = widths[:_RUN][-1]
+    scale = losses[last] / max(error(last), 1e-30)
+    return losses | {bits: scale * error(bits) for bits in widths[_RUN:]}
 
 
-def _rounded(
-    name: str, weight: Tensor, spec: Spec, recipe: Recipe, read: Tensor | None
-) -> QuantTensor:
-    """A matrix as the export rounds it; ``read``: ``X^T X`` of its inputs, if that plays a part."""
+def _rounded(name: str, weight: Tensor, bits: int, recipe: Recipe, read: Tensor | None) -> Tensor:
+    """A matrix, or rows of it, as the export rounds them; ``read``: ``X^T X`` of their inputs, if
+    that plays a part."""
+    spec = _spec(recipe, name, bits)
     if read is None or recipe.calibration is None:
-        return round_to_grid(weight, spec, recipe.fit)
-    damping = calibration.damping(name)
-    return calibration.round_for(weight, read, spec, recipe.fit, recipe.use_gptq, damping)
+        stored = round_to_grid(weight, spec, recipe.fit)
+    else:
+        options = recipe.fit, recipe.use_gptq, calibration.damping(name)
+        stored = calibration.round_for(weight, read, spec, *options)
+    return torch.from_numpy(stored.dequantize()).to(weight.device)
 
 
 def _logits(model: Any, index: int, x: Tensor) -> Tensor:
