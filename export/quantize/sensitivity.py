@@ -3,16 +3,16 @@
 What a matrix suffers is measured, not guessed: the KL divergence of the model's answers when it
 alone is rounded as the export will round it, on text that the rounding has not seen. Matrices that
 read the same input are taken together; the embedding is one of them, with the output head where
-both are one matrix. Each byte then goes where it buys the most KL.
+both are one matrix. The bytes then go where they buy the most KL together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +31,7 @@ Site = tuple[str, ...]  # names of matrices
 Losses = dict[Site, dict[int, float]]  # mean KL in nats, by bits
 WIDTHS = (2, 3, 4, 5, 6, 8)
 _RUN = 2  # widths, the narrowest, that the model is run for
+_STEPS = 20_000  # of the size, in which it is given out
 _ROWS = 4096  # of a matrix, about; their errors tell what the other widths lose
 # Tokens that losses are measured on; logits are made of every second one: neighbours suffer alike,
 # and a large head costs more than the layers.
@@ -104,45 +105,36 @@ def allocate(
 ) -> dict[Site, int]:
     """The bits of each site, with the least sum of ``losses`` that ``room`` bytes buy at ``costs``.
 
-    Steps from width to width are taken in the order of what they buy a byte, those of a site along
-    the lower convex hull of its losses, while they fit. What is left then goes to single steps.
+    A knapsack, filled site by site for every size at once, in steps of room / 20,000; what the
+    steps leave then goes to single sites. An embedding may be most of the bytes: taken by what each
+    byte buys, it would get a bit less than is best wherever its next step does not quite fit.
     """
-    chosen = {site: min(by_bits) for site, by_bits in costs.items()}
+    least = {site: min(by_bits.values()) for site, by_bits in costs.items()}
+    free = room - sum(least.values())
+    step = max(1, free // _STEPS)
+    best = np.zeros(free // step + 1)  # of the sites so far, by the steps that they may take
+    choices: list[np.ndarray[Any, Any]] = []  # the index of a site's width
+    steps = {
+        site: {bits: -((least[site] - cost) // step) for bits, cost in by_bits.items()}
+        for site, by_bits in costs.items()
+    }
+    for site, by_bits in steps.items():
+        with_it = np.full((len(by_bits), len(best)), np.inf)
+        for row, (bits, taken) in zip(with_it, by_bits.items(), strict=True):
+            if taken < len(best):
+                row[taken:] = best[: len(best) - taken] + losses[site][bits]
+        choices.append(with_it.argmin(0))
+        best = with_it.min(0)
+    chosen, at = {}, len(best) - 1
+    for (site, by_bits), choice in zip(reversed(steps.items()), reversed(choices), strict=True):
+        chosen[site] = list(by_bits)[choice[at]]
+        at -= by_bits[chosen[site]]
     room -= sum(costs[site][bits] for site, bits in chosen.items())
-    steps = [
-        (_slope(losses[site], costs[site], a, b), site, b)
-        for site in costs
-        for a, b in pairwise(_hull(losses[site], costs[site]))
-    ]
-    for _, site, bits in sorted(steps, key=lambda step: step[0], reverse=True):
-        price = costs[site][bits] - costs[site][chosen[site]]
-        if price <= room and bits > chosen[site]:
-            chosen[site], room = bits, room - price
     while upgrades := list(_affordable(losses, costs, chosen, room)):
         _, site, bits = max(upgrades)
         room -= costs[site][bits] - costs[site][chosen[site]]
         chosen[site] = bits
     return chosen
-
-
-def _slope(losses: Mapping[int, float], costs: Mapping[int, int], a: int, b: int) -> float:
-    """The loss that a byte saves between two widths."""
-    return (losses[a] - losses[b]) / (costs[b] - costs[a])
-
-
-def _hull(losses: Mapping[int, float], costs: Mapping[int, int]) -> list[int]:
-    """The widths on the lower convex hull of loss over bytes, the narrowest first."""
-    hull: list[int] = []
-    for bits in sorted(costs):
-        if hull and losses[bits] >= losses[hull[-1]]:
-            continue
-        while len(hull) > 1:
-            last, before = hull[-1], hull[-2]
-            if _slope(losses, costs, before, last) > _slope(losses, costs, last, bits):
-                break
-            hull.pop()
-        hull.append(bits)
-    return hull
 
 
 def _affordable(
