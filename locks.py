@@ -14,7 +14,12 @@ def lock(folder: Path, *, wait: bool = True) -> int | None:
     - ``wait``: wait for another process that has the lock. It is then also an open file where the
       file system has no locks. Without it the answer is None where the lock cannot be had.
     """
-    held = _open(folder)
+    try:
+        held = _open(folder)
+    except FileNotFoundError:  # its owner removed it meanwhile
+        if wait:
+            raise
+        return None
     try:
         _hold(held, wait)
     except OSError:

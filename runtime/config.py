@@ -80,9 +80,9 @@ class GenerationConfig:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop_strings, str | list):  # as transformers takes them
-            one = isinstance(self.stop_strings, str)
-            stops = (self.stop_strings,) if one else tuple(self.stop_strings)
+        given: object = self.stop_strings
+        if isinstance(given, str | list):  # as transformers takes them
+            stops = (given,) if isinstance(given, str) else tuple(given)
             object.__setattr__(self, "stop_strings", stops)
         count, seed, guesses = self.max_new_tokens, self.seed, self.prompt_lookup_num_tokens
         held = [name for name in CONSTRAINTS if getattr(self, name) is not None]

@@ -63,6 +63,23 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     assert (out / "file").read_text() == "first"
 
 
+def test_a_folder_that_its_owner_removes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes keep files in one folder: what one lists the other may be done with."""
+    with folders.aside(tmp_path) as other:
+        kept = folders.lock
+
+        def late(folder: Path, *, wait: bool = True) -> int | None:
+            if folder == other:
+                other.rmdir()
+            return kept(folder, wait=wait)
+
+        monkeypatch.setattr(folders, "lock", late)
+        with folders.aside(tmp_path) as mine:
+            assert names(tmp_path) == [mine.name]
+
+
 def test_a_second_one_without_overwrite_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
 
