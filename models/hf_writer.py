@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pocketslm.errors import CheckpointError
 from pocketslm.models import architectures
+from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.checkpoint import Checkpoint, one_line, write_origin
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.pooling import write_pooling
 from pocketslm.models.reference import load_reference
 
+_DEFAULT = "the default"  # of a field that is left out
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -56,5 +61,36 @@ def _object(data: bytes, name: str) -> dict[str, Any]:
 
 
 def hf_config(c: ModelConfig) -> dict[str, Any]:
-    """``config.json`` as transformers reads it."""
-    return architectures.by_name(c.architecture).write_hf(c)
+    """``config.json`` as transformers reads it.
+
+    Raises CheckpointError where the family's fields cannot say what the model is, as some that came
+    from a GGUF or were pruned.
+    """
+    architecture = architectures.by_name(c.architecture)
+    data = architecture.write_hf(c)
+    again = architecture.read_hf(Fields(json.loads(json.dumps(data)), "config.json"))
+    if not c.head:  # that is said beside it
+        again = replace(again, head=False, tie_word_embeddings=False, pooling=c.pooling)
+    if (where := _difference(c.to_dict(), again.to_dict())) is not None:
+        raise CheckpointError(
+            f"a config.json of {architecture.name} cannot say this model's {where}; export it "
+            "without writing it back"
+        )
+    return data
+
+
+def _difference(one: Any, other: Any, where: str = "configuration") -> str | None:
+    """Where two descriptions differ by more than rounding; None: nowhere."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        names = [*one, *(name for name in other if name not in one)]
+        pairs = [(one.get(name, _DEFAULT), other.get(name, _DEFAULT), name) for name in names]
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            return where
+        pairs = [(a, b, where) for a, b in zip(one, other, strict=True)]
+    elif isinstance(one, float) and isinstance(other, float):
+        return None if math.isclose(one, other, rel_tol=1e-6) else where
+    else:
+        return None if one == other else where
+    found = (_difference(a, b, name) for a, b, name in pairs if name != "declared")
+    return next((name for name in found if name is not None), None)

@@ -140,7 +140,7 @@ class WithAdapter(Updated):
         for ours, shape in parameter_shapes(self.config).items():
             if len(shape) == 2:
                 wanted.setdefault(self._map.stored(ours), {})[ours] = shape
-        found = set()
+        found: set[str] = set()
         for name, given in shapes.items():
             suffix = next((suffix for suffix in _FACTORS if name.endswith(suffix)), None)
             stored = f"{name.removeprefix(_PREFIX).removesuffix(suffix or '')}.weight"
@@ -171,7 +171,7 @@ class WithAdapter(Updated):
 
     def factors(self) -> dict[str, Array]:
         """All A [r, in] and B [out, r] by PEFT's names; B times the scale."""
-        found = {}
+        found: dict[str, Array] = {}
         with self._open() as file:
             for name in sorted(self._names):
                 a, b = self._pair(file, name)

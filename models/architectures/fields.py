@@ -145,6 +145,15 @@ class Fields:
             )
 
 
+def need_pattern(f: Fields, every: int, usual: int) -> None:
+    """CheckpointError where layers are to repeat after ``every`` and the family has ``usual``."""
+    if every != usual and f("layer_types") is None:
+        raise CheckpointError(
+            f"{f.where}: sliding_window_pattern is {every} without layer_types; transformers does "
+            f"not read it in this family, which has {usual}"
+        )
+
+
 def layer_types(f: Fields, layers: int, pattern: list[str], known: Collection[str]) -> list[str]:
     """``layer_types``, or what the family's ``pattern`` says where the field is absent."""
     value = f("layer_types", pattern)

@@ -25,7 +25,7 @@ from pocketslm.models.architectures.base import (
     written_rotaries,
     written_windows,
 )
-from pocketslm.models.architectures.fields import Fields, layer_types
+from pocketslm.models.architectures.fields import Fields, layer_types, need_pattern
 from pocketslm.models.architectures.weights import WeightMap
 from pocketslm.models.config import Attention, Layer, Mlp, ModelConfig, Rotary
 
@@ -70,6 +70,7 @@ class Gemma2(Architecture):
     act_field: ClassVar[str] = "hidden_activation"
     tied_by_default: ClassVar[bool] = True
     pattern: ClassVar[int] = 2  # every so many layers one sees everything
+    reads_pattern: ClassVar[bool] = False
     # Of scores and of logits, where the config names none; so in llama.cpp.
     default_caps: ClassVar[tuple[float | None, float | None]] = (50.0, 30.0)
 
@@ -77,6 +78,8 @@ class Gemma2(Architecture):
         window = f.integer("sliding_window", 4096)
         every = f.integer("_sliding_window_pattern", self.pattern, least=0) or self.pattern
         every = f.integer("sliding_window_pattern", every, least=0) or every
+        if not self.reads_pattern:
+            need_pattern(f, every, self.pattern)
         default = [FULL if (i + 1) % every == 0 else SLIDING for i in range(count)]
         kinds = layer_types(f, count, default, (SLIDING, FULL))
         full = self.hf_attention(f)
@@ -139,6 +142,7 @@ class Gemma3(Gemma2):
 
     hf: WeightMap = field(default=_map(*QK_NORMS, ignored=VISION))
     pattern: ClassVar[int] = 6
+    reads_pattern: ClassVar[bool] = True
     default_theta: ClassVar[float] = 1e6
     default_caps: ClassVar[tuple[float | None, float | None]] = (None, None)
 

@@ -20,7 +20,7 @@ from pocketslm.models.architectures.base import (
     written_rotaries,
     written_windows,
 )
-from pocketslm.models.architectures.fields import Fields, layer_types
+from pocketslm.models.architectures.fields import Fields, layer_types, need_pattern
 from pocketslm.models.architectures.weights import WeightMap
 from pocketslm.models.config import Attention, Layer, ModelConfig, Rotary
 
@@ -53,6 +53,8 @@ class Olmo2(Architecture):
 class Windowed(Olmo2):
     """Layers with a window beside layers that see everything."""
 
+    reads_pattern: ClassVar[bool] = False
+
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         window, every = f.stated("sliding_window", 4096), f("sliding_window_pattern")
         if isinstance(every, str):
@@ -60,6 +62,8 @@ class Windowed(Olmo2):
         else:  # 0 where there is no window
             every = f.integer("sliding_window_pattern", 4, least=0)
         every = every or 4
+        if not self.reads_pattern:
+            need_pattern(f, every, 4)
         pattern = [FULL if (i + 1) % every == 0 else SLIDING for i in range(count)]
         pattern = [FULL] * count if window is None else pattern
         kinds = layer_types(f, count, pattern, (SLIDING, FULL))
@@ -108,6 +112,7 @@ class Exaone4(Windowed):
     """Beside windows, layers that see everything have no positions."""
 
     qk_norm: ClassVar[Literal["head", "full"]] = "head"
+    reads_pattern: ClassVar[bool] = True
 
     def beside_windows(self, full: Attention) -> Attention:
         return replace(full, rotary=None)

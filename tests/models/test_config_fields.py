@@ -4,6 +4,7 @@ them, or refused."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig
 
 from pocketslm.errors import CheckpointError
 from pocketslm.models.checkpoint import open_checkpoint
-from pocketslm.models.hf_writer import save_hf
+from pocketslm.models.hf_writer import hf_config, save_hf
 from pocketslm.models.reference import load_reference
 
 MAX_LOGIT_ERROR = 1e-3
@@ -108,6 +109,8 @@ def test_a_window_that_is_not_named_is_the_familys(name: str, tmp_path: Path) ->
             "partial_rotary_factor is 0.25, which",
         ),
         ("gemma3", {"rope_parameters": {"rope_theta": 7000.0}}, "no entry for each of"),
+        ("gemma2", {"layer_types": GONE, "sliding_window_pattern": 3}, "pattern is 3 without"),
+        ("olmo3", {"layer_types": GONE, "sliding_window_pattern": 2}, "pattern is 2 without"),
     ],
 )
 def test_fields_that_programs_read_differently_are_refused(
@@ -177,3 +180,13 @@ def test_what_transformers_saves_of_a_model_that_sees_is_read(
     ours = load_reference(checkpoint)
     assert float((ours(IDS, ours.empty_cache())[0] - expected).abs().max()) <= MAX_LOGIT_ERROR
     assert checkpoint.config.tie_word_embeddings == fields.get("tie_word_embeddings", True)
+
+
+def test_what_a_family_cannot_say_is_not_written(tmp_path: Path) -> None:
+    """EXAONE 4's layers without positions stand beside windows alone."""
+    folder, _ = write_folder(tmp_path, ROWS["exaone4 windows"])
+    config = open_checkpoint(folder).config
+    assert hf_config(config)["model_type"] == "exaone4"
+    alone = replace(config, stored_layers=config.stored_layers[3:])
+    with pytest.raises(CheckpointError, match="cannot say this model's rotary"):
+        hf_config(alone)
