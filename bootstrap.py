@@ -86,7 +86,8 @@ def install(extra: str) -> None:
     if not PYTHON.exists():
         run(sys.executable, "-m", "venv", str(VENV))
     # Python compiles what it imports. To compile all that is installed would take over a minute.
-    pip = (str(PYTHON), "-m", "pip", "install", "--quiet", "--no-compile")
+    # Twice quiet: pip 26 shows what setuptools says of every folder without Python files.
+    pip = (str(PYTHON), "-m", "pip", "install", "-qq", "--no-compile")
     pip += ("--disable-pip-version-check",)
     # Python 3.11 brings a pip that takes a minute to find versions that fit together.
     run(*pip, "--upgrade", "pip", check=False)

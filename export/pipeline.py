@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -36,8 +37,11 @@ from pocketslm.models.tensors import QuantTensor, floats
 from pocketslm.runtime.adapters import PREFIX, SUFFIX, read_updates
 from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, file_entry
 from pocketslm.runtime.config import generation_defaults
+from pocketslm.runtime.tokenizer import Tokenizer, load_tokenizer
+from pocketslm.runtime.tokenizer.identity import Identity
 
 Progress = Callable[[str, float], None]
+Reader = Callable[[], Tokenizer]  # reads the bundle's tokenizer, once for all who ask
 
 
 def export_bundle(
@@ -106,8 +110,9 @@ def export_bundle(
         traced = trace(checkpoint.config, recipe.context)
         progress("trace", 1.0)
         stored.notes += notes
+        tokenizer = functools.cache(functools.partial(load_tokenizer, folder))
         graphs = [
-            lower(traced, recipe, stored, folder, progress)
+            lower(traced, recipe, stored, folder, tokenizer, progress)
             for target, lower in _LOWERINGS.items()
             if target in recipe.targets
         ]
@@ -151,7 +156,6 @@ def _calibration(recipe: Recipe, folder: Path, config: ModelConfig) -> tuple[Rec
     if recipe.calibration is None:
         return recipe, None
     from pocketslm.export.calibration_text import calibration_sha256, calibration_windows
-    from pocketslm.runtime.tokenizer import load_tokenizer
 
     text, tokens = recipe.calibration, recipe.calibration_tokens
     window = min(recipe.calibration_window, config.max_position_embeddings)
@@ -243,17 +247,21 @@ def update_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _lower_native(
-    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
+    traced: Traced,
+    recipe: Recipe,
+    weights: StoredWeights,
+    folder: Path,
+    tokenizer: Reader,
+    progress: Progress,
 ) -> Graph:
     """``model.slm``, with tokenizer and chat template inside where the runner covers them."""
     from pocketslm.export.lower import native
     from pocketslm.export.lower.native_chat import chat_parts
     from pocketslm.export.lower.native_tokenizer import pack_tokenizer
-    from pocketslm.runtime.tokenizer import load_tokenizer
 
     progress("lower to native", 0.0)
     packed, reason = pack_tokenizer((folder / "tokenizer.json").read_bytes())
-    chat, no_chat = chat_parts(load_tokenizer(folder))
+    chat, no_chat = chat_parts(tokenizer())
     if packed is None:
         weights.notes.append(f"pocketslm-run takes token ids of this model, not text: {reason}")
     elif no_chat and traced.config.head:
@@ -274,7 +282,12 @@ def _lower_native(
 
 
 def _lower_onnx(
-    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
+    traced: Traced,
+    recipe: Recipe,
+    weights: StoredWeights,
+    folder: Path,
+    tokenizer: Reader,
+    progress: Progress,
 ) -> Graph:
     """``model.onnx``, its data, and ``genai_config.json`` of a model that generates text."""
     from pocketslm.export.lower import onnx
@@ -291,13 +304,18 @@ def _lower_onnx(
     if len({(a.kv_heads, a.head_dim) for a in config.attentions}) != 1:
         weights.notes.append("onnxruntime-genai cannot run layers with different KV heads")
     if config.head:  # it runs nothing else
-        description = genai_config(config, traced.context, folder)
+        description = genai_config(config, traced.context, folder, tokenizer().identity)
         (folder / GENAI_CONFIG).write_text(json.dumps(description, indent=4) + "\n")
     return Graph("onnx", onnx.GRAPH_FILE, traced.context, recipe.dtype)
 
 
 def _lower_onnx_native(
-    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
+    traced: Traced,
+    recipe: Recipe,
+    weights: StoredWeights,
+    folder: Path,
+    tokenizer: Reader,
+    progress: Progress,
 ) -> Graph:
     """``pocketslm.onnx`` over the ``model.slm`` that is there already."""
     from pocketslm.export.lower import onnx_native
@@ -307,10 +325,15 @@ def _lower_onnx_native(
 
 
 def _lower_executorch(
-    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
+    traced: Traced,
+    recipe: Recipe,
+    weights: StoredWeights,
+    folder: Path,
+    tokenizer: Reader,
+    progress: Progress,
 ) -> Graph:
     """``model.pte``, which ExecuTorch's LLM runner takes with the ``tokenizer.json`` beside it."""
-    bos, eos = _ends(folder)
+    bos, eos = _ends(tokenizer().identity)
     with _no_warnings():
         from pocketslm.export.lower import executorch
 
@@ -340,10 +363,15 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _lower_executorch_native(
-    traced: Traced, recipe: Recipe, weights: StoredWeights, folder: Path, progress: Progress
+    traced: Traced,
+    recipe: Recipe,
+    weights: StoredWeights,
+    folder: Path,
+    tokenizer: Reader,
+    progress: Progress,
 ) -> Graph:
     """``pocketslm.pte``, with a copy of the ``model.slm`` that is there already."""
-    bos, eos = _ends(folder)
+    bos, eos = _ends(tokenizer().identity)
     with _no_warnings():
         from pocketslm.export.lower import executorch_native
 
@@ -368,14 +396,11 @@ _LOWERINGS = {
 }
 
 
-def _ends(folder: Path) -> tuple[int, list[int]]:
+def _ends(identity: Identity) -> tuple[int, list[int]]:
     """The token that begins a text, and those that end an answer.
 
     ExecuTorch's file has to name one of the first kind; where a model has none, its runners are
     told to begin with what they end with, which they do only when asked to.
     """
-    from pocketslm.runtime.tokenizer import load_tokenizer
-
-    identity = load_tokenizer(folder).identity
     first = identity.eos[0] if identity.eos else 0
     return first if identity.bos is None else identity.bos, list(identity.eos)

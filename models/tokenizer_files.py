@@ -343,13 +343,15 @@ def merges_from_scores(
         for id_, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (NORMAL, USER_DEFINED)
     }
-    ranked = []
-    for token, id_ in mergeable.items():
+    merges = []
+    for token in sorted(mergeable, key=lambda token: (-scores[mergeable[token]], mergeable[token])):
+        ranked = []
         for cut in range(1, len(token)):
-            left, right = mergeable.get(token[:cut]), mergeable.get(token[cut:])
-            if left is not None and right is not None:
-                ranked.append((-scores[id_], id_, left, right))
-    return [[tokens[left], tokens[right]] for _, _, left, right in sorted(ranked)]
+            left = mergeable.get(token[:cut])
+            if left is not None and (right := mergeable.get(token[cut:])) is not None:
+                ranked.append((left, right))
+        merges += [[tokens[left], tokens[right]] for left, right in sorted(ranked)]
+    return merges
 
 
 def _document(vocabulary: _Vocabulary, **components: Json | None) -> Json:

@@ -48,7 +48,7 @@ def test_the_runtime_installs_alone(tiny_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT, source, ignore=ignored)
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     subprocess.run([*pip, f"{source}[runtime]"], check=True)
     code = f"""
 import importlib.util, pathlib, pocketslm

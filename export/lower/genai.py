@@ -7,7 +7,7 @@ from typing import Any
 
 from pocketslm.models.config import ModelConfig
 from pocketslm.runtime.config import generation_defaults
-from pocketslm.runtime.tokenizer import load_tokenizer
+from pocketslm.runtime.tokenizer.identity import Identity
 
 # onnxruntime-genai's names of decoders that keep a KV cache and nothing else, in
 # https://github.com/microsoft/onnxruntime-genai/blob/main/src/models/model_type.h.
@@ -21,12 +21,14 @@ _TYPES = frozenset(
 )
 
 
-def genai_config(config: ModelConfig, context: int, folder: Path) -> dict[str, Any]:
+def genai_config(
+    config: ModelConfig, context: int, folder: Path, identity: Identity
+) -> dict[str, Any]:
     """onnxruntime-genai's description of the graph; ids and sampling as the bundle's files say.
 
-    ``folder`` holds the tokenizer's files. Raises TokenizerError or UsageError for broken ones.
+    - ``folder``: holds the tokenizer's files. Raises UsageError for broken ones.
+    - ``identity``: which tokens begin and end its texts.
     """
-    identity = load_tokenizer(folder).identity
     sampling = generation_defaults(folder)
     ids: dict[str, Any] = {}
     if identity.bos is not None:

@@ -13,6 +13,8 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pocketslm.models import tokenizer_files as words_of
 from pocketslm.runtime.tokenizer import postprocessors
 from pocketslm.runtime.tokenizer.decoders import byte_token
@@ -232,13 +234,19 @@ def _pack(tokenizer: Node) -> bytes:
 
 def _merges(model: Node, vocabulary: Mapping[str, int]) -> list[int]:
     """[left, right, rank, result] of each merge, by left and right."""
-    merges = []
-    for rank, merge in enumerate(model.get("merges", ())):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        merges.append((vocabulary[left], vocabulary[right], rank, vocabulary[left + right]))
+    pairs = [
+        merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())
+    ]
+    ids = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs]
+    if not ids:
+        return []
+    lefts, rights, results = np.array(ids, np.int64).T
     # Of two merges of one pair the last counts, as in a dictionary.
-    unique = {merge[:2]: merge for merge in merges}
-    return [word for pair in sorted(unique) for word in unique[pair]]
+    _, last = np.unique((lefts << 32 | rights)[::-1], return_index=True)
+    rank = len(ids) - 1 - last
+    table = np.stack([lefts[rank], rights[rank], rank, results[rank]], 1)
+    words: list[int] = table.reshape(-1).tolist()
+    return words
 
 
 def _added_flags(token: Node, marked: bool) -> int:

@@ -242,7 +242,7 @@ def test_genai_gets_the_ids_that_the_tokenizer_has(
     write(folder, "generation_config.json", {"eos_token_id": [END, TEXT_END], "temperature": 0})
     write(folder, "tokenizer_config.json", {})
     (folder / "config.json").unlink()
-    described = genai_config(config, 64, folder)
+    described = genai_config(config, 64, folder, load_tokenizer(folder).identity)
     model = described["model"]
     assert model["type"] == kind
     assert "bos_token_id" not in model
@@ -251,7 +251,8 @@ def test_genai_gets_the_ids_that_the_tokenizer_has(
     assert described["search"]["temperature"] == 1.0
     assert described["search"]["do_sample"] is False
     write(folder, "generation_config.json", {})
-    assert "eos_token_id" not in genai_config(config, 64, folder)["model"]
+    described = genai_config(config, 64, folder, load_tokenizer(folder).identity)
+    assert "eos_token_id" not in described["model"]
 
 
 def test_a_folder_that_is_written_back_keeps_its_ids(folder: Path, tmp_path: Path) -> None:
