@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from pocketslm.errors import UsageError
 from pocketslm.runtime.calls import call_schema
-from pocketslm.runtime.config import GenerationConfig
+from pocketslm.runtime.config import MOST_SEED, GenerationConfig
 from pocketslm.runtime.tool_formats import (
     Call,
     ToolFormat,
@@ -110,11 +112,13 @@ class _Writer:
     def _whole_answer(self) -> None:
         """An answer that begins with a brace is a call."""
         begun = ""
-        records = self.model.generate(self.ids, self.config)
-        for record in records:
-            begun += record.text
-            if begun.strip():
-                break
+        if self.config.samples and self.config.seed is None:  # so that it begins alike again
+            self.config = self.config.but(seed=secrets.randbelow(MOST_SEED))
+        with closing(self.model.generate(self.ids, self.config)) as records:  # type: ignore[type-var]
+            for record in records:
+                begun += record.text
+                if begun.strip():
+                    break
         if begun.lstrip().startswith("{"):
             self.call()
         else:
