@@ -203,11 +203,11 @@ def _checkpoints(home: Path) -> None:
 
 
 def _configs(home: Path) -> None:
-    from architectures import _BASE, ROWS
+    from architectures import BASE, ROWS
     from transformers import AutoConfig
 
     for row in ROWS.values():
-        config = AutoConfig.for_model(row.model_type, **_BASE | row.fields)
+        config = AutoConfig.for_model(row.model_type, **BASE | row.fields)
         _seed(home, "config.json", config.to_json_string())
 
 
