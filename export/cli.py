@@ -397,14 +397,13 @@ def _within(megabytes: float, checkpoint: Checkpoint, recipe: Recipe, progress: 
         checkpoint = TrimmedVocabulary(checkpoint, parse_ranges(recipe.vocabulary))
     tokenizer = load_tokenizer_files(checkpoint.tokenizer_files())
     text, tokens = recipe.calibration or MIX, recipe.calibration_tokens
-    ids = calibration_windows(text, tokenizer, tokens, 256, say)
-    return mixed_precision(
-        checkpoint,
-        recipe,
-        ids,
-        megabytes,
-        lambda fraction: progress("measure sensitivity", fraction),
-    )
+    window = min(256, checkpoint.config.max_position_embeddings)
+    ids = calibration_windows(text, tokenizer, tokens, window, say)
+
+    def measured(fraction: float) -> None:
+        progress("measure sensitivity", fraction)
+
+    return mixed_precision(checkpoint, recipe, ids, megabytes, measured)
 
 
 def _prune(arguments: argparse.Namespace) -> None:

@@ -131,6 +131,15 @@ def test_the_bundle_keeps_to_the_size(grid: str, tiny_hf: Path, tmp_path: Path) 
         mixed_precision(checkpoint, base, IDS, sizes[0] / 1e6 - 1e-3)
 
 
+def test_windows_end_with_the_model_s_positions(tmp_path: Path) -> None:
+    few = replace(support.TINY, max_position_embeddings=64)
+    folder = support.write_hf(tmp_path / "hf", few)
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike. " * 60)
+    command = ["export", str(folder), str(tmp_path / "b"), "--calibration", str(text)]
+    assert main([*command, "--calibration-tokens", "512", "--size", "0.08"]) == 0
+
+
 def test_the_option_writes_the_choice_into_the_recipe(
     tmp_path: Path, tiny_hf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
