@@ -52,7 +52,13 @@ struct LowRank {
 struct StepUpdates {
   LowRank of[3];
 
-  size_t width() const { return of[0].width() + of[1].width() + of[2].width(); }
+  size_t width() const { return before(3); }
+  // The ranks of those before one.
+  size_t before(size_t part) const {
+    size_t width = 0;
+    for (size_t i = 0; i < part; ++i) width += of[i].width();
+    return width;
+  }
 };
 
 // An adapter: one entry a step, or none at all.

@@ -334,18 +334,6 @@ const float* Session::lower(unsigned m, size_t index, const PanelView& panel) {
   return out;
 }
 
-// out[j] += row `first + j` of what the update of matrix `part` of a step makes of `row`, for `count`
-// rows of the matrix; low is what lower() gave, not null.
-void Session::add_update(const float* low, size_t row, size_t index, size_t part, size_t first,
-                         size_t count, float* out) const {
-  const Updates& updates = *row_updates_[row];
-  if (updates.steps.empty()) return;
-  const StepUpdates& step = updates.steps[index];
-  low += row * widest_;
-  for (size_t i = 0; i < part; ++i) low += step.of[i].width();
-  step.of[part].add(kernels_, low, first, count, out);
-}
-
 void Session::project(unsigned m, const Step& step, size_t index) {
   const PanelView input = normalized(m, step.norm);
   float* const outputs[] = {buffer(BufferId::query), buffer(BufferId::key),

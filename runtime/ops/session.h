@@ -226,8 +226,15 @@ class Session {
   void multiply_blocks(unsigned m, const Matrix& w, const PanelView& panel, size_t begin,
                        size_t end, Sink&& sink);
   const float* lower(unsigned m, size_t index, const PanelView& panel);
+  // out[j] += row `first + j` of what the update of matrix `part` of a step makes of `row`, for
+  // `count` rows of the matrix; low is what lower() gave, not null.
   void add_update(const float* low, size_t row, size_t index, size_t part, size_t first,
-                  size_t count, float* out) const;
+                  size_t count, float* out) const {
+    const Updates& updates = *row_updates_[row];
+    if (updates.steps.empty()) return;
+    const StepUpdates& step = updates.steps[index];
+    step.of[part].add(kernels_, low + row * widest_ + step.before(part), first, count, out);
+  }
   template <typename F>
   void share(unsigned m, size_t total, size_t chunk, F&& f);
   template <typename F>
