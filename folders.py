@@ -48,13 +48,14 @@ def aside(parent: Path, prefix: str = _PART) -> Iterator[Path]:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` for a new file, which takes its place when the block ends well, and is
-    on the disk by then; else it goes. What a killed process left has the same name, and is written
+    """A name beside ``path`` for a new file, which takes its place when the block ends well, all of
+    it on the disk first; else it goes. What a killed process left has the same name, and is written
     over. Raises OSError."""
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
-        put_file(part, path)
+        _sync_one(part)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
