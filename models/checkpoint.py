@@ -17,7 +17,7 @@ from pocketslm.models import architectures
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.config import ModelConfig
 from pocketslm.models.prequantized import packing
-from pocketslm.models.tensors import Array, QuantTensor, Weight
+from pocketslm.models.tensors import Array, QuantTensor, Weight, is_finite
 from pocketslm.models.tokenizer_files import tokenizer_notes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -99,12 +99,18 @@ def checkpoint_sha256(checkpoint: Checkpoint) -> str:
 
 
 def read_weight(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> Weight:
-    """A weight whose shape is held against the architecture's; CheckpointError if they differ."""
+    """A weight whose shape is held against the architecture's; CheckpointError if they differ, or
+    if it holds a number that is not finite."""
     weight = checkpoint.weight(name)
     if tuple(weight.shape) != shape:
         raise CheckpointError(
             f"{checkpoint.path}: {name} has shape {tuple(weight.shape)}, expected {shape} from "
             "the config; is this the right config for these weights?"
+        )
+    if not is_finite(weight):
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} holds numbers that are NaN or infinite; it is damaged: "
+            "fetch it again"
         )
     return weight
 

@@ -463,7 +463,7 @@ def _is_int(value: Any) -> bool:
 
 def _size(name: str, value: Any) -> int:
     if not _is_int(value) or not 0 < value <= _MAX_SIZE:
-        raise CheckpointError(f"config: {name} is {value!r}, expected a positive integer")
+        raise CheckpointError(f"config: {name} is {value!r}, expected an integer, 1 to {_MAX_SIZE}")
     return int(value)
 
 

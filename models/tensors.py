@@ -18,6 +18,7 @@ TABLES: Mapping[str, tuple[int, ...]] = {
     "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "fp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
 }
+_LOOKED_AT = 1 << 20  # numbers that are looked at together
 FACTOR_COLUMNS = 256  # columns that share the factor of whole-number scales
 
 
@@ -222,6 +223,18 @@ def floats(weight: Weight) -> Array:
     """The weight as float32."""
     array: Array = weight.dequantize() if isinstance(weight, QuantTensor) else weight
     return array.astype(np.float32, copy=False)
+
+
+def is_finite(weight: Weight) -> bool:
+    """Whether no number of the weight is NaN or infinite; looks at a piece at a time."""
+    quantized = isinstance(weight, QuantTensor)
+    for part in (weight.scales, weight.minimums) if quantized else (weight,):
+        if part is None:
+            continue
+        rows = max(1, _LOOKED_AT * len(part) // max(1, part.size))
+        if not all(np.isfinite(part[at : at + rows]).all() for at in range(0, len(part), rows)):
+            return False
+    return True
 
 
 def stored_bytes(weight: Any) -> int:

@@ -166,4 +166,4 @@ def generation_defaults(folder: Path) -> GenerationConfig:
         known = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         return GenerationConfig().but(**{name: data.get(name) for name in known})
     except (ValueError, TypeError, AttributeError, UsageError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+        raise UsageError(f"{path.name} cannot be read: {error}") from None

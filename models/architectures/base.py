@@ -144,6 +144,7 @@ class Architecture:
     # What transformers takes where the config names no activation, no epsilon.
     default_act: ClassVar[str] = "silu"
     default_eps: ClassVar[float] = 1e-6
+    eps_field: ClassVar[str] = "rms_norm_eps"  # of the norms, by its name in config.json
     tied_by_default: ClassVar[bool] = False
     # RoPE's base, and the share of a head that it rotates, where the config names none.
     default_theta: ClassVar[float] = 10000.0
@@ -166,7 +167,7 @@ class Architecture:
             max_position_embeddings=f.integer("max_position_embeddings"),
             stored_layers=tuple(self.hf_layers(f, count)),
             rotaries=self.hf_rotaries(f),
-            norm_eps=f.number("rms_norm_eps", self.default_eps),
+            norm_eps=f.epsilon(self.eps_field, self.default_eps),
             tie_word_embeddings=f.flag("tie_word_embeddings", self.tied_by_default),
             layer_sharing=f.flag("layer_sharing"),
             causal=f.flag("is_causal", True),
@@ -260,7 +261,7 @@ class Architecture:
             "num_key_value_heads": max(size.num_key_value_heads for size in sizes),
             "head_dim": a.head_dim,
             "max_position_embeddings": c.max_position_embeddings,
-            "rms_norm_eps": c.norm_eps,
+            self.eps_field: c.norm_eps,
             "tie_word_embeddings": c.tie_word_embeddings,
             "attention_bias": a.bias,
             "mlp_bias": first.mlp.bias,
@@ -330,7 +331,7 @@ class Architecture:
             if (factor := f("rope.scaling.attn_factor")) is not None:
                 scaling["attention_factor"] = factor
             translated["rope_scaling"] = scaling
-            translated[_ROTATED] = len(short) * 2
+            _same_size(f, translated[_ROTATED], short, long)
         elif f.number("rope.scaling.attn_factor", 1.0) != 1:
             raise CheckpointError(
                 f"{f.where}: rope.scaling.attn_factor is {f('rope.scaling.attn_factor')!r} without "
@@ -348,9 +349,7 @@ class Architecture:
         kv_heads = f.per_layer("attention.head_count_kv", layers, heads[0])
         widths = f.per_layer("feed_forward_length", layers)
         hidden = f.integer("embedding_length")
-        head = heads[0]
-        if not isinstance(head, int) or isinstance(head, bool) or head < 1:
-            raise CheckpointError(f"{f.where}: attention.head_count is {head!r}")
+        head = f.whole(heads[0], "attention.head_count")
         head_dim = f.integer("attention.key_length", hidden // head or 1)
         tokens = f.data.get("tokenizer.ggml.tokens")
         vocab = f("vocab_size") or (len(tokens) if isinstance(tokens, list) else None)
@@ -364,7 +363,7 @@ class Architecture:
             "intermediate_size": widths[0],
             "head_dim": head_dim,
             "max_position_embeddings": f.integer("context_length"),
-            "rms_norm_eps": f("attention.layer_norm_rms_epsilon")
+            self.eps_field: f("attention.layer_norm_rms_epsilon")
             or f("attention.layer_norm_epsilon")
             or 1e-5,
             "rope_theta": f.number("rope.freq_base", 10000.0),
@@ -400,6 +399,16 @@ class Architecture:
             mlp = replace(layer.mlp, bias=biased(index, "mlp.up_proj"))
             layers.append(replace(layer, mlp=mlp))
         return replace(config, stored_layers=tuple(layers))
+
+
+def _same_size(f: Fields, rotated: int, *factors: Array) -> None:
+    """Refuse factors of RoPE that are not one for each pair of dimensions."""
+    for each in factors:
+        if len(each) * 2 != rotated:
+            raise CheckpointError(
+                f"{f.where}: {len(each)} factors of RoPE in its tensors, expected "
+                f"{rotated // 2}, one for two of {rotated} dimensions"
+            )
 
 
 def _gguf_scaling(f: Fields) -> dict[str, Any]:

@@ -57,6 +57,8 @@ class BertMap(WeightMap):
 @dataclass(frozen=True)
 class Bert(Architecture):
     causal_in_gguf: ClassVar[bool] = False
+    default_eps: ClassVar[float] = 1e-12
+    eps_field: ClassVar[str] = "layer_norm_eps"
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         return [Layer(self.hf_attention(f), self.hf_mlp(f), "last")] * count
@@ -94,7 +96,6 @@ class Bert(Architecture):
         return replace(
             config,
             norm="layer",
-            norm_eps=f.number("layer_norm_eps", 1e-12),
             tie_word_embeddings=False,
             learned_positions=config.max_position_embeddings,
             embedding_norm=True,
@@ -105,16 +106,14 @@ class Bert(Architecture):
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         return {
-            "layer_norm_eps": c.norm_eps,
             "type_vocab_size": _TYPE_COUNT,
-            "rms_norm_eps": None,
             "attention_bias": None,
             "mlp_bias": None,
         }
 
     def gguf_fields(self, f: Fields, tensors: Collection[str]) -> dict[str, Any]:
         data = super().gguf_fields(f, tensors)
-        return data | {"hidden_act": "gelu", "layer_norm_eps": data["rms_norm_eps"]}
+        return data | {"hidden_act": "gelu"}
 
     def finish_gguf(self, f: Fields, config: ModelConfig, tensors: Collection[str]) -> ModelConfig:
         """llama.cpp's files say how texts are pooled; its embeddings have the length 1."""

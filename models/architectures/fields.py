@@ -60,14 +60,25 @@ class Fields:
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self.need(name) if default is None else self(name, default)
+        return self.whole(value, name, least)
+
+    def whole(self, value: Any, name: str, least: int = 1) -> int:
+        """``value`` as an integer that a size may be."""
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
             raise CheckpointError(
-                f"{self.where}: {name} is {_short(value)}, expected an integer from {least} on"
+                f"{self.where}: {name} is {_short(value)}, expected an integer from {least} "
+                "to 2147483647"
             )
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = self.need(name) if default is None else self(name, default)
+        return self._number(name, self.need(name) if default is None else self(name, default))
+
+    def epsilon(self, name: str, default: float) -> float:
+        """The number that keeps norms from dividing by 0. Null is none, to transformers either."""
+        return self._number(name, self.stated(name, default))
+
+    def _number(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
             raise CheckpointError(f"{self.where}: {name} is {_short(value)}, expected a number")
         return float(value)

@@ -36,6 +36,8 @@ _LEARNED = GGUF_TOP | {"model.embed_positions": "position_embd"}
 @dataclass(frozen=True)
 class Gpt2(Architecture):
     tied_by_default: ClassVar[bool] = True
+    default_eps: ClassVar[float] = 1e-5
+    eps_field: ClassVar[str] = "layer_norm_eps"
     # Our name of a field -> the family's.
     renamed: ClassVar[dict[str, str]] = {
         "hidden_size": "n_embd",
@@ -77,7 +79,6 @@ class Gpt2(Architecture):
         return replace(
             config,
             norm="layer",
-            norm_eps=f.number("layer_norm_eps", 1e-5),
             learned_positions=config.max_position_embeddings,
         )
 
@@ -97,7 +98,7 @@ class Gpt2(Architecture):
 
     def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:
         data = super().gguf_fields(f, tensors)
-        data |= {"hidden_act": "gelu_new", "layer_norm_eps": data["rms_norm_eps"]}
+        data |= {"hidden_act": "gelu_new"}
         return data | {theirs: data[ours] for ours, theirs in self.renamed.items()}
 
 
@@ -144,6 +145,8 @@ class GptNeo(Gpt2):
 
 @dataclass(frozen=True)
 class GptNeoX(Architecture):
+    default_eps: ClassVar[float] = 1e-5
+    eps_field: ClassVar[str] = "layer_norm_eps"
     default_share: ClassVar[float] = 0.25
     rotates_part: ClassVar[bool] = True
 
@@ -169,12 +172,11 @@ class GptNeoX(Architecture):
         return (self.hf_rotary(f, theta=base, share=share),)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
-        return replace(config, norm="layer", norm_eps=f.number("layer_norm_eps", 1e-5))
+        return replace(config, norm="layer")
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         a = c.attentions[0]
         return {
-            "layer_norm_eps": c.norm_eps,
             "attention_bias": a.bias,
             "rotary_pct": c.rotaries[0].dim / a.head_dim,
             "rotary_emb_base": c.rotaries[0].theta,
@@ -188,7 +190,6 @@ class GptNeoX(Architecture):
         parallel = f.flag("use_parallel_residual", True)
         return data | {
             "hidden_act": "gelu",
-            "layer_norm_eps": data["rms_norm_eps"],
             "use_parallel_residual": bool(parallel),
         }
 

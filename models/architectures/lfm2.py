@@ -32,6 +32,8 @@ _BCX = ("conv.b_proj", "conv.c_proj", "conv.x_proj")
 class Lfm2(Architecture):
     tied_by_default: ClassVar[bool] = True
     default_theta: ClassVar[float] = 1e6
+    default_eps: ClassVar[float] = 1e-5
+    eps_field: ClassVar[str] = "norm_eps"
 
     def hf_layers(self, f: Fields, count: int) -> list[Layer]:
         attending = f("full_attn_idxs", list(range(count)))
@@ -57,11 +59,9 @@ class Lfm2(Architecture):
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         tied = f("tie_embedding")
-        eps = f.number("norm_eps", 1e-5)
         f.used.update(_UNREAD)
         return replace(
             config,
-            norm_eps=eps,
             tie_word_embeddings=config.tie_word_embeddings if tied is None else bool(tied),
         )
 
@@ -73,7 +73,6 @@ class Lfm2(Architecture):
             "conv_L_cache": conv.taps,
             "conv_bias": conv.bias,
             "block_auto_adjust_ff_dim": False,
-            "norm_eps": c.norm_eps,
         }
 
     def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:
@@ -89,7 +88,6 @@ class Lfm2(Architecture):
             "layer_types": ["full_attention" if h else "conv" for h in kv_heads],
             "conv_L_cache": f("shortconv.l_cache"),
             "block_auto_adjust_ff_dim": False,
-            "norm_eps": fields["rms_norm_eps"],
         }
 
 

@@ -55,6 +55,8 @@ class Phi(Architecture):
     """Phi 1, 1.5 and 2: attention and MLP read one LayerNorm; biases everywhere."""
 
     default_act: ClassVar[str] = "gelu_new"
+    default_eps: ClassVar[float] = 1e-5
+    eps_field: ClassVar[str] = "layer_norm_eps"
     default_share: ClassVar[float] = 0.5
     rotates_part: ClassVar[bool] = True
 
@@ -70,15 +72,14 @@ class Phi(Architecture):
         return replace(super().hf_mlp(f), gated=False)
 
     def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
-        eps = f.number("layer_norm_eps", 1e-5)
-        return replace(config, norm="layer", norm_eps=eps, head_bias=True)
+        return replace(config, norm="layer", head_bias=True)
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
-        return {"layer_norm_eps": c.norm_eps, "attention_bias": None, "mlp_bias": None}
+        return {"attention_bias": None, "mlp_bias": None}
 
     def gguf_fields(self, f: Fields, tensors: Any) -> dict[str, Any]:
         data = super().gguf_fields(f, tensors)
-        return data | {"hidden_act": "gelu_new", "layer_norm_eps": data["rms_norm_eps"]}
+        return data | {"hidden_act": "gelu_new"}
 
 
 ARCHITECTURES = [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from architectures import ROWS, write_folder
@@ -15,11 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import support
 from pocketslm.errors import CheckpointError
+from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.recipe import Recipe
 from pocketslm.models import architectures
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.models.gguf_reader import GGUFFile
 from pocketslm.models.reference import load_reference
-from pocketslm.models.tensors import floats
+from pocketslm.models.tensors import QuantTensor, floats
 
 State = dict[str, torch.Tensor]
 IDS = torch.arange(40)[None] * 5
@@ -125,6 +128,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "experts": (lambda f: configure(f, num_local_experts=8), "num_local_experts is 8"),
     "absurd sizes": (lambda f: configure(f, num_hidden_layers=10**7), "at most 1024"),
+    "a size beyond 32 bits": (
+        lambda f: configure(f, head_dim=2**32),
+        "head_dim is 4294967296, expected an integer from 1 to 2147483647",
+    ),
+    "a width that no model has": (
+        lambda f: configure(f, head_dim=2**30),
+        "head_dim is 1073741824, expected an integer, 1 to 16777216",
+    ),
+    "null for a number": (
+        lambda f: configure(f, rms_norm_eps=None),
+        "rms_norm_eps is None, expected a number",
+    ),
 }
 
 
@@ -135,6 +150,33 @@ def test_refused_in_one_line(name: str, folder: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
         open_checkpoint(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_numbers_that_are_not_finite_are_refused(name: str, value: float, folder: Path) -> None:
+    """Whatever it is exported to: int8 products of onnxruntime would hide them."""
+    restate(folder, lambda state: state[name].view(-1)[-1].fill_(value))
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=f"{name} holds numbers that are NaN or infinite"):
+        load_reference(checkpoint, 64)
+    for target in ("native", "onnx", "executorch"):
+        with pytest.raises(CheckpointError, match=f"{name} holds numbers that are NaN"):
+            export_bundle(checkpoint, folder.parent / "out", Recipe(targets=(target,)))
+        assert not (folder.parent / "out").exists()
+
+
+def test_scales_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    path = support.write_gguf(tmp_path / "m.gguf", kind="Q8_0")
+    stored = GGUFFile(path).read("blk.0.attn_q.weight")
+    assert isinstance(stored, QuantTensor)
+    scale = stored.scales.reshape(-1)[:1].astype("<f2").tobytes()
+    block = scale + (stored.codes.reshape(-1)[:32].astype(int) - 128).astype("i1").tobytes()
+    content = path.read_bytes()
+    assert content.count(block) == 1
+    path.write_bytes(content.replace(block, np.float16("nan").tobytes() + block[2:]))
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight holds numbers that are NaN"):
+        load_reference(open_checkpoint(path), 64)
 
 
 def test_an_unknown_field_is_named(folder: Path) -> None:
@@ -152,9 +194,13 @@ def rewrite(source: Path, target: Path, **changes: Any) -> Path:
 
 
 def write_gguf(
-    target: Path, reader: GGUFFile, metadata: Mapping[str, Any], names: Sequence[str]
+    target: Path,
+    reader: GGUFFile,
+    metadata: Mapping[str, Any],
+    names: Sequence[str],
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
-    """These metadata and these tensors of a file as another."""
+    """These metadata and these tensors of a file as another, and more tensors."""
     writer = gguf.GGUFWriter(str(target), str(reader.metadata["general.architecture"]))
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     kinds |= {str: writer.add_string, list: writer.add_array}
@@ -163,6 +209,8 @@ def write_gguf(
             kinds[type(value)](key, value)
     for name in names:
         writer.add_tensor(name, floats(reader.read(name)))
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -180,6 +228,31 @@ def test_a_rope_factor_without_a_type_is_linear(tiny: Path, tmp_path: Path) -> N
     assert open_checkpoint(path).config.rotaries[0].divisors == (4.0,) * 8
 
 
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        (np.ones(3, np.float32), "3 factors of RoPE in its tensors, expected 8"),
+        (np.ones((2, 8), np.float32), "rope_freqs.weight is not a vector"),
+        (np.full(8, np.nan, np.float32), "positive numbers"),
+        (np.zeros(8, np.float32), "positive numbers"),
+    ],
+    ids=["too few", "a matrix", "nan", "zero"],
+)
+def test_factors_of_rope_that_are_refused(
+    factors: np.ndarray[Any, Any], message: str, tiny: Path, tmp_path: Path
+) -> None:
+    reader = GGUFFile(tiny)
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        reader,
+        reader.metadata,
+        list(reader.tensors),
+        {"rope_freqs.weight": factors},
+    )
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path)
+
+
 def test_sizes_may_be_lists_with_an_entry_a_layer(tiny: Path, tmp_path: Path) -> None:
     expected = logits(tiny)
     lists = {"llama.attention.head_count_kv": [2, 2], "llama.feed_forward_length": [96, 96]}
@@ -191,7 +264,7 @@ def test_sizes_may_be_lists_with_an_entry_a_layer(tiny: Path, tmp_path: Path) ->
     [
         ({"llama.expert_count": 8}, "expert_count is 8"),
         ({"llama.attention.sliding_window": 64}, "sliding_window is 64"),
-        ({"llama.attention.head_count": 0}, "head_count is 0"),
+        ({"llama.attention.head_count": 0}, "head_count is 0, expected an integer from 1"),
         ({"llama.embedding_length": "x"}, "embedding_length is 'x'"),
         ({"llama.block_count": 2**31 - 1}, "at most 1024"),
         ({"llama.rope.freq_base": 0.0}, "rope_theta"),
