@@ -51,7 +51,7 @@ class Settings:
         self._watchers: list[Callable[[str], None]] = []
         try:
             data = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             data = {}
         for name, default in list(self._values.items()):
             value = data.get(name, default) if isinstance(data, dict) else default

@@ -12,7 +12,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pocketslm import schema
 from pocketslm.errors import UsageError
 from pocketslm.export.quantize.calibration import quantize_layers, run_layer
 from pocketslm.export.quantize.grid import Spec
@@ -54,7 +55,7 @@ def points(bench: Any, losses: Path) -> Iterator[tuple[str, str, Any]]:
     @functools.cache  # the same for every size
     def measured() -> tuple[Sizes, Losses]:
         sizes = Sizes(bench.checkpoint, _recipe(METHODS[0]))
-        found = _read(losses, bench.identity)
+        found = _read(losses, bench.identity, sizes.costs)
         if found is None:
             found = sensitivities(bench.model(), bench.calibration, sizes.base, sizes.widths)
             _write(losses, bench.identity, found)
@@ -101,20 +102,29 @@ def points(bench: Any, losses: Path) -> Iterator[tuple[str, str, Any]]:
                 yield method, kind, theirs
 
 
-def _read(path: Path, identity: dict[str, Any]) -> Losses | None:
-    """What :func:`_write` kept there; UsageError where it is not of this model and setting."""
+def _read(
+    path: Path, identity: dict[str, Any], costs: Mapping[Site, Mapping[int, int]]
+) -> Losses | None:
+    """What :func:`_write` kept there; UsageError where it is not of this model and setting, or has
+    other sites and widths than ``costs``."""
     if not path.exists():
         return None
     try:
-        kept = json.loads(path.read_text())
+        kept = schema.loads(path.read_text("utf-8"))
         found = {
             tuple(site): {int(bits): float(loss) for bits, loss in by_bits.items()}
             for site, by_bits in kept["losses"]
         }
-    except (ValueError, TypeError, KeyError, AttributeError):
+        same = kept["identity"] == identity
+        whole = {site: set(losses) for site, losses in found.items()} == {
+            site: set(bits) for site, bits in costs.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UsageError(f"{path} is not a file of losses; remove it") from None
-    if kept["identity"] != identity:
+    if not same:
         raise UsageError(f"{path} holds losses of another model or setting; choose another")
+    if not whole:
+        raise UsageError(f"{path} lacks losses, or has some of no matrix; remove it")
     return found
 
 

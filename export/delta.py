@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pocketslm import schema
 from pocketslm.errors import CheckpointError, ExportError, UsageError
 from pocketslm.export.quantize import gptq
 from pocketslm.export.quantize.calibration import run_layer
@@ -239,7 +240,7 @@ def _read_files(names: Iterable[str], tensor: Callable[[str], Any]) -> dict[str,
 
 def _read_bands(text: str) -> list[Band]:
     """The file's bands; ValueError for anything else."""
-    data = json.loads(text)
+    data = schema.loads(text)
     if not (isinstance(data, list) and data):
         raise ValueError(f"its bands are {text[:80]!r}, expected pairs of rank and bits")
     bands = []

@@ -35,7 +35,7 @@ from pocketslm.export.prune.pruned import Changed
 from pocketslm.export.team import Team, alone
 from pocketslm.export.text import read_text
 from pocketslm.folders import written
-from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256
+from pocketslm.models.checkpoint import Checkpoint, checkpoint_sha256, one_line
 from pocketslm.models.hf_writer import save_hf
 from pocketslm.models.reference import load_reference
 from pocketslm.models.sites import matrices
@@ -249,13 +249,30 @@ class _Run:
             )
 
     def restore(self, path: Path, identity: str) -> None:
-        state = torch.load(path, map_location=self.team.device, weights_only=True)
-        if state["identity"] != identity:
+        """Take up what :meth:`save` wrote; UsageError where it is of another run, or damaged."""
+        try:
+            state = torch.load(path, map_location=self.team.device, weights_only=True)
+            same = state["identity"] == identity
+            if same:
+                self._take(state)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a pickle, an archive and tensors: each has errors of its own
+            raise UsageError(
+                f"{path} is damaged ({type(error).__name__}: {one_line(error):.200}); remove "
+                f"{path.parent} to begin anew"
+            ) from None
+        if not same:
             raise UsageError(
                 f"{path.parent} holds a run with another model, text or setting; remove it to "
                 "begin anew"
             )
-        self.step, self.losses = state["step"], state["losses"]
+
+    def _take(self, state: dict[str, Any]) -> None:
+        step, losses = state["step"], [float(loss) for loss in state["losses"]]
+        if not (isinstance(step, int) and 0 <= step <= self.config.steps and len(losses) == step):
+            raise ValueError(f"step {step!r} with {len(losses)} losses")
+        self.step, self.losses = step, losses
         groups, neurons = ([part.cpu() for part in parts] for parts in state["kept"])
         self.kept = replace(self.kept, groups=groups, neurons=neurons)
         with torch.no_grad():

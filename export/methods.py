@@ -10,7 +10,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -329,15 +329,22 @@ def _fp32_mb(model: Any) -> float:
 def _read(results: Path, identity: dict[str, Any]) -> dict[tuple[str, str, str], Row]:
     if not results.exists():
         return {}
-    lines = results.read_text().splitlines()
     try:
-        first, *others = (json.loads(line) for line in lines)
-        found = [Row(**other) for other in others]
-    except (ValueError, TypeError):
+        first, *others = (json.loads(line) for line in results.read_text("utf-8").splitlines())
+        found = [_row(other) for other in others]
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError):
         raise UsageError(f"{results} is not a file of results; choose another") from None
     if first != identity:
         raise UsageError(f"{results} holds results of another model or setting; choose another")
     return {(row.table, row.method.split(":")[0], row.detail): row for row in found}
+
+
+def _row(data: dict[str, Any]) -> Row:
+    row = Row(**data)
+    texts, numbers = astuple(row)[:3], astuple(row)[3:]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
+    return Row(*texts, *map(float, numbers))
 
 
 def markdown(found: Sequence[Row]) -> str:

@@ -217,7 +217,7 @@ def read_margins(path: Path, items: Sequence[Item]) -> list[Margins]:
     Raises UsageError where it cannot be read or has no run over the same items.
     """
     try:
-        runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        runs = [schema.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found = [run["margins"] for run in runs if run["items"] == _sha256(items)]
         whole = all(len(run) == len(items) and math.isfinite(sum(run)) for run in found)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -165,5 +165,5 @@ def generation_defaults(folder: Path) -> GenerationConfig:
         data = json.loads(path.read_text(encoding="utf-8"))
         known = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         return GenerationConfig().but(**{name: data.get(name) for name in known})
-    except (ValueError, TypeError, AttributeError, UsageError) as error:
+    except (*(OSError, ValueError, RecursionError, TypeError, AttributeError), UsageError) as error:
         raise UsageError(f"{path.name} cannot be read: {error}") from None

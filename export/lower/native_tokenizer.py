@@ -160,7 +160,7 @@ def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
         return _pack(json.loads(text)), ""
     except _Unsupported as reason:
         return None, str(reason)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         return None, f"tokenizer.json has an unknown form ({error!r})"
 
 

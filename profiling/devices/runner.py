@@ -126,7 +126,8 @@ class RunnerProcess:
         line = self._read_line(self._timeout_s)
         try:
             answer = json.loads(line)
-        except ValueError:
+            failed = answer["event"] == "error" and str(answer["message"])
+        except (ValueError, RecursionError, TypeError, KeyError):
             raise (
                 self._why_it_ended()
                 if not line.endswith("\n")
@@ -134,8 +135,8 @@ class RunnerProcess:
                     f"the runner on {self._device.name} answered {line[:80]!r}, expected JSON"
                 )
             ) from None
-        if answer["event"] == "error":
-            raise BackendError(f"the runner on {self._device.name}: {answer['message']}")
+        if failed:
+            raise BackendError(f"the runner on {self._device.name}: {failed}")
         assert isinstance(answer, dict)
         return answer
 

@@ -302,7 +302,7 @@ class Library:
         )
         try:
             return [Asked(id_, time, _answer(json.loads(data))) for id_, time, data in rows]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise DocumentError(f"{self.path} holds a damaged answer: {error}") from None
 
     def last_question(self, document: int | None) -> str:

@@ -107,7 +107,14 @@ def test_settings_survive_and_strange_files_give_the_defaults(tmp_path: Path) ->
     settings["theme"] = "dark"
     assert changed == ["theme"]
     assert Settings(path)["theme"] == "dark"
-    for bad in ("", "{", "[]", '{"theme": "pink", "threads": "4"}', '{"language": 3}'):
+    for bad in (
+        "",
+        "{",
+        "[]",
+        '{"theme": "pink", "threads": "4"}',
+        '{"language": 3}',
+        "[" * 100_000,
+    ):
         path.write_text(bad)
         again = Settings(path)
         assert {name: again[name] for name in DEFAULTS} == DEFAULTS

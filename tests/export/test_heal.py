@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import support
 from pocketslm.errors import UsageError
 from pocketslm.export.heal import (
+    STATE,
     HealConfig,
     add_lora,
     forward_kl,
@@ -85,6 +88,44 @@ def test_another_run_in_the_same_folder_is_refused(
     heal(student, teacher, IDS, tmp_path, replace(QUICK, steps=1))
     with pytest.raises(UsageError, match="another model, text or setting"):
         heal(student, teacher, IDS, tmp_path, replace(QUICK, steps=1, seed=7))
+
+
+def _without(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda state: state.pop(name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _without("identity"),
+        _without("optimizer"),
+        lambda state: state.update(step=-1),
+        lambda state: state.update(step="1"),
+        lambda state: state.update(losses=[None]),
+        lambda state: state.update(kept=3),
+        lambda state: state["trained"].pop(),
+        lambda state: state["trained"].__setitem__(0, torch.zeros(3)),
+        lambda state: state.update(optimizer={"state": 1}),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(
+    damage: Callable[[dict[str, Any]], Any],
+    student: Checkpoint,
+    teacher: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    config = replace(QUICK, steps=1)
+    heal(student, teacher, IDS, tmp_path, config)
+    path = tmp_path / STATE
+    state = torch.load(path, weights_only=True)
+    damage(state)
+    torch.save(state, path)
+    content = path.read_bytes()
+    for changed in (content, content[: len(content) // 2], b"", b"x" * 100):
+        path.write_bytes(changed)
+        with pytest.raises(UsageError, match=r"is damaged \(.*remove .* to begin anew") as error:
+            heal(student, teacher, IDS, tmp_path, config)
+        assert "\n" not in str(error.value)
 
 
 def test_lora_changes_nothing_at_first(teacher: Checkpoint) -> None:

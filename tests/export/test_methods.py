@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +54,12 @@ def test_every_row_is_made_once(
     assert kept.read_bytes() == before
     for wrong, error in (
         (b"{", "is not a file of losses"),
+        (b"\xff", "is not a file of losses"),
+        (b"[" * 100_000, "is not a file of losses"),
+        (before.replace(b'"identity"', b'"x"'), "is not a file of losses"),
+        (before.replace(b'{"2": ', b'{"2": [], "9": '), "is not a file of losses"),
+        (before.replace(b'{"2": ', b'{"7": ', 1), "lacks losses, or has some of no matrix"),
+        (before.replace(b'[["head"', b'[["neck"', 1), "lacks losses, or has some of no matrix"),
         (before.replace(b'"letters.txt"', b'"other"'), "losses of another model"),
     ):
         kept.write_bytes(wrong)
@@ -75,9 +84,24 @@ def test_results_of_another_setting_are_refused(bench: methods.Workbench, tmp_pa
     results.write_text('{"model": "another"}\n')
     with pytest.raises(UsageError, match="another model or setting"):
         methods.rows(bench, results, ("depth",), print)
-    results.write_text("nonsense")
-    with pytest.raises(UsageError, match="not a file of results"):
-        methods.rows(bench, results, ("depth",), print)
+    row = methods.Row("depth", "sleb", "x", 1.0, 0.0, 0.1, 0.9, 1.0, 1.0)
+    wrong: list[Any] = [
+        *("nonsense", "", "[" * 100_000, "\udcff"),
+        *(
+            f"{json.dumps(bench.identity)}\n{json.dumps(other)}"
+            for other in (
+                {"table": "x"},
+                [1],
+                asdict(row) | {"kl": "much"},
+                asdict(row) | {"kl": 10**400},
+                asdict(row) | {"method": 3},
+            )
+        ),
+    ]
+    for text in wrong:
+        results.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(UsageError, match="not a file of results"):
+            methods.rows(bench, results, ("depth",), print)
 
 
 def test_test_and_calibration_text_stay_apart(tiny_hf: Path, tmp_path: Path) -> None:

@@ -130,7 +130,12 @@ def test_runs_that_were_saved_are_of_the_same_items(
     assert main([*command, "--save", str(runs), "--sample", "2"]) == 2
     with pytest.raises(UsageError, match="no whole run over these items"):
         read_margins(runs, ITEMS[:3])
-    for broken in ("{", '{"items": 3}', "[]", "7"):
+    for broken in (
+        *("{", '{"items": 3}', "[]", "7", "[" * 100_000),
+        runs.read_text()
+        .splitlines()[0]
+        .replace('"margins": [', '"margins": [1' + "0" * 400 + ", "),
+    ):
         runs.write_text(broken)
         with pytest.raises(UsageError, match="cannot read|no whole run"):
             read_margins(runs, ITEMS)

@@ -232,56 +232,96 @@ class States(Target):
 
 
 class Adapters(Target):
-    """Low-rank updates of any shape and place."""
+    """Low-rank updates of any shape and place, of several adapters, which slots take and give up
+    between the steps of their texts."""
 
     name = "adapter"
-    covers = ("runtime/ops/api.cpp", "runtime/ops/session.cpp", "runtime/ops/low_rank.h")
+    covers = (
+        *("runtime/ops/api.cpp", "runtime/ops/border_slots.cpp", "runtime/ops/session.cpp"),
+        "runtime/ops/low_rank.h",
+    )
     sanitized = True
+    numbers: ClassVar[tuple[int, ...]] = (0, 1, 1, 2, 2, 3, 63, 64, 65, 2**31, 2**32 - 1)
 
     def __init__(self, home: Path, scratch: Path) -> None:
         from pocketslm.runtime.backends.native import NativeModel
 
         super().__init__(home, scratch)
-        self.session = NativeModel(home / "m.slm").session(threads=1, context=CONTEXT)
+        self.session = NativeModel(home / "m.slm").session(threads=1, context=CONTEXT, slots=SLOTS)
 
     def seeds(self) -> list[bytes]:
-        return [
-            json.dumps([[0, "q_proj", 64, 64, 4, 1.0], [1, "down_proj", 64, 96, 2, 0.5]]).encode()
+        first = [[0, "q_proj", 64, 64, 4, 1.0], [1, "down_proj", 64, 96, 2, 0.5]]
+        second = [[1, "gate_proj", 96, 64, 33, 0.1]]
+        steps = [
+            *(["set", 1, first], ["use", 0, 1], ["step", 0], ["set", 2, second], ["use", 1, 2]),
+            *(["together"], ["set", 1, []], ["use", 0, 0], ["together"], ["set", 2, first]),
         ]
+        return [json.dumps(steps).encode()]
 
     def mutate(self, data: bytes, rng: Random) -> bytes:
+        steps = json.loads(data)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(steps))
+            match rng.randrange(6):
+                case 0:
+                    steps[at:at] = [rng.choice(steps)]
+                case 1 if len(steps) > 1:
+                    del steps[at]
+                case 2:
+                    steps[at:at] = [["use", rng.randrange(SLOTS), rng.choice(self.numbers)]]
+                case 3:
+                    steps[at:at] = [rng.choice((["step", rng.randrange(SLOTS)], ["together"]))]
+                case _:
+                    sets = [step for step in steps if step[0] == "set"]
+                    if sets:
+                        self._change(rng.choice(sets), rng)
+        return json.dumps(steps[:24]).encode()
+
+    def _change(self, step: list[Any], rng: Random) -> None:
         parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "x")
         sizes = (0, 1, 2, 4, 31, 32, 33, 64, 96, 128, 1000)
-        updates = json.loads(data)
-        for _ in range(rng.randint(1, 3)):
-            one = rng.choice(updates)
-            at = rng.randrange(6)
-            one[at] = (
-                rng.choice(parts)
-                if at == 1
-                else rng.choice(mutate.FLOATS)
-                if at == 5
-                else rng.choice((0, 1, 2, 2**31))
-                if at == 0
-                else rng.choice(sizes)
-            )
-            if rng.random() < 0.1:
-                updates.append(list(one))
-        return json.dumps(updates[:8]).encode()
+        if rng.random() < 0.2 or not step[2]:
+            step[1] = rng.choice(self.numbers)
+            return
+        one = list(rng.choice(step[2]))
+        at = rng.randrange(6)
+        values: dict[int, Any] = {0: (0, 1, 2, 2**31), 1: parts, 5: mutate.FLOATS}
+        one[at] = rng.choice(values.get(at, sizes))
+        where = rng.randrange(len(step[2]))
+        step[2] = [*step[2][:where], one, *step[2][where + (rng.random() < 0.8) :]][:8]
 
     def run(self, data: bytes) -> None:
+        refused = []
+        for slot in self.session.slots:
+            slot.use_adapter(0)
+            slot.truncate(0)
+        for step in json.loads(data):
+            try:
+                getattr(self, f"_{step[0]}")(*step[1:])
+            except PocketSlmError as error:
+                refused.append(error)
+        if refused:
+            raise refused[0]
+
+    def _set(self, number: int, updates: list[Any]) -> None:
         from pocketslm.runtime.adapters import Update
 
-        updates = []
-        for layer, part, rows, columns, rank, value in json.loads(data):
+        made = []
+        for layer, part, rows, columns, rank, value in updates:
             a = np.full((rank, columns), value, np.float32)
-            b = np.full((rows, rank), 0.01, np.float32)
-            updates.append(Update(layer, part, a, b))
-        self.session.set_adapter(1, updates)
-        self.session.use_adapter(1 if updates else 0)
-        with suppress(PocketSlmError):
-            self.session.forward(np.arange(9))
-            self.session.step_greedy(3)
+            made.append(Update(layer, part, a, np.full((rows, rank), 0.01, np.float32)))
+        self.session.set_adapter(number, made)
+
+    def _use(self, slot: int, number: int) -> None:
+        self.session.slots[slot].use_adapter(number)
+
+    def _step(self, slot: int) -> None:
+        self.session.slots[slot].forward(np.arange(3))
+
+    def _together(self) -> None:
+        self.session.forward_slots(
+            [Part(slot, np.arange(2), Wanted.TOP, 3) for slot in range(SLOTS)]
+        )
 
 
 class OfRunner(Target):

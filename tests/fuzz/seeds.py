@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -279,11 +279,20 @@ def _updates(home: Path) -> None:
 
 def _libraries(home: Path) -> None:
     from pocketslm.android.settings import DEFAULTS
+
+    path = home / "library"
+    _library(path)
+    _seed(home, "library", path.read_bytes())
+    path.unlink()
+    changed = DEFAULTS | {"drafts": {"1": "x"}, "pending": {"document": 1, "task": "ask"}}
+    _seed(home, "settings.json", json.dumps(changed))
+
+
+def _library(path: Path) -> None:
     from pocketslm.runtime.assistant.answer import Answer, Citation
     from pocketslm.runtime.assistant.document import Block, make_source
     from pocketslm.runtime.assistant.library import Library
 
-    path = home / "library"
     with Library(path) as library:
         blocks = [
             Block("Report", 1),
@@ -293,10 +302,6 @@ def _libraries(home: Path) -> None:
         document = library.add(make_source("a", "txt", blocks))
         answer = Answer("ask", "who?", "It.", "eos", citations=(Citation(0, 1, 5),), items=("a",))
         library.remember(document.id, answer)
-    _seed(home, "library", path.read_bytes())
-    path.unlink()
-    changed = DEFAULTS | {"drafts": {"1": "x"}, "pending": {"document": 1, "task": "ask"}}
-    _seed(home, "settings.json", json.dumps(changed))
 
 
 def _tasks(home: Path) -> None:
@@ -420,8 +425,78 @@ def _runner_models(home: Path) -> None:
     _seed(home, "m.slm", (home / "m.slm").read_bytes())
 
 
+def _adapted(home: Path) -> None:
+    """A bundle with two adapters, whose template shows tools."""
+    from adapter_support import factors, write_adapter
+    from server_support import TEMPLATE
+
+    import support
+    from pocketslm.export.pipeline import export_bundle
+    from pocketslm.export.recipe import Recipe
+    from pocketslm.models.checkpoint import open_checkpoint
+
+    hf = support.write_hf(home / "hf")
+    (hf / "chat_template.jinja").write_text(TEMPLATE)
+    other = factors(seed=4, targets=("gate_proj", "down_proj"))
+    adapters = [write_adapter(home / "polite"), write_adapter(home / "terse", other)]
+    recipe = Recipe(targets=("native",))
+    export_bundle(open_checkpoint(hf), home / "bundle", recipe, adapters=adapters)
+
+
 def _commands(home: Path) -> None:
-    """Its inputs are those of other targets."""
+    """Its inputs are those of other targets; what else a line needs is whole."""
+    _adapted(home)
+    (home / "text.txt").write_text("The quick fox of Rome jumps over 12 lazy dogs. " * 30)
+    (home / "items").write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n' * 2)
+    _library(home / "library")
+
+
+def _prefixes(home: Path) -> None:
+    from pocketslm.runtime.prefixes import Prefixes
+
+    from .kept import prefix_state
+
+    for adapter in ("", "polite"):
+        store = Prefixes(home / "made")
+        assert store.keep(prefix_state(adapter))
+        for path in (home / "made").iterdir():
+            _seed(home, path.name, path.read_bytes())
+            path.unlink()
+
+
+def _kept(home: Path) -> None:
+    import torch
+
+    import support
+    from pocketslm.export import bits, heal, methods
+    from pocketslm.export.quantize.sensitivity import Sizes
+    from pocketslm.export.recipe import Recipe
+    from pocketslm.models.checkpoint import open_checkpoint
+    from pocketslm.runtime.cores import CHOICES, keep_choice, this_machine
+
+    model = open_checkpoint(support.write_hf(home / "hf"))
+    identity = {"model": "x", "text": "y", "windows": 1}
+    costs = Sizes(model, Recipe(method="search+gptq", calibration="lee")).costs
+    losses = {site: {b: 1.0 / b for b in by_bits} for site, by_bits in costs.items()}
+    work = home / "work"
+    work.mkdir()
+    bits._write(work / "losses", identity, losses)
+    row = methods.Row("bits", "gptq", "4 bits a weight", 9.0, 0.1, 0.2, 0.9, 1.5, 3.0)
+    rows = [identity, asdict(row), asdict(replace(row, table="depth", detail="6.0"))]
+    (work / "results").write_text("\n".join(map(json.dumps, rows)))
+    keep_choice(work, this_machine(), {"threads": 2, "cpus": [0, 1], "why": "x"})
+    (work / CHOICES).rename(work / "threads.json")
+    defaults = {"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1}
+    (work / "generation_config.json").write_text(json.dumps(defaults))
+    config = heal.HealConfig(steps=2, batch=1, sequence=16)
+    heal.heal(model, model, np.arange(64) % 90, home / "heal", config)
+    state = home / "heal" / heal.STATE
+    run = torch.load(state, weights_only=True)["identity"]
+    state.rename(work / "state")
+    known = {"identity": identity, "costs": list(costs.items()), "run": run}
+    (home / "known.json").write_text(json.dumps(known))
+    for path in sorted(work.iterdir()):
+        _seed(home, path.name, path.read_bytes())
 
 
 def _grammars(home: Path) -> None:
@@ -486,5 +561,8 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "grammar": _grammars,
     "protocol": _protocol,
     "runner_model": _runner_models,
+    "prefix": _prefixes,
+    "kept": _kept,
+    "request": _adapted,
     "command": _commands,
 }

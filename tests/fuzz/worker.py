@@ -19,11 +19,11 @@ from types import FrameType
 
 from pocketslm.errors import PocketSlmError
 
-from . import commands, native, readers
+from . import commands, kept, native, readers, serving
 from .target import Target
 
 TARGETS: dict[str, type[Target]] = {
-    one.name: one for one in (*native.TARGETS, *readers.TARGETS, *commands.TARGETS)
+    one.name: one for module in (native, readers, kept, serving, commands) for one in module.TARGETS
 }
 MEMORY = 3 << 30  # bytes that a target in Python may take beside what it has loaded
 POOL = 200  # inputs to go on from

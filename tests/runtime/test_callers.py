@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import callers
 import numpy as np
 import pytest
 from native_support import tiny_config, write_tiny
@@ -42,20 +43,22 @@ def tokens(model: Model, ids: list[int], config: GenerationConfig = GREEDY) -> l
 
 
 def test_threads_get_what_they_would_get_alone(model: Model) -> None:
-    configs = [
-        GREEDY,
-        GREEDY.but(logprobs=True),
-        GREEDY.but(repetition_penalty=1.2),
-        GREEDY.but(do_sample=True, seed=3, top_k=5),
-    ]
-    work = [(prompt(at), configs[at % len(configs)]) for at in range(CALLERS)]
-    alone = [tokens(model, *each) for each in work]
+    assert not callers.differing(model, CALLERS, ROUNDS, adapters=False)
 
-    def again(caller: int) -> bool:
-        return all(tokens(model, *work[caller]) == alone[caller] for _ in range(ROUNDS))
 
-    with ThreadPoolExecutor(CALLERS) as callers:
-        assert list(callers.map(again, range(CALLERS))) == [True] * CALLERS
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_threads_with_adapters_of_their_own(parallel: int, tmp_path: Path) -> None:
+    with Model.load(callers.bundle(tmp_path), "native", threads=2, parallel=parallel) as model:
+        assert not callers.differing(model, CALLERS, ROUNDS, adapters=True)
+
+
+def test_an_answer_that_differs_is_found(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = callers.GREEDY.but(do_sample=True, top_k=0, temperature=9.0)
+    monkeypatch.setattr(callers, "CONFIGS", [drawn])
+    with Model.load(tiny_bundle, "native", threads=1) as model:
+        assert callers.differing(model, 2, 3, adapters=False).total() == 6
 
 
 INTERRUPTIONS: dict[str, Callable[[Model], object]] = {
@@ -141,8 +144,8 @@ def test_calls_of_threads_come_after_each_other(native: NativeModel) -> None:
         session.forward(np.array([at % 100]))
         return session.step_greedy(at % 100)
 
-    with ThreadPoolExecutor(CALLERS) as callers:
-        found = list(callers.map(step, range(calls)))
+    with ThreadPoolExecutor(CALLERS) as pool:
+        found = list(pool.map(step, range(calls)))
     assert session.length == 3 * calls
     assert all(0 <= token < 100 for token in found)
 

@@ -182,8 +182,13 @@ def test_defaults_come_from_the_model(tmp_path: Path) -> None:
     )
     defaults = generation_defaults(tmp_path)
     assert (defaults.do_sample, defaults.temperature, defaults.top_p) == (True, 0.2, 0.9)
-    (tmp_path / "generation_config.json").write_text('{"top_p": "much"}')
-    with pytest.raises(UsageError, match="cannot be read"):
+    for broken in ('{"top_p": "much"}', "[" * 100_000, "[]", "{"):
+        (tmp_path / "generation_config.json").write_text(broken)
+        with pytest.raises(UsageError, match=r"^generation_config\.json cannot be read"):
+            generation_defaults(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").mkdir()
+    with pytest.raises(UsageError, match=r"^generation_config\.json cannot be read"):
         generation_defaults(tmp_path)
 
 
