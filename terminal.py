@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -168,6 +171,19 @@ class Progress:
         elif step != self._step:
             print(f"{step} ...", file=sys.stderr)
         self._step = step
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep to ourselves what libraries warn of while they work, and leave logging as it was."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def printable(text: str, keep: str = "") -> str:

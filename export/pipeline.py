@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +37,7 @@ from pocketslm.runtime.bundle import GENAI_CONFIG, MANIFEST, Graph, Manifest, fi
 from pocketslm.runtime.config import generation_defaults
 from pocketslm.runtime.tokenizer import Tokenizer, load_tokenizer
 from pocketslm.runtime.tokenizer.identity import Identity
+from pocketslm.terminal import without_warnings
 
 Progress = Callable[[str, float], None]
 Reader = Callable[[], Tokenizer]  # reads the bundle's tokenizer, once for all who ask
@@ -334,7 +333,7 @@ def _lower_executorch(
 ) -> Graph:
     """``model.pte``, which ExecuTorch's LLM runner takes with the ``tokenizer.json`` beside it."""
     bos, eos = _ends(tokenizer().identity)
-    with _no_warnings():
+    with without_warnings():
         from pocketslm.export.lower import executorch
 
         weights.notes += executorch.lower(
@@ -350,18 +349,6 @@ def _lower_executorch(
     return Graph("executorch", executorch.GRAPH_FILE, traced.context, cache)
 
 
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """ExecuTorch and torchao warn of what concerns only their developers."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
 def _lower_executorch_native(
     traced: Traced,
     recipe: Recipe,
@@ -372,7 +359,7 @@ def _lower_executorch_native(
 ) -> Graph:
     """``pocketslm.pte``, with a copy of the ``model.slm`` that is there already."""
     bos, eos = _ends(tokenizer().identity)
-    with _no_warnings():
+    with without_warnings():
         from pocketslm.export.lower import executorch_native
 
         executorch_native.lower(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pocketslm.terminal import without_warnings
 
 
 def operators_outside(path: Path) -> Counter[str]:
@@ -42,13 +42,10 @@ def _quiet() -> Iterator[None]:
     """Suppress the logs and warnings that importing ExecuTorch's Python causes."""
     sys.stderr.flush()
     kept = os.dup(2)
-    logging.disable(logging.WARNING)
     try:
-        with Path(os.devnull).open("wb") as nowhere, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with Path(os.devnull).open("wb") as nowhere, without_warnings():
             os.dup2(nowhere.fileno(), 2)
             yield
     finally:
-        logging.disable(logging.NOTSET)
         os.dup2(kept, 2)
         os.close(kept)

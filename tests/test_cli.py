@@ -6,6 +6,7 @@ import argparse
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,7 +29,7 @@ from pocketslm.runtime.bundle import MANIFEST
 from pocketslm.runtime.cli import add_generation, generation_config
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model, Record
-from pocketslm.terminal import record_given
+from pocketslm.terminal import record_given, without_warnings
 
 
 def _commands(
@@ -476,3 +478,16 @@ def test_a_closed_pipe_is_no_error(tiny_bundle: Path) -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("kind")
     assert done.stderr == ""
+
+
+def test_logging_is_left_as_it_was() -> None:
+    logger = logging.getLogger("pocketslm-test")
+    try:
+        for before in (logging.NOTSET, logging.DEBUG, logging.CRITICAL):
+            logging.disable(before)
+            with suppress(KeyError), without_warnings():
+                assert not logger.isEnabledFor(logging.WARNING)
+                raise KeyError
+            assert logging.root.manager.disable == before
+    finally:
+        logging.disable(logging.NOTSET)

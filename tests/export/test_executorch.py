@@ -30,6 +30,7 @@ from pocketslm.runtime.backends import Session, open_session
 from pocketslm.runtime.bundle import open_bundle, read_manifest
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
+from pocketslm.terminal import without_warnings
 
 if importlib.util.find_spec("executorch") is None:
     pytest.skip("executorch is not installed", allow_module_level=True)
@@ -51,7 +52,7 @@ TARGET = ("executorch",)
 @pytest.fixture(scope="module")
 def lowering() -> ModuleType:
     """Importing it takes seconds, which is too long for a process that only collects the tests."""
-    with pipeline._no_warnings():
+    with without_warnings():
         from pocketslm.export.lower import executorch
     return executorch
 
