@@ -66,10 +66,13 @@ def guarded(run: Run, arguments: argparse.Namespace) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in FULL:
+            _drop_output()
+            return _failed(f"cannot write {error.filename or 'the output'}: {error.strerror}")
+        if error.filename is None:
             raise
-        _drop_output()
-        return _failed(f"cannot write {error.filename or 'the output'}: {error.strerror}")
+        # A name that is too long, a folder that may not be entered: looking for it already fails.
+        return _failed(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}")
     return 0
 
 
