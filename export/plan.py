@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pocketslm import schema
 from pocketslm.errors import ExportError, UsageError
 from pocketslm.export import study
 from pocketslm.export.calibration_text import MIX, calibration_windows
@@ -137,6 +138,7 @@ def best(trials: Sequence[Trial]) -> Trial | None:
     return min(fitting, key=lambda trial: trial.metrics["kl"], default=None)
 
 
+@study.database_errors()
 def search(
     checkpoint: Checkpoint,
     text: Path,
@@ -399,8 +401,11 @@ def _speeds(rows: Sequence[Any]) -> Metrics:
 def _finished(queue: Any, budget: Budget) -> list[Trial]:
     trials = []
     for trial in study.finished(queue):
-        metrics = trial.user_attrs[study.METRICS]
-        recipe = Recipe.from_dict(json.loads(trial.user_attrs[study.RECIPE]))
+        try:
+            metrics = trial.user_attrs[study.METRICS]
+            recipe = Recipe.from_dict(schema.loads(trial.user_attrs[study.RECIPE]))
+        except (KeyError, ValueError, TypeError, UsageError, ExportError) as error:
+            raise study.Unreadable(f"trial {trial.number}: {error!r:.100}") from None
         trials.append(Trial(trial.number, recipe, metrics, tuple(budget.broken(metrics))))
     return trials
 

@@ -53,6 +53,28 @@ def open_study(
     return study
 
 
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """UsageError where the trials' database is damaged, full or gone: what is in it may be of any
+    form."""
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    unreadable = (SQLAlchemyError, optuna.exceptions.StorageInternalError, Unreadable)
+    try:
+        yield
+    except unreadable as error:
+        reason = next(iter(str(error.__cause__ or error).splitlines()), "")
+        raise UsageError(
+            f"the database of the trials cannot be used: {reason}; where it is damaged, remove it: "
+            "the search then begins anew"
+        ) from None
+
+
+class Unreadable(Exception):
+    """A trial that no search has written."""
+
+
 def _storage(url: str) -> Any:
     import optuna
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pocketslm.errors import UsageError
 from pocketslm.export import plan, study
 from pocketslm.export.pipeline import export_bundle
+from pocketslm.export.plan import Budget
 from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.profiling.devices import local
@@ -115,6 +118,42 @@ def test_a_database_that_cannot_be_used_is_one_line() -> None:
     for url in ("nothing", "sqlite:////nowhere/at/all.db"):
         with pytest.raises(UsageError, match="^storage .* cannot be used: [^\n]+$"):
             study.open_study(url, "name", ["minimize"], [], None)
+
+
+@pytest.mark.parametrize("recipe", ["{}", '{"weights": 3}', "[", "7"])
+def test_a_damaged_database_is_one_line(recipe: str, tmp_path: Path) -> None:
+    path = tmp_path / "trials.db"
+    known = f"sqlite:///{path}", "name", ["minimize"], [({"x": n}, recipe) for n in range(9)], 0
+
+    def attempt(trial: Any) -> list[float]:
+        study.claim(queue, trial, recipe, 5)
+        trial.set_user_attr(study.METRICS, {"x": trial.suggest_int("x", 0, 9)})
+        return [1.0]
+
+    def read() -> None:
+        with study.database_errors():
+            plan._finished(study.open_study(*known), Budget({}))
+
+    queue = study.open_study(*known)
+    study.work(queue, 5, attempt)
+    assert len(study.finished(queue)) == 5
+    if recipe != "{}":
+        with pytest.raises(UsageError, match="of the trials cannot be used: trial 0: "):
+            read()
+        return
+    read()
+    whole, rng = path.read_bytes(), random.Random(1)
+    refused = 0
+    for _ in range(8):
+        damaged = bytearray(whole)
+        for _ in range(40):
+            damaged[rng.randrange(100, len(whole))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read()
+        except UsageError as error:
+            refused += "\n" not in str(error)
+    assert refused
 
 
 def test_a_trial_that_loses_its_device_is_taken_again(tmp_path: Path) -> None:
