@@ -159,6 +159,11 @@ def _files_that_differ(base: Checkpoint, tuned: Checkpoint) -> dict[str, Any]:
 
 def _difference(base: Checkpoint, tuned: Checkpoint, name: str) -> Array:
     delta: Array = floats(tuned.weight(name)) - floats(base.weight(name))
+    if not np.isfinite(delta).all():
+        raise CheckpointError(
+            f"{name} of {tuned.path} less that of {base.path} has numbers that are NaN or "
+            "infinite; one of the two is damaged: fetch it again"
+        )
     return delta
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pocketslm.errors import ExportError
 from pocketslm.export.quantize import rtn
 from pocketslm.export.quantize.grid import PIECE, Fit, Grid, Spec
 from pocketslm.models.tensors import QuantTensor, concat_rows
@@ -91,12 +92,23 @@ def _group_of(grid: Grid, g: int) -> Grid:
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse, as float32."""
+    """The upper Cholesky factor of the damped Hessian's inverse, as float32.
+
+    Raises ExportError for a Hessian of inputs that are not finite, or whose squares are not.
+    """
     h = hessian.double().clone()
     diagonal = h.diagonal()
     diagonal[diagonal == 0] = 1  # an input that was never active
     diagonal *= 1 + damping
     diagonal += 1e-6 * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
+    except torch.linalg.LinAlgError:
+        factor = h.new_full((1,), torch.nan)
+    if not torch.isfinite(factor).all():
+        raise ExportError(
+            "gptq: what a layer computes of the calibration text is NaN, infinite or far too "
+            "large; the model is damaged: fetch it again, or use a method without gptq"
+        )
+    return factor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,23 @@ def test_a_delta_is_used_whole_or_refused(
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         DeltaCheckpoint(base, tmp_path / "damaged")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", ["base", "tuned"])
+@pytest.mark.parametrize("text", [True, False])
+def test_a_delta_of_what_is_not_finite_is_refused(
+    broken: str, text: bool, tiny_hf: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_hf, tmp_path / broken)
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    pair = [open_checkpoint(folder), open_checkpoint(tiny_hf)]
+    pair = pair if broken == "base" else pair[::-1]
+    ids = torch.arange(64)[None] if text else None
+    with pytest.raises(CheckpointError, match="numbers that are NaN or infinite"):
+        make_delta(*pair, tmp_path / "d", [Band(2, 8)], ids)
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_delta_that_cannot_be_written_leaves_nothing(

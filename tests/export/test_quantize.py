@@ -174,6 +174,14 @@ def test_gptq_lowers_the_output_error(kind: Kind, act_order: bool) -> None:
     assert output_error(got) < (0.4 if act_order else 0.7) * plain
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_gptq_refuses_inputs_that_are_not_finite(value: float) -> None:
+    hessian = HESSIAN.clone()
+    hessian[3, 4] = hessian[4, 3] = value
+    with pytest.raises(ExportError, match="gptq: what a layer computes of the calibration text"):
+        gptq.quantize(TENSOR, hessian, Spec())
+
+
 def test_gptq_passes_over_inputs_that_never_come() -> None:
     hessian = HESSIAN.clone()
     hessian[7], hessian[:, 7] = 0, 0
