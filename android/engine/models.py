@@ -13,6 +13,7 @@ from pocketslm.android.engine.meter import free_bytes, read_bandwidth
 from pocketslm.errors import BundleError
 from pocketslm.folders import aside, put
 from pocketslm.models.config import PREFILL_BATCH, ModelConfig
+from pocketslm.runtime.assistant.readers.archive import DAMAGE
 from pocketslm.runtime.bundle import MANIFEST, Bundle, Graph, open_bundle, read_manifest
 from pocketslm.runtime.cores import CHOICES, MOST_BYTES
 
@@ -116,7 +117,8 @@ class Models:
                 name = _plain(open_bundle(copy, verify=True).name)
                 put(copy, self.folder / name, replace=True)
         except OSError as error:
-            raise BundleError(f"{source.name} cannot be imported: {error.strerror}") from None
+            reason = error.strerror or error
+            raise BundleError(f"{source.name} cannot be imported: {reason}") from None
         yield name
 
 
@@ -190,5 +192,5 @@ def _unpack(source: Path, copy: Path) -> Iterator[str]:
             entry = entries.get(root + CHOICES)
             if entry is not None and entry.file_size <= MOST_BYTES:
                 (copy / CHOICES).write_bytes(archive.read(entry))
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+    except (*DAMAGE, RuntimeError) as error:
         raise BundleError(f"{source.name} is not a zip that can be read: {error}") from None

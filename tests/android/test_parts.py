@@ -245,13 +245,32 @@ def test_a_bundle_is_imported_as_a_folder_and_as_a_zip(tiny_bundle: Path, tmp_pa
 
 
 def _zip(
-    folder: Path, target: Path, prefix: str = "", replaced: dict[str, bytes] | None = None
+    folder: Path,
+    target: Path,
+    prefix: str = "",
+    replaced: dict[str, bytes] | None = None,
+    method: int = zipfile.ZIP_STORED,
 ) -> Path:
-    with zipfile.ZipFile(target, "w") as archive:
+    with zipfile.ZipFile(target, "w", method) as archive:
         for path in folder.iterdir():
             data = (replaced or {}).get(path.name, path.read_bytes())
             archive.writestr(prefix + path.name, data)
     return target
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_is_refused(method: int, tiny_bundle: Path, tmp_path: Path) -> None:
+    models = Models(tmp_path / "models")
+    path = _zip(tiny_bundle, tmp_path / "a.zip", method=method)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        starts = [entry.header_offset + 60 for entry in archive.infolist()]
+    for start in starts:
+        path.write_bytes(whole[:start] + b"\xff" * 40 + whole[start + 40 :])
+        with pytest.raises(BundleError) as error:
+            list(models.import_bundle(path))
+        assert "None" not in str(error.value)
+    assert list(models.folder.iterdir()) == []
 
 
 def test_hostile_bundles_are_refused_and_leave_nothing(tiny_bundle: Path, tmp_path: Path) -> None:

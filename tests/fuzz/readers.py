@@ -362,6 +362,28 @@ class Libraries(Target):
             library.add(make_source("b", "txt", [Block("Another text.")]))
 
 
+class Imports(Target):
+    """A zip of a bundle that the app is given."""
+
+    name = "import"
+    covers = ("android/engine/models.py",)
+    mutators: ClassVar[Mutators] = {"": partial(mutate.zipped, words=('"', "../", "{", "0", "[]"))}
+
+    def feed(self, name: str, content: bytes) -> None:
+        from pocketslm.android.engine.models import Models
+
+        path = self.scratch / "f.zip"
+        path.write_bytes(content)
+        models = Models(self.scratch / "models")
+        try:
+            list(models.import_bundle(path))
+        finally:
+            for card in models.list():
+                models.embeds(card.name)
+                models.remove(card.name)
+            assert not list((self.scratch / "models").iterdir())
+
+
 class Tasks(Target):
     """Items of a multiple-choice task, and runs that were saved of them."""
 
@@ -403,5 +425,5 @@ class Boards(Target):
 
 TARGETS = (
     *(Documents, Tokenizers, Templates, Records, Checkpoints, Configs, GGUF, Bundles, Recipes),
-    *(Updates, Libraries, Tasks, Boards),
+    *(Updates, Libraries, Imports, Tasks, Boards),
 )

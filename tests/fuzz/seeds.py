@@ -304,6 +304,12 @@ def _library(path: Path) -> None:
         library.remember(document.id, answer)
 
 
+def _imports(home: Path) -> None:
+    _adapted(home)
+    packed = shutil.make_archive(str(home / "packed"), "zip", home / "bundle")
+    _seed(home, "x.zip", Path(packed).read_bytes())
+
+
 def _tasks(home: Path) -> None:
     from pocketslm.export.tasks import Item, save_margins
 
@@ -552,6 +558,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "recipe": _recipes,
     "update": _updates,
     "library": _libraries,
+    "import": _imports,
     "task": _tasks,
     "board": _boards,
     "model": _models,

@@ -20,11 +20,12 @@ MAX_UNPACKED_BYTES, MAX_UNPACKED_OF_SMALL = 128 << 20, 48 << 20
 MAX_DEPTH = 256
 MAX_NAMESPACE_CHARACTERS = 1000  # every tag carries its namespace
 
-# What zipfile raises for a damaged member, depending on its compression.
-_DAMAGE = (
+# What zipfile raises for a damaged member, depending on its compression; OSError beside it.
+DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
-    *(OSError, EOFError, ValueError, OverflowError, NotImplementedError),
+    *(EOFError, ValueError, OverflowError, NotImplementedError),
 )
+_DAMAGE = (*DAMAGE, OSError)  # bzip2's; none of the system's, where all is in memory
 
 
 class Archive:
