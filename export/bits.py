@@ -103,7 +103,7 @@ def points(bench: Any, losses: Path) -> Iterator[tuple[str, str, Any]]:
 
 
 def _read(
-    path: Path, identity: dict[str, Any], costs: Mapping[Site, Mapping[int, int]]
+    path: Path, identity: dict[str, Any], costs: Mapping[tuple[str, ...], Mapping[int, int]]
 ) -> Losses | None:
     """What :func:`_write` kept there; UsageError where it is not of this model and setting, or has
     other sites and widths than ``costs``."""

@@ -227,8 +227,8 @@ def floats(weight: Weight) -> Array:
 
 def is_finite(weight: Weight) -> bool:
     """Whether no number of the weight is NaN or infinite; looks at a piece at a time."""
-    quantized = isinstance(weight, QuantTensor)
-    for part in (weight.scales, weight.minimums) if quantized else (weight,):
+    parts = [weight.scales, weight.minimums] if isinstance(weight, QuantTensor) else [weight]
+    for part in parts:
         if part is None:
             continue
         rows = max(1, _LOOKED_AT * len(part) // max(1, part.size))

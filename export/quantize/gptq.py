@@ -101,12 +101,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal[diagonal == 0] = 1  # an input that was never active
     diagonal *= 1 + damping
     diagonal += 1e-6 * diagonal.mean()
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-        factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
-    except torch.linalg.LinAlgError:
-        factor = h.new_full((1,), torch.nan)
-    if not torch.isfinite(factor).all():
+    lower, failed = torch.linalg.cholesky_ex(h)
+    factor: Tensor = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True).L.float()
+    if failed or not torch.isfinite(factor).all():
         raise ExportError(
             "gptq: what a layer computes of the calibration text is NaN, infinite or far too "
             "large; the model is damaged: fetch it again, or use a method without gptq"
