@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from pocketslm.runtime.assistant.document import Block
 from pocketslm.runtime.assistant.readers.archive import Archive, parse_xml
@@ -16,7 +17,8 @@ _NAMESPACES = frozenset(
         "http://purl.oclc.org/ooxml/wordprocessingml/main",
     )
 )
-_FALLBACK = "http://schemas.openxmlformats.org/markup-compatibility/2006 Fallback"
+# What stands elsewhere, too: a drawing for old programs, text that a tracked change moves away.
+_COPIES = ("http://schemas.openxmlformats.org/markup-compatibility/2006 Fallback", "moveFrom")
 _HEADING = re.compile(r"(?:heading|berschrift|titre|titolo|kop) ?(\d)", re.IGNORECASE)
 _MARKS = {"tab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "-"}
 _BEFORE_CELL_END = re.compile(r"(?<! ) ++\| ")
@@ -51,15 +53,17 @@ class _Body:
         self._characters = 0  # of all text, including text that is not yet in a block
         self._now = _Paragraph(self.pages)
         self._around: list[_Paragraph] = []  # those that hold the text box that is being read
+        self._name = lru_cache(1024)(_name)  # a document has many tags of few names
         self._in_text = False
         self._skipping = 0  # how many nested copies are open
 
     def start(self, tag: str, attributes: dict[str, str]) -> None:
-        if self._skipping or _is_copy(tag):
-            self._skipping += _is_copy(tag)
+        name = self._name(tag)
+        if self._skipping or name in _COPIES:
+            self._skipping += name in _COPIES
             return
         now = self._now
-        match _name(tag):
+        match name:
             case "t":
                 self._in_text = True
             case "pStyle":
@@ -79,11 +83,12 @@ class _Body:
                 now.parts.append(_MARKS[mark])
 
     def end(self, tag: str) -> None:
+        name = self._name(tag)
         if self._skipping:
-            self._skipping -= _is_copy(tag)
+            self._skipping -= name in _COPIES
             return
         now = self._now
-        match _name(tag):
+        match name:
             case "t":
                 self._in_text = False
             case "tc":
@@ -126,12 +131,6 @@ def _name(tag: str) -> str:
     """The tag without Word's namespace. Tags of other namespaces stay as they are."""
     namespace, _, name = tag.rpartition(" ")
     return name if namespace in _NAMESPACES else tag
-
-
-def _is_copy(tag: str) -> bool:
-    """Whether it holds what stands elsewhere: a drawing for old programs, or text that a tracked
-    change moves away."""
-    return tag == _FALLBACK or _name(tag) == "moveFrom"
 
 
 def _value(attributes: dict[str, str], name: str) -> str:
