@@ -363,9 +363,9 @@ class Architecture:
             "intermediate_size": widths[0],
             "head_dim": head_dim,
             "max_position_embeddings": f.integer("context_length"),
-            self.eps_field: f("attention.layer_norm_rms_epsilon")
-            or f("attention.layer_norm_epsilon")
-            or 1e-5,
+            self.eps_field: f(
+                "attention.layer_norm_rms_epsilon", f("attention.layer_norm_epsilon", 1e-5)
+            ),
             "rope_theta": f.number("rope.freq_base", 10000.0),
             "tie_word_embeddings": "output.weight" not in tensors,
             "attention_bias": "blk.0.attn_q.bias" in tensors,

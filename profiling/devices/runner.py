@@ -126,7 +126,7 @@ class RunnerProcess:
         line = self._read_line(self._timeout_s)
         try:
             answer = json.loads(line)
-            failed = answer["event"] == "error" and str(answer["message"])
+            failed = str(answer["message"]) if answer["event"] == "error" else None
         except (ValueError, RecursionError, TypeError, KeyError):
             raise (
                 self._why_it_ended()
@@ -135,7 +135,7 @@ class RunnerProcess:
                     f"the runner on {self._device.name} answered {line[:80]!r}, expected JSON"
                 )
             ) from None
-        if failed:
+        if failed is not None:
             raise BackendError(f"the runner on {self._device.name}: {failed}")
         assert isinstance(answer, dict)
         return answer
