@@ -15,6 +15,15 @@ from pocketslm.runtime.ops import build
 from . import campaign, native
 from .worker import TARGETS
 
+# The runner ends without the functions that are called at an end, gcov's among them.
+_DUMP = """
+extern "C" void __gcov_dump(void);
+extern "C" [[noreturn]] void __real__Exit(int);
+extern "C" [[noreturn]] void __wrap__Exit(int status) {
+  __gcov_dump();
+  __real__Exit(status);
+}
+"""
 Lines = dict[str, dict[int, bool]]  # file -> line -> whether it was reached
 
 
@@ -73,7 +82,8 @@ def _of_native(state: Path, names: list[str], inputs: int, folder: Path) -> Line
     for path in (state / "home").iterdir():
         if path.is_dir():
             (home / path.name).symlink_to(path)
-    objects = folder / "objects"
+    objects, dump = folder / "objects", folder / "dump.cpp"
+    dump.write_text(_DUMP)
     flags = ["--coverage", "-fprofile-update=atomic", "-O1"]
     toolchain = build.find_toolchain()
     library = (*build.COMMON, *build.TEXT)
@@ -81,7 +91,7 @@ def _of_native(state: Path, names: list[str], inputs: int, folder: Path) -> Line
     of_runner = {issubclass(TARGETS[name], native.OfRunner) for name in names}
     for is_runner, output, units, link in (
         (False, "libpocketslm.so", library, ["-shared", "--coverage"]),
-        (True, "pocketslm-run", runner, ["--coverage"]),
+        (True, "pocketslm-run", runner, ["--coverage", "-Wl,--wrap=_Exit", str(dump)]),
     ):
         if is_runner not in of_runner:
             continue
