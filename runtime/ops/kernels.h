@@ -143,6 +143,7 @@ struct AttentionJob {
   const void* values;  // fp16 [position][head_dim], int8 [position / 4][head_dim][4]
   const float* key_scales;            // int8 only: [position]
   const float* value_scales;
+  const void* next;  // keys that are read next, where they begin; null: not known
   float cap;  // scores become cap * tanh(score / cap); 0: they stay
   // Unnormalized result and the online softmax state, all written.
   float* out;      // [rows][head_dim]

@@ -88,6 +88,12 @@ void States::describe(size_t state, size_t head, AttentionJob& job) const {
   job.value_scales = scales ? job.key_scales + kept.room : nullptr;
 }
 
+const void* States::keys_at(size_t state, size_t head, size_t position) const {
+  const Kept& kept = kept_[state];
+  const size_t elements = head * head_elements(kept) + place_of(state, position) * kept.head_dim;
+  return kept.keys + elements * width_;
+}
+
 void States::advance(size_t length) {
   for (Kept& kept : kept_)
     if (kept.kind == StateKind::kv && length > kept.room)
