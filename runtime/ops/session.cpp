@@ -438,9 +438,9 @@ void Session::gated(unsigned m, const Step& step, size_t index) {
   share_weights(m, step.width / kGroup, unit_bytes, [&](size_t begin, size_t end) {
     Member& member = members_[m];
     float* gate = member.outputs.data();
-    float* up = gate + kMaxTile * kGroup;
-    // One token's units fill the scratch memory together.
-    const size_t together = count_ == 1 ? gated_units(threads()) : 1;
+    float* up = gate + kMaxTile * kScratchBlocks * kBlockRows;
+    // In the order of the plan, but where a batch's tiles pass: then weights stay in the first cache.
+    const size_t together = count_ <= kMaxTile ? gated_units(threads()) : 1;
     for (size_t unit = begin, units; unit < end; unit += units) {
       units = std::min(together, end - unit);
       const size_t width = units * kGroup;

@@ -38,7 +38,7 @@ struct Candidate {
 struct ReadWhileWaiting {
   ReadAhead& ahead;
   void operator()() const {
-    if (ahead.asked < ahead.used + kMaxLeadLines) ask_lines(ahead, 4);
+    if (ahead.asked.lines < ahead.used + kMaxLeadLines) ask_lines(ahead, 4);
   }
 };
 

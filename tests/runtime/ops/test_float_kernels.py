@@ -34,7 +34,7 @@ class _Job(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_size_t) for name in ("rows", "head_dim", "first", "begin", "end")),
         *((name, ctypes.c_void_p) for name in ("queries", "limits", "starts", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales")),
+        *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales", "next")),
         ("cap", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("out", "maximum", "weight")),
     )
