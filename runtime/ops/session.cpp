@@ -299,7 +299,9 @@ void Session::set_updates(size_t adapter, std::vector<StepUpdates> steps) {
   lowered_.resize(widest * batch_);
   for (Member& member : members_) member.lowered.resize(widest);
   widest_ = widest;
-  adapters_[adapter] = {std::move(steps), of_hidden};
+  Updates updates{std::move(steps), of_hidden, {}};
+  updates.gather();
+  adapters_[adapter] = std::move(updates);
   for (Context& context : contexts_)
     if (context.adapter == adapter) context.truncate(0);
 }
