@@ -259,6 +259,8 @@ struct Kernels {
   float (*to_i8)(const float* x, size_t n, int8_t* out);  // n % 16 == 0
   // out[r] = sum over groups of scales[g][r]^2 * weights[g], for 16 fp16 scales a group.
   void (*weigh_scales)(const uint16_t* scales, const float* weights, size_t groups, float* out);
+  // The highest of each 16 numbers, NaN where one of them is not finite.
+  void (*highest)(const float* x, size_t blocks, float* out);
   // out[p * 16 + r] = sum over columns of x[c] * a[p][c][r], for `panels` of 16 ranks in fp16.
   void (*lower_rank)(const uint16_t* a, const float* x, size_t cols, size_t panels, float* out);
   // out[k * 16 + j] += sum over r < rank of low[r] * b[k][r][j], for `blocks` of 16 rows in fp16.
@@ -298,6 +300,7 @@ struct Kernels {
    to_f16,                                                                                   \
    to_i8,                                                                                    \
    weigh_scales,                                                                             \
+   highest,                                                                                  \
    lower_rank,                                                                               \
    add_low_rank,                                                                             \
    sum_exp,                                                                                  \

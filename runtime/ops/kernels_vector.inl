@@ -215,6 +215,19 @@ void weigh_scales(const uint16_t* scales, const float* weights, size_t groups, f
   store(out, sum);
 }
 
+void highest(const float* x, size_t blocks, float* out) {
+  V16 magnitudes = zero();
+  for (size_t b = 0; b < blocks; ++b) {
+    const V16 block = load(x + b * 16);
+    magnitudes = larger_magnitude(magnitudes, block);
+    out[b] = reduce_max(block);
+  }
+  const auto finite = [](V16 a) { return reduce_magnitude(a) <= 3.4028234e38f; };
+  if (finite(magnitudes)) return;
+  for (size_t b = 0; b < blocks; ++b)
+    if (!finite(abs(load(x + b * 16)))) out[b] = __builtin_nanf("");
+}
+
 float sum_exp(const float* x, size_t n, float shift) {
   const size_t whole = n / 16 * 16;
   V16 total = zero();

@@ -83,6 +83,7 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
     for (Member& member : members_) {
       member.corrections.resize(kMaxTile * hidden_size / kGroup);
       member.energies.resize(kMaxTile * hidden_size / kGroup);
+      member.open.resize(head->blocks());
     }
   }
 }

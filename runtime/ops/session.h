@@ -141,6 +141,7 @@ class Session {
     // tile, and [token][group].
     std::vector<int32_t> corrections;
     std::vector<float> energies;
+    std::vector<size_t> open;  // blocks that screening leaves to be judged by their rows
   };
   // What is wanted behind a token: where its logits go, or how many of the highest; 0: the best.
   struct Asked {
