@@ -209,7 +209,12 @@ void Session::attend_few(unsigned m, const Step& step) {
   Rows rows;
   AttentionJob job{};
   size_t prepared = SIZE_MAX;  // whose job it is: a thread's next piece is most often of the same rows
-  share(m, step.kv_heads * tiles * pieces.count, 1, [&](size_t begin, size_t end) {
+  const size_t total = step.kv_heads * pieces.count;
+  // Of what a thread reads, most pages at once.
+  const auto [own, others] = pool_.share_of(m, total);
+  for (size_t item = own; item < others; ++item)
+    touch(step, run.context->states, item / pieces.count, pieces.first + item % pieces.count, all);
+  share(m, total * tiles, 1, [&](size_t begin, size_t end) {
     for (size_t item = begin; item < end; ++item) {
       // In the order of memory, which kernels ask for ahead.
       const size_t head = item / (tiles * pieces.count);
@@ -223,7 +228,7 @@ void Session::attend_few(unsigned m, const Step& step) {
         if (id != prepared) job = job_of(m, step, run, first, last, query_head, heads, rows);
         prepared = id;
         const size_t next = (item + 1) / tiles;
-        job.next = next == item / tiles || next == step.kv_heads * pieces.count
+        job.next = next == item / tiles || next == total
                        ? nullptr
                        : keys_of(step, run.context->states, next / pieces.count,
                                  pieces.first + next % pieces.count, all);
@@ -279,17 +284,32 @@ void Session::attend_many(unsigned m, const Step& step) {
   const auto tiles_of = [&](const Run& run) { return (run.count + tokens - 1) / tokens; };
   size_t tiles = 0;
   for (const Run& run : runs_) tiles += tiles_of(run);
+  struct Tile {
+    const Run& run;
+    size_t first, last;
+    Seen all;
+    Pieces pieces;
+  };
+  const auto tile_of = [&](size_t item) {
+    // Longest first, so that the last items to be taken are short ones.
+    size_t tile = tiles - 1 - item / step.kv_heads;
+    const Run* of = runs_.data();
+    while (tile >= tiles_of(*of)) tile -= tiles_of(*of++);
+    const size_t first = of->first + tile * tokens, last = std::min(first + tokens, of->last());
+    const Seen all{seen_by(step, *of, first).begin, seen_by(step, *of, last - 1).end};
+    return Tile{*of, first, last, all, pieces_of(step, all)};
+  };
+  const auto [own, others] = pool_.share_of(m, tiles * step.kv_heads);
+  for (size_t item = own; item < others && count_ <= kMaxTile; ++item) {
+    const Tile tile = tile_of(item);
+    for (size_t piece = 0; piece < tile.pieces.count; ++piece)
+      touch(step, tile.run.context->states, item % step.kv_heads, tile.pieces.first + piece,
+            tile.all);
+  }
   share(m, tiles * step.kv_heads, 1, [&](size_t begin, size_t end) {
     for (size_t item = begin; item < end; ++item) {
-      // Longest first, so that the last items to be taken are short ones.
-      size_t tile = tiles - 1 - item / step.kv_heads;
       const size_t head = item % step.kv_heads;
-      const Run* of = runs_.data();
-      while (tile >= tiles_of(*of)) tile -= tiles_of(*of++);
-      const Run& run = *of;
-      const size_t first = run.first + tile * tokens, last = std::min(first + tokens, run.last());
-      const Seen all{seen_by(step, run, first).begin, seen_by(step, run, last - 1).end};
-      const Pieces pieces = pieces_of(step, all);
+      const auto [run, first, last, all, pieces] = tile_of(item);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
         const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
         Rows rows;

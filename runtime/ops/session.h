@@ -183,6 +183,11 @@ class Session {
   static size_t most_pieces(const Step& step, size_t context);
   static const void* keys_of(const Step& step, const States& states, size_t head, size_t piece,
                              const Seen& all);
+  static void touch(const Step& step, const States& states, size_t head, size_t piece,
+                    const Seen& all) {
+    states.touch(step.state, head, piece_begin(step, piece),
+                 std::min(piece_begin(step, piece + 1), all.end));
+  }
   // Of the query rows of a job.
   struct Rows {
     Seen seen[kMaxQueryRows];
