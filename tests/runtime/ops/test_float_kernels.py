@@ -60,7 +60,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.mark.parametrize("isa", isa_names())
 def test_the_highest_of_blocks(isa: str, probe: ctypes.CDLL) -> None:
     x = np.random.default_rng(3).normal(size=(37, 16)).astype(np.float32)
-    x[3] = -x[3] ** 2 - 1  # all below 0
+    x[3] = -(x[3] ** 2) - 1  # all below 0
     for wrong in ((), ((5, 0, np.inf), (8, 15, -np.inf), (9, 7, np.nan), (36, 3, np.nan))):
         for row, column, value in wrong:
             x[row, column] = value
