@@ -86,20 +86,19 @@ void Session::prepare_head(const Step& step, const float* norm, float* head, siz
   if (norm && after) normalize();
 }
 
-// Prepared and scaled copies of `heads` query heads; scores become logarithms to base 2.
-void Session::prepare_queries(const Step& step, const Run& run, size_t row, const float* q,
-                              size_t heads, float* out) {
+// Rotates and scales `heads` query heads in place; scores become logarithms to base 2.
+void Session::prepare_queries(const Step& step, const Run& run, size_t row, size_t heads,
+                              float* queries) {
   const size_t dim = step.head_dim;
   float scale = step.scale * kLog2E;
   if (step.temperature_step) {
     const size_t steps = run.position(row) / step.temperature_step;
     scale *= 1.0f + step.temperature * std::log1p(static_cast<float>(steps));
   }
-  std::memcpy(out, q, heads * dim * sizeof(float));
-  for (size_t h = 0; h < heads; ++h) prepare_head(step, step.query_norm, out + h * dim, row);
-  for (size_t i = 0; i < heads * dim; ++i) out[i] *= scale;
+  for (size_t h = 0; h < heads; ++h) prepare_head(step, step.query_norm, queries + h * dim, row);
+  for (size_t i = 0; i < heads * dim; ++i) queries[i] *= scale;
   for (size_t h = 0; run.context->states.type() == PSLM_KV_I8 && h < heads; ++h)
-    spread(out + h * dim, dim);
+    spread(queries + h * dim, dim);
 }
 
 void Session::store(const Step& step, const Run& run, size_t head, size_t row) {
@@ -147,6 +146,13 @@ size_t Session::most_pieces(const Step& step, size_t context) {
   return step.window ? std::min(all, step.window / window_piece(step.window) + 2) : all;
 }
 
+// Where what is read of a piece begins: keys of `all` positions that a job sees.
+const void* Session::keys_of(const Step& step, const States& states, size_t head, size_t piece,
+                             const Seen& all) {
+  const size_t begin = std::max(piece_begin(step, piece), all.begin / kPositionBlock * kPositionBlock);
+  return states.keys_at(step.state, head, begin);
+}
+
 // The job's rows over a piece of `all` positions that one of them sees. `seen`: what each row sees.
 void Session::attend_piece(const Step& step, const States& states, size_t head, size_t piece,
                            const Seen& all, const Seen* seen, AttentionJob& job) {
@@ -171,15 +177,17 @@ void Session::attend(unsigned m, const Step& step) {
   count_ <= kFewTokens && runs_.size() == 1 ? attend_few(m, step) : attend_many(m, step);
 }
 
-// The job of `heads` query heads, from `query_head` on, of the tokens [first, last): rows by token.
+// The job of `heads` query heads, from `query_head` on, of the tokens [first, last): rows by token. One
+// token's are prepared here, by each thread for itself; those of more were.
 AttentionJob Session::job_of(unsigned m, const Step& step, const Run& run, size_t first,
                              size_t last, size_t query_head, size_t heads, Rows& rows) {
   Member& member = members_[m];
   for (size_t t = first; t < last; ++t) {
     const size_t row = (t - first) * heads;
-    prepare_queries(step, run, t,
-                    buffer(BufferId::query) + t * step.width + query_head * step.head_dim, heads,
-                    &member.queries[row * step.head_dim]);
+    float* queries = &member.queries[row * step.head_dim];
+    std::memcpy(queries, buffer(BufferId::query) + t * step.width + query_head * step.head_dim,
+                heads * step.head_dim * sizeof(float));
+    if (count_ == 1) prepare_queries(step, run, t, heads, queries);
     std::fill_n(rows.seen + row, heads, seen_by(step, run, t));
   }
   AttentionJob job{};
@@ -197,25 +205,33 @@ void Session::attend_few(unsigned m, const Step& step) {
   const size_t tiles = (count_ + tokens - 1) / tokens;
   const Seen all{seen_by(step, run, 0).begin, seen_by(step, run, count_ - 1).end};
   const Pieces pieces = pieces_of(step, all);
-  const bool stores = !step.has(AttendFlag::reads_only);
-  if (stores && tiles > 1) store_all(m, step);
+  if (count_ > 1) prepare_all(m, step);
   Rows rows;
   AttentionJob job{};
   size_t prepared = SIZE_MAX;  // whose job it is: a thread's next piece is most often of the same rows
-  share(m, step.kv_heads * tiles * pieces.count, 1, [&](size_t begin, size_t end) {
+  const size_t total = step.kv_heads * pieces.count;
+  // Of what a thread reads, most pages at once.
+  const auto [own, others] = pool_.share_of(m, total);
+  for (size_t item = own; item < others; ++item)
+    touch(step, run.context->states, item / pieces.count, pieces.first + item % pieces.count, all);
+  share(m, total * tiles, 1, [&](size_t begin, size_t end) {
     for (size_t item = begin; item < end; ++item) {
       // In the order of memory, which kernels ask for ahead.
       const size_t head = item / (tiles * pieces.count);
       const size_t at = item / tiles % pieces.count, tile = item % tiles;
-      if (stores && tiles == 1)
-        for (size_t t = 0; t < count_; ++t)
-          if (piece_at(step, run.position(t)) == pieces.first + at) store(step, run, head, t);
+      if (count_ == 1 && at + 1 == pieces.count && !step.has(AttendFlag::reads_only))
+        store(step, run, head, 0);
       const size_t first = tile * tokens, last = std::min(first + tokens, count_);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
         const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
         const size_t id = tile * step.heads + query_head;
         if (id != prepared) job = job_of(m, step, run, first, last, query_head, heads, rows);
         prepared = id;
+        const size_t next = (item + 1) / tiles;
+        job.next = next == item / tiles || next == total
+                       ? nullptr
+                       : keys_of(step, run.context->states, next / pieces.count,
+                                 pieces.first + next % pieces.count, all);
         attend_piece(step, run.context->states, head, pieces.first + at, all, rows.seen, job);
         for (size_t row = 0; row < job.rows; ++row) {
           const size_t of = (first + row / heads) * step.heads + query_head + row % heads;
@@ -244,34 +260,56 @@ void Session::join(const Step& step, size_t count, size_t row, float* out) const
   joined.finish();
 }
 
-// All keys and values of the batch.
-void Session::store_all(unsigned m, const Step& step) {
-  share(m, step.kv_heads, 1, [&](size_t begin, size_t end) {
-    for (size_t head = begin; head < end; ++head)
-      for (const Run& run : runs_)
-        for (size_t t = run.first; t < run.last(); ++t) store(step, run, head, t);
+// Stores keys and values of the batch, and makes its queries ready in place.
+void Session::prepare_all(unsigned m, const Step& step) {
+  const size_t group = step.heads / step.kv_heads, total = step.kv_heads * count_;
+  const bool stores = !step.has(AttendFlag::reads_only);
+  share(m, total, (total + 4 * threads() - 1) / (4 * threads()), [&](size_t begin, size_t end) {
+    for (size_t item = begin; item < end; ++item) {
+      const size_t head = item / count_, row = item % count_;
+      const Run* run = runs_.data();
+      while (row >= run->last()) ++run;
+      if (stores) store(step, *run, head, row);
+      float* queries = buffer(BufferId::query) + row * step.width + head * group * step.head_dim;
+      prepare_queries(step, *run, row, group, queries);
+    }
   });
 }
 
-// A batch: all keys and values first, then tiles of consecutive tokens of one KV head.
+// A batch: all heads are made ready first, then tiles of consecutive tokens of one KV head.
 void Session::attend_many(unsigned m, const Step& step) {
   const size_t dim = step.head_dim, group = step.heads / step.kv_heads;
-  if (!step.has(AttendFlag::reads_only)) store_all(m, step);
+  prepare_all(m, step);
   const size_t tokens = std::max<size_t>(1, kMaxQueryRows / group);
   const auto tiles_of = [&](const Run& run) { return (run.count + tokens - 1) / tokens; };
   size_t tiles = 0;
   for (const Run& run : runs_) tiles += tiles_of(run);
+  struct Tile {
+    const Run& run;
+    size_t first, last;
+    Seen all;
+    Pieces pieces;
+  };
+  const auto tile_of = [&](size_t item) {
+    // Longest first, so that the last items to be taken are short ones.
+    size_t tile = tiles - 1 - item / step.kv_heads;
+    const Run* of = runs_.data();
+    while (tile >= tiles_of(*of)) tile -= tiles_of(*of++);
+    const size_t first = of->first + tile * tokens, last = std::min(first + tokens, of->last());
+    const Seen all{seen_by(step, *of, first).begin, seen_by(step, *of, last - 1).end};
+    return Tile{*of, first, last, all, pieces_of(step, all)};
+  };
+  const auto [own, others] = pool_.share_of(m, tiles * step.kv_heads);
+  for (size_t item = own; item < others && count_ <= kMaxTile; ++item) {
+    const Tile tile = tile_of(item);
+    for (size_t piece = 0; piece < tile.pieces.count; ++piece)
+      touch(step, tile.run.context->states, item % step.kv_heads, tile.pieces.first + piece,
+            tile.all);
+  }
   share(m, tiles * step.kv_heads, 1, [&](size_t begin, size_t end) {
     for (size_t item = begin; item < end; ++item) {
-      // Longest first, so that the last items to be taken are short ones.
-      size_t tile = tiles - 1 - item / step.kv_heads;
       const size_t head = item % step.kv_heads;
-      const Run* of = runs_.data();
-      while (tile >= tiles_of(*of)) tile -= tiles_of(*of++);
-      const Run& run = *of;
-      const size_t first = run.first + tile * tokens, last = std::min(first + tokens, run.last());
-      const Seen all{seen_by(step, run, first).begin, seen_by(step, run, last - 1).end};
-      const Pieces pieces = pieces_of(step, all);
+      const auto [run, first, last, all, pieces] = tile_of(item);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
         const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
         Rows rows;
@@ -282,6 +320,11 @@ void Session::attend_many(unsigned m, const Step& step) {
                                    (query_head + row % heads) * dim,
                                dim);
         for (size_t piece = pieces.first; piece < pieces.first + pieces.count; ++piece) {
+          const bool more = piece + 1 < pieces.first + pieces.count;
+          job.next = more || head + 1 < step.kv_heads
+                         ? keys_of(step, run.context->states, more ? head : head + 1,
+                                   more ? piece + 1 : pieces.first, all)
+                         : nullptr;
           attend_piece(step, run.context->states, head, piece, all, rows.seen, job);
           for (size_t row = 0; row < job.rows; ++row)
             joined[row].add(job.out + row * dim, rows.maximum[row], rows.weight[row]);

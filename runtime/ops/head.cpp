@@ -20,23 +20,7 @@ constexpr float kMeanNibble = 7.5f;
 constexpr float kNibbleVariance = 255.0f / 12.0f;
 // A row is lost with a probability of 10^-12.
 constexpr float kDeviations = 7.0f;
-
-// The highest of a block's sixteen numbers, NaN where one is not finite. Compared as integers, which
-// compilers do in vectors.
-float highest_of(const float* x) {
-  int32_t highest = std::numeric_limits<int32_t>::min(), magnitude = 0;
-  for (size_t r = 0; r < kBlockRows; ++r) {
-    int32_t bits;
-    std::memcpy(&bits, x + r, sizeof bits);
-    magnitude = std::max(magnitude, bits & 0x7fffffff);
-    highest = std::max(highest, bits ^ (bits >> 31 & 0x7fffffff));
-  }
-  if (magnitude >= 0x7f800000) return std::numeric_limits<float>::quiet_NaN();
-  highest ^= highest >> 31 & 0x7fffffff;
-  float value;
-  std::memcpy(&value, &highest, sizeof value);
-  return value;
-}
+constexpr size_t kOpenAhead = 4;  // blocks between asking for scales and using them
 
 // The largest magnitude of a block's fp16 scales, never 0.
 uint16_t largest_half(const uint16_t* x) {
@@ -297,7 +281,8 @@ void Session::screen_blocks(unsigned m, const PanelView& input, size_t begin, si
   const BlockLayout layout = block_layout(w.kind, w.cols);
   const MatmulFunction matmul = kernels_.matmul[kernel_of(WeightKind::q4_sym)];
   const size_t groups = w.cols / kGroup, width = w.blocks() * kBlockRows;
-  const size_t step = input.tokens == 1 ? kScratchBlocks : 1;
+  // As in a product: two blocks stay in the first-level cache while several tiles pass.
+  const size_t step = tile_size(input.tokens) == input.tokens ? kScratchBlocks : 2;
   for (size_t b = begin; b < end; b += step) {
     const size_t last = std::min(b + step, end);
     for (size_t t = 0; t < input.tokens;) {
@@ -306,10 +291,11 @@ void Session::screen_blocks(unsigned m, const PanelView& input, size_t begin, si
       if (t == 0) tile.ahead = &members_[m].plan.ahead;
       float* high = &screened_[t * width + b * kBlockRows];
       matmul(w.from(b), last - b, w.cols, tile, high, width);
-      for (size_t i = 0; i < tile.tokens; ++i)
-        for (size_t k = b; k < last; ++k)
-          highest_[(t + i) * w.blocks() + k] =
-              16.0f * highest_of(high + i * width + (k - b) * kBlockRows);
+      for (size_t i = 0; i < tile.tokens; ++i) {
+        float* highest = &highest_[(t + i) * w.blocks()];
+        kernels_.highest(high + i * width, last - b, highest + b);
+        for (size_t k = b; k < last; ++k) highest[k] *= 16.0f;
+      }
       t += tile.tokens;
     }
     for (size_t k = b; k < last; ++k) {
@@ -351,7 +337,6 @@ void Session::settle(unsigned m, size_t token, const ActivationTile& input) {
   };
   alignas(64) float bounds[kBlockRows], own[kBlockRows];
   const auto may_exceed = [&](size_t b, float found) {
-    if (highest[b] + 1.001f * bounds[b % kBlockRows] < found) return false;  // for its rounding
     deviations(w.from(b).data + scales_at, own);
     for (size_t r = 0; r < kBlockRows; ++r)
       if (!(16.0f * screened[b * kBlockRows + r] + own[r] < found)) return true;
@@ -360,9 +345,19 @@ void Session::settle(unsigned m, size_t token, const ActivationTile& input) {
   const size_t likely = static_cast<size_t>(
       std::max_element(highest, highest + w.blocks()) - highest);
   compute(likely);
+  size_t open = 0;
   for (size_t b = begin; b < end && member.finite; ++b) {
     if (b % kBlockRows == 0) deviations(&spreads_[b * groups], bounds);
-    if (b != likely && may_exceed(b, member.found[token].best.logit)) compute(b);
+    const float bound = highest[b] + 1.001f * bounds[b % kBlockRows];  // for its rounding
+    if (b != likely && !(bound < member.found[token].best.logit)) member.open[open++] = b;
+  }
+  for (size_t i = 0; i < open && member.finite; ++i) {
+    // Scales lie apart: those of a later block are asked for.
+    if (i + kOpenAhead < open)
+      for (size_t at = 0; at < groups * kBlockRows * sizeof(uint16_t); at += 64)
+        __builtin_prefetch(w.from(member.open[i + kOpenAhead]).data + scales_at + at, 0, 2);
+    const size_t b = member.open[i];
+    if (may_exceed(b, member.found[token].best.logit)) compute(b);
   }
 }
 

@@ -25,33 +25,62 @@ struct ReadSpan {
   const uint8_t* data;
   size_t lines;
 };
+struct ReadPlace {
+  const ReadSpan* span;
+  const uint8_t* line;  // of `span`, the next one
+  size_t left;          // lines of `span` from there on
+  uint64_t lines;       // so far, since the first step
+};
 struct ReadAhead {
   const ReadSpan *begin, *end;  // a ring
-  const ReadSpan* span;         // the one being asked for, from `line` on
-  const uint8_t* line;
-  size_t left;           // lines of `span` not yet asked for
-  uint64_t asked, used;  // lines so far, since the first step
+  ReadPlace asked, touched;     // up to where lines were asked for, and pages were touched
+  uint64_t used;                // lines so far
 };
 constexpr uint64_t kMaxLeadLines = 2048;  // 128 KB; a power of two
+// A line of a page whose translation is not at hand is waited for, with all that the core would do
+// next. So pages are touched earlier, many together: cores look several translations up at once.
+constexpr size_t kPageLines = 64, kPagesTogether = 16;
+constexpr uint64_t kPageLead = 512;
 
-static inline void next_span(ReadAhead& ahead) {
-  if (++ahead.span == ahead.end) ahead.span = ahead.begin;
-  ahead.line = ahead.span->data;
-  ahead.left = ahead.span->lines;
+static inline void next_span(const ReadAhead& ahead, ReadPlace& place) {
+  if (++place.span == ahead.end) place.span = ahead.begin;
+  place.line = place.span->data;
+  place.left = place.span->lines;
+}
+
+static inline void move_on(ReadPlace& place, size_t lines) {
+  place.line += lines * 64;
+  place.left -= lines;
+  place.lines += lines;
+}
+
+static inline void touch_pages(ReadAhead& ahead) {
+  ReadPlace& place = ahead.touched;
+  for (size_t pages = kPagesTogether; pages;) {
+    if (!place.left) next_span(ahead, place);
+    const size_t whole = place.left / kPageLines, run = whole < pages ? whole : pages;
+    for (size_t i = 0; i < run; ++i) __builtin_prefetch(place.line + i * kPageLines * 64, 0, 2);
+    move_on(place, run * kPageLines);
+    pages -= run;
+    if (!pages || !place.left) continue;
+    __builtin_prefetch(place.line, 0, 2);
+    move_on(place, place.left);
+    --pages;
+  }
 }
 
 static inline void ask_lines(ReadAhead& ahead, size_t lines) {
-  ahead.asked += lines;
+  ReadPlace& place = ahead.asked;
+  if (place.lines + kPageLead >= ahead.touched.lines) touch_pages(ahead);
   while (lines) {
-    if (!ahead.left) next_span(ahead);
-    const size_t run = lines < ahead.left ? lines : ahead.left;
-    const uint8_t* line = ahead.line;
+    if (!place.left) next_span(ahead, place);
+    const size_t run = lines < place.left ? lines : place.left;
+    const uint8_t* line = place.line;
     size_t i = 0;
     for (; i + 8 <= run; i += 8, line += 512)
       for (size_t k = 0; k < 8; ++k) __builtin_prefetch(line + 64 * k, 0, 2);
     for (; i < run; ++i, line += 64) __builtin_prefetch(line, 0, 2);
-    ahead.line = line;
-    ahead.left -= run;
+    move_on(place, run);
     lines -= run;
   }
 }
@@ -59,7 +88,7 @@ static inline void ask_lines(ReadAhead& ahead, size_t lines) {
 // A kernel is about to read `lines`; how many it should ask for: twice as many with no lead, none
 // with a full one.
 static inline size_t lines_to_ask(ReadAhead& ahead, size_t lines) {
-  const uint64_t lead = ahead.asked > ahead.used ? ahead.asked - ahead.used : 0;
+  const uint64_t asked = ahead.asked.lines, lead = asked > ahead.used ? asked - ahead.used : 0;
   ahead.used += lines;
   return lead < kMaxLeadLines ? lines * (kMaxLeadLines - lead) * 2 / kMaxLeadLines : 0;
 }
@@ -87,14 +116,13 @@ struct ReadRun {
 // The next lines that the kernel must ask for, in up to `steps` steps. What is left of a span and too
 // little for a step is asked for at once; where all of it is, a step goes past its end.
 static inline ReadRun next_run(ReadAhead& ahead, size_t lines, size_t steps) {
-  if (ahead.left < lines) ask_lines(ahead, ahead.left);
-  if (!ahead.left) next_span(ahead);
-  const size_t whole = ahead.left < lines ? 1 : ahead.left / lines;
-  const ReadRun run{ahead.line, whole < steps ? whole : steps};
-  const size_t asked = run.steps * lines < ahead.left ? run.steps * lines : ahead.left;
-  ahead.asked += asked;
-  ahead.line += asked * 64;
-  ahead.left -= asked;
+  ReadPlace& place = ahead.asked;
+  if (place.lines + kPageLead >= ahead.touched.lines) touch_pages(ahead);
+  if (place.left < lines) ask_lines(ahead, place.left);
+  if (!place.left) next_span(ahead, place);
+  const size_t whole = place.left < lines ? 1 : place.left / lines;
+  const ReadRun run{place.line, whole < steps ? whole : steps};
+  move_on(place, run.steps * lines < place.left ? run.steps * lines : place.left);
   return run;
 }
 
@@ -143,6 +171,7 @@ struct AttentionJob {
   const void* values;  // fp16 [position][head_dim], int8 [position / 4][head_dim][4]
   const float* key_scales;            // int8 only: [position]
   const float* value_scales;
+  const void* next;  // keys that are read next, where they begin; null: not known
   float cap;  // scores become cap * tanh(score / cap); 0: they stay
   // Unnormalized result and the online softmax state, all written.
   float* out;      // [rows][head_dim]
@@ -230,6 +259,8 @@ struct Kernels {
   float (*to_i8)(const float* x, size_t n, int8_t* out);  // n % 16 == 0
   // out[r] = sum over groups of scales[g][r]^2 * weights[g], for 16 fp16 scales a group.
   void (*weigh_scales)(const uint16_t* scales, const float* weights, size_t groups, float* out);
+  // The highest of each 16 numbers, NaN where one of them is not finite.
+  void (*highest)(const float* x, size_t blocks, float* out);
   // out[p * 16 + r] = sum over columns of x[c] * a[p][c][r], for `panels` of 16 ranks in fp16.
   void (*lower_rank)(const uint16_t* a, const float* x, size_t cols, size_t panels, float* out);
   // out[k * 16 + j] += sum over r < rank of low[r] * b[k][r][j], for `blocks` of 16 rows in fp16.
@@ -269,6 +300,7 @@ struct Kernels {
    to_f16,                                                                                   \
    to_i8,                                                                                    \
    weigh_scales,                                                                             \
+   highest,                                                                                  \
    lower_rank,                                                                               \
    add_low_rank,                                                                             \
    sum_exp,                                                                                  \

@@ -5,8 +5,21 @@
 template <size_t R>
 constexpr size_t kPanels = kAccumulators / R > 4 ? 4 : kAccumulators / R > 1 ? kAccumulators / R : 1;
 
-// Positions ahead of their use that keys and values are asked for.
-constexpr size_t kPositionsAhead = 128;
+// Keys and values are asked for while those before them are used: the values of a span while its scores
+// are computed, then the keys that come next. Both have the same size. Bytes from what is used to what
+// is asked for:
+inline std::ptrdiff_t distance(const void* from, const void* to) {
+  return reinterpret_cast<std::intptr_t>(to) - reinterpret_cast<std::intptr_t>(from);
+}
+inline std::ptrdiff_t from_keys(const AttentionJob& job) { return distance(job.keys, job.values); }
+// `width`: bytes of an element; behind the last span come the keys of the next job.
+inline std::ptrdiff_t from_values(const AttentionJob& job, size_t width, size_t first, size_t next) {
+  const auto at = [&](const void* part, size_t position) {
+    return static_cast<const char*>(part) + position * job.head_dim * width;
+  };
+  const void* values = at(job.values, first);
+  return distance(values, next < job.end ? at(job.keys, next) : job.next ? job.next : values);
+}
 
 template <size_t R, size_t W>
 inline void key_scores(const AttentionJob& job, size_t row, size_t position, float* scores) {
@@ -15,7 +28,7 @@ inline void key_scores(const AttentionJob& job, size_t row, size_t position, flo
   rows_times_panels<OtherHalf::step>(
       job.queries + row * job.head_dim, job.head_dim,
       static_cast<const uint16_t*>(job.keys) + position * job.head_dim, kPositionBlock,
-      kPositionBlock * job.head_dim, job.head_dim, kPositionsAhead * job.head_dim, acc);
+      kPositionBlock * job.head_dim, job.head_dim, from_keys(job), acc);
   for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
     store(scores + r * kScoreSpan + w * kPositionBlock, acc[r][w]);
   });
@@ -34,7 +47,7 @@ void all_key_scores(const AttentionJob& job, size_t row, size_t first, size_t co
 
 template <size_t R, size_t W>
 inline void add_values(const AttentionJob& job, size_t row, size_t first, size_t count,
-                       const float* weights, const float* decay, size_t d) {
+                       const float* weights, const float* decay, std::ptrdiff_t ahead, size_t d) {
   V16 acc[R][W];
   float* out = job.out + row * job.head_dim + d;
   for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
@@ -42,7 +55,7 @@ inline void add_values(const AttentionJob& job, size_t row, size_t first, size_t
   });
   rows_times_panels<OtherHalf::panel>(
       weights, kScoreSpan, static_cast<const uint16_t*>(job.values) + first * job.head_dim + d,
-      job.head_dim, 16, count, kPositionsAhead * job.head_dim, acc);
+      job.head_dim, 16, count, ahead, acc);
   for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
     store(out + r * job.head_dim + w * 16, acc[r][w]);
   });
@@ -50,13 +63,14 @@ inline void add_values(const AttentionJob& job, size_t row, size_t first, size_t
 
 template <size_t R>
 void add_all_values(const AttentionJob& job, size_t row, size_t first, size_t count,
-                    const float (*weights)[kScoreSpan], const float* decay) {
+                    const float (*weights)[kScoreSpan], const float* decay,
+                    std::ptrdiff_t ahead) {
   constexpr size_t W = kPanels<R>;
   size_t d = 0;
   for (; d + W * 16 <= job.head_dim; d += W * 16)
-    add_values<R, W>(job, row, first, count, weights[row], decay + row, d);
+    add_values<R, W>(job, row, first, count, weights[row], decay + row, ahead, d);
   for (; d < job.head_dim; d += 16)
-    add_values<R, 1>(job, row, first, count, weights[row], decay + row, d);
+    add_values<R, 1>(job, row, first, count, weights[row], decay + row, ahead, d);
 }
 
 // A row's scores of `count` positions from `first` on to weights, and into its state; returns how the
@@ -119,9 +133,10 @@ void attend_f16(const AttentionJob& job) {
     POCKETSLM_FOR_ROW_GROUPS(kMaxRegisterRows, job.rows,
                              (all_key_scores<R>(job, row, first, count, scores)))
     for (size_t r = 0; r < job.rows; ++r) decay[r] = weigh(job, r, first, count, scores[r]);
+    const std::ptrdiff_t ahead = from_values(job, sizeof(uint16_t), first, first + live);
     // Positions past `live` were never written: their weight is 0, but 0 * NaN is not.
     POCKETSLM_FOR_ROW_GROUPS(kMaxRegisterRows, job.rows,
-                             (add_all_values<R>(job, row, first, live, scores, decay)))
+                             (add_all_values<R>(job, row, first, live, scores, decay, ahead)))
   });
 }
 
@@ -132,7 +147,8 @@ void attend_f16(const AttentionJob& job) {
 // positions, or channels. L is how a path wants the lines for factors of this kind.
 template <typename L, size_t R, size_t W>
 inline __attribute__((always_inline)) void dot_panels(const int8_t* a, size_t a_stride, const int8_t* b, size_t b_step,
-                       size_t panel_stride, size_t count, size_t ahead, I16 (&acc)[R][W]) {
+                       size_t panel_stride, size_t count, std::ptrdiff_t ahead,
+                       I16 (&acc)[R][W]) {
   for (size_t i = 0; i < count; ++i) {
     L lines[W];
     unrolled<W>([&](auto w) __attribute__((always_inline)) {
@@ -171,7 +187,7 @@ inline void key_dots(const AttentionJob& job, const QueryCodes& queries, size_t 
   });
   dot_panels<SignedLine>(queries.codes + row * dim, dim,
                          static_cast<const int8_t*>(job.keys) + position * dim, 64,
-                         kPositionBlock * dim, dim / 4, kPositionsAhead * dim, acc);
+                         kPositionBlock * dim, dim / 4, from_keys(job), acc);
   for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
     const V16 scale = mul(load(job.key_scales + position + w * kPositionBlock),
                           set1(queries.scales[row + r]));
@@ -217,13 +233,14 @@ struct WeightDigits {
 
 template <size_t R, size_t W>
 inline void add_value_dots(const AttentionJob& job, const WeightDigits& weights, size_t row,
-                           size_t first, size_t quads, const float* decay, size_t d) {
+                           size_t first, size_t quads, const float* decay, std::ptrdiff_t ahead,
+                           size_t d) {
   I16 acc[2 * R][W];
   for_each<2 * R, W>([&](auto r, auto w) __attribute__((always_inline)) { acc[r][w] = set1_i32(0); });
   const size_t dim = job.head_dim;
   dot_panels<UnsignedLine>(weights.digits[row][0], kScoreSpan,
                            static_cast<const int8_t*>(job.values) + first * dim + 4 * d, 4 * dim,
-                           64, quads, kPositionsAhead * dim, acc);
+                           64, quads, ahead, acc);
   for_each<R, W>([&](auto r, auto w) __attribute__((always_inline)) {
     float* out = job.out + (row + r) * dim + d + w * 16;
     const V16 sum = to_float(join_digits(acc[2 * r][w], acc[2 * r + 1][w]));
@@ -233,13 +250,13 @@ inline void add_value_dots(const AttentionJob& job, const WeightDigits& weights,
 
 template <size_t R>
 void add_all_value_dots(const AttentionJob& job, const WeightDigits& weights, size_t row,
-                        size_t first, size_t quads, const float* decay) {
+                        size_t first, size_t quads, const float* decay, std::ptrdiff_t ahead) {
   constexpr size_t W = kDotPanels<R>;
   size_t d = 0;
   for (; d + W * 16 <= job.head_dim; d += W * 16)
-    add_value_dots<R, W>(job, weights, row, first, quads, decay, d);
+    add_value_dots<R, W>(job, weights, row, first, quads, decay, ahead, d);
   for (; d < job.head_dim; d += 16)
-    add_value_dots<R, 1>(job, weights, row, first, quads, decay, d);
+    add_value_dots<R, 1>(job, weights, row, first, quads, decay, ahead, d);
 }
 
 void attend_i8(const AttentionJob& job) {
@@ -259,8 +276,9 @@ void attend_i8(const AttentionJob& job) {
       decay[r] = weigh(job, r, first, count, scores[r]);
       weights.set(r, scores[r], job.value_scales + first, live, count);
     }
+    const std::ptrdiff_t ahead = from_values(job, sizeof(int8_t), first, first + live);
     POCKETSLM_FOR_ROW_GROUPS(
         kDotRows, job.rows,
-        (add_all_value_dots<R>(job, weights, row, first, (live + 3) / 4, decay)))
+        (add_all_value_dots<R>(job, weights, row, first, (live + 3) / 4, decay, ahead)))
   });
 }

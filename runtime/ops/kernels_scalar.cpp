@@ -1,6 +1,7 @@
 // The reference: plain loops that say what every other path must compute.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 #include "weight_values.h"
@@ -137,6 +138,14 @@ void add_low_rank(const uint16_t* b, const float* low, size_t rank, size_t block
     for (size_t r = 0; r < rank; ++r)
       for (size_t j = 0; j < kBlockRows; ++j)
         out[k * kBlockRows + j] += low[r] * half_to_float(b[(k * rank + r) * kBlockRows + j]);
+}
+
+void highest(const float* x, size_t blocks, float* out) {
+  for (size_t b = 0; b < blocks; ++b, x += kBlockRows) {
+    out[b] = *std::max_element(x, x + kBlockRows);
+    for (size_t r = 0; r < kBlockRows; ++r)
+      if (!std::isfinite(x[r])) out[b] = std::numeric_limits<float>::quiet_NaN();
+  }
 }
 
 void weigh_scales(const uint16_t* scales, const float* weights, size_t groups, float* out) {

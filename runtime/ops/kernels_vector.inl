@@ -215,6 +215,19 @@ void weigh_scales(const uint16_t* scales, const float* weights, size_t groups, f
   store(out, sum);
 }
 
+void highest(const float* x, size_t blocks, float* out) {
+  V16 magnitudes = zero();
+  for (size_t b = 0; b < blocks; ++b) {
+    const V16 block = load(x + b * 16);
+    magnitudes = larger_magnitude(magnitudes, block);
+    out[b] = reduce_max(block);
+  }
+  const auto finite = [](V16 a) { return reduce_magnitude(a) <= 3.4028234e38f; };
+  if (finite(magnitudes)) return;
+  for (size_t b = 0; b < blocks; ++b)
+    if (!finite(abs(load(x + b * 16)))) out[b] = __builtin_nanf("");
+}
+
 float sum_exp(const float* x, size_t n, float shift) {
   const size_t whole = n / 16 * 16;
   V16 total = zero();
@@ -232,20 +245,21 @@ float sum_exp(const float* x, size_t n, float shift) {
 enum class OtherHalf { none, step, panel };
 
 template <OtherHalf H, size_t step, size_t panel>
-inline __attribute__((always_inline)) void ask_ahead(const uint16_t* line, size_t ahead) {
+inline __attribute__((always_inline)) void ask_ahead(const uint16_t* line,
+                                                     std::ptrdiff_t ahead) {
   if constexpr ((H == OtherHalf::step && step % 2 == 0) ||
                 (H == OtherHalf::panel && panel % 2 == 0))
-    __builtin_prefetch(line + ahead, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(line) + ahead, 0, 2);
 }
 template <OtherHalf H, size_t, size_t>
-inline void ask_ahead(const float*, size_t) {
+inline void ask_ahead(const float*, std::ptrdiff_t) {
   static_assert(H == OtherHalf::none);
 }
 
 // One step of rows_times_panels.
 template <OtherHalf H, size_t step, size_t R, size_t W, typename T>
 inline __attribute__((always_inline)) void add_step(const float* a, size_t a_stride, const T* b,
-                                                    size_t panel_stride, size_t ahead,
+                                                    size_t panel_stride, std::ptrdiff_t ahead,
                                                     V16 (&acc)[R][W]) {
   V16 columns[W];
   unrolled<W>([&](auto w) __attribute__((always_inline)) {
@@ -266,7 +280,7 @@ inline __attribute__((always_inline)) void add_step(const float* a, size_t a_str
 template <OtherHalf H, size_t R, size_t W, typename T>
 inline __attribute__((always_inline)) void add_four_steps(const float* a, size_t a_stride,
                                                           const T* b, size_t b_stride,
-                                                          size_t panel_stride, size_t ahead,
+                                                          size_t panel_stride, std::ptrdiff_t ahead,
                                                           V16 (&acc)[R][W]) {
   Lanes factors[R];
   unrolled<R>([&](auto r) __attribute__((always_inline)) { factors[r] = Lanes(a + r * a_stride); });
@@ -286,10 +300,10 @@ inline __attribute__((always_inline)) void add_four_steps(const float* a, size_t
 // acc[r][w] (+)= sum over i of a[r][i] * b[w][i][0..15]: both products of attention are this shape,
 // with b the keys (16 positions wide) or the values (16 of head_dim wide). R * W accumulators must
 // both fit the registers and be enough to hide the latency of an FMA.
-// Memory at the distance of `ahead` is asked for as H says.
+// Memory at the distance of `ahead` bytes is asked for as H says.
 template <OtherHalf H, size_t R, size_t W, typename T>
 inline __attribute__((always_inline)) void rows_times_panels(const float* a, size_t a_stride, const T* b, size_t b_stride,
-                              size_t panel_stride, size_t length, size_t ahead,
+                              size_t panel_stride, size_t length, std::ptrdiff_t ahead,
                               V16 (&acc)[R][W]) {
   size_t i = 0;
 #ifdef POCKETSLM_FACTORS_BY_LANE

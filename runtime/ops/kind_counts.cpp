@@ -23,7 +23,8 @@ int main(int count, char** arguments) {
     const Matrix w = matrix_at(data.data(), kind, rows, cols);
     const ReadSpan all{w.data(), w.bytes() / 64};
     for (size_t tokens : {size_t{1}, kMaxTile}) {
-      ReadAhead ahead{&all, &all + 1, &all, all.data, all.lines, 0, 0};
+      const ReadPlace start{&all, all.data, all.lines, 0};
+      ReadAhead ahead{&all, &all + 1, start, start, 0};
       Panel panel(tokens, cols);
       ActivationTile tile = PanelView{&panel, tokens, cols, x.data()}.tile(0);
       tile.ahead = &ahead;

@@ -66,18 +66,18 @@ void ReadPlan::build(const Program& program, const ThreadPool& pool, unsigned me
   base_ = 0;
   pass_end_ = pass_lines_;
   const ReadSpan* ring = spans_.data() + 1;
-  ahead = {ring, spans_.data() + spans_.size(), ring, ring->data, ring->lines, 0, 0};
+  ahead = {ring, spans_.data() + spans_.size(), {}, {}, 0};
+  seek(*ring, 0);
 }
 
 void ReadPlan::seek(const ReadSpan& span, uint64_t now) {
-  ahead.span = &span, ahead.line = span.data, ahead.left = span.lines;
-  ahead.asked = now;
+  ahead.asked = ahead.touched = {&span, span.data, span.lines, now};
 }
 
 void ReadPlan::start(size_t step) {
   const auto [index, before] = steps_[step];
   const uint64_t now = base_ + before;
-  if (ahead.asked < now) seek(spans_[std::min(index, spans_.size() - 1)], now);
+  if (ahead.asked.lines < now) seek(spans_[std::min(index, spans_.size() - 1)], now);
   ahead.used = now;
   pass_end_ = base_ + pass_lines_;
 }

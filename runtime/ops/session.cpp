@@ -83,6 +83,7 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
     for (Member& member : members_) {
       member.corrections.resize(kMaxTile * hidden_size / kGroup);
       member.energies.resize(kMaxTile * hidden_size / kGroup);
+      member.open.resize(head->blocks());
     }
   }
 }
@@ -299,7 +300,9 @@ void Session::set_updates(size_t adapter, std::vector<StepUpdates> steps) {
   lowered_.resize(widest * batch_);
   for (Member& member : members_) member.lowered.resize(widest);
   widest_ = widest;
-  adapters_[adapter] = {std::move(steps), of_hidden};
+  Updates updates{std::move(steps), of_hidden, {}};
+  updates.gather();
+  adapters_[adapter] = std::move(updates);
   for (Context& context : contexts_)
     if (context.adapter == adapter) context.truncate(0);
 }
@@ -438,9 +441,9 @@ void Session::gated(unsigned m, const Step& step, size_t index) {
   share_weights(m, step.width / kGroup, unit_bytes, [&](size_t begin, size_t end) {
     Member& member = members_[m];
     float* gate = member.outputs.data();
-    float* up = gate + kMaxTile * kGroup;
-    // One token's units fill the scratch memory together.
-    const size_t together = count_ == 1 ? gated_units(threads()) : 1;
+    float* up = gate + kMaxTile * kScratchBlocks * kBlockRows;
+    // In the order of the plan, but where a batch's tiles pass: then weights stay in the first cache.
+    const size_t together = count_ <= kMaxTile ? gated_units(threads()) : 1;
     for (size_t unit = begin, units; unit < end; unit += units) {
       units = std::min(together, end - unit);
       const size_t width = units * kGroup;

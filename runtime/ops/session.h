@@ -38,7 +38,7 @@ struct Candidate {
 struct ReadWhileWaiting {
   ReadAhead& ahead;
   void operator()() const {
-    if (ahead.asked < ahead.used + kMaxLeadLines) ask_lines(ahead, 4);
+    if (ahead.asked.lines < ahead.used + kMaxLeadLines) ask_lines(ahead, 4);
   }
 };
 
@@ -141,6 +141,7 @@ class Session {
     // tile, and [token][group].
     std::vector<int32_t> corrections;
     std::vector<float> energies;
+    std::vector<size_t> open;  // blocks that screening leaves to be judged by their rows
   };
   // What is wanted behind a token: where its logits go, or how many of the highest; 0: the best.
   struct Asked {
@@ -180,6 +181,13 @@ class Session {
   static size_t piece_begin(const Step& step, size_t piece);
   static Pieces pieces_of(const Step& step, const Seen& seen);
   static size_t most_pieces(const Step& step, size_t context);
+  static const void* keys_of(const Step& step, const States& states, size_t head, size_t piece,
+                             const Seen& all);
+  static void touch(const Step& step, const States& states, size_t head, size_t piece,
+                    const Seen& all) {
+    states.touch(step.state, head, piece_begin(step, piece),
+                 std::min(piece_begin(step, piece + 1), all.end));
+  }
   // Of the query rows of a job.
   struct Rows {
     Seen seen[kMaxQueryRows];
@@ -187,7 +195,7 @@ class Session {
   };
   AttentionJob job_of(unsigned m, const Step& step, const Run& run, size_t first, size_t last,
                       size_t query_head, size_t heads, Rows& rows);
-  void store_all(unsigned m, const Step& step);
+  void prepare_all(unsigned m, const Step& step);
   void attend_few(unsigned m, const Step& step);
   void attend_many(unsigned m, const Step& step);
   void attend_piece(const Step& step, const States& states, size_t head, size_t piece,
@@ -195,8 +203,7 @@ class Session {
   void join(const Step& step, size_t count, size_t row, float* out) const;
   void rotate(const Step& step, float* head, size_t row) const;
   void prepare_head(const Step& step, const float* norm, float* head, size_t row) const;
-  void prepare_queries(const Step& step, const Run& run, size_t row, const float* q, size_t heads,
-                       float* out);
+  void prepare_queries(const Step& step, const Run& run, size_t row, size_t heads, float* queries);
   void store(const Step& step, const Run& run, size_t head, size_t row);
 
   void offer(Member& member, size_t token, const float* logits, size_t count, size_t first_token);

@@ -88,6 +88,21 @@ void States::describe(size_t state, size_t head, AttentionJob& job) const {
   job.value_scales = scales ? job.key_scales + kept.room : nullptr;
 }
 
+const void* States::keys_at(size_t state, size_t head, size_t position) const {
+  const Kept& kept = kept_[state];
+  const size_t elements = head * head_elements(kept) + place_of(state, position) * kept.head_dim;
+  return kept.keys + elements * width_;
+}
+
+void States::touch(size_t state, size_t head, size_t begin, size_t end) const {
+  const Kept& kept = kept_[state];
+  const size_t first = (head * head_elements(kept) + place_of(state, begin) * kept.head_dim) * width_;
+  for (size_t at = 0; at < (end - begin) * kept.head_dim * width_; at += kPageLines * 64) {
+    __builtin_prefetch(kept.keys + first + at, 0, 2);
+    __builtin_prefetch(kept.values + first + at, 0, 2);
+  }
+}
+
 void States::advance(size_t length) {
   for (Kept& kept : kept_)
     if (kept.kind == StateKind::kv && length > kept.room)

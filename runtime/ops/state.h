@@ -38,6 +38,10 @@ class States {
   void store(size_t state, size_t head, size_t position, const float* key, const float* value);
   // Fills the state's part of a job, whose positions are places.
   void describe(size_t state, size_t head, AttentionJob& job) const;
+  // Where a head's keys lie from a position on that begins a block.
+  const void* keys_at(size_t state, size_t head, size_t position) const;
+  // Touches the pages of a head's keys and values of these positions, see ReadAhead.
+  void touch(size_t state, size_t head, size_t begin, size_t end) const;
   // Where a position lies for each head.
   size_t place_of(size_t state, size_t position) const {
     const size_t room = kept_[state].room;

@@ -35,6 +35,11 @@ __attribute__((visibility("default"))) void probe_low_rank(const char* isa, cons
   update.add(kernels, lowered, rows / 2, rows / 2, out + rows / 2);
 }
 
+__attribute__((visibility("default"))) void probe_highest(const char* isa, const float* x,
+                                                          size_t blocks, float* out) {
+  select_kernels(isa)->highest(x, blocks, out);
+}
+
 __attribute__((visibility("default"))) void probe_soft_cap(const char* isa, float* x, size_t n,
                                                            float cap) {
   select_kernels(isa)->soft_cap(x, n, cap);

@@ -34,7 +34,7 @@ class _Job(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_size_t) for name in ("rows", "head_dim", "first", "begin", "end")),
         *((name, ctypes.c_void_p) for name in ("queries", "limits", "starts", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales")),
+        *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales", "next")),
         ("cap", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("out", "maximum", "weight")),
     )
@@ -55,6 +55,19 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     output = tmp_path_factory.mktemp("probe") / "probe.so"
     build.compile_and_link(output, build.find_toolchain(), [source, "cpu"], [], ["-shared"])
     return ctypes.CDLL(str(output))
+
+
+@pytest.mark.parametrize("isa", isa_names())
+def test_the_highest_of_blocks(isa: str, probe: ctypes.CDLL) -> None:
+    x = np.random.default_rng(3).normal(size=(37, 16)).astype(np.float32)
+    x[3] = -(x[3] ** 2) - 1  # all below 0
+    for wrong in ((), ((5, 0, np.inf), (8, 15, -np.inf), (9, 7, np.nan), (36, 3, np.nan))):
+        for row, column, value in wrong:
+            x[row, column] = value
+        out = np.zeros(len(x), np.float32)
+        probe.probe_highest(isa.encode(), pointer(x), ctypes.c_size_t(len(x)), pointer(out))
+        expected = np.where(np.isfinite(x).all(1), x.max(1), np.float32(np.nan))
+        np.testing.assert_array_equal(out, expected)
 
 
 def pointer(array: np.ndarray | None) -> ctypes.c_void_p:
