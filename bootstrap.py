@@ -26,7 +26,8 @@ PYTHON = VENV / "bin" / "python"
 IMPORTS = ROOT / "build" / "mypy"  # a folder that holds the package under its own name
 BUNDLE = "out/smollm2"
 PACKAGES = ("models", "export", "runtime", "profiling", "android")
-MODULES = ("cache", "cli", "errors", "folders", "inspection", "locks", "terminal", "__main__")
+MODULES = ("cache", "cli", "collector", "errors", "folders", "inspection", "locks", "terminal")
+MODULES += ("__main__",)
 
 # What the tests run, as options of runtime/ops/build.py: the library, and the runner, also under
 # sanitizers and, by zig, for Arm.
