@@ -2,16 +2,15 @@
 
     python3 bootstrap.py demo        fetch, export, summarise and question a document, measure
     python3 bootstrap.py test        format, lint, types, rules of the house, documentation, tests
-    python3 bootstrap.py coverage    the tests alone, and the lines of Python that they run
 
 Needs Python 3.11 or later and nothing else; what it runs, it prints.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +25,8 @@ PYTHON = VENV / "bin" / "python"
 IMPORTS = ROOT / "build" / "mypy"  # a folder that holds the package under its own name
 BUNDLE = "out/smollm2"
 PACKAGES = ("models", "export", "runtime", "profiling", "android")
-MODULES = ("cache", "cli", "errors", "folders", "inspection", "locks", "terminal", "__main__")
+MODULES = ("cache", "cli", "collector", "errors", "folders", "inspection", "locks", "terminal")
+MODULES += ("__main__",)
 
 # What the tests run, as options of runtime/ops/build.py: the library, and the runner, also under
 # sanitizers and, by zig, for Arm.
@@ -43,6 +43,14 @@ ARM_BUILDS = ("--runner --target aarch64-linux --output build/native/run-arm",)
 # tests/conftest.py says which files go first.
 PYTEST = ("pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=20")
 
+# slipcover counts the lines that the two processes run, and takes a probe out once its line ran.
+# pyproject.toml names the files. It is imported before pytest, which says so; warnings are errors.
+COVERAGE = ROOT / "build" / "coverage.json"
+COUNTING = ("python", "-m", "slipcover", "--json", "--out", str(COVERAGE), "-m")
+QUIET = ("-W", "ignore:Module already imported so cannot be rewritten")
+LEAST_COVERED = 90.0  # percent of the lines of Python, below which the tests fail
+SHOWN = 10  # files of which the most lines did not run
+
 DEMO = f"""
 pocketslm fetch smollm2-135m-instruct
 pocketslm export smollm2-135m-instruct {BUNDLE} --overwrite
@@ -55,7 +63,7 @@ pocketslm bench {BUNDLE} -p 512 -n 128 -r 3 --backend onnx
 
 
 def main() -> int:
-    if sys.argv[1:] not in (["demo"], ["test"], ["coverage"]):
+    if sys.argv[1:] not in (["demo"], ["test"]):
         print(__doc__.strip())
         return 2
     if sys.version_info < (3, 11):  # noqa: UP036 - the reason is what an older one must be told
@@ -73,9 +81,12 @@ def main() -> int:
                 compiler(sys.executable, BUILDS)
                 install("dev")
                 compiler(str(PYTHON), ARM_BUILDS)
-                test() if sys.argv[1] == "test" else coverage()
+                test()
     except subprocess.CalledProcessError as error:
         print(f"\nfailed with status {error.returncode}: {shlex.join(error.cmd)}", file=sys.stderr)
+        return 1
+    except TooFewLines as error:
+        print(f"\n{error}", file=sys.stderr)
         return 1
     print(f"\n{sys.argv[1]}: done in {time.monotonic() - start:.0f} s")
     return 0
@@ -130,7 +141,8 @@ def test() -> None:
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(types), pool.submit(site)]:
             done.result()
-    run(*PYTEST, OMP_NUM_THREADS="1")
+    run(*COUNTING, *PYTEST, *QUIET, OMP_NUM_THREADS="1")
+    coverage()
 
 
 def types() -> None:
@@ -144,14 +156,26 @@ def site() -> None:
     run("mkdocs", "build", "--quiet", "--strict", NO_MKDOCS_2_WARNING="1")
 
 
+class TooFewLines(Exception):
+    """The tests run a smaller share of the lines than they should."""
+
+
 def coverage() -> None:
-    """Apart from :func:`test`, since counting lines may double the time of a test."""
-    options = "--rcfile=tests/coverage.toml"
-    shutil.rmtree(ROOT / "build" / "coverage", ignore_errors=True)
-    (ROOT / "build" / "coverage").mkdir()
-    run("coverage", "run", options, "-m", *PYTEST, OMP_NUM_THREADS="1")
-    run("coverage", "combine", options, "--quiet")
-    run("coverage", "report", options)
+    """Print the lines that the tests ran; :class:`TooFewLines` where they are too few."""
+    counted = json.loads(COVERAGE.read_text(encoding="utf-8"))
+    files = sorted(counted["files"].items(), key=lambda one: -len(one[1]["missing_lines"]))
+    print("\nlines of Python that did not run, and the share that did:")
+    for name, file in files[:SHOWN]:
+        share = file["summary"]["percent_covered"]
+        print(f"{len(file['missing_lines']):6} {share:6.1f} % {name}")
+    total = counted["summary"]
+    share, lines = total["percent_covered"], total["covered_lines"] + total["missing_lines"]
+    print(f"{total['missing_lines']:6} {share:6.1f} % of {lines} lines in {len(files)} files")
+    if not share >= LEAST_COVERED:
+        raise TooFewLines(
+            f"the tests run {share:.1f} % of the lines of Python, expected {LEAST_COVERED} %; "
+            f"test what is new; {COVERAGE.relative_to(ROOT)} names the lines"
+        )
 
 
 def run(*command: str, cwd: Path = ROOT, check: bool = True, **environment: str) -> None:

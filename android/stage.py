@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "build" / "android"
 # Of the package: these files and folders, but for what only a computer uses.
 PARTS = (
-    *("__init__.py", "errors.py", "folders.py", "locks.py", "schema.py", "LICENSE"),
+    *("__init__.py", "collector.py", "errors.py", "folders.py", "locks.py", "schema.py", "LICENSE"),
     *("runtime", "android"),
     *("models/__init__.py", "models/config.py"),
 )

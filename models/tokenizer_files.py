@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from pocketslm.collector import no_collection
 from pocketslm.errors import TokenizerError
 from pocketslm.models import tokenizer_word_piece
 from pocketslm.models.pretokenizer_guess import guess_pretokenizer
@@ -93,6 +94,7 @@ _ROLES = (  # tokenizer.ggml.<role>_token_id, and its name in a token's role her
 )
 
 
+@no_collection()
 def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     """File name -> content, from metadata key -> value.
 

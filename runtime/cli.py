@@ -110,6 +110,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int)
     group.add_argument("--top-p", type=float)
     group.add_argument("--min-p", type=float)
+    group.add_argument("--typical-p", type=float)
     group.add_argument("--repetition-penalty", type=float)
     group.add_argument("--seed", type=int)
     group.add_argument(

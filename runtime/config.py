@@ -39,8 +39,8 @@ class GenerationConfig:
 
     - ``max_new_tokens``: the most new tokens; None goes on until a stop or the end of the context.
     - ``do_sample``: draw tokens. If False, the most probable token is taken, and temperature,
-      top_k, top_p and min_p are ignored. A temperature of 0 has the same effect.
-    - ``temperature``, ``top_k``, ``top_p``, ``min_p``: how tokens are drawn.
+      top_k, top_p, min_p and typical_p are ignored. A temperature of 0 has the same effect.
+    - ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``typical_p``: how tokens are drawn.
     - ``repetition_penalty``: makes tokens that were seen less probable. ``penalize_prompt`` says
       whether the prompt's tokens count as seen, as they do in transformers.
     - ``seed``: makes drawing repeatable; None draws differently each time.
@@ -67,6 +67,7 @@ class GenerationConfig:
     top_k: int = 50
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     penalize_prompt: bool = True
     seed: int | None = None
@@ -99,6 +100,10 @@ class GenerationConfig:
             "top_k": (_whole(self.top_k) and self.top_k >= 0, "0 (off) or more"),
             "top_p": (_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (_number(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1"),
+            "typical_p": (
+                _number(self.typical_p) and 0 < self.typical_p <= 1,
+                "above 0 and at most 1",
+            ),
             "repetition_penalty": (
                 _number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
                 "from 0.01 to 100",
@@ -163,7 +168,8 @@ def generation_defaults(folder: Path) -> GenerationConfig:
         return GenerationConfig()
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        known = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        known = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
+        known += ("repetition_penalty",)
         return GenerationConfig().but(**{name: data.get(name) for name in known})
     except (*(OSError, ValueError, RecursionError, TypeError, AttributeError), UsageError) as error:
         raise UsageError(f"{path.name} cannot be read: {error}") from None

@@ -38,7 +38,8 @@ if TYPE_CHECKING:  # it loads the native library
     from pocketslm.runtime.constraint import TokenTexts
 
 Message = TypeVar("Message", bound=Mapping[str, Any])
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")  # options that ask for drawing
+# Options that ask for drawing.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
 
 
 class Record(NamedTuple):

@@ -81,6 +81,30 @@ def min_p(p: float) -> Processor:
     return process
 
 
+def typical_p(p: float) -> Processor:
+    """Keep the tokens nearest to the expected logit whose mass reaches p, and their equals.
+
+    Such a token says about as much as a token says on average: the distance between its surprise,
+    ``-log(probability)``, and the entropy is that between its logit and the expected logit.
+
+    https://arxiv.org/abs/2202.00666.
+    """
+
+    def process(_: Sequence[int], logits: Array) -> Array:
+        weights = exp_weights(logits)
+        kept = np.flatnonzero(weights)
+        mass, values = weights[kept].astype(np.float64), logits[kept].astype(np.float64)
+        total = np.cumsum(mass)[-1]
+        distance = np.abs(values - np.cumsum(mass * values)[-1] / total)
+        order = np.argsort(distance, kind="stable")
+        reached = np.cumsum(mass[order]) >= float(np.float32(p)) * total
+        last = int(reached.argmax()) if reached[-1] else -1
+        logits[kept[distance > distance[order[last]]]] = -np.inf
+        return logits
+
+    return process
+
+
 def greedy(logits: Array) -> int:
     """The most probable token. Among equals, the lowest id."""
     return int(logits.argmax())
@@ -126,6 +150,8 @@ def processors_for(config: GenerationConfig, prompt_length: int) -> list[Process
             chain.append(top_p(config.top_p))
         if config.min_p > 0.0:
             chain.append(min_p(config.min_p))
+        if config.typical_p < 1.0:
+            chain.append(typical_p(config.typical_p))
     return chain
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pocketslm.collector import no_collection
 from pocketslm.models import tokenizer_files as words_of
 from pocketslm.runtime.tokenizer import postprocessors
 from pocketslm.runtime.tokenizer.decoders import byte_token
@@ -154,6 +155,7 @@ def _bert(tokenizer: Node) -> tuple[int, int]:
     )
 
 
+@no_collection()
 def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
     """The packed section, or None and the reason."""
     try:

@@ -32,6 +32,7 @@ def options_of(config: GenerationConfig) -> Generation:
     if config.samples:
         options.temperature, options.top_k = config.temperature, min(config.top_k, MOST_TOKENS)
         options.top_p, options.min_p = config.top_p, config.min_p
+        options.typical_p = config.typical_p
         options.seed = secrets.randbits(64) if config.seed is None else config.seed
     return options
 

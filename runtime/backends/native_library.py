@@ -17,7 +17,7 @@ from pocketslm.errors import (
 )
 from pocketslm.runtime.ops import build
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 MOST_MADE = 8  # tokens of a text in a step
 
 _ERRORS: dict[int, type[PocketSlmError]] = {
@@ -76,7 +76,8 @@ class PenaltyEntry(ctypes.Structure):
 class Generation(ctypes.Structure):
     _fields_ = (
         *(("max_tokens", _u32), ("temperature", ctypes.c_float), ("top_k", _u32)),
-        *((name, ctypes.c_float) for name in ("top_p", "min_p", "repetition_penalty")),
+        *((name, ctypes.c_float) for name in ("top_p", "min_p", "typical_p")),
+        ("repetition_penalty", ctypes.c_float),
         *((name, _u32) for name in ("spare_prompt", "logprobs", "guesses")),
         *(("seed", _u64), ("ends", ctypes.c_void_p), ("end_count", _size)),
         ("constraint", ctypes.c_void_p),

@@ -159,7 +159,8 @@ class RunnerSession:
             top_k = min(config.top_k, MOST_TOKENS)
             request |= {"temperature": config.temperature, "top_k": top_k}
             seed = time.time_ns() % 10**15 if config.seed is None else config.seed
-            request |= {"top_p": config.top_p, "min_p": config.min_p, "seed": seed}
+            request |= {"top_p": config.top_p, "min_p": config.min_p}
+            request |= {"typical_p": config.typical_p, "seed": seed}
         with self._asking:
             self._ready()
             self._ids = list(ids)

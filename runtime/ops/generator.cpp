@@ -35,6 +35,7 @@ pslm_status check_sampling(const pslm_generation& options, pslm_error error) {
     wrong = "a temperature is 0, or 1e-6 to 1e9";
   if (!within(options.top_p, 0, 1) || !within(options.min_p, 0, 1))
     wrong = "top_p and min_p are 0 to 1";
+  if (!within(options.typical_p, 0, 1)) wrong = "typical_p is 0 to 1";
   if (!within(options.repetition_penalty, 0.01f, 100)) wrong = "a repetition penalty is 0.01 to 100";
   return wrong ? report(error, PSLM_ERROR_ARGUMENT, wrong) : PSLM_OK;
 }
@@ -45,6 +46,7 @@ Sampling sampling_of(const pslm_generation& options) {
   sampling.top_k = options.top_k;
   sampling.top_p = options.top_p;
   sampling.min_p = options.min_p;
+  if (options.typical_p > 0) sampling.typical_p = options.typical_p;
   sampling.seed = options.seed;
   sampling.repetition_penalty = options.repetition_penalty;
   return sampling;

@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 9
+#define PSLM_ABI_VERSION 10
 
 typedef enum {
   PSLM_OK = 0,
@@ -281,6 +281,7 @@ typedef struct {
   float temperature;           /* 1e-6 to 1e9, or 0: the most probable token */
   uint32_t top_k;              /* 0: all */
   float top_p, min_p;          /* 1 and 0: all */
+  float typical_p;             /* 0 or 1: all */
   float repetition_penalty;    /* 0.01 to 100; 1: none */
   uint32_t spare_prompt;       /* 1: only what follows the text is penalized */
   uint32_t logprobs;           /* 1: say how probable each token was, before any penalty */

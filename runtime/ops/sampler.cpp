@@ -60,14 +60,18 @@ int32_t Sampler::pick(float* logits, size_t count, const int32_t* seen, size_t s
   if (sampling_.top_p < 1) keep_nucleus();
   if (sampling_.min_p > 0)
     for (float& weight : weights_) weight = weight < sampling_.min_p ? 0.0f : weight;
+  if (sampling_.typical_p < 1) keep_typical(logits);
   // Drawn in the order of the vocabulary.
   double kept = 0;
   for (const float weight : weights_) kept += static_cast<double>(weight);
   const double point = uniform() * kept;
   double mass = 0;
-  for (size_t i = 0; i < weights_.size(); ++i)
+  int32_t last = best;
+  for (size_t i = 0; i < weights_.size(); ++i) {
     if ((mass += static_cast<double>(weights_[i])) > point) return static_cast<int32_t>(i);
-  return best;
+    if (weights_[i] > 0) last = static_cast<int32_t>(i);
+  }
+  return last;
 }
 
 // The softmax without its division: the highest logit weighs 1. Of top_k, the k-th highest and
@@ -119,6 +123,43 @@ void Sampler::keep_nucleus() {
   std::fill(weights_.begin(), weights_.end(), 0.0f);
   for (size_t i = left; i < candidates_.size(); ++i)
     weights_[static_cast<size_t>(candidates_[i].second)] = candidates_[i].first;
+}
+
+// The tokens nearest to the expected logit whose mass reaches typical_p of all, and their equals: the
+// distance of a token's surprise to the entropy is that of its logit to the expected one.
+void Sampler::keep_typical(const float* logits) {
+  const auto scaled = [&](size_t i) { return logits[i] / sampling_.temperature; };
+  double total = 0, expected = 0;
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    if (!(weights_[i] > 0)) continue;
+    const auto weight = static_cast<double>(weights_[i]);
+    total += weight;
+    expected += weight * static_cast<double>(scaled(i));
+  }
+  expected /= total;
+  distances_.clear();
+  for (size_t i = 0; i < weights_.size(); ++i)
+    if (weights_[i] > 0)
+      distances_.emplace_back(std::abs(static_cast<double>(scaled(i)) - expected),
+                              static_cast<int32_t>(i));
+  if (distances_.empty()) return;
+  std::make_heap(distances_.begin(), distances_.end(), std::greater<>());
+  const double wanted = static_cast<double>(sampling_.typical_p) * total;
+  double mass = 0;
+  auto end = distances_.end();
+  do {
+    std::pop_heap(distances_.begin(), end--, std::greater<>());
+    mass += static_cast<double>(weights_[static_cast<size_t>(end->second)]);
+  } while (end != distances_.begin() && mass < wanted);
+  const double farthest = end->first;
+  float top = std::numeric_limits<float>::lowest();
+  for (const auto& [distance, token] : distances_)
+    if (distance <= farthest) top = std::max(top, scaled(static_cast<size_t>(token)));
+  // The highest logit may be out: of what stays, the highest weighs 1 again.
+  for (const auto& [distance, token] : distances_) {
+    const auto i = static_cast<size_t>(token);
+    weights_[i] = distance <= farthest ? exp_of(scaled(i) - top) : 0.0f;
+  }
 }
 
 double log_probability(const std::vector<float>& logits, int32_t token) {

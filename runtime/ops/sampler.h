@@ -13,6 +13,7 @@ struct Sampling {
   uint32_t top_k = 0;     // 0: all
   float top_p = 1;
   float min_p = 0;  // of the highest probability
+  float typical_p = 1;
   uint64_t seed = 0;
   float repetition_penalty = 1;
 };
@@ -31,11 +32,13 @@ class Sampler {
   double uniform();
   void weigh(const float* logits, size_t n);
   void keep_nucleus();
+  void keep_typical(const float* logits);
 
   Sampling sampling_;
   uint64_t state_;
   std::vector<float> weights_, sorted_;  // by token; 0 where one is out
   std::vector<std::pair<float, int32_t>> candidates_;
+  std::vector<std::pair<double, int32_t>> distances_;
 };
 
 // Natural log of the softmax probability of a token.

@@ -47,6 +47,7 @@ OPTIONS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "top_p": ("top_p", (int, float)),
     "top_k": ("top_k", int),
     "min_p": ("min_p", (int, float)),
+    "typical_p": ("typical_p", (int, float)),
     "seed": ("seed", int),
     "repeat_penalty": ("repetition_penalty", (int, float)),
 }

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
+from pocketslm.collector import no_collection
 from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import decoders, fields, normalizers, postprocessors, wheel
 from pocketslm.runtime.tokenizer.bpe import PythonEncoder
@@ -342,6 +343,7 @@ def load_tokenizer_files(
     return _load(files, implementation)
 
 
+@no_collection()
 def _load(
     files: Mapping[str, bytes | str],
     implementation: Implementation,

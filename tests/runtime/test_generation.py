@@ -53,6 +53,8 @@ def through_transformers(
         chain.append(hf.TopPLogitsWarper(config.top_p))
     if config.min_p:
         chain.append(hf.MinPLogitsWarper(config.min_p))
+    if config.typical_p < 1:
+        chain.append(hf.TypicalLogitsWarper(config.typical_p))
     scores = torch.from_numpy(logits.copy())[None]
     for process in chain:
         scores = process(torch.tensor([list(ids)]), scores)
@@ -68,6 +70,9 @@ def through_transformers(
         GenerationConfig(do_sample=True, top_k=0, top_p=0.4),
         GenerationConfig(do_sample=True, top_k=0, top_p=0.001),
         GenerationConfig(do_sample=True, top_k=0, min_p=0.2),
+        GenerationConfig(do_sample=True, top_k=0, typical_p=0.3),
+        GenerationConfig(do_sample=True, top_k=0, typical_p=0.95),
+        GenerationConfig(do_sample=True, top_k=0, typical_p=0.001),
         GenerationConfig(do_sample=True, top_k=0, repetition_penalty=1.7),
         GenerationConfig(
             do_sample=True,
@@ -75,6 +80,7 @@ def through_transformers(
             top_k=40,
             top_p=0.8,
             min_p=0.05,
+            typical_p=0.9,
             repetition_penalty=1.2,
         ),
     ],
@@ -141,6 +147,7 @@ def test_a_seed_draws_the_same_and_another_does_not(model: Model) -> None:
         {"seed": 2**64},
         {"seed": 0.5},
         {"min_p": 2.0},
+        {"typical_p": 0.0},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": float("inf")},
         {"max_new_tokens": 0},

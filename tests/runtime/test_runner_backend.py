@@ -116,6 +116,8 @@ def test_sampling_follows_the_seed(child: Model) -> None:
         {"top_k": 5},
         {"top_k": 0, "top_p": 0.8},
         {"top_k": 0, "min_p": 0.05},
+        {"top_k": 0, "typical_p": 0.3},
+        {"top_k": 9, "typical_p": 0.8, "min_p": 0.01},
         {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
         {"top_k": 0, "temperature": 0.7},
         {"top_k": 2**32 + 1, "prompt_lookup_num_tokens": 2**32},

@@ -42,8 +42,15 @@ def get(server: Running, path: str) -> str:
 
 def test_a_chat_and_its_stream(server: Running, client: ollama.Client) -> None:
     options = {"num_predict": 7, "temperature": 0.8, "seed": 3, "top_k": 9, "repeat_penalty": 1.2}
+    options["typical_p"] = 0.9
     ours = server.model.reply(
-        HI, max_new_tokens=7, temperature=0.8, seed=3, top_k=9, repetition_penalty=1.2
+        HI,
+        max_new_tokens=7,
+        temperature=0.8,
+        seed=3,
+        top_k=9,
+        typical_p=0.9,
+        repetition_penalty=1.2,
     )
     made = client.chat("tiny", HI, options=options)
     assert made.message.content == ours.text

@@ -32,7 +32,8 @@ constexpr char kUsage[] =
     "  --context COUNT    positions to hold (the model's own)\n"
     "  --kv fp16|int8     type of cached keys and values (fp16)\n"
     "  --isa NAME         kernel path (the best of this CPU, or $POCKETSLM_ISA)\n"
-    "  --temperature X, --top-k N, --top-p X, --min-p X, --seed N   sampling (greedy)\n"
+    "  --temperature X, --top-k N, --top-p X, --min-p X, --typical-p X, --seed N\n"
+    "                     sampling (greedy)\n"
     "  --json-schema FILE, --regex TEXT, --grammar FILE   what the answer must be\n";
 
 struct Arguments {
@@ -87,9 +88,9 @@ std::string conflict(const Arguments& arguments) {
   if (given("-p") && given("--chat")) return "-p and --chat are two prompts";
   if (given("--system") && !given("--chat")) return "--system is for --chat";
   for (const char* name : {"-p", "--chat", "-n", "--temperature", "--top-k", "--top-p", "--min-p",
-                           "--seed", "--json-schema", "--regex", "--grammar"})
+                           "--typical-p", "--seed", "--json-schema", "--regex", "--grammar"})
     if (arguments.bench && given(name)) return std::string(name) + " does nothing with --bench";
-  for (const char* name : {"--top-k", "--top-p", "--min-p", "--seed"})
+  for (const char* name : {"--top-k", "--top-p", "--min-p", "--typical-p", "--seed"})
     if (given(name) && !(arguments.generation.options.temperature > 0))
       return std::string(name) + " does nothing without a --temperature";
   return "";
@@ -149,6 +150,9 @@ std::string parse(const std::vector<std::string>& words, Arguments& out) {
     } else if (name == "--min-p") {
       valid = parse_number(value, 0, 1, n);
       out.generation.options.min_p = static_cast<float>(n);
+    } else if (name == "--typical-p") {
+      valid = parse_number(value, 0, 1, n);
+      out.generation.options.typical_p = static_cast<float>(n);
     } else if (name == "--seed") {
       valid = parse_number(value, 0, 1e15, n) && n == std::floor(n);
       out.generation.options.seed = valid ? static_cast<uint64_t>(n) : 0;

@@ -356,6 +356,7 @@ class Server {
     options.top_k = request.count("top_k", 0, 0, 1 << 24);
     options.top_p = static_cast<float>(request.number("top_p", 1, 0, 1));
     options.min_p = static_cast<float>(request.number("min_p", 0, 0, 1));
+    options.typical_p = static_cast<float>(request.number("typical_p", 1, 0, 1));
     options.seed = static_cast<uint64_t>(request.number("seed", 0, 0, 1e15, true));
     options.repetition_penalty =
         static_cast<float>(request.number("repetition_penalty", 1, 0.01, 100));

@@ -103,6 +103,8 @@ def constraint() -> Constraint:
         {"do_sample": True, "seed": 6, "top_k": 10_000, "min_p": 0.01, "logprobs": True},
         {"do_sample": True, "seed": 6, "top_k": 2**32 + 1},
         {"do_sample": True, "seed": 9, "temperature": 2.5, "top_p": 0.8, "min_p": 0.01},
+        {"do_sample": True, "seed": 3, "top_k": 0, "typical_p": 0.2},
+        {"do_sample": True, "seed": 3, "temperature": 2.5, "top_k": 9, "typical_p": 0.7},
         {"do_sample": True, "seed": 1, "repetition_penalty": 1.5, "top_p": 0.9},
     ],
     ids=str,
@@ -202,6 +204,7 @@ def test_what_cannot_be_is_refused(model: NativeModel) -> None:
         ({"temperature": float("nan")}, "temperature is 0, or 1e-6"),
         ({"temperature": 1e-30}, "temperature is 0, or 1e-6"),
         ({"top_p": 1.5}, "top_p and min_p"),
+        ({"typical_p": 1.5}, "typical_p is 0 to 1"),
         ({"repetition_penalty": 0.0}, "repetition penalty is 0.01 to 100"),
     ):
         with pytest.raises(UsageError, match=what), opened(session, [1], config, **options):
