@@ -168,8 +168,10 @@ def generation_defaults(folder: Path) -> GenerationConfig:
         return GenerationConfig()
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        known = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
-        known += ("repetition_penalty",)
+        known = (
+            *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+            "repetition_penalty",
+        )
         return GenerationConfig().but(**{name: data.get(name) for name in known})
     except (*(OSError, ValueError, RecursionError, TypeError, AttributeError), UsageError) as error:
         raise UsageError(f"{path.name} cannot be read: {error}") from None

@@ -203,13 +203,13 @@ def compile_and_link(
     folder, beside which gcov writes.
     """
     # GCC 12 warns in its own intrinsics.
-    defaults = () if toolchain.is_clang else ("-Wno-maybe-uninitialized",)
+    defaults = [] if toolchain.is_clang else ["-Wno-maybe-uninitialized"]
     if any(flag.startswith("-fsanitize=address") for flag in flags):
         # Checks of addresses as calls: inline ones double the time that kernels take to compile.
         calls = "asan-instrumentation-with-call-threshold=0"
-        defaults += ("-mllvm", f"-{calls}") if toolchain.is_clang else ("--param", calls)
+        defaults += ["-mllvm", f"-{calls}"] if toolchain.is_clang else ["--param", calls]
     if toolchain.is_zig:
-        defaults += ("-g0",)  # it writes debug information unless told otherwise
+        defaults += ["-g0"]  # it writes debug information unless told otherwise
     units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
     if kernels:
         units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]

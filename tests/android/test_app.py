@@ -21,10 +21,14 @@ def test_a_person_goes_through_every_screen(smollm2_bundle: Path) -> None:
     if run is None:
         pytest.skip("needs a virtual screen: apt-get install xvfb libgl1-mesa-dri libgl1 libmtdev1")
     pytest.importorskip("kivy", reason="needs the app extra")
-    command = [run, "-a", "-s", "-screen 0 1280x1024x24", sys.executable, str(WALK)]
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    python = [sys.executable]
+    # The screens run in this process alone, so its lines count, too: as if it were one of
+    # pytest-xdist's. Left in the environment, slipcover would remove the folder at its end.
+    if counted := environment.pop("SLIPCOVER_COVERAGE_DIR", None):
+        python += ["-m", "slipcover", "--json", "--out", f"{counted}/coverage-gw-app.json"]
     done = subprocess.run(
-        [*command, str(smollm2_bundle)],
+        [run, "-a", "-s", "-screen 0 1280x1024x24", *python, str(WALK), str(smollm2_bundle)],
         capture_output=True,
         text=True,
         check=False,

@@ -7,6 +7,7 @@ makes the pictures again (under ``xvfb-run -s "-screen 0 1280x1024x24"`` where t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -351,6 +352,7 @@ def _last(app):  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
+    # Back here at the end, from a folder that is removed: lines are counted from here.
+    with contextlib.chdir("."), tempfile.TemporaryDirectory() as folder:
         bundle, *rest = (Path(argument).resolve() for argument in sys.argv[1:])
         main(Path(folder), bundle, rest[0] if rest else None)
