@@ -269,7 +269,7 @@ def test_quality_of_a_float_bundle_is_that_of_its_source(tiny_hf: Path, tmp_path
 def test_quality_of_what_is_not_finite_is_an_error(
     backend: str, tiny_hf: Path, tmp_path: Path
 ) -> None:
-    """Of the bundle: its final norm is finite, its logits are not. Of the source: a NaN."""
+    """Of the bundle, and of the source: its final norm is finite, its logits are not. A NaN."""
     from safetensors.torch import load_file, save_file
 
     def altered(value: float) -> Path:
@@ -293,9 +293,10 @@ def test_quality_of_what_is_not_finite_is_an_error(
 
     with pytest.raises(BackendError, match="not finite"):
         evaluate(good, session("bad"), windows, text)
-    nan = open_checkpoint(altered(float("nan")))
     with pytest.raises(CheckpointError, match="logits are not finite"):
-        evaluate(nan, session("good"), windows, text)
+        evaluate(bad, session("good"), windows, text)
+    with pytest.raises(CheckpointError, match="holds numbers that are NaN or infinite"):
+        evaluate(open_checkpoint(altered(float("nan"))), session("good"), windows, text)
     assert evaluate(good, session("good"), windows, text).kl < 1e-6
 
 

@@ -59,11 +59,12 @@ def test_every_row_is_made_once(
         (before.replace(b'"identity"', b'"x"'), "is not a file of losses"),
         (before.replace(b'{"2": ', b'{"2": [], "9": '), "is not a file of losses"),
         (before.replace(b'{"2": ', b'{"7": ', 1), "lacks losses, or has some of no matrix"),
-        (before.replace(b'[["head"', b'[["neck"', 1), "lacks losses, or has some of no matrix"),
+        (before.replace(b"o_proj", b"x_proj", 1), "lacks losses, or has some of no matrix"),
         (before.replace(b'"letters.txt"', b'"other"'), "losses of another model"),
     ):
         kept.write_bytes(wrong)
         results.write_text("\n".join(lines[:-1]) + "\n")
+        assert wrong != before, error
         with pytest.raises(UsageError, match=error):
             methods.rows(bench, results, ("bits",), said.append, "6.0")
     results.write_text("\n".join(lines[:5]) + "\n")
