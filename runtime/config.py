@@ -173,5 +173,5 @@ def generation_defaults(folder: Path) -> GenerationConfig:
             "repetition_penalty",
         )
         return GenerationConfig().but(**{name: data.get(name) for name in known})
-    except (*(OSError, ValueError, RecursionError, TypeError, AttributeError), UsageError) as error:
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, UsageError) as error:
         raise UsageError(f"{path.name} cannot be read: {error}") from None
