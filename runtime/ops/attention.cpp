@@ -177,17 +177,18 @@ void Session::attend(unsigned m, const Step& step) {
   count_ <= kFewTokens && runs_.size() == 1 ? attend_few(m, step) : attend_many(m, step);
 }
 
-// The job of `heads` query heads, from `query_head` on, of the tokens [first, last): rows by token. One
-// token's are prepared here, by each thread for itself; those of more were.
+// The job of `heads` query heads, from `query_head` on, of the tokens [first, last): rows by token.
+// They are made ready here where they are not `prepared`.
 AttentionJob Session::job_of(unsigned m, const Step& step, const Run& run, size_t first,
-                             size_t last, size_t query_head, size_t heads, Rows& rows) {
+                             size_t last, size_t query_head, size_t heads, bool prepared,
+                             Rows& rows) {
   Member& member = members_[m];
   for (size_t t = first; t < last; ++t) {
     const size_t row = (t - first) * heads;
     float* queries = &member.queries[row * step.head_dim];
     std::memcpy(queries, buffer(BufferId::query) + t * step.width + query_head * step.head_dim,
                 heads * step.head_dim * sizeof(float));
-    if (count_ == 1) prepare_queries(step, run, t, heads, queries);
+    if (!prepared) prepare_queries(step, run, t, heads, queries);
     std::fill_n(rows.seen + row, heads, seen_by(step, run, t));
   }
   AttentionJob job{};
@@ -205,10 +206,11 @@ void Session::attend_few(unsigned m, const Step& step) {
   const size_t tiles = (count_ + tokens - 1) / tokens;
   const Seen all{seen_by(step, run, 0).begin, seen_by(step, run, count_ - 1).end};
   const Pieces pieces = pieces_of(step, all);
-  if (count_ > 1) prepare_all(m, step);
+  const bool prepared = tiles > 1;
+  if (prepared) prepare_all(m, step);
   Rows rows;
   AttentionJob job{};
-  size_t prepared = SIZE_MAX;  // whose job it is: a thread's next piece is most often of the same rows
+  size_t of_job = SIZE_MAX;  // whose job it is: a thread's next piece is most often of the same rows
   const size_t total = step.kv_heads * pieces.count;
   // Of what a thread reads, most pages at once.
   const auto [own, others] = pool_.share_of(m, total);
@@ -219,14 +221,15 @@ void Session::attend_few(unsigned m, const Step& step) {
       // In the order of memory, which kernels ask for ahead.
       const size_t head = item / (tiles * pieces.count);
       const size_t at = item / tiles % pieces.count, tile = item % tiles;
-      if (count_ == 1 && at + 1 == pieces.count && !step.has(AttendFlag::reads_only))
-        store(step, run, head, 0);
       const size_t first = tile * tokens, last = std::min(first + tokens, count_);
+      for (size_t t = first; t < last && !prepared && !step.has(AttendFlag::reads_only); ++t)
+        if (piece_at(step, run.position(t)) == pieces.first + at) store(step, run, head, t);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
         const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
         const size_t id = tile * step.heads + query_head;
-        if (id != prepared) job = job_of(m, step, run, first, last, query_head, heads, rows);
-        prepared = id;
+        if (id != of_job)
+          job = job_of(m, step, run, first, last, query_head, heads, prepared, rows);
+        of_job = id;
         const size_t next = (item + 1) / tiles;
         job.next = next == item / tiles || next == total
                        ? nullptr
@@ -276,14 +279,16 @@ void Session::prepare_all(unsigned m, const Step& step) {
   });
 }
 
-// A batch: all heads are made ready first, then tiles of consecutive tokens of one KV head.
+// A batch: tiles of consecutive tokens of one KV head. All heads are made ready first, but where no
+// context has two tiles: then each tile's are by its own thread.
 void Session::attend_many(unsigned m, const Step& step) {
   const size_t dim = step.head_dim, group = step.heads / step.kv_heads;
-  prepare_all(m, step);
   const size_t tokens = std::max<size_t>(1, kMaxQueryRows / group);
   const auto tiles_of = [&](const Run& run) { return (run.count + tokens - 1) / tokens; };
   size_t tiles = 0;
   for (const Run& run : runs_) tiles += tiles_of(run);
+  const bool prepared = tiles > runs_.size();
+  if (prepared) prepare_all(m, step);
   struct Tile {
     const Run& run;
     size_t first, last;
@@ -310,10 +315,13 @@ void Session::attend_many(unsigned m, const Step& step) {
     for (size_t item = begin; item < end; ++item) {
       const size_t head = item % step.kv_heads;
       const auto [run, first, last, all, pieces] = tile_of(item);
+      for (size_t t = first; t < last && !prepared && !step.has(AttendFlag::reads_only); ++t)
+        store(step, run, head, t);
       for (size_t r = 0; r < group; r += kMaxQueryRows) {
         const size_t heads = std::min(kMaxQueryRows, group - r), query_head = head * group + r;
         Rows rows;
-        AttentionJob job = job_of(m, step, run, first, last, query_head, heads, rows);
+        AttentionJob job =
+            job_of(m, step, run, first, last, query_head, heads, prepared, rows);
         Joined joined[kMaxQueryRows];
         for (size_t row = 0; row < job.rows; ++row)
           joined[row] = Joined(buffer(BufferId::attended) + (first + row / heads) * step.width +

@@ -64,8 +64,10 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   piece_maximum_ = Buffer<float>(pieces);
   piece_weight_ = Buffer<float>(pieces);
   for (Member& member : members_) {
-    member.normed = Buffer<float>(program_.widest());
-    member.panel = Panel(1, program_.widest());
+    member.normed = Buffer<float>(kMaxTile * program_.widest());
+    member.panel = Panel(kMaxTile, program_.widest());
+    member.normed_row = Buffer<float>(hidden_size);
+    member.row_panel = Panel(1, hidden_size);
     member.outputs = Buffer<float>(2 * kMaxTile * kScratchBlocks * kBlockRows);
     member.queries = Buffer<float>(kMaxQueryRows * program_.widest_head_dim);
     member.attended = Buffer<float>(kMaxQueryRows * program_.widest_head_dim);
@@ -235,12 +237,12 @@ void Session::apply(const Norm& norm, const float* x, size_t n, float* out) cons
     kernels_.layer_norm(x, norm.weight, norm.bias, n, norm.eps, out);
 }
 
-// The rows of `width` in quantized form, each made ready by prepare(token) before. One token is
-// cheaper to do again in each thread than to share; a batch is shared out by tiles.
+// The rows of `width` in quantized form, each made ready by prepare(token) before: of a few tokens by
+// each thread for itself; a batch is shared out by tiles.
 template <typename Prepare>
 PanelView Session::quantized(unsigned m, Panel& panel, const float* rows, size_t width,
                              Prepare&& prepare) {
-  const PanelView view{count_ == 1 ? &members_[m].panel : &panel, count_, width, rows};
+  const PanelView view{few() ? &members_[m].panel : &panel, count_, width, rows};
   const auto fill = [&](size_t begin, size_t end) {
     for (size_t t = begin * kMaxTile; t < std::min(end * kMaxTile, count_);) {
       const size_t tile = tile_size(count_ - t);
@@ -251,7 +253,7 @@ PanelView Session::quantized(unsigned m, Panel& panel, const float* rows, size_t
       t += tile;
     }
   };
-  count_ == 1 ? fill(0, 1) : share(m, (count_ + kMaxTile - 1) / kMaxTile, 1, fill);
+  few() ? fill(0, 1) : share(m, (count_ + kMaxTile - 1) / kMaxTile, 1, fill);
   return view;
 }
 
@@ -259,9 +261,9 @@ PanelView Session::quantized(unsigned m, Panel& panel, const float* rows, size_t
 PanelView Session::normalized_row(unsigned m, const Norm& norm, const float* x) {
   const size_t n = program_.hidden_size;
   Member& member = members_[m];
-  const float* row = norm.kind == NormKind::none ? x : member.normed.data();
-  apply(norm, x, n, member.normed.data());
-  const PanelView view{&member.panel, 1, n, row};
+  const float* row = norm.kind == NormKind::none ? x : member.normed_row.data();
+  apply(norm, x, n, member.normed_row.data());
+  const PanelView view{&member.row_panel, 1, n, row};
   kernels_.quantize(row, n / kGroup, view.row(0, 0, 0));
   return view;
 }
@@ -270,10 +272,10 @@ PanelView Session::normalized_row(unsigned m, const Norm& norm, const float* x) 
 PanelView Session::normalized(unsigned m, const Norm& norm) {
   const size_t n = program_.hidden_size;
   const float* x = buffer(BufferId::residual);
-  if (count_ == 1) return normalized_row(m, norm, x);
-  const float* rows = norm.kind == NormKind::none ? x : normed_.data();
+  float* normed = few() ? members_[m].normed.data() : normed_.data();
+  const float* rows = norm.kind == NormKind::none ? x : normed;
   return quantized(m, panel_, rows, n,
-                   [&](size_t t) { apply(norm, x + t * n, n, &normed_[t * n]); });
+                   [&](size_t t) { apply(norm, x + t * n, n, normed + t * n); });
 }
 
 // A buffer in place, group by group.
@@ -333,7 +335,7 @@ const float* Session::lower(unsigned m, size_t index, const PanelView& panel) {
       }
     }
   };
-  count_ == 1 ? fill(0, 1) : share(m, count_, kMaxTile, fill);
+  count_ == 1 ? fill(0, 1) : share(m, count_, few() ? 1 : kMaxTile, fill);
   return out;
 }
 

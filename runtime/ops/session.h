@@ -127,8 +127,10 @@ class Session {
   // What one thread needs for itself.
   struct Member {
     Buffer<uint8_t> nibbles;  // of one block, read from the file
-    Buffer<float> normed;     // one token's activations, up to the widest
+    Buffer<float> normed;     // activations of a tile of tokens, up to the widest
     Panel panel;              // the same, quantized
+    Buffer<float> normed_row; // of one token, while the tile's are in use
+    Panel row_panel;
     Buffer<float> outputs;    // [tile][blocks * 16] of a matmul, twice: gate and up
     Buffer<float> queries;    // [12][head_dim]
     Buffer<float> attended;   // [12][head_dim]
@@ -194,7 +196,7 @@ class Session {
     float maximum[kMaxQueryRows], weight[kMaxQueryRows];
   };
   AttentionJob job_of(unsigned m, const Step& step, const Run& run, size_t first, size_t last,
-                      size_t query_head, size_t heads, Rows& rows);
+                      size_t query_head, size_t heads, bool prepared, Rows& rows);
   void prepare_all(unsigned m, const Step& step);
   void attend_few(unsigned m, const Step& step);
   void attend_many(unsigned m, const Step& step);
@@ -222,6 +224,8 @@ class Session {
   float* buffer(BufferId id) { return buffers_[static_cast<size_t>(id)].data(); }
   void apply(const Norm& norm, const float* x, size_t n, float* out) const;
   PanelView normalized_row(unsigned m, const Norm& norm, const float* x);
+  // Input of so few tokens is cheaper to make ready again in each thread than to wait for.
+  bool few() const { return count_ <= kMaxTile; }
   PanelView normalized(unsigned m, const Norm& norm);
   template <typename Prepare>
   PanelView quantized(unsigned m, Panel& panel, const float* rows, size_t width,
@@ -325,8 +329,8 @@ void Session::multiply_blocks(unsigned m, const Matrix& w, const PanelView& pane
                               size_t end, Sink&& sink) {
   const MatmulFunction matmul = kernels_.matmul[kernel_of(w.kind)];
   float* outputs = members_[m].outputs.data();
-  // Two blocks of weights stay in the first-level cache while a batch's tiles pass.
-  const size_t step = panel.tokens == 1 ? kScratchBlocks : 2;
+  // Two blocks of weights stay in the first-level cache while several tiles pass.
+  const size_t step = tile_size(panel.tokens) == panel.tokens ? kScratchBlocks : 2;
   for (size_t b = begin; b < end; b += step) {
     const size_t blocks = std::min(step, end - b);
     for (size_t t = 0; t < panel.tokens;) {
