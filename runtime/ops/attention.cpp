@@ -15,17 +15,30 @@ constexpr struct {
                {SIZE_MAX, 0, SIZE_MAX}};
 constexpr float kLog2E = 1.44269504f;
 
-// A Hadamard transform of each run of `n`'s largest power of two: it leaves products of two heads as
-// they are, and spreads what a few channels hold over all, so that int8 codes lose less.
+using Four = float __attribute__((vector_size(16)));
+inline Four four_at(const float* x) {
+  Four v;
+  std::memcpy(&v, x, sizeof(v));
+  return v;
+}
+inline void put_four(float* x, Four v) { std::memcpy(x, &v, sizeof(v)); }
+
+// A Hadamard transform of each run of `n`'s largest power of two, 16 or more: it leaves products of two
+// heads as they are, and spreads what a few channels hold over all, so that int8 codes lose less.
 void spread(float* head, size_t n) {
   const size_t size = n & (~n + 1);
   const float scale = 1.0f / std::sqrt(static_cast<float>(size));
   for (float* x = head; x < head + n; x += size) {
-    for (size_t half = 1; half < size; half *= 2)
+    for (size_t i = 0; i < size; i += 4) {
+      const Four v = four_at(x + i);
+      const Four pairs = __builtin_shufflevector(v, v, 1, 0, 3, 2) + v * Four{1, -1, 1, -1};
+      put_four(x + i, __builtin_shufflevector(pairs, pairs, 2, 3, 0, 1) + pairs * Four{1, 1, -1, -1});
+    }
+    for (size_t half = 4; half < size; half *= 2)
       for (size_t i = 0; i < size; i += 2 * half)
-        for (size_t j = i; j < i + half; ++j) {
-          const float a = x[j], b = x[j + half];
-          x[j] = a + b, x[j + half] = a - b;
+        for (size_t j = i; j < i + half; j += 4) {
+          const Four a = four_at(x + j), b = four_at(x + j + half);
+          put_four(x + j, a + b), put_four(x + j + half, a - b);
         }
     for (size_t i = 0; i < size; ++i) x[i] *= scale;
   }
@@ -108,6 +121,16 @@ void Session::store(const Step& step, const Run& run, size_t head, size_t row) {
   if (run.context->states.type() == PSLM_KV_I8) spread(key, dim);
   run.context->states.store(step.state, head, run.position(row), key,
                             buffer(BufferId::value) + at);
+}
+
+// Asks for the memory that a few tokens' keys and values will fill, before their products are computed.
+void Session::expect_stores(unsigned m, const Step& step) {
+  if (step.has(AttendFlag::reads_only)) return;
+  const auto [begin, end] = pool_.share_of(m, step.kv_heads);
+  for (const Run& run : runs_)
+    for (size_t t = run.first; t < run.last(); ++t)
+      for (size_t head = begin; head < end; ++head)
+        run.context->states.expect(step.state, head, run.position(t));
 }
 
 // The positions that a token of the batch sees.

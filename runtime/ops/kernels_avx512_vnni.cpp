@@ -95,6 +95,12 @@ inline Quad load_quad(const int8_t* p) { return {broadcast4(p)}; }
 inline void add_dots(I16& acc, __m512i factors, __m512i codes) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(factors), "v"(codes));
 }
+// With the four bytes at `factors`, which the instruction itself repeats.
+inline void add_dots(__m512i& acc, __m512i codes, const int8_t* factors) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0"
+          : "+v"(acc)
+          : "v"(codes), "m"(*reinterpret_cast<const int8_t(*)[4]>(factors)));
+}
 struct SignedLine {
   static constexpr int32_t kBias = 128;
   __m512i v;
@@ -220,6 +226,7 @@ void matmul_tile(const Blocks& blocks, size_t count, size_t cols, const Activati
                  float* out, size_t out_stride) {
   constexpr Form form = form_of(K);
   constexpr int S = kScales<K>;
+  constexpr int T = M < 4 ? M : 4;  // tokens whose products are in the making: each waits for itself
   const BlockLayout layout = block_layout(K, cols);
   const size_t groups = cols / kGroup;
   const size_t block_lines = lines_read<K>(blocks, layout);
@@ -240,18 +247,23 @@ void matmul_tile(const Blocks& blocks, size_t count, size_t cols, const Activati
       __m512 scale[S], minimum[S];
       load_codes<K>(block.data + g * group_bytes(form), low_of<K>(block, g), w);
       load_scales<K>(block.data + layout.scales, block.data + layout.offsets, g, scale, minimum);
-      for (int t = 0; t < M; ++t, x += kGroup) {
-        const size_t at = g * M + static_cast<size_t>(t);
+      for (int first = 0; first < M; first += T, x += T * kGroup) {
+        const size_t at = g * M + static_cast<size_t>(first);
         for (int i = 0; i < S; ++i) {
-          __m512i dot = _mm512_setzero_si512();
-          if constexpr (form.offset == Offset::none)
-            dot = _mm512_set1_epi32(zero_correction<K>(tile, at, i));
+          __m512i dot[T];
+          for (int t = 0; t < T; ++t)
+            dot[t] = form.offset == Offset::none
+                         ? _mm512_set1_epi32(zero_correction<K>(tile, at + t, i))
+                         : _mm512_setzero_si512();
           for (int j = 8 / S * i; j < 8 / S * (i + 1); ++j)
-            dot = _mm512_dpbusd_epi32(dot, w[j], broadcast4(x + 4 * j));
-          const __m512 factor = _mm512_mul_ps(scale[i], _mm512_set1_ps(tile.scales[at]));
-          acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, acc[t]);
-          if constexpr (form.offset != Offset::none)
-            acc[t] = _mm512_fmadd_ps(minimum[i], _mm512_set1_ps(part_sum<K>(tile, at, i)), acc[t]);
+            for (int t = 0; t < T; ++t) add_dots(dot[t], w[j], x + t * kGroup + 4 * j);
+          for (int t = 0; t < T; ++t) {
+            __m512& sum = acc[first + t];
+            const __m512 factor = _mm512_mul_ps(scale[i], _mm512_set1_ps(tile.scales[at + t]));
+            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[t]), factor, sum);
+            if constexpr (form.offset != Offset::none)
+              sum = _mm512_fmadd_ps(minimum[i], _mm512_set1_ps(part_sum<K>(tile, at + t, i)), sum);
+          }
         }
       }
     }

@@ -175,6 +175,8 @@ void Session::end() {
 void Session::run_step(unsigned m, size_t index) {
   const Step& step = program_.steps[index];
   members_[m].plan.start(index);
+  const Step& next = program_.steps[index + 1];  // the head is the last one
+  if (kTouchesPages && few() && next.code == Code::attend) expect_stores(m, next);
   switch (step.code) {
     case Code::norm: normalize_buffer(m, step); break;
     case Code::project: project(m, step, index); break;

@@ -207,6 +207,7 @@ class Session {
   void prepare_head(const Step& step, const float* norm, float* head, size_t row) const;
   void prepare_queries(const Step& step, const Run& run, size_t row, size_t heads, float* queries);
   void store(const Step& step, const Run& run, size_t head, size_t row);
+  void expect_stores(unsigned m, const Step& step);
 
   void offer(Member& member, size_t token, const float* logits, size_t count, size_t first_token);
   void offer_best(Member& member, size_t token, const float* logits, size_t count,

@@ -103,6 +103,16 @@ void States::touch(size_t state, size_t head, size_t begin, size_t end) const {
   }
 }
 
+void States::expect(size_t state, size_t head, size_t position) const {
+  const Kept& kept = kept_[state];
+  const size_t dim = kept.head_dim, place = place_of(state, position);
+  const size_t key = place / kPositionBlock * kPositionBlock, value = place / 4 * 4;
+  const uint8_t* keys = kept.keys + (head * head_elements(kept) + key * dim) * width_;
+  for (size_t at = 0; at < kPositionBlock * dim * width_; at += 64) __builtin_prefetch(keys + at, 1, 2);
+  const uint8_t* values = kept.values + (head * head_elements(kept) + value * dim) * width_;
+  for (size_t at = 0; at < 4 * dim * width_; at += 64) __builtin_prefetch(values + at, 1, 2);
+}
+
 void States::advance(size_t length) {
   for (Kept& kept : kept_)
     if (kept.kind == StateKind::kv && length > kept.room)

@@ -42,6 +42,8 @@ class States {
   const void* keys_at(size_t state, size_t head, size_t position) const;
   // Touches the pages of a head's keys and values of these positions, see ReadAhead.
   void touch(size_t state, size_t head, size_t begin, size_t end) const;
+  // Asks for the lines that store() will write.
+  void expect(size_t state, size_t head, size_t position) const;
   // Where a position lies for each head.
   size_t place_of(size_t state, size_t position) const {
     const size_t room = kept_[state].room;
