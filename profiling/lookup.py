@@ -1,15 +1,18 @@
-"""Measure the gain of prompt lookup, on the assistant's tasks over news articles and on free chats.
+"""Measure the gain of guesses, on the assistant's tasks over news articles and on free chats.
 
     python -m pocketslm.profiling.lookup out/smollm2
 
-Every text is generated with and without guesses, in turns, on one model, and the tokens must be the
-same. It prints tokens a second after each first token, by the shortest time of each text.
+Two sessions of one model make every text in turns, one with and one without guesses, and the tokens
+must be the same. A session guesses from the text and from the answers before it, so that each
+repetition begins with new sessions. It prints tokens a second after each first token, of the
+repetition with the middle ratio.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pocketslm.models.catalog import fetch
@@ -87,20 +90,59 @@ def chat(prompt: str) -> Task:
     return run
 
 
-def compare(model: Model, task: Task, repetitions: int) -> tuple[int, int, int]:
-    """Count the tokens after the first ones, and take the least nanoseconds without and with
-    guesses.
-    """
-    times: dict[int | None, list[int]] = {0: [], None: []}
-    for repetition in range(repetitions):
-        made = []
-        for guesses in (0, None) if repetition % 2 else (None, 0):
-            timed = Timed(model, guesses)
-            task(timed)
-            times[guesses].append(timed.nanoseconds)
-            made.append(timed.texts)
-        assert made[0] == made[1], "guesses changed the tokens"
-    return sum(max(0, len(text) - 1) for text in made[0]), min(times[0]), min(times[None])
+@dataclass
+class Figures:
+    """The tokens of some texts after the first ones, and nanoseconds without and with guesses."""
+
+    tokens: int = 0
+    plain_ns: int = 0
+    guessed_ns: int = 0
+
+    def add(self, other: Figures) -> None:
+        self.tokens += other.tokens
+        self.plain_ns += other.plain_ns
+        self.guessed_ns += other.guessed_ns
+
+    @property
+    def ratio(self) -> float:
+        return self.plain_ns / max(1, self.guessed_ns)
+
+    def __str__(self) -> str:
+        plain, guessed = (self.tokens / max(1, ns) * 1e9 for ns in (self.plain_ns, self.guessed_ns))
+        return (
+            f"{self.tokens:6} tokens: plain {plain:6.1f} a second, "
+            f"with guesses {guessed:6.1f}, ratio {self.ratio:.2f}"
+        )
+
+
+def compare(load: Callable[[], Model], work: Sequence[Task], turn: int) -> list[Figures]:
+    """What the tasks take, one after the other; who goes first changes with the ``turn``."""
+    found = []
+    with load() as plain, load() as guessing:
+        for number, task in enumerate(work):
+            pair = Timed(plain, 0), Timed(guessing, None)
+            for one in pair if (turn + number) % 2 else reversed(pair):
+                task(one)
+            assert pair[0].texts == pair[1].texts, "guesses changed the tokens"
+            tokens = sum(max(0, len(text) - 1) for text in pair[0].texts)
+            found.append(Figures(tokens, pair[0].nanoseconds, pair[1].nanoseconds))
+    return found
+
+
+def middle(names: Sequence[str], runs: Sequence[Sequence[Figures]]) -> dict[str, Figures]:
+    """Of each group of tasks the run with the middle ratio."""
+    groups: dict[str, list[Figures]] = {}
+    for run in runs:
+        sums: dict[str, Figures] = {"documents": Figures()}
+        for name, figures in zip(names, run, strict=True):
+            for group in (name,) if name == "chat" else ("documents", name):
+                sums.setdefault(group, Figures()).add(figures)
+        for group, figures in sums.items():
+            groups.setdefault(group, []).append(figures)
+    return {
+        group: sorted(some, key=lambda one: one.ratio)[len(some) // 2]
+        for group, some in groups.items()
+    }
 
 
 def main() -> int:
@@ -111,30 +153,24 @@ def main() -> int:
     parser.add_argument("-r", "--repetitions", type=int, default=3, help="(default: 3)")
     parser.add_argument("-t", "--threads", type=int)
     arguments = parser.parse_args()
-    model = Model.load(arguments.bundle, "native", arguments.threads)
     articles = fetch("lee", say).read_text(encoding="utf-8").splitlines()[arguments.first :]
-    work: dict[str, list[Task]] = {}
-    print(f"{model.name}, {model.backend}")
+    work: list[tuple[str, Task]] = []
     with Library(":memory:") as library:
         for article in articles[: arguments.articles]:
             title = " ".join(article.split()[:6])
-            document = library.add(make_source(title, "txt", [Block(article)]))
-            for name, task in tasks(document).items():
-                work.setdefault(name, []).append(task)
-        figures = {"documents": (0, 0, 0)}
-        for name, some in {**work, "chat": [chat(prompt) for prompt in CHATS]}.items():
-            rows = [compare(model, task, arguments.repetitions) for task in some]
-            tokens, plain, guessed = map(sum, zip(*rows, strict=True))
-            figures[name] = tokens, plain, guessed
-            if name in work:
-                a, b, c = figures["documents"]
-                figures["documents"] = a + tokens, b + plain, c + guessed
-    for name, (tokens, plain, guessed) in figures.items():
-        rates = [tokens / max(1, time) * 1e9 for time in (plain, guessed)]
-        print(
-            f"{name:10} {tokens:6} tokens: plain {rates[0]:6.1f} a second, "
-            f"with guesses {rates[1]:6.1f}, ratio {rates[1] / max(1e-9, rates[0]):.2f}"
-        )
+            work += tasks(library.add(make_source(title, "txt", [Block(article)]))).items()
+        work += [("chat", chat(prompt)) for prompt in CHATS]
+
+        def load() -> Model:
+            return Model.load(arguments.bundle, "native", arguments.threads)
+
+        with load() as model:
+            print(f"{model.name}, {model.backend}")
+        runs = [
+            compare(load, [task for _, task in work], turn) for turn in range(arguments.repetitions)
+        ]
+    for name, figures in middle([name for name, _ in work], runs).items():
+        print(f"{name:10} {figures}")
     return 0
 
 

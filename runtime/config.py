@@ -49,8 +49,9 @@ class GenerationConfig:
     - ``logprobs``: give the log-probability of each token, which takes the logits of the whole
       vocabulary.
     - ``prompt_lookup_num_tokens``: the most tokens that the native engine guesses, from where the
-      last tokens stood before in the prompt or answer, and checks in one step. The answer is the
-      same. None guesses as many as pay off, 0 none. Sampling and logprobs turn guessing off.
+      last tokens stood before in the prompt, the answer or the session's other answers, and checks
+      in one step. The answer is the same. None guesses as many as pay off, 0 none. Sampling and
+      logprobs turn guessing off.
     - ``json_schema``, ``regex``, ``grammar``: hold the answer to one of these at most. They are a
       JSON schema, as text or as the value that it stands for; an expression that the whole answer
       matches; and a grammar in GBNF. The answer ends where nothing may follow. An answer that

@@ -78,20 +78,21 @@ struct pslm_generator {
   size_t slot() const { return slot_; }
   bool over() const { return over_; }
   bool ready() const { return !ready_.empty(); }
-  bool reads() const { return held_ < prompt_; }
+  size_t unread() const { return held_ < prompt_ ? prompt_ - held_ : 0; }
+  bool reads() const { return unread(); }
   void fail() { over_ = true; }
 
   // What may be guessed behind the last token.
   Chance guess() {
     guessed_ = 0;
-    if (guesses()) {
-      if (!told_) lookup_.emplace();
-      lookup_->push(&text_[told_], text_.size() - told_);
-      told_ = text_.size();
-      guessed_ = lookup_->guess(tokens_ + 1, std::min<size_t>(options_.guesses,
-                                                              end_ - text_.size() - 1));
+    if (!guesses()) return {0, nullptr};
+    if (!lookup_) {
+      lookup_.emplace().read(text_.data(), prompt_);
+      for (size_t i = prompt_; i < text_.size(); ++i) lookup_->add(text_[i], experience());
     }
-    return {guessed_, guessed_ ? lookup_->trust() : 0};
+    const size_t most = std::min<size_t>(options_.guesses, end_ - text_.size() - 1);
+    guessed_ = lookup_->guess(tokens_ + 1, most, experience());
+    return {guessed_, lookup_->trust()};
   }
   // How many of them are checked.
   void take(size_t count) {
@@ -105,7 +106,7 @@ struct pslm_generator {
     tokens_[0] = text_.back();
     entry.slot = static_cast<uint32_t>(slot_);
     entry.tokens = reads() ? &text_[held_] : tokens_;
-    entry.count = reads() ? std::min(most, prompt_ - held_) : 1 + guessed_;
+    entry.count = reads() ? std::min(most, unread()) : 1 + guessed_;
     if (held_ + entry.count < prompt_) return entry;
     const size_t rows = entry.following = 1 + (reads() ? 0 : guessed_);
     const size_t vocabulary = session()->engine.model().config.vocab_size, highest = deciding();
@@ -144,7 +145,10 @@ struct pslm_generator {
       if (picked.token != tokens_[1 + row]) break;
       ++held_;
     }
-    if (lookup_) lookup_->judge(guessed, ready_.size() - 1);
+    if (lookup_) {
+      lookup_->judge(guessed, ready_.size() - 1, experience());
+      for (const Picked& picked : ready_) lookup_->add(picked.token, experience());
+    }
     if (guessed) engine.truncate(slot_, held_);
     return PSLM_OK;
   }
@@ -185,6 +189,7 @@ struct pslm_generator {
   bool ends(int32_t token) const {
     return std::find(ends_.begin(), ends_.end(), token) != ends_.end();
   }
+  Experience& experience() const { return session()->experience; }
   bool owns() const { return session()->generators[slot_] == this; }
   // What is drawn is seldom what was guessed. A convolution's state goes forward only, so that wrong
   // guesses could not be taken back.
@@ -267,7 +272,6 @@ struct pslm_generator {
   std::vector<std::pair<int32_t, float>> highest_;
   std::deque<Picked> ready_;  // tokens that follow
   std::optional<PromptLookup> lookup_;
-  size_t told_ = 0;  // tokens that it knows
   bool over_ = false;
 };
 
@@ -287,24 +291,26 @@ void step(pslm_session* session, const std::vector<pslm_turn*>& turns) {
   using Clock = std::chrono::steady_clock;
   size_t answers = 0, tokens = 0;
   for (const pslm_turn* turn : turns) answers += !turn->generator->reads();
-  if (answers == turns.size()) guess(turns, session->times);
   size_t room = answers ? std::max(kLeastRead, kStep - std::min(kStep, answers)) : kPart;
   std::vector<pslm_turn*> asked;
-  std::vector<pslm_entry> entries;
+  std::vector<size_t> parts;  // tokens that each may read
   for (pslm_turn* turn : turns) {
-    const bool reads = turn->generator->reads();
-    if (reads && !room) continue;
-    asked.push_back(turn);
-    entries.push_back(turn->generator->ask(room));
-    if (reads) room -= entries.back().count;
-    tokens += entries.back().count;
+    const size_t part = std::min(room, turn->generator->unread());
+    if (turn->generator->reads() && !part) continue;
+    asked.push_back(turn), parts.push_back(part);
+    room -= part;
   }
   const bool alone = asked.size() == 1;
   const pslm_error error = alone ? asked[0]->error : pslm_error{};
   const pslm_status status = enter(session, error, [&](Session& engine) {
-    for (const pslm_turn* turn : asked)
-      if (!turn->generator->is_held(engine))
+    if (answers == turns.size()) guess(turns, session->times);
+    std::vector<pslm_entry> entries;
+    for (size_t i = 0; i < asked.size(); ++i) {
+      if (!asked[i]->generator->is_held(engine))
         return report(error, PSLM_ERROR_ARGUMENT, "the session holds other tokens than the text's");
+      entries.push_back(asked[i]->generator->ask(parts[i]));
+      tokens += entries.back().count;
+    }
     if (const pslm_status failed = check_entries(engine, entries.data(), entries.size(), error))
       return failed;
     const auto start = Clock::now();

@@ -285,7 +285,7 @@ typedef struct {
   float repetition_penalty;    /* 0.01 to 100; 1: none */
   uint32_t spare_prompt;       /* 1: only what follows the text is penalized */
   uint32_t logprobs;           /* 1: say how probable each token was, before any penalty */
-  uint32_t guesses;            /* that prompt lookup makes at a time, at most, of greedy tokens */
+  uint32_t guesses;            /* at the next greedy tokens, at most, that a step checks */
   uint64_t seed;               /* of what is drawn */
   const int32_t* ends;         /* tokens that end the text */
   size_t end_count;

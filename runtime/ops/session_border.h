@@ -20,6 +20,7 @@ struct pslm_session {
   mutable std::atomic<bool> entered{false};
   mutable std::atomic<size_t> length{0};  // the engine's, for who asks while a call runs
   pocketslm::StepTimes times{};
+  pocketslm::Experience experience{};
   const pslm_generator* generators[PSLM_MAX_SLOTS] = {};  // by slot, the last one that was opened
   const int64_t process = pocketslm::platform::process_id();
   // Where generators find it. A collector of garbage may close them after it.
