@@ -3,9 +3,9 @@
     python -m pocketslm.profiling.serving out/smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 Both servers run on this machine, on a model of the same weights, and take turns: in each round
-every number of clients asks each server, and each client its own question. Answers are streamed and
-of a fixed length. Printed are, over all rounds, the tokens a second of all clients, and the times
-to the first token and between two tokens.
+every number of clients asks each server, and each client its own question, which the server has
+not answered before. Answers are streamed and of a fixed length. Printed are, over all rounds, the
+tokens a second of all clients, and the times to the first token and between two tokens.
 """
 
 from __future__ import annotations
@@ -28,13 +28,29 @@ from pathlib import Path
 from threading import Barrier
 
 from pocketslm.errors import BackendError, PocketSlmError
-from pocketslm.profiling.lookup import CHATS
 from pocketslm.profiling.records import percentile
 from pocketslm.profiling.tables import md_table
 from pocketslm.runtime.backends import usable_cores
 from pocketslm.terminal import numbers, show
 
 WAIT_S = 120.0  # for a server to start, and for a token
+KINDS = (
+    "Write a short story about {}.",
+    "Explain {} to a child.",
+    "Give me five ideas for a talk about {}.",
+    "Write a poem about {}.",
+    "What should I know about {}?",
+)
+SUBJECTS = (
+    *("a lighthouse", "bicycles", "rice", "the sea", "old maps", "dogs", "thunder", "bread"),
+    *("the moon", "trains", "honey", "winter", "clocks", "rivers", "a library", "glass"),
+    *("volcanoes", "gardens", "chess", "whales", "paper", "bridges", "markets", "the wind"),
+)
+
+
+def question(number: int) -> str:
+    """One of 120, so that no server has answered it before."""
+    return KINDS[number % len(KINDS)].format(SUBJECTS[number % len(SUBJECTS)])
 
 
 @dataclass
@@ -120,7 +136,7 @@ def load(port: int, clients: int, first: int, tokens: int) -> Taken:
 
     def client(number: int) -> Taken:
         ready.wait()
-        return ask(port, CHATS[(first + number) % len(CHATS)], tokens)
+        return ask(port, question(first + number), tokens)
 
     taken = Taken()
     with ThreadPoolExecutor(clients) as threads:
@@ -196,10 +212,13 @@ def main() -> int:
         with ExitStack() as stack:
             for command, port in zip(commands, ports.values(), strict=True):
                 stack.enter_context(running(command, port))
-                ask(port, CHATS[0], 8)  # first touches of memory, not counted
+                ask(port, "Hello!", 8)  # first touches of memory, not counted
             for turn in range(args.rounds):
-                for (name, clients), one in taken.items():
-                    one.add(load(ports[name], clients, turn * clients, args.tokens))
+                first = turn * sum(args.clients)
+                for clients in args.clients:
+                    for name, port in ports.items():
+                        taken[name, clients].add(load(port, clients, first, args.tokens))
+                    first += clients
     except PocketSlmError as error:
         print(error, file=sys.stderr)
         return 2
