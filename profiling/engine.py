@@ -14,11 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from pocketslm import __version__
 from pocketslm.errors import BackendError
 from pocketslm.profiling.machine import installed_version
+from pocketslm.runtime.arrays import np
 from pocketslm.runtime.backends import (
     BACKENDS,
     Part,
@@ -154,7 +153,7 @@ def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
     def step(tokens: Sequence[int]) -> int:
         if len(tokens) == 1:
             return fused.step_greedy(tokens[0])
-        return int(fused.forward_greedy(np.asarray(tokens, np.int64))[0])
+        return fused.forward_greedy(tokens)[0]
 
     return step
 
