@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from pocketslm import __version__
 from pocketslm.errors import BackendError
-from pocketslm.profiling.machine import installed_version
 from pocketslm.runtime.arrays import np
 from pocketslm.runtime.backends import (
     BACKENDS,
@@ -131,6 +130,15 @@ class PocketSlm:
         return engine_over(session, job, generates=bundle.generates)
 
 
+def runtime_named(name: str) -> Runtime:
+    """Our runtime or a peer. Raises UsageError for an unknown name."""
+    if name == PocketSlm.name:
+        return PocketSlm()
+    from pocketslm.profiling.peers import peer_named  # which a worker of ours does without
+
+    return peer_named(name)
+
+
 def engine_over(session: Session, job: Job, *, generates: bool) -> Engine:
     """What runs the job on a session. Raises BackendError where that makes one text at a time."""
     if job.parallel == 1:
@@ -217,4 +225,6 @@ def missing_library(module: str, distribution: str) -> str | None:
 
 
 def library_version(distribution: str) -> str:
+    from pocketslm.profiling.machine import installed_version
+
     return installed_version(distribution) or "unknown"
