@@ -17,16 +17,16 @@ from pocketslm.errors import (
     UsageError,
 )
 from pocketslm.runtime import forks
-from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.arrays import np
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.tokenizer.packed import PackedTokenizer
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from pocketslm.runtime.adapters import Update
     from pocketslm.runtime.answer import Made
+    from pocketslm.runtime.tokenizer.packed import PackedTokenizer
 
 Logits: TypeAlias = "npt.NDArray[np.float32]"
 
