@@ -18,10 +18,10 @@ class BuildPy(build_py):
         # The copy that was just made: the library's name is a hash of what a user will have.
         sys.path.insert(0, str(Path(self.build_lib).resolve()))
         sys.dont_write_bytecode = True  # it would be part of the wheel
-        from pocketslm.runtime.ops import build
+        from pocketslm.runtime.ops import build, built
 
         try:
-            build.build_library(build.SOURCES / "lib")
+            build.build_library(built.SOURCES / "lib")
         except build.BuildError as error:
             self.warn(f"the native operators were not compiled: {error}")
 

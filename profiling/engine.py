@@ -14,11 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from pocketslm import __version__
 from pocketslm.errors import BackendError
-from pocketslm.profiling.machine import installed_version
+from pocketslm.runtime.arrays import np
 from pocketslm.runtime.backends import (
     BACKENDS,
     Part,
@@ -132,6 +130,15 @@ class PocketSlm:
         return engine_over(session, job, generates=bundle.generates)
 
 
+def runtime_named(name: str) -> Runtime:
+    """Our runtime or a peer. Raises UsageError for an unknown name."""
+    if name == PocketSlm.name:
+        return PocketSlm()
+    from pocketslm.profiling.peers import peer_named  # which a worker of ours does without
+
+    return peer_named(name)
+
+
 def engine_over(session: Session, job: Job, *, generates: bool) -> Engine:
     """What runs the job on a session. Raises BackendError where that makes one text at a time."""
     if job.parallel == 1:
@@ -154,7 +161,7 @@ def greedy_step(session: Session) -> Callable[[Sequence[int]], int]:
     def step(tokens: Sequence[int]) -> int:
         if len(tokens) == 1:
             return fused.step_greedy(tokens[0])
-        return int(fused.forward_greedy(np.asarray(tokens, np.int64))[0])
+        return fused.forward_greedy(tokens)[0]
 
     return step
 
@@ -218,4 +225,6 @@ def missing_library(module: str, distribution: str) -> str | None:
 
 
 def library_version(distribution: str) -> str:
+    from pocketslm.profiling.machine import installed_version
+
     return installed_version(distribution) or "unknown"

@@ -6,6 +6,8 @@ fields of process.Sample. It answers the line "operators" with ``{"operator_ns"}
 operator in one more repetition, or null if the runtime does not measure it. The end of input ends
 the worker. Any answer may be ``{"error", "message"}`` instead: the name and text of a pocketslm
 error.
+
+A runtime's memory is measured here, so nothing is imported that it does not need.
 """
 
 from __future__ import annotations
@@ -21,10 +23,8 @@ from time import perf_counter_ns
 from typing import IO, Any
 
 from pocketslm.errors import BackendError, PocketSlmError
-from pocketslm.profiling.engine import Engine, Job
+from pocketslm.profiling.engine import Engine, Job, runtime_named
 from pocketslm.profiling.memory import memory, spent
-from pocketslm.profiling.operators import open_profiled
-from pocketslm.profiling.peers import runtime_named
 
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
@@ -70,6 +70,8 @@ class Times:
 
 def operator_ns(job: Job) -> dict[str, int] | None:
     """Nanoseconds by operator of the timed part of one repetition, in a session of its own."""
+    from pocketslm.profiling.operators import open_profiled
+
     with open_profiled(job) as profiled:
         if profiled is None:
             return None

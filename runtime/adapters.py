@@ -9,12 +9,14 @@ import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from pocketslm import schema
 from pocketslm.errors import BundleError
+from pocketslm.runtime.arrays import np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 PREFIX, SUFFIX = "adapter-", ".safetensors"
 # The largest fp16 number. No factor of a trained adapter comes near it.

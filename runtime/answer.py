@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-import numpy as np
-
 from pocketslm.errors import UsageError
 from pocketslm.runtime.backends import (
     AdapterSession,
@@ -20,7 +18,6 @@ from pocketslm.runtime.backends import (
 )
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.prefixes import Keeping, shared
-from pocketslm.runtime.sampling import chooser_for, log_sum_exp
 
 # Why a generation ended: the model said so; a stop string came, or nothing may follow by what the
 # answer is held to; max_new_tokens; or the context.
@@ -153,52 +150,9 @@ class Cache:
             self.keeping.keep_prompt(self.tokens[: session.length])
 
 
-class Loop:
-    """See :class:`pocketslm.runtime.backends.Maker`: a text by the logits of any session.
-
-    ids: the text so far, which grows; new: the end of it that the session does not hold.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        ids: list[int],
-        new: Sequence[int],
-        config: GenerationConfig,
-        eos: Collection[int],
-        limit: int,
-        limits: Limiting | None,
-    ) -> None:
-        self._session, self._ids, self._new = session, ids, new
-        self._config, self._limits, self._eos = config, limits, eos
-        self._end = len(ids) + limit
-        self._choose = chooser_for(config, len(ids))
-
-    def make(self) -> list[Made]:
-        """Append what is new, and choose what follows."""
-        config, limits = self._config, self._limits
-        logits = self._session.forward(np.asarray(self._new, np.int64))[0]
-        # The raw ones say how probable the token was.
-        processed = logits.copy() if config.logprobs else logits
-        if limits:
-            limits.apply(processed)
-        token = self._choose(self._ids, processed)
-        if limits:
-            limits.advance(token)
-        finish: Finish | None = None
-        if token in self._eos and not config.ignore_eos:
-            finish = "eos"
-        elif limits and limits.must_end:
-            finish = "stop"
-        elif len(self._ids) + 1 == self._end:
-            finish = "length" if config.max_new_tokens else "context"
-        self._new = [token]
-        logprob = float(logits[token]) - log_sum_exp(logits) if config.logprobs else None
-        return [Made(token, logprob, finish)]
-
-
 class Answer:
-    """A generation in the making: in a session that makes texts by itself, or by :class:`Loop`.
+    """A generation in the making: in a session that makes texts by itself, or by
+    :class:`pocketslm.runtime.loop.Loop`.
 
     ids: the tokens so far, which grow, as those of the cache.
     """
@@ -222,11 +176,13 @@ class Answer:
         cache.use_adapter(adapter)
         new = cache.rewind(ids)
         session = cache.session
-        self.maker: Maker = (
-            session.maker(ids, config, eos, limit, limits)
-            if isinstance(session, MakingSession)
-            else Loop(session, ids, new, config, eos, limit, limits)
-        )
+        self.maker: Maker
+        if isinstance(session, MakingSession):
+            self.maker = session.maker(ids, config, eos, limit, limits)
+        else:
+            from pocketslm.runtime.loop import Loop  # with numpy
+
+            self.maker = Loop(session, ids, new, config, eos, limit, limits)
         cache.tokens = ids
 
     def remember(self) -> None:

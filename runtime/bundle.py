@@ -6,7 +6,6 @@ ecosystem's own names. A folder that onnxruntime-genai's builder made opens thro
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -206,6 +205,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def file_entry(path: Path) -> FileEntry:
+    import hashlib  # with OpenSSL's library, which takes 3 MB
+
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     return FileEntry(digest.hexdigest(), path.stat().st_size)

@@ -270,9 +270,9 @@ def _fitting(
 def load(arguments: argparse.Namespace) -> Model:
     from pocketslm.runtime.bundle import open_bundle
     from pocketslm.runtime.model import Model
-    from pocketslm.runtime.ops import build
+    from pocketslm.runtime.ops.built import built_library
 
-    if arguments.backend in ("auto", "native") and build.built_library() is None:
+    if arguments.backend in ("auto", "native") and built_library() is None:
         graph = open_bundle(arguments.bundle, verify=False).graph(arguments.backend)
         if graph.backend == "native":
             say("compiling the native operators, once ...")

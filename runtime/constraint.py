@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from array import array
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
+from pocketslm.runtime.arrays import np
 from pocketslm.runtime.backends.native_library import ErrorText, load_library
 from pocketslm.runtime.config import ConstraintKind
 from pocketslm.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 KINDS: dict[ConstraintKind, int] = {"json_schema": 1, "regex": 2, "grammar": 3}
 MAY_END, MUST_END = 1, 2
@@ -37,16 +41,14 @@ class TokenTexts:
         self.count = len(texts)
         self._library = load_library()
         self._handle = ctypes.c_void_p()
-        offsets = np.zeros(len(texts) + 1, np.uint64)
-        np.cumsum([len(text) for text in texts], out=offsets[1:])
-        last = np.asarray(sorted(ends), np.int32)
+        offsets = array("Q", accumulate(map(len, texts), initial=0))
+        last = array("i", sorted(ends))
         error = ErrorText()
         status = self._library.pslm_vocabulary_open(
             b"".join(texts),
-            offsets.ctypes.data,
+            offsets.buffer_info()[0],
             len(texts),
-            last.ctypes.data,
-            last.size,
+            *last.buffer_info(),
             int(strip),
             ctypes.byref(self._handle),
             error.argument,

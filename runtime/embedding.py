@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, TypeAlias
 
 from pocketslm.errors import BackendError, BundleError, ContextOverflowError, UsageError
 from pocketslm.models.config import Pooling
+from pocketslm.runtime.arrays import np
 from pocketslm.runtime.backends import Session
 from pocketslm.runtime.tokenizer import Tokenizer
 
-Vector = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Vector: TypeAlias = "npt.NDArray[np.float32]"
 
 
 def tokens_of(

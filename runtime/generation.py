@@ -9,17 +9,15 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from operator import index
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from pocketslm.errors import ContextOverflowError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.answer import Answer, Cache, Keeps, Limiting, Step
+from pocketslm.runtime.arrays import np
 from pocketslm.runtime.backends import (
     Logits,
     Session,
 )
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.sampling import log_sum_exp
 
 
 @runtime_checkable
@@ -221,6 +219,8 @@ class Engine(Generating):
         What a text shares with the one before it is not read again. Raises UsageError where either
         is empty, and ContextOverflowError.
         """
+        from pocketslm.runtime.sampling import log_sum_exp  # with numpy
+
         self._open()
         known, wanted = whole(ids), whole(following)
         if not known or not wanted:

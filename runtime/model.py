@@ -10,12 +10,11 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
-import numpy as np
-
 from pocketslm.errors import BackendError, BundleError, UsageError
 from pocketslm.models.config import ModelConfig
 from pocketslm.runtime.adapters import PREFIX, SUFFIX, read_updates
 from pocketslm.runtime.answer import Finish, Limiting, Step
+from pocketslm.runtime.arrays import np
 from pocketslm.runtime.backends import (
     AdapterSession,
     PackedSession,

@@ -8,23 +8,20 @@ appears whole, is mapped where it is read, and is removed where it is not what i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
 import re
 import threading
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-
-from pocketslm import folders, schema
+from pocketslm import schema
 from pocketslm.errors import UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.backends import SavingSession
@@ -37,7 +34,7 @@ ANYONE = "prompt"  # the name of what belongs to nothing else
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ALIGNED, _MOST_HEADER = 64, 4096
 
-Ids = npt.NDArray[np.int32]
+Ids: TypeAlias = "array[int]"  # of 32 bits
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Identity:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        return _digest(json.dumps(asdict(self)).encode())
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +77,17 @@ class State:
         return count == len(other.tokens) and (not self.identity.whole or count == len(self.tokens))
 
 
-def shared(one: Sequence[int] | Ids, other: Sequence[int] | Ids) -> int:
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with in common."""
-    count = min(len(one), len(other))
-    differ = np.flatnonzero(np.asarray(one[:count]) != np.asarray(other[:count]))
-    return int(differ[0]) if differ.size else count
+    return next(
+        (at for at, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs),
+        min(len(one), len(other)),
+    )
 
 
 def _ids(tokens: Sequence[int]) -> Ids:
     try:
-        return np.asarray(tokens, np.int32)
+        return array("i", tokens)
     except OverflowError:
         raise UsageError("a token id is beyond 32 bits, expected one of the vocabulary") from None
 
@@ -183,6 +181,8 @@ class Prefixes:
                 if state.replaces(held):
                     other.unlink(missing_ok=True)
             self._evict(self.disk - size)
+            from pocketslm import folders
+
             with folders.aside(self.folder) as place:
                 part = place / path.name
                 with part.open("wb") as file:
@@ -206,7 +206,7 @@ class Prefixes:
 
     def _path(self, identity: Identity, tokens: Ids, name: str) -> Path:
         assert self.folder is not None
-        digest = hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
+        digest = _digest(tokens.tobytes())
         return self.folder / f"{_named(name)}.{identity.digest}.{digest}{SUFFIX}"
 
     def _files(self, identity: Identity, name: str = "*") -> Iterator[_File]:
@@ -249,10 +249,16 @@ def _named(name: str) -> str:
     return name
 
 
+def _digest(data: bytes) -> str:
+    import hashlib  # with OpenSSL's library, which takes 3 MB
+
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def _checksum(tokens: Ids, data: bytes | memoryview) -> int:
     """Tells a file that was cut or changed, in less than a token's time."""
     sizes = f"{len(tokens)} {len(data)}".encode()
-    return zlib.crc32(data, zlib.crc32(tokens.data, zlib.crc32(sizes)))
+    return zlib.crc32(data, zlib.crc32(tokens, zlib.crc32(sizes)))
 
 
 @dataclass(frozen=True)
@@ -294,7 +300,7 @@ def _read(path: Path, identity: Identity) -> _File:
         raise ValueError("of something else")
     if min(header.tokens, header.bytes) < 0 or len(data) != at + size + header.bytes:
         raise ValueError("cut")
-    tokens = np.frombuffer(data[at : at + size], np.int32)
+    tokens = array("i", bytes(data[at : at + size]))
     return _File(path, State(identity, tokens, data[at + size :]), header.crc32)
 
 
@@ -344,14 +350,14 @@ class Keeping:
         """Keep the state after a prompt, if the store is to keep prompts and lacks much of it."""
         if self.store.prompts:
             ids = _ids(tokens)
-            lacking = ids.size - self.store.known(self._identity, ids)
-            if lacking >= max(LEAST, ids.size // 8):
+            lacking = len(ids) - self.store.known(self._identity, ids)
+            if lacking >= max(LEAST, len(ids) // 8):
                 self.keep(tokens)
 
     def _hold(self, tokens: Sequence[int]) -> None:
         """Keep the session's state in memory."""
         ids = _ids(tokens)
-        if self._session.length == ids.size and not self.store.holds(self._identity, ids):
+        if self._session.length == len(ids) and not self.store.holds(self._identity, ids):
             self.store.hold(self._state(tokens))
 
     def _state(self, tokens: Sequence[int]) -> State:

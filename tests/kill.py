@@ -40,7 +40,7 @@ from pocketslm.models import catalog
 from pocketslm.profiling.records import read_records
 from pocketslm.runtime.assistant.library import Library
 from pocketslm.runtime.bundle import open_bundle
-from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops import build, built
 from pocketslm.runtime.prefixes import SUFFIX, Identity, Prefixes, State
 
 EVENTS = ("open", "os.", "shutil.", "subprocess.", "sqlite3.", "tempfile.", "fcntl.")
@@ -236,7 +236,7 @@ class Compile(Target):
     def check(self) -> str:
         found = list((self.cache / "native").glob("lib*.so"))
         for path in found:
-            require(build.is_whole(path), f"{path.name} is half a file")
+            require(built.is_whole(path), f"{path.name} is half a file")
         for path in (self.cache / "native" / "objects").glob("*.o"):
             require(path.stat().st_size == 100000, f"{path.name} is half a file")
         return "new" if found else "none"

@@ -26,7 +26,7 @@ from pocketslm.profiling.sensors.sampler import Sampler, idle_watts, read_sensor
 from pocketslm.profiling.sensors.throttling import throttled
 from pocketslm.profiling.sensors.tree import parse, script
 from pocketslm.runtime.bundle import MANIFEST, Bundle, open_bundle
-from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops.built import source_hash
 
 Keep = Callable[[Measurement], None]
 
@@ -184,7 +184,7 @@ class _Session:
             "runtime_version": __version__,
             "pocketslm": __version__,
             "machine": self.machine,
-            "software": {"pocketslm-run": build.source_hash()},
+            "software": {"pocketslm-run": source_hash()},
             "cold": self._conditions.cold,
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pocketslm.profiling.devices.device import Device
-from pocketslm.runtime.ops.build import cache_directory
+from pocketslm.runtime.ops.built import cache_directory
 
 
 class LocalDevice(Device):

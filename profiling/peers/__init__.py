@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pocketslm.errors import BackendError, UsageError
-from pocketslm.profiling.engine import Peer, PocketSlm, Runtime
+from pocketslm.profiling.engine import Peer
 from pocketslm.profiling.peers.executorch import ExecuTorch
 from pocketslm.profiling.peers.llama_cpp import LlamaCpp
 from pocketslm.profiling.peers.ort_genai import OrtGenai
@@ -16,10 +16,8 @@ ALL = "all"
 PEERS = {peer.name: peer for peer in _ALL}
 
 
-def runtime_named(name: str) -> Runtime:
-    """Our runtime or a peer. Raises UsageError for an unknown name."""
-    if name == PocketSlm.name:
-        return PocketSlm()
+def peer_named(name: str) -> Peer:
+    """Raises UsageError for an unknown name."""
     if name not in PEERS:
         raise UsageError(f"peer {name!r} is unknown, expected one of: {', '.join(PEERS)}")
     return PEERS[name]

@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from pocketslm.errors import BackendError, UsageError
 from pocketslm.profiling.engine import Engine, Job, library_version, missing_library
+from pocketslm.runtime.arrays import np
 
 _DISTRIBUTION = "llama-cpp-python"
 

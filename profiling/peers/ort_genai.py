@@ -9,11 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 from pocketslm.errors import BackendError
 from pocketslm.profiling.engine import Engine, Job, library_version, missing_library
 from pocketslm.profiling.peers import genai_builder
+from pocketslm.runtime.arrays import np
 
 _DISTRIBUTION = "onnxruntime-genai"
 

@@ -8,10 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from pocketslm.errors import (
     BackendError,
@@ -20,15 +17,18 @@ from pocketslm.errors import (
     UsageError,
 )
 from pocketslm.runtime import forks
-from pocketslm.runtime.adapters import Update
+from pocketslm.runtime.arrays import np
 from pocketslm.runtime.bundle import Bundle, Graph
 from pocketslm.runtime.config import GenerationConfig
-from pocketslm.runtime.tokenizer.packed import PackedTokenizer
 
 if TYPE_CHECKING:
-    from pocketslm.runtime.answer import Made
+    import numpy.typing as npt
 
-Logits = npt.NDArray[np.float32]
+    from pocketslm.runtime.adapters import Update
+    from pocketslm.runtime.answer import Made
+    from pocketslm.runtime.tokenizer.packed import PackedTokenizer
+
+Logits: TypeAlias = "npt.NDArray[np.float32]"
 
 # Backend name -> (module, pip extra). Listed in the order of preference for "auto".
 BACKENDS = {
@@ -135,7 +135,7 @@ class Penalty:
     """
 
     factor: float
-    seen: npt.NDArray[np.int32]
+    seen: Sequence[int]
 
 
 @runtime_checkable
@@ -156,10 +156,10 @@ class TopSession(Session, Protocol):
 
     def forward_greedy(
         self,
-        tokens: npt.NDArray[np.int64],
+        tokens: Sequence[int],
         following: int = 1,
         penalty: Penalty | None = None,
-    ) -> npt.NDArray[np.int32]:
+    ) -> list[int]:
         """Append tokens [n]. Returns what most probably follows each of the last ``following``,
         penalized by what was seen up to it."""
         ...
@@ -277,17 +277,22 @@ def check_tokens(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None
         raise UsageError(f"forward needs at least one token, as a vector, not {tokens.shape}")
     if not np.issubdtype(tokens.dtype, np.integer):
         raise UsageError(f"token ids are whole numbers, not {tokens.dtype}")
-    if session.length + tokens.size > session.context:
+    check_room(session, tokens.size)
+    check_vocabulary(session, tokens.tolist())
+
+
+def check_room(session: Session, count: int) -> None:
+    """Raise ContextOverflowError if so many more tokens do not fit."""
+    if session.length + count > session.context:
         raise ContextOverflowError(
-            f"{session.length} + {tokens.size} tokens do not fit the context of "
+            f"{session.length} + {count} tokens do not fit the context of "
             f"{session.context}; shorten the prompt or export with a longer --context"
         )
-    check_vocabulary(session, tokens)
 
 
-def check_vocabulary(session: Session, tokens: npt.NDArray[np.integer[Any]]) -> None:
+def check_vocabulary(session: Session, tokens: Collection[int]) -> None:
     """Raise UsageError for ids outside the vocabulary."""
-    low, high = int(tokens.min()), int(tokens.max())
+    low, high = min(tokens), max(tokens)
     if low < 0 or high >= session.vocab_size:
         raise UsageError(f"token ids {low} to {high} are not within 0 to {session.vocab_size - 1}")
 

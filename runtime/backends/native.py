@@ -1,4 +1,4 @@
-"""The native operators as a backend: numpy and ctypes over the C border of ``runtime/ops``."""
+"""The native operators as a backend: ctypes over the C border of ``runtime/ops``."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import copy
 import ctypes
 import os
 import threading
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-import numpy as np
-import numpy.typing as npt
-
 from pocketslm.errors import BackendError, BundleError, PocketSlmError, UsageError
 from pocketslm.runtime import forks
 from pocketslm.runtime.adapters import Update
 from pocketslm.runtime.answer import Made
+from pocketslm.runtime.arrays import np
 from pocketslm.runtime.backends import (
     MAX_SLOTS,
     Following,
     Part,
     Penalty,
     Wanted,
+    check_room,
     check_threads,
     check_tokens,
+    check_vocabulary,
 )
 from pocketslm.runtime.backends.native_generator import NativeGenerator
 from pocketslm.runtime.backends.native_library import (
@@ -49,6 +50,8 @@ from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.ops.ids import ROLE
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from pocketslm.runtime.constraint import Constraint
 
 KV_TYPES = {"fp16": 0, "int8": 1}
@@ -74,8 +77,8 @@ def open_session(
 
 
 def _penalty_entry(penalty: Penalty) -> PenaltyEntry:
-    tokens = np.ascontiguousarray(penalty.seen, np.int32)
-    entry = PenaltyEntry(penalty.factor, tokens.ctypes.data, tokens.size)
+    tokens = array("i", penalty.seen)
+    entry = PenaltyEntry(penalty.factor, *tokens.buffer_info())
     entry.tokens = tokens
     return entry
 
@@ -332,30 +335,28 @@ class NativeSession:
 
     def forward_greedy(
         self,
-        tokens: npt.NDArray[np.integer[Any]],
+        tokens: Sequence[int],
         following: int = 1,
         penalty: Penalty | None = None,
-    ) -> npt.NDArray[np.int32]:
+    ) -> list[int]:
         """See :class:`pocketslm.runtime.backends.TopSession`."""
-        ids = np.asarray(tokens)
-        check_tokens(self, ids)
-        if not 1 <= following <= ids.size:
-            raise UsageError(f"what follows {following} tokens of {ids.size} was asked for")
-        ids = np.ascontiguousarray(ids, dtype=np.int32)
-        found = np.empty(following, np.int32)
+        if not 1 <= following <= len(tokens):
+            raise UsageError(f"what follows {following} tokens of {len(tokens)} was asked for")
+        check_room(self, len(tokens))
+        check_vocabulary(self, tokens)
+        ids, found = array("i", tokens), (ctypes.c_int32 * following)()
         penalized = ctypes.byref(_penalty_entry(penalty)) if penalty else None
         with self._lock:
             status = self._library.pslm_forward_greedy(
                 self._changing(),
-                ids.ctypes.data,
-                ids.size,
+                *ids.buffer_info(),
                 following,
                 penalized,
-                found.ctypes.data,
+                found,
                 self._error.argument,
             )
             self._error.check(status)
-        return found
+        return list(found)
 
     def maker(
         self,
@@ -391,13 +392,12 @@ class NativeSession:
             maker.open()
             self._error.check(self._library.pslm_generate(turn, 1, self._error.argument))
 
-    def begin(self, maker: NativeGenerator, ids: npt.NDArray[np.int32], how: Generation) -> None:
+    def begin(self, maker: NativeGenerator, ids: array[int], how: Generation) -> None:
         """Open a generator in this slot, which ends the one before."""
         with self._lock:
             status = self._library.pslm_generator_open(
                 self._changing(),
-                ids.ctypes.data,
-                ids.size,
+                *ids.buffer_info(),
                 ctypes.byref(how),
                 ctypes.byref(maker.handle),
                 maker.error.argument,
@@ -476,10 +476,10 @@ class NativeSession:
             raise UsageError(f"cannot save {count} positions, expected 0 or {limit} to {filled}")
         with self._lock:
             size = self._library.pslm_kv_bytes(self._open(), count)
-            data = np.empty(max(1, size), np.uint8)
-            status = self._library.pslm_kv_save(self._open(), count, data.ctypes.data, data.size)
-            self._error.check(status)
-        return data[:size].tobytes()
+            data = (ctypes.c_char * size)()
+            self._error.check(self._library.pslm_kv_save(self._open(), count, data, size))
+        saved: bytes = data.raw
+        return saved
 
     def restore(self, length: int, saved: bytes | memoryview) -> None:
         """Replace the context by ``length`` positions that :meth:`save` gave."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import secrets
+import os
+from array import array
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from pocketslm.errors import PocketSlmError, UsageError
 from pocketslm.runtime.answer import Finish, Made
@@ -33,7 +32,9 @@ def options_of(config: GenerationConfig) -> Generation:
         options.temperature, options.top_k = config.temperature, min(config.top_k, MOST_TOKENS)
         options.top_p, options.min_p = config.top_p, config.min_p
         options.typical_p = config.typical_p
-        options.seed = secrets.randbits(64) if config.seed is None else config.seed
+        options.seed = (
+            int.from_bytes(os.urandom(8), "little") if config.seed is None else config.seed
+        )
     return options
 
 
@@ -55,16 +56,15 @@ class NativeGenerator:
         self._session, self._constraint = session, constraint  # which must outlive it
         self.error = ErrorText()
         self.handle = ctypes.c_void_p()
-        check_vocabulary(session, np.asarray(ids))
-        text = np.asarray(ids, np.int32)
-        ends = np.asarray([] if config.ignore_eos else sorted(eos), np.int32)
+        check_vocabulary(session, ids)
+        ends = array("i", [] if config.ignore_eos else sorted(eos))
         options = options_of(config)
         options.max_tokens = limit
-        options.ends, options.end_count = ends.ctypes.data, ends.size
+        options.ends, options.end_count = ends.buffer_info()
         options.constraint = constraint.handle if constraint else None
         self._scored = config.logprobs
         self._limited: Finish = "length" if config.max_new_tokens else "context"
-        session.begin(self, text, options)
+        session.begin(self, array("i", ids), options)
         # For steps of this text alone, so that little is done for each.
         self._turn = Turn(generator=self.handle, error=self.error.argument)
         self._turn_argument, self._first = ctypes.byref(self._turn), self._turn.made[0]

@@ -15,7 +15,7 @@ from pocketslm.errors import (
     PocketSlmError,
     UsageError,
 )
-from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops import built
 
 ABI_VERSION = 10
 MOST_MADE = 8  # tokens of a text in a step
@@ -124,9 +124,14 @@ class SessionInfo(ctypes.Structure):
 
 def library_path() -> Path:
     """The shared library, compiled now if need be; ``$POCKETSLM_LIBRARY`` names another."""
-    override = os.environ.get("POCKETSLM_LIBRARY")
+    if override := os.environ.get("POCKETSLM_LIBRARY"):
+        return Path(override)
+    if found := built.built_library():
+        return found
+    from pocketslm.runtime.ops import build
+
     try:
-        return Path(override) if override else build.library()
+        return build.library()
     except (build.BuildError, OSError) as error:
         raise BackendError(f"the native operators could not be built: {error}") from error
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from pocketslm.errors import TokenizerError
 from pocketslm.runtime.backends.native_library import ErrorText, load_library
@@ -85,12 +84,10 @@ class NativeTokenizer:
         ``goes_on``: these are not the first tokens of a text. WordPiece's spaces before signs stay.
         Raises :class:`UsageError` for ids outside the vocabulary.
         """
-        tokens = np.asarray(ids, np.int64).clip(-1, 2**31 - 1).astype(np.int32)
+        tokens = array("i", [min(max(id_, -1), 2**31 - 1) for id_ in ids])
+        data, size = tokens.buffer_info()
         call, flags = self._library.pslm_decode, GOES_ON * goes_on
-        data = tokens.ctypes.data
-        return bytes(
-            _filled(call, self._handle, data, tokens.size, flags, ctypes.c_char, 8 * tokens.size)
-        )
+        return bytes(_filled(call, self._handle, data, size, flags, ctypes.c_char, 8 * size))
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None):

@@ -478,6 +478,7 @@ pslm_status pslm_tokenizer_open(const pslm_model* model, pslm_tokenizer** tokeni
     opened->vocabulary = model->file.config.vocab_size;
     const std::string failure = opened->tokenizer.load(data, bytes, opened->vocabulary);
     if (!failure.empty()) return report(error, PSLM_ERROR_FORMAT, failure);
+    platform::drop_mapped(data, bytes);  // all was read to check it; a text needs little
     *tokenizer = opened.release();
     return PSLM_OK;
   });

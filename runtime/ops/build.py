@@ -3,8 +3,8 @@
 ``python -m pocketslm.runtime.ops.build`` builds the shared library; ``--runner`` builds the
 program ``pocketslm-run``. ``--target aarch64-linux`` builds it for phones and boards, and other
 targets for the computers of developers. The package's
-``setup.py`` calls :func:`build_library`; the backend calls :func:`library`, which compiles on first
-use if neither the package nor the cache holds a library for these sources.
+``setup.py`` calls :func:`build_library`; the backend calls :func:`library` on first use, if neither
+the package nor the cache holds a library for these sources (:mod:`pocketslm.runtime.ops.built`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocketslm.cache import cache_dir
 from pocketslm.folders import aside
 from pocketslm.locks import lock
-
-SOURCES = Path(__file__).resolve().parent
-HEADERS = (".def", ".h", ".inl")
+from pocketslm.runtime.ops.built import (
+    HEADERS,
+    SOURCES,
+    built_library,
+    cache_directory,
+    host_system,
+    is_whole,
+    library_name,
+    seal,
+    source_hash,
+    sources,
+)
 
 COMMON = (
     *("api", "attention", "border_slots", "cpu", "generator", "head", "lookup", "model_file"),
@@ -86,9 +94,7 @@ TARGETS = {
     "x86_64-windows": "x86_64-windows-gnu",
 }
 GLIBC = "gnu.2.17"
-LIBRARY_ENDS = {"linux": ".so", "macos": ".dylib", "windows": ".dll"}
 PROGRAM_ENDS = {"linux": "", "macos": "", "windows": ".exe"}
-SYSTEMS = {"darwin": "macos", "win32": "windows"}
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 
 
@@ -131,10 +137,6 @@ def host_machine() -> str:
     return machine
 
 
-def host_system() -> str:
-    return SYSTEMS.get(sys.platform, "linux")
-
-
 def find_toolchain(target: str | None = None, *, libc: str = "musl") -> Toolchain:
     """A compiler for ``target``, a name of :data:`TARGETS`; None: this machine.
 
@@ -170,20 +172,6 @@ def run(command: Sequence[str]) -> None:
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         reason = next(iter(lines or done.stderr.splitlines()[-1:]), "it said nothing")
         raise BuildError(f"{command[0]} failed: {reason.strip()}; run `{' '.join(command)}`")
-
-
-def source_hash() -> str:
-    return _digest(*HEADERS, ".cpp", ".py")[:16]
-
-
-@functools.cache
-def _digest(*suffixes: str) -> str:
-    """The hash of all sources whose names end with one of these."""
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.rglob("*")):
-        if path.suffix in suffixes and path.name != "__init__.py":
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def compile_and_link(
@@ -296,8 +284,16 @@ def _key(source: Path, toolchain: Toolchain, options: Sequence[str]) -> str:
     """What an object depends on: its source, every header, the compiler and its options."""
     name = os.path.relpath(source, SOURCES)
     said = json.dumps([name, _version(toolchain.command), toolchain.command[1:], options])
-    text = said + _digest(*HEADERS)
+    text = said + _header_digest()
     return hashlib.sha256(text.encode() + source.read_bytes()).hexdigest()[:32]
+
+
+@functools.cache
+def _header_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sources(*HEADERS):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 @functools.cache
@@ -306,39 +302,9 @@ def _version(command: tuple[str, ...]) -> str:
     return done.stdout
 
 
-# Every program or library ends with this and the SHA-256 of all bytes before it. Loaders do not
-# read it. Without it a file that was cut, as by a loss of power, would crash the process that loads
-# it.
-SEAL = b"\npocketslm "
-
-
-def seal(path: Path) -> None:
-    """Append the file's SHA-256 and write it to the disk."""
-    with path.open("r+b") as file:
-        digest = hashlib.sha256(file.read()).digest()
-        file.write(SEAL + digest)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a program or library exists and is as it was built."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    size = len(data) - len(SEAL) - hashlib.sha256().digest_size
-    return size > 0 and data[size:] == SEAL + hashlib.sha256(data[:size]).digest()
-
-
 def sanitizer_flags(names: str) -> list[str]:
     """For ``-fsanitize=names``; a finding ends the program with a report."""
     return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-g1", "-O1"]
-
-
-def library_name(system: str | None = None, suffix: str = "") -> str:
-    """Of the library for these sources, by default on this system."""
-    return f"libpocketslm-{source_hash()}{suffix}{LIBRARY_ENDS[system or host_system()]}"
 
 
 def build_library(directory: Path, target: str | None = None, sanitize: str | None = None) -> Path:
@@ -390,17 +356,6 @@ def build_runner(output: Path, target: str | None = None, sanitize: str | None =
         if toolchain.machine == "aarch64":
             link += ["-Wl,-z,max-page-size=16384"]  # phones with 16 KB pages
     return compile_and_link(output, toolchain, names, [], link)
-
-
-def cache_directory() -> Path:
-    return cache_dir() / "native"
-
-
-def built_library() -> Path | None:
-    """The library for these sources where it lies in the package or the cache."""
-    name = library_name()
-    places = (SOURCES / "lib" / name, cache_directory() / name)
-    return next((path for path in places if is_whole(path)), None)
 
 
 def library() -> Path:

@@ -184,7 +184,7 @@ void Session::run_head(unsigned m, Head head, float* logits) {
     found.top.clear();
     found.best = {lowest, 0}, found.peak = lowest, found.sum = 0;
   }
-  const PanelView input = head_rows_ == count_ ? normalized(m, step.norm)
+  const PanelView input = head_rows_ == count_ ? normalized(m, step.norm, true)
                                                : normalized_row(m, step.norm, last);
   if (screened) {
     screen(m, input, step.norm);

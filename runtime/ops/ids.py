@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from importlib import resources
+from pathlib import Path
 
 _ENTRY = re.compile(r"^ID\((\w+), (\w+), (\d+)\)", re.M)
-_TEXT = resources.files(__package__).joinpath("ids.def").read_text(encoding="utf-8")
+_TEXT = Path(__file__).with_name("ids.def").read_text(encoding="utf-8")
 
 
 def _read(list_name: str) -> Mapping[str, int]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from pocketslm.errors import BackendError, PocketSlmError
 from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops.built import SOURCES
 from pocketslm.runtime.ops.ids import KIND
 
 PATHS = ("neon_i8mm", "neon_dotprod", "scalar")
@@ -78,7 +79,7 @@ _GENERATIONS: Mapping[str, tuple[Generation, ...]] = {
 def build_plugin(output: Path) -> Path:
     """The counting plugin, for the machine that qemu runs on."""
     command = (*build.find_toolchain().command, "-x", "c", "-O2", "-shared", "-fPIC")
-    build.run([*command, str(build.SOURCES / "qemu_count.c"), "-o", str(output)])
+    build.run([*command, str(SOURCES / "qemu_count.c"), "-o", str(output)])
     return output
 
 

@@ -19,6 +19,9 @@ void release_pages(void* pages, size_t bytes);
 // Memory that was never touched is taken too.
 void use_large_pages(void* pages, size_t bytes);
 
+// Lets a part of a mapped file go from this process's memory until it is read again.
+void drop_mapped(const void* data, size_t bytes);
+
 // A whole file, mapped for reading. Paths are UTF-8.
 class MappedFile {
  public:

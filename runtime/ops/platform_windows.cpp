@@ -112,6 +112,8 @@ long cpu_speed(int cpu) {
 
 void use_large_pages(void*, size_t) {}
 
+void drop_mapped(const void*, size_t) {}
+
 bool binds_threads() { return true; }
 
 void bind_thread(int cpu) { SetThreadAffinityMask(GetCurrentThread(), bit(cpu)); }

@@ -299,6 +299,7 @@ void Resolver::project() {
     check(step_.w[i]->rows % kBlockRows == 0 && step_.w[i]->rows <= kMaxDimension,
           "a width is too large or not a multiple of 16");
     step_.bias[i] = vector(5 + i, step_.w[i]->rows);
+    step_.reads_floats |= !is_quantized(step_.w[i]->kind);
     fill(targets[i], step_.w[i]->rows);
   }
 }
@@ -381,6 +382,8 @@ void Resolver::gated() {
   step_.bias[0] = vector(4, step_.width);
   step_.bias[1] = vector(5, step_.width);
   check(step_.w[0] || !step_.bias[0], "a bias without a matrix");
+  for (const Matrix* w : {step_.w[0], step_.w[1]})
+    step_.reads_floats |= w && !is_quantized(w->kind);
   fill(BufferId::hidden, step_.width);
   panel_ = index_;
 }

@@ -141,6 +141,7 @@ struct Step {
   // A gated step leaves int8 activations, and floats only where it `keeps_floats`.
   size_t source = kNone;
   bool gathers = false, keeps_floats = false;
+  bool reads_floats = false;  // project, gated: some matrix is not quantized
   uint64_t pslm_times::* counter = nullptr;
 
   bool has(uint32_t flag) const { return flags & flag; }

@@ -239,8 +239,9 @@ void Session::apply(const Norm& norm, const float* x, size_t n, float* out) cons
     kernels_.layer_norm(x, norm.weight, norm.bias, n, norm.eps, out);
 }
 
-// The rows of `width` in quantized form, each made ready by prepare(token) before: of a few tokens by
-// each thread for itself; a batch is shared out by tiles.
+// The rows of `width` in quantized form. Each is had from prepare(token), which need not leave it in
+// `rows` if nobody reads it as floats. A few tokens are for each thread to make ready for itself; a
+// batch is shared out by tiles.
 template <typename Prepare>
 PanelView Session::quantized(unsigned m, Panel& panel, const float* rows, size_t width,
                              Prepare&& prepare) {
@@ -249,8 +250,7 @@ PanelView Session::quantized(unsigned m, Panel& panel, const float* rows, size_t
     for (size_t t = begin * kMaxTile; t < std::min(end * kMaxTile, count_);) {
       const size_t tile = tile_size(count_ - t);
       for (size_t i = 0; i < tile; ++i) {
-        prepare(t + i);
-        kernels_.quantize(rows + (t + i) * width, width / kGroup, view.row(t, i, 0));
+        kernels_.quantize(prepare(t + i), width / kGroup, view.row(t, i, 0));
       }
       t += tile;
     }
@@ -271,13 +271,18 @@ PanelView Session::normalized_row(unsigned m, const Norm& norm, const float* x) 
 }
 
 // The same for all of it.
-PanelView Session::normalized(unsigned m, const Norm& norm) {
+PanelView Session::normalized(unsigned m, const Norm& norm, bool want_floats) {
   const size_t n = program_.hidden_size;
   const float* x = buffer(BufferId::residual);
   float* normed = few() ? members_[m].normed.data() : normed_.data();
   const float* rows = norm.kind == NormKind::none ? x : normed;
-  return quantized(m, panel_, rows, n,
-                   [&](size_t t) { apply(norm, x + t * n, n, normed + t * n); });
+  const bool keeps = want_floats || widest_;  // adapters read them
+  return quantized(m, panel_, rows, n, [&](size_t t) {
+    if (rows == x) return x + t * n;
+    float* row = keeps ? normed + t * n : members_[m].normed_row.data();
+    apply(norm, x + t * n, n, row);
+    return static_cast<const float*>(row);
+  });
 }
 
 // A buffer in place, group by group.
@@ -342,7 +347,7 @@ const float* Session::lower(unsigned m, size_t index, const PanelView& panel) {
 }
 
 void Session::project(unsigned m, const Step& step, size_t index) {
-  const PanelView input = normalized(m, step.norm);
+  const PanelView input = normalized(m, step.norm, step.reads_floats);
   float* const outputs[] = {buffer(BufferId::query), buffer(BufferId::key),
                             buffer(BufferId::value)};
   const float* low = lower(m, index, input);
@@ -376,18 +381,18 @@ void Session::project(unsigned m, const Step& step, size_t index) {
 PanelView Session::product_input(unsigned m, const Step& step) {
   const size_t width = step.w[0]->cols;
   const float* rows = buffer(step.buffer);
+  const auto in_place = [&](size_t t) { return rows + t * width; };
   if (step.buffer == BufferId::hidden) {
     if (step.source != kNone) return {&hidden_panel_, count_, width, rows};
-    return quantized(m, hidden_panel_, rows, width, [](size_t) {});
+    return quantized(m, hidden_panel_, rows, width, in_place);
   }
-  if (count_ > 1 || step.source == kNone)
-    return quantized(m, panel_, rows, width, [](size_t) {});
+  if (count_ > 1 || step.source == kNone) return quantized(m, panel_, rows, width, in_place);
   const Step& source = program_.steps[step.source];
   float* joined = members_[m].normed.data();
   const size_t pieces = pieces_of(source, seen_by(source, runs_.front(), 0)).count;
   for (size_t head = 0; head < source.heads; ++head)
     join(source, pieces, head, joined + head * source.head_dim);
-  return quantized(m, panel_, joined, width, [](size_t) {});
+  return quantized(m, panel_, joined, width, [&](size_t) { return joined; });
 }
 
 // residual += scale * norm(w * input + bias)
@@ -434,7 +439,7 @@ void Session::add_projection(unsigned m, const Step& step, size_t index) {
 }
 
 void Session::gated(unsigned m, const Step& step, size_t index) {
-  const PanelView input = normalized(m, step.norm);
+  const PanelView input = normalized(m, step.norm, step.reads_floats);
   const PanelView hidden{&hidden_panel_, count_, step.width, buffer(BufferId::hidden)};
   const bool want_floats = step.keeps_floats || of_hidden_;
   const float* low = lower(m, index, input);

@@ -227,7 +227,7 @@ class Session {
   PanelView normalized_row(unsigned m, const Norm& norm, const float* x);
   // Input of so few tokens is cheaper to make ready again in each thread than to wait for.
   bool few() const { return count_ <= kMaxTile; }
-  PanelView normalized(unsigned m, const Norm& norm);
+  PanelView normalized(unsigned m, const Norm& norm, bool want_floats);
   template <typename Prepare>
   PanelView quantized(unsigned m, Panel& panel, const float* rows, size_t width,
                       Prepare&& prepare);

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops import build, built
 
 from . import seeds, worker
 from .worker import TARGETS
@@ -29,7 +29,7 @@ def prepare(state: Path) -> None:
     """Build what the targets need: seeds, and the library and the runner under sanitizers."""
     home = state / "home"
     stamp = home / "made"
-    version = build.source_hash()
+    version = built.source_hash()
     if stamp.is_file() and stamp.read_text() == version:
         return
     seeds.make(home)

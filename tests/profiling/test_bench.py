@@ -18,8 +18,8 @@ from pocketslm.export.recipe import Recipe
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.profiling import bench as module
 from pocketslm.profiling.bench import bench
-from pocketslm.profiling.engine import Job
-from pocketslm.profiling.peers import PEERS, parse_peer, runtime_named
+from pocketslm.profiling.engine import Job, runtime_named
+from pocketslm.profiling.peers import PEERS, parse_peer
 from pocketslm.profiling.process import Loaded, Sample
 from pocketslm.profiling.records import Measurement, read_records
 from pocketslm.profiling.tables import format_rows

@@ -13,8 +13,8 @@ from pocketslm.errors import BackendError, PocketSlmError, UsageError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.models.checkpoint import open_checkpoint
 from pocketslm.profiling.bench import bench
-from pocketslm.profiling.engine import Engine, Job
-from pocketslm.profiling.peers import PEERS, runtime_named
+from pocketslm.profiling.engine import Engine, Job, runtime_named
+from pocketslm.profiling.peers import PEERS
 
 N_GEN = 6
 IDS = np.random.default_rng(1).integers(0, 256, 20).tolist()

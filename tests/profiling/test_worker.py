@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,9 +127,33 @@ worker.main()
     assert "from a library" in done.stderr
 
 
+def test_a_worker_of_ours_is_small(tiny_bundle: Path) -> None:
+    """Its memory is what is measured, so it holds nothing that the runtime does not need."""
+    job = Job("pocketslm", str(tiny_bundle), "native", 1, 32, 8, 4, 8, list(range(8)))
+    code = """
+import sys
+from pathlib import Path
+from pocketslm.profiling import worker
+worker.main()
+heavy = {"numpy", "hashlib", "subprocess", "tempfile", "csv", "pocketslm.profiling.peers"}
+print(sorted(heavy & set(sys.modules)), "pocketslm.runtime.backends.native" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(job.to_dict()) + "\nrun\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *answers, loaded = [*done.stdout.splitlines(), done.stderr.strip()]
+    assert all("error" not in json.loads(answer) for answer in answers)
+    assert loaded == "[] True"
+
+
 def test_importing_stays_light() -> None:
     code = """
 import sys
+from pathlib import Path
 import pocketslm.profiling.bench, pocketslm.profiling.tables, pocketslm.profiling.worker
 heavy = {"torch", "transformers", "onnxruntime", "onnxruntime_genai", "llama_cpp", "executorch"}
 print(sorted(heavy & set(sys.modules)))

@@ -22,6 +22,40 @@ def model(tiny_bundle: Path) -> Model:
     return Model.load(tiny_bundle, "native", threads=1)
 
 
+# Modules that make a process larger, and that text from the native engine can do without.
+HEAVY = """
+torch transformers kivy onnx onnxruntime tokenizers jinja2 numpy hashlib secrets random tempfile
+shutil subprocess socket asyncio argparse logging zipfile platform importlib.metadata
+importlib.resources concurrent.futures pocketslm.folders pocketslm.runtime.ops.build
+pocketslm.runtime.sampling
+"""
+MAKES_TEXT = """
+import sys
+from pocketslm import Model
+with Model.load(sys.argv[1], "native", threads=1, verify=False) as model:
+    ids = model.tokenize("the inner voice")
+    made = list(model.generate(ids, model.options(max_new_tokens=5, %s)))
+    assert made and model.detokenize([one.token for one in made])
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "ignore_eos=True",
+        "temperature=0.8, logprobs=True, repetition_penalty=1.2, stop='x'",
+        "regex='[a-z ]+'",
+    ],
+)
+def test_text_is_made_without_heavy_modules(tiny_bundle: Path, options: str) -> None:
+    command = [sys.executable, "-c", MAKES_TEXT % options, str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "pocketslm.runtime.backends.native" in loaded
+    assert not loaded & set(HEAVY.split())
+
+
 def test_the_package_is_light() -> None:
     light = "import pocketslm, sys; assert not {'numpy', 'jinja2'} & set(sys.modules)"
     whole = "from pocketslm import Model; import sys; assert 'torch' not in sys.modules"

@@ -76,8 +76,10 @@ std::string Engine::load_parts(const LoadOptions& options) {
     failure = error.text;
   size_t bytes = 0;
   if (const void* data = pslm_model_blob(model_, static_cast<uint32_t>(Role::tokenizer), &bytes);
-      failure.empty() && data)
+      failure.empty() && data) {
     failure = tokenizer_.load(data, bytes, model_info_.vocab_size);
+    platform::drop_mapped(data, bytes);  // all was read to check it; a text needs little
+  }
   if (const void* data = pslm_model_blob(model_, static_cast<uint32_t>(Role::chat), &bytes);
       failure.empty() && data) {
     const auto chat = parse_json({static_cast<const char*>(data), bytes});

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops.built import cache_directory, is_whole, seal, source_hash
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +22,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = folder / "libanswer.so"
     command = [*build.find_toolchain().command, "-shared", "-fPIC", str(source), "-o", str(output)]
     subprocess.run(command, check=True)
-    assert not build.is_whole(output)
-    build.seal(output)
+    assert not is_whole(output)
+    seal(output)
     return output
 
 
 def test_a_sealed_library_loads(built: Path) -> None:
-    assert build.is_whole(built)
+    assert is_whole(built)
     assert ctypes.CDLL(str(built)).answer() == 42
 
 
@@ -43,9 +44,9 @@ def test_any_other_content_is_not_whole(built: Path, tmp_path: Path) -> None:
         bytes(len(data)),
     ):
         path.write_bytes(content)
-        assert not build.is_whole(path)
-    assert not build.is_whole(tmp_path / "nothing")
-    assert not build.is_whole(tmp_path)
+        assert not is_whole(path)
+    assert not is_whole(tmp_path / "nothing")
+    assert not is_whole(tmp_path)
 
 
 def test_objects_that_nothing_used_are_removed(
@@ -53,7 +54,7 @@ def test_objects_that_nothing_used_are_removed(
 ) -> None:
     """Also while another process compiles: one lock is held for each, not one for all."""
     monkeypatch.setenv("POCKETSLM_CACHE", str(tmp_path))
-    folder = build.cache_directory() / "objects"
+    folder = cache_directory() / "objects"
     old, fresh = folder / "ab" / "ab01.o", folder / "cd" / "cd02.o"
     for path in (old, fresh):
         path.parent.mkdir(parents=True)
@@ -68,21 +69,21 @@ def test_a_cut_library_in_the_cache_is_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POCKETSLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "SOURCES", tmp_path)  # no library of a package
-    monkeypatch.setattr(build, "source_hash", lambda: "0123")
-    cache = build.cache_directory()
+    version, cache = source_hash(), cache_directory()
+    # No library of a package.
+    monkeypatch.setattr("pocketslm.runtime.ops.built.SOURCES", tmp_path)
     cache.mkdir()
     made: list[Path] = []
     monkeypatch.setattr(build, "build_library", lambda place: made.append(place) or place)
     monkeypatch.setattr(build, "build_runner", lambda place, target: made.append(place) or place)
-    library = cache / f"libpocketslm-{build.source_hash()}.so"
-    runner = cache / f"pocketslm-run-{build.source_hash()}"
+    library = cache / f"libpocketslm-{version}.so"
+    runner = cache / f"pocketslm-run-{version}"
     for path in (library, runner):
         path.write_bytes(b"cut")
     assert (build.library(), build.runner()) == (cache, runner)
     assert made == [cache, runner]
     for path in (library, runner):
-        build.seal(path)
+        seal(path)
     assert (build.library(), build.runner()) == (library, runner)
     assert len(made) == 2
 

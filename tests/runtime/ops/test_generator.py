@@ -21,7 +21,7 @@ from pocketslm.runtime.backends.native_library import ErrorText, MadeEntry, Turn
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.constraint import Constraint, Grammar, TokenTexts
 from pocketslm.runtime.generation import Engine
-from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops import build, built
 
 TEXT = np.random.default_rng(3).integers(0, 100, 300).tolist()  # more than is read at a time
 FINISHES = [None, "eos", "stop", "length", "context"]
@@ -234,7 +234,7 @@ def test_the_program_of_the_docs_says_what_the_runner_says(
     source = Path(build.__file__).parents[2] / "docs" / "reference" / "generate.c"
     program, library = tmp_path / "generate", build.library()
     compiler = (*build.find_toolchain().command, "-x", "c", "-std=c11", "-Wall", "-Werror")
-    paths = (str(source), "-I", str(build.SOURCES), "-x", "none", str(library))
+    paths = (str(source), "-I", str(built.SOURCES), "-x", "none", str(library))
     build.run([*compiler, *paths, "-o", str(program)])
     told = [
         subprocess.run(command, capture_output=True, check=True).stdout

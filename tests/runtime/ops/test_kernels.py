@@ -19,7 +19,7 @@ from native_support import FLOATS, PLAIN, SCHEMES, WHOLE, make_weight, packed
 
 from pocketslm.models.tensors import QuantTensor, Weight, pack_codes
 from pocketslm.runtime.backends import native_library as native
-from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops import build, built
 
 SEED = 20240607
 POISON = np.float32(np.nan)
@@ -251,13 +251,13 @@ def test_broken_kernel_is_caught(tmp_path: Path) -> None:
     """A kernel that forgets the high nibbles' shift must fail the comparison above."""
     if "avx2" not in SIMD_PATHS:
         pytest.skip("breaks the AVX2 path, which this CPU lacks")
-    source = (build.SOURCES / "kernels_ymm.inl").read_text()
+    source = (built.SOURCES / "kernels_ymm.inl").read_text()
     broken = source.replace("moved<-first * i>", "moved<0>")
     assert broken != source
     (tmp_path / "kernels_ymm.inl").write_text(broken)  # found before the whole one
     file = tmp_path / "kernels_avx2.cpp"
     file.write_text(
-        (build.SOURCES / file.name).read_text()
+        (built.SOURCES / file.name).read_text()
         + """
 extern "C" void broken_matmul(const uint8_t* blocks, size_t cols, const int8_t* codes,
                               const float* scales, const float* sums, float* out) {
@@ -272,7 +272,7 @@ extern "C" void broken_matmul(const uint8_t* blocks, size_t cols, const int8_t* 
     toolchain = build.find_toolchain()
     library = tmp_path / "broken.so"
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", *toolchain.kernel_flags("kernels_avx2")]
-    command = [*toolchain.command, *flags, "-I", str(build.SOURCES), str(file), "-o", str(library)]
+    command = [*toolchain.command, *flags, "-I", str(built.SOURCES), str(file), "-o", str(library)]
     subprocess.run(command, check=True, capture_output=True)
     rng = np.random.default_rng(SEED)
     weight = make_weight("q4 min", 16, 32, rng)

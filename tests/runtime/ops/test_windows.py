@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pocketslm.runtime.backends.native_library import isa_names
-from pocketslm.runtime.ops import build
+from pocketslm.runtime.ops import build, built
 
 Told = Callable[..., bytes]
 ASKED = "POCKETSLM_TEST_WINDOWS"
@@ -129,11 +129,11 @@ def test_a_program_in_c_uses_the_library_for_windows(
 ) -> None:
     """The program of the docs, which the linker joins to the DLL."""
     library = build.build_library(tmp_path, "x86_64-windows")
-    source = build.SOURCES.parents[1] / "docs" / "reference" / "generate.c"
+    source = built.SOURCES.parents[1] / "docs" / "reference" / "generate.c"
     program = tmp_path / "generate.exe"
     command = list(build.find_toolchain("x86_64-windows").command)
     command[command.index("c++")] = "cc"
-    build.run([*command, str(source), "-I", str(build.SOURCES), str(library), "-o", str(program)])
+    build.run([*command, str(source), "-I", str(built.SOURCES), str(library), "-o", str(program)])
     options = (chat_model, "-p", "the inner", "-n", "40", "-t", "2")
     here = subprocess.run([runner_path, *options], capture_output=True, check=True).stdout
     assert wine(program, chat_model, "the inner").split() == here.split() != []
@@ -145,7 +145,7 @@ def test_the_files_for_macos_compile(machine: str, tmp_path: Path) -> None:
     command = build.find_toolchain(f"{machine}-macos").command
     for name in (*build.PLATFORM["macos"], "cpu"):
         output = tmp_path / f"{name}.o"
-        flags = (*build.FLAGS, "-Werror", "-I", str(build.SOURCES))
-        build.run([*command, *flags, "-c", str(build.SOURCES / f"{name}.cpp"), "-o", str(output)])
+        flags = (*build.FLAGS, "-Werror", "-I", str(built.SOURCES))
+        build.run([*command, *flags, "-c", str(built.SOURCES / f"{name}.cpp"), "-o", str(output)])
         # Mach-O of 64 bits, little-endian.
         assert output.read_bytes()[:4] == bytes.fromhex("cffaedfe")
