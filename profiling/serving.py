@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -46,6 +46,8 @@ SUBJECTS = (
     *("the moon", "trains", "honey", "winter", "clocks", "rivers", "a library", "glass"),
     *("volcanoes", "gardens", "chess", "whales", "paper", "bridges", "markets", "the wind"),
 )
+SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": 1}  # as llama.cpp does
+GREEDY = {"temperature": 0.0}
 
 
 def question(number: int) -> str:
@@ -74,7 +76,7 @@ class Taken:
         self.gaps_ns += other.gaps_ns
 
 
-def ask(port: int, question: str, tokens: int) -> Taken:
+def ask(port: int, question: str, tokens: int, sampling: Mapping[str, float]) -> Taken:
     """One streamed answer. Raises BackendError where the server gives none.
 
     Lines are kept as they come and read when the answer is whole: a client that works between two
@@ -83,7 +85,7 @@ def ask(port: int, question: str, tokens: int) -> Taken:
     body = {
         "messages": [{"role": "user", "content": question}],
         "max_tokens": tokens,
-        "temperature": 0,
+        **sampling,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -130,13 +132,13 @@ def taken_of(start: int, parts: Sequence[tuple[int, bytes]]) -> Taken:
     return Taken(made or len(marks), marks[-1] - start, [marks[0] - start], gaps)
 
 
-def load(port: int, clients: int, first: int, tokens: int) -> Taken:
+def load(port: int, clients: int, first: int, tokens: int, sampling: Mapping[str, float]) -> Taken:
     """So many clients at once, with questions from the ``first`` on."""
     ready = Barrier(clients + 1)
 
     def client(number: int) -> Taken:
         ready.wait()
-        return ask(port, question(first + number), tokens)
+        return ask(port, question(first + number), tokens, sampling)
 
     taken = Taken()
     with ThreadPoolExecutor(clients) as threads:
@@ -200,7 +202,11 @@ def main() -> int:
     parser.add_argument("-n", "--tokens", type=int, default=64, help="of an answer (default: 64)")
     parser.add_argument("-r", "--rounds", type=int, default=3, help="(default: 3)")
     parser.add_argument("-t", "--threads", type=int, default=usable_cores())
+    parser.add_argument(
+        "--greedy", action="store_true", help="the likeliest token each time, which may be guessed"
+    )
     args = parser.parse_args()
+    sampling = GREEDY if args.greedy else SAMPLED
     parallel = args.parallel or max(args.clients)
     ports = {"pocketslm": free_port()}
     commands = [ours(args.bundle, ports["pocketslm"], parallel, args.threads)]
@@ -212,12 +218,12 @@ def main() -> int:
         with ExitStack() as stack:
             for command, port in zip(commands, ports.values(), strict=True):
                 stack.enter_context(running(command, port))
-                ask(port, "Hello!", 8)  # first touches of memory, not counted
+                ask(port, "Hello!", 8, sampling)  # first touches of memory, not counted
             for turn in range(args.rounds):
                 first = turn * sum(args.clients)
                 for clients in args.clients:
                     for name, port in ports.items():
-                        taken[name, clients].add(load(port, clients, first, args.tokens))
+                        taken[name, clients].add(load(port, clients, first, args.tokens, sampling))
                     first += clients
     except PocketSlmError as error:
         print(error, file=sys.stderr)
