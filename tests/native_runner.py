@@ -1,4 +1,4 @@
-"""Talk to ``pocketslm-run --json``."""
+"""Talk to ``pocketslm-run --json``. Every fuzzing process imports this, so it imports no torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-
-import native_support
-
-from pocketslm.export.lower.native import lower
-from pocketslm.export.lower.native_tokenizer import pack_tokenizer
-from pocketslm.export.lower.trace import trace
 
 
 class Runner:
@@ -60,19 +53,3 @@ def running(command: list[str]) -> Iterator[Runner]:
     finally:
         runner.process.kill()
         runner.process.communicate()
-
-
-@contextmanager
-def running_with(runner_path: Path, text: str, folder: Path) -> Iterator[Runner]:
-    """The runner with a tiny model that has the tokenizer of `text`, a tokenizer.json."""
-    packed, reason = pack_tokenizer(text)
-    assert packed is not None, reason
-    tokenizer = json.loads(text)
-    ids = [*tokenizer["model"]["vocab"].values(), *(t["id"] for t in tokenizer["added_tokens"])]
-    config = native_support.tiny_config(vocab_size=1 + max(ids))
-    path = folder / "model.slm"
-    weights = native_support.tiny_weights(config, lambda _, w: w)
-    lower(trace(config, 640), weights, path, tokenizer=packed)
-    with running([str(runner_path)]) as runner:
-        assert runner.ask(op="load", path=str(path), threads=1, context=300)["tokenizer"]
-        yield runner

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from native_runner import Runner, running
 
 from pocketslm.export.lower.native import NativeReport, lower
 from pocketslm.export.lower.native_layout import WHOLE_KINDS, pack_matrix
+from pocketslm.export.lower.native_tokenizer import pack_tokenizer
 from pocketslm.export.lower.trace import trace
 from pocketslm.models.config import ModelConfig, uniform
 from pocketslm.models.tensors import TABLES, QuantTensor, Weight, WholeScales, pack_codes
@@ -338,6 +342,22 @@ def model_with_tokenizer(folder: Path, tokenizer: bytes | None, size: int = 3002
         tokenizer=tokenizer,
     )
     return NativeModel(folder / "model.slm")
+
+
+@contextmanager
+def running_with(runner_path: Path, text: str, folder: Path) -> Iterator[Runner]:
+    """The runner with a tiny model that has the tokenizer of `text`, a tokenizer.json."""
+    packed, reason = pack_tokenizer(text)
+    assert packed is not None, reason
+    tokenizer = json.loads(text)
+    ids = [*tokenizer["model"]["vocab"].values(), *(t["id"] for t in tokenizer["added_tokens"])]
+    config = tiny_config(vocab_size=1 + max(ids))
+    path = folder / "model.slm"
+    weights = tiny_weights(config, lambda _, w: w)
+    lower(trace(config, 640), weights, path, tokenizer=packed)
+    with running([str(runner_path)]) as runner:
+        assert runner.ask(op="load", path=str(path), threads=1, context=300)["tokenizer"]
+        yield runner
 
 
 class Plain:

@@ -350,6 +350,15 @@ def build_runner(output: Path, target: str | None = None, sanitize: str | None =
     names = [*COMMON, *TEXT, *(f"runner/{name}" for name in RUNNER)]
     if sanitize is not None:
         return compile_and_link(output, toolchain, names, sanitizer_flags(sanitize), [])
+    return build_program(output, toolchain, names)
+
+
+def build_program(output: Path, toolchain: Toolchain, names: Sequence[str]) -> Path:
+    """Build a program of ``names`` and the kernels, on Linux static.
+
+    All programs for Arm are linked alike, because zig compiles the C and C++ libraries again, in
+    over a minute, for other flags.
+    """
     link = ["-s"]
     if toolchain.system == "linux":
         link += ["-static"]

@@ -149,7 +149,7 @@ def count_cases(
 def build_kind_counts(output: Path) -> Path:
     """The program that :func:`count_kinds` counts."""
     toolchain = build.find_toolchain("aarch64-linux")
-    return build.compile_and_link(output, toolchain, ["kind_counts", "cpu"], [], ["-static"])
+    return build.build_program(output, toolchain, ["kind_counts", "cpu"])
 
 
 def count_kinds(

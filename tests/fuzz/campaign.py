@@ -39,12 +39,14 @@ def prepare(state: Path) -> None:
 
 
 def environment(state: Path, name: str) -> dict[str, str]:
-    """Of a worker: the library with its sanitizers where the target needs it."""
+    """Of a worker: the library, with its sanitizers where the target needs them."""
     found = os.environ | {"POCKETSLM_CACHE": str(state / "cache"), "OMP_NUM_THREADS": "1"}
     found["PYTHONPATH"] = str(ROOT)
     if name == "command":
-        found.pop("POCKETSLM_CACHE")  # where the library and the catalog's texts are
-    if TARGETS[name].sanitized:
+        found.pop("POCKETSLM_CACHE")  # where the catalog's texts are
+    if not TARGETS[name].sanitized:
+        found["POCKETSLM_LIBRARY"] = str(build.library())  # the fresh cache has none
+    else:
         # The second one, whose exceptions the first watches, before the library brings it.
         preload = [_of_compiler("libasan.so"), _of_compiler("libstdc++.so")]
         found |= {

@@ -9,6 +9,7 @@ from pocketslm.models.tensors import Array, QuantTensor, Weight, pack_codes
 
 _GROUPS_OF = 32  # group sizes that XNNPACK's int4 products take are multiples of this
 _ZERO = 8  # and the code that means zero
+_ROWS = 256  # that are worked on at once
 _SMALLEST = np.float32(2.0**-100)  # scales have to be positive and normal
 
 
@@ -45,10 +46,14 @@ def product_form(weight: Weight) -> tuple[Filter, Array | None]:
 
 def row_form(weight: QuantTensor) -> Filter:
     """The nearest int8 codes with one scale a row."""
-    array = weight.dequantize()
-    scales = np.maximum(np.abs(array).max(1) / np.float32(127), _SMALLEST)
-    codes = np.rint(array / scales[:, None]).astype(np.int8)
-    return Filter(codes, scales.astype(np.float32))
+    codes = np.empty(weight.shape, np.int8)
+    scales = np.empty(len(codes), np.float32)
+    for first in range(0, len(codes), _ROWS):  # so few that their floats stay in the CPU's cache
+        part = slice(first, first + _ROWS)
+        array = weight.rows(part).dequantize()
+        scales[part] = np.maximum(np.abs(array).max(1) / np.float32(127), _SMALLEST)
+        codes[part] = np.rint(array / scales[part, None])
+    return Filter(codes, scales)
 
 
 def bfloat16(array: Array) -> Array:

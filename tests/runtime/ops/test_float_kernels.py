@@ -46,7 +46,7 @@ def arm_attention_probe(arm_runner_path: Path, tmp_path_factory: pytest.TempPath
     source = str(Path(__file__).with_name("attention_probe"))
     output = tmp_path_factory.mktemp("arm") / "attention_probe"
     toolchain = build.find_toolchain("aarch64-linux")
-    return build.compile_and_link(output, toolchain, [source, "cpu"], [], ["-static"])
+    return build.build_program(output, toolchain, [source, "cpu"])
 
 
 @pytest.fixture(scope="module")

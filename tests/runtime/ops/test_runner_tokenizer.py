@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import tokenizer_families
 import tokenizers
-from native_runner import Runner, running_with
+from native_runner import Runner
+from native_support import running_with
 
 import tokenizer_support
 from pocketslm.export.lower.native_tokenizer import pack_tokenizer

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_runner import Runner, running, running_with
-from native_support import mixed_kinds, need_sanitizers, tiny_config, tiny_weights
+from native_runner import Runner, running
+from native_support import (
+    mixed_kinds,
+    need_sanitizers,
+    running_with,
+    tiny_config,
+    tiny_weights,
+)
 from program_cases import CASES, ENCODERS, program
 
 import tokenizer_support
