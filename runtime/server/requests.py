@@ -146,6 +146,11 @@ def _common(fields: Fields) -> tuple[dict[str, Any], dict[str, Any]]:
         "max_new_tokens": limit,
         "temperature": fields.take("temperature", (int, float)),
         "top_p": fields.take("top_p", (int, float)),
+        # These are no options of OpenAI's; vLLM and llama.cpp have them by these names.
+        "top_k": fields.take("top_k", int),
+        "min_p": fields.take("min_p", (int, float)),
+        "typical_p": fields.take("typical_p", (int, float)),
+        "repetition_penalty": fields.take("repetition_penalty", (int, float)),
         "seed": fields.take("seed", int),
         "stop": stops or None,
     }

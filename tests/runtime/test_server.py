@@ -41,6 +41,18 @@ def test_a_chat(server: Running) -> None:
     assert made.usage.prompt_tokens == reply.prompt_tokens
 
 
+def test_options_of_sampling(server: Running) -> None:
+    options: dict[str, Any] = {"temperature": 2.0, "top_p": 0.9, "seed": 3}
+    more = {"top_k": 5, "min_p": 0.01, "typical_p": 0.9, "repetition_penalty": 1.3}
+    made = server.client.chat.completions.create(
+        model="tiny", messages=HI, max_tokens=12, extra_body=more, **options
+    )
+    ours = server.model.reply(HI, max_new_tokens=12, **options, **more)
+    assert made.choices[0].message.content == ours.text
+    without = server.model.reply(HI, max_new_tokens=12, **options)
+    assert ours.text != without.text
+
+
 def test_a_stream_is_the_whole(server: Running) -> None:
     options: dict[str, Any] = {"temperature": 0.8, "seed": 5, "max_tokens": 12}
     whole = server.client.chat.completions.create(model="tiny", messages=HI, **options)
