@@ -308,7 +308,8 @@ pslm_status pslm_set_updates(pslm_session* session, uint32_t adapter, const pslm
         return report(error, PSLM_ERROR_ARGUMENT,
                       "update of role " + std::to_string(u.role) + ", layer " +
                           std::to_string(u.layer) + " has numbers that are not within fp16's range");
-      *slot = LowRank::packed(u.a, u.b, u.rank, matrix->rows, matrix->cols);
+      *slot = LowRank::packed(u.a, u.b, u.rank, matrix->rows, matrix->cols,
+                              is_quantized(matrix->kind));
     }
     engine.set_updates(adapter, std::move(all));
     return PSLM_OK;

@@ -267,10 +267,13 @@ struct Kernels {
   void (*weigh_scales)(const uint16_t* scales, const float* weights, size_t groups, float* out);
   // The highest of each 16 numbers, NaN where one of them is not finite.
   void (*highest)(const float* x, size_t blocks, float* out);
-  // out[p * 16 + r] = sum over columns of x[c] * a[p][c][r], for `panels` of 16 ranks in fp16.
-  void (*lower_rank)(const uint16_t* a, const float* x, size_t cols, size_t panels, float* out);
-  // out[k * 16 + j] += sum over r < rank of low[r] * b[k][r][j], for `blocks` of 16 rows in fp16.
-  void (*add_low_rank)(const uint16_t* b, const float* low, size_t rank, size_t blocks, float* out);
+  // out[p * 16 + r] = sum over columns of x[c] * a[p][c][r], for `panels` of 16 ranks.
+  void (*lower_rank_f16)(const uint16_t* a, const float* x, size_t cols, size_t panels, float* out);
+  void (*lower_rank_i8)(const int8_t* a, const float* x, size_t cols, size_t panels, float* out);
+  // out[k * 16 + j] += sum over r < rank of low[r] * b[k][r][j], for `blocks` of 16 rows.
+  void (*add_low_rank_f16)(const uint16_t* b, const float* low, size_t rank, size_t blocks,
+                           float* out);
+  void (*add_low_rank_i8)(const int8_t* b, const float* low, size_t rank, size_t blocks, float* out);
   // Sum of exp(x - shift).
   float (*sum_exp)(const float* x, size_t n, float shift);
   // x = cap * tanh(x / cap)
@@ -307,8 +310,10 @@ struct Kernels {
    to_i8,                                                                                    \
    weigh_scales,                                                                             \
    highest,                                                                                  \
-   lower_rank,                                                                               \
-   add_low_rank,                                                                             \
+   lower_rank<uint16_t>,                                                                     \
+   lower_rank<int8_t>,                                                                       \
+   add_low_rank<uint16_t>,                                                                   \
+   add_low_rank<int8_t>,                                                                     \
    sum_exp,                                                                                  \
    soft_cap,                                                                                 \
    int8_probe}

@@ -78,6 +78,13 @@ inline V16 load_half16(const void* p) {
 }
 inline V16 load_kv(const uint16_t* p) { return load_half16(p); }
 inline V16 load_kv(const float* p) { return load(p); }
+inline V16 load_factor(const uint16_t* p) { return load_half16(p); }
+inline V16 load_factor(const int8_t* p) {
+  const int8x16_t bytes = vld1q_s8(p);
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+}
 inline void store_f16(uint16_t* p, V16 x) {
   for (int i = 0; i < 4; ++i) vst1_f16(reinterpret_cast<__fp16*>(p + 4 * i), vcvt_f16_f32(x.v[i]));
 }

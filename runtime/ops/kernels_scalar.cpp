@@ -123,21 +123,26 @@ void to_f16(const float* x, size_t n, uint16_t* out) {
   for (size_t i = 0; i < n; ++i) out[i] = float_to_half(x[i]);
 }
 
-void lower_rank(const uint16_t* a, const float* x, size_t cols, size_t panels, float* out) {
+float factor(uint16_t x) { return half_to_float(x); }
+float factor(int8_t x) { return x; }
+
+template <typename T>
+void lower_rank(const T* a, const float* x, size_t cols, size_t panels, float* out) {
   for (size_t p = 0; p < panels; ++p)
     for (size_t r = 0; r < kBlockRows; ++r) {
       float sum = 0;
       for (size_t c = 0; c < cols; ++c)
-        sum += x[c] * half_to_float(a[(p * cols + c) * kBlockRows + r]);
+        sum += x[c] * factor(a[(p * cols + c) * kBlockRows + r]);
       out[p * kBlockRows + r] = sum;
     }
 }
 
-void add_low_rank(const uint16_t* b, const float* low, size_t rank, size_t blocks, float* out) {
+template <typename T>
+void add_low_rank(const T* b, const float* low, size_t rank, size_t blocks, float* out) {
   for (size_t k = 0; k < blocks; ++k)
     for (size_t r = 0; r < rank; ++r)
       for (size_t j = 0; j < kBlockRows; ++j)
-        out[k * kBlockRows + j] += low[r] * half_to_float(b[(k * rank + r) * kBlockRows + j]);
+        out[k * kBlockRows + j] += low[r] * factor(b[(k * rank + r) * kBlockRows + j]);
 }
 
 void highest(const float* x, size_t blocks, float* out) {

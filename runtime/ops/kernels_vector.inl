@@ -181,27 +181,29 @@ float to_i8(const float* x, size_t n, int8_t* out) {
   return to_codes(x, n, out, sum);
 }
 
-void lower_rank(const uint16_t* a, const float* x, size_t cols, size_t panels, float* out) {
+template <typename T>
+void lower_rank(const T* a, const float* x, size_t cols, size_t panels, float* out) {
   for (size_t p = 0; p < panels; ++p, a += cols * 16) {
     V16 sums[4] = {zero(), zero(), zero(), zero()};  // four, since each one waits for itself
     size_t c = 0;
     for (; c + 4 <= cols; c += 4)
       for (size_t i = 0; i < 4; ++i)
-        sums[i] = fma(set1(x[c + i]), load_kv(a + (c + i) * 16), sums[i]);
-    for (; c < cols; ++c) sums[c % 4] = fma(set1(x[c]), load_kv(a + c * 16), sums[c % 4]);
+        sums[i] = fma(set1(x[c + i]), load_factor(a + (c + i) * 16), sums[i]);
+    for (; c < cols; ++c) sums[c % 4] = fma(set1(x[c]), load_factor(a + c * 16), sums[c % 4]);
     store(out + p * 16, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
   }
 }
 
-void add_low_rank(const uint16_t* b, const float* low, size_t rank, size_t blocks, float* out) {
+template <typename T>
+void add_low_rank(const T* b, const float* low, size_t rank, size_t blocks, float* out) {
   for (size_t k = 0; k < blocks; ++k, b += rank * 16) {
     V16 even = load(out + k * 16), odd = zero();
     size_t r = 0;
     for (; r + 2 <= rank; r += 2) {
-      even = fma(set1(low[r]), load_kv(b + r * 16), even);
-      odd = fma(set1(low[r + 1]), load_kv(b + (r + 1) * 16), odd);
+      even = fma(set1(low[r]), load_factor(b + r * 16), even);
+      odd = fma(set1(low[r + 1]), load_factor(b + (r + 1) * 16), odd);
     }
-    if (r < rank) even = fma(set1(low[r]), load_kv(b + r * 16), even);
+    if (r < rank) even = fma(set1(low[r]), load_factor(b + r * 16), even);
     store(out + k * 16, add(even, odd));
   }
 }

@@ -73,6 +73,8 @@ inline __m256 load_bytes8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
 inline V16 load_kv(const float* p) { return load(p); }
+inline V16 load_factor(const uint16_t* p) { return load_kv(p); }
+inline V16 load_factor(const int8_t* p) { return {load_bytes8(p), load_bytes8(p + 8)}; }
 inline void store_f16(uint16_t* p, V16 x) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, mode));

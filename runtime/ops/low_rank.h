@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "buffers.h"
@@ -14,44 +16,75 @@ namespace pocketslm {
 
 constexpr size_t kMaxRank = 1024;
 
-// In fp16, as the kernels read it. rank 0: nothing is added.
+// As the kernels read it. rank 0: nothing is added. Factors of a matrix of floats are fp16. Those of a
+// quantized matrix are int8 with a scale for each rank, and so lose about what int8 weights do.
 struct LowRank {
   size_t rank = 0, rows = 0, cols = 0;
-  const uint16_t* a = nullptr;  // [panels][cols][16]: ranks in panels of 16, the last padded by zeros
-  const uint16_t* b = nullptr;  // [rows / 16][rank][16]
-  std::vector<uint16_t> own;    // both of them, as long as they lie with no others
+  bool rounded = false;
+  const uint8_t* a = nullptr;  // [panels][cols][16]: ranks in panels of 16, the last padded by zeros
+  const uint8_t* b = nullptr;  // [rows / 16][rank][16]
+  std::vector<float> scales;   // [width()] of a and b together, where they are int8
+  std::vector<uint8_t> own;    // a and b, as long as they lie with no others
 
   size_t panels() const { return (rank + kBlockRows - 1) / kBlockRows; }
   size_t width() const { return panels() * kBlockRows; }
-  size_t a_size() const { return width() * cols; }
-  size_t b_size() const { return rank * rows; }
+  size_t number_bytes() const { return rounded ? sizeof(int8_t) : sizeof(uint16_t); }
+  size_t a_size() const { return width() * cols * number_bytes(); }
+  size_t b_size() const { return rank * rows * number_bytes(); }
 
   // Of a [cols][rank] and b [rank][rows], rows % 16 == 0.
-  static LowRank packed(const float* a, const float* b, size_t rank, size_t rows, size_t cols) {
+  static LowRank packed(const float* a, const float* b, size_t rank, size_t rows, size_t cols,
+                        bool rounded) {
     LowRank update;
-    update.rank = rank, update.rows = rows, update.cols = cols;
+    update.rank = rank, update.rows = rows, update.cols = cols, update.rounded = rounded;
     update.own.assign(update.a_size() + update.b_size(), 0);
-    uint16_t* first = update.own.data();
-    uint16_t* second = first + update.a_size();
-    for (size_t c = 0; c < cols; ++c)
-      for (size_t r = 0; r < rank; ++r)
-        first[(r / kBlockRows * cols + c) * kBlockRows + r % kBlockRows] =
-            float_to_half(a[c * rank + r]);
-    for (size_t r = 0; r < rank; ++r)
-      for (size_t j = 0; j < rows; ++j)
-        second[(j / kBlockRows * rank + r) * kBlockRows + j % kBlockRows] =
-            float_to_half(b[r * rows + j]);
-    update.a = first, update.b = second;
+    update.a = update.own.data(), update.b = update.a + update.a_size();
+    const auto in_a = [&](size_t c, size_t r) {
+      return (r / kBlockRows * cols + c) * kBlockRows + r % kBlockRows;
+    };
+    const auto in_b = [&](size_t r, size_t j) {
+      return (j / kBlockRows * rank + r) * kBlockRows + j % kBlockRows;
+    };
+    const auto put = [&](size_t first, size_t at, float x) {
+      uint8_t* to = update.own.data() + first + at * update.number_bytes();
+      if (rounded) {
+        const auto code = static_cast<int8_t>(std::lround(x));
+        std::memcpy(to, &code, sizeof code);
+      } else {
+        const uint16_t half = float_to_half(x);
+        std::memcpy(to, &half, sizeof half);
+      }
+    };
+    if (rounded) update.scales.assign(update.width(), 0);
+    for (size_t r = 0; r < rank; ++r) {
+      float peak_a = 0, peak_b = 0;
+      for (size_t c = 0; c < cols; ++c) peak_a = std::max(peak_a, std::abs(a[c * rank + r]));
+      for (size_t j = 0; j < rows; ++j) peak_b = std::max(peak_b, std::abs(b[r * rows + j]));
+      if (rounded) update.scales[r] = peak_a / 127 * (peak_b / 127);
+      const float to_a = !rounded ? 1 : peak_a > 0 ? 127 / peak_a : 0;
+      const float to_b = !rounded ? 1 : peak_b > 0 ? 127 / peak_b : 0;
+      for (size_t c = 0; c < cols; ++c) put(0, in_a(c, r), a[c * rank + r] * to_a);
+      for (size_t j = 0; j < rows; ++j) put(update.a_size(), in_b(r, j), b[r * rows + j] * to_b);
+    }
     return update;
   }
-  // low[r] = sum over columns of x[c] * a[c][r], for width() ranks
+  // low[r] = sum over columns of x[c] * a[c][r], for width() ranks, as add() takes it
   void lower(const Kernels& kernels, const float* x, float* low) const {
-    kernels.lower_rank(a, x, cols, panels(), low);
+    if (!rounded)
+      return kernels.lower_rank_f16(reinterpret_cast<const uint16_t*>(a), x, cols, panels(), low);
+    kernels.lower_rank_i8(reinterpret_cast<const int8_t*>(a), x, cols, panels(), low);
+    for (size_t r = 0; r < width(); ++r) low[r] *= scales[r];
   }
   // out[j] += row `first + j` of the update, for `count` rows; both are multiples of 16.
   void add(const Kernels& kernels, const float* low, size_t first, size_t count,
            float* out) const {
-    if (rank) kernels.add_low_rank(b + first * rank, low, rank, count / kBlockRows, out);
+    if (!rank) return;
+    const uint8_t* from = b + first * rank * number_bytes();
+    const size_t blocks = count / kBlockRows;
+    if (rounded)
+      kernels.add_low_rank_i8(reinterpret_cast<const int8_t*>(from), low, rank, blocks, out);
+    else
+      kernels.add_low_rank_f16(reinterpret_cast<const uint16_t*>(from), low, rank, blocks, out);
   }
 };
 
@@ -72,16 +105,16 @@ struct StepUpdates {
 struct Updates {
   std::vector<StepUpdates> steps;
   bool of_hidden = false;  // one of the products of an MLP's hidden values, which it reads as floats
-  Buffer<uint16_t> memory;  // what they are made of, in the order that it is read
+  Buffer<uint8_t> memory;  // what they are made of, in the order that it is read
 
   // Moves all of it together.
   void gather() {
     size_t total = 0;
     for (const StepUpdates& step : steps)
       for (const LowRank& update : step.of) total += update.own.size();
-    memory = Buffer<uint16_t>(total);
-    uint16_t* next = memory.data();
-    const auto move = [&](const uint16_t*& from, size_t size) {
+    memory = Buffer<uint8_t>(total);
+    uint8_t* next = memory.data();
+    const auto move = [&](const uint8_t*& from, size_t size) {
       std::copy_n(from, size, next);
       from = next;
       next += size;
@@ -89,7 +122,7 @@ struct Updates {
     for (StepUpdates& step : steps) {
       for (LowRank& update : step.of) move(update.a, update.a_size());
       for (LowRank& update : step.of) move(update.b, update.b_size());
-      for (LowRank& update : step.of) std::vector<uint16_t>().swap(update.own);
+      for (LowRank& update : step.of) std::vector<uint8_t>().swap(update.own);
     }
     if (total) platform::use_large_pages(memory.data(), memory.bytes());
   }

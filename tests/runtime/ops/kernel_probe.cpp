@@ -26,10 +26,11 @@ __attribute__((visibility("default"))) void probe_layer_norm(const char* isa, co
 // lowered: ranks in whole panels of 16
 __attribute__((visibility("default"))) void probe_low_rank(const char* isa, const float* a,
                                                            const float* b, size_t rank, size_t rows,
-                                                           size_t cols, const float* x,
-                                                           float* lowered, float* out) {
+                                                           size_t cols, uint32_t rounded,
+                                                           const float* x, float* lowered,
+                                                           float* out) {
   const Kernels& kernels = *select_kernels(isa);
-  const LowRank update = LowRank::packed(a, b, rank, rows, cols);
+  const LowRank update = LowRank::packed(a, b, rank, rows, cols, rounded != 0);
   update.lower(kernels, x, lowered);
   update.add(kernels, lowered, 0, rows / 2, out);
   update.add(kernels, lowered, rows / 2, rows / 2, out + rows / 2);

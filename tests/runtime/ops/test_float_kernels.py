@@ -155,22 +155,32 @@ def test_soft_cap(probe: ctypes.CDLL) -> None:
 @pytest.mark.parametrize(
     ("rank", "rows", "cols"), [(1, 32, 32), (8, 64, 33), (16, 32, 64), (37, 96, 160)]
 )
-def test_low_rank_updates(rank: int, rows: int, cols: int, probe: ctypes.CDLL) -> None:
-    """y += b^T (a^T x), with a and b in fp16; ranks that fill no panel are zeros."""
+@pytest.mark.parametrize("rounded", [False, True])
+def test_low_rank_updates(
+    rank: int, rows: int, cols: int, rounded: bool, probe: ctypes.CDLL
+) -> None:
+    """y += b^T (a^T x), with a and b in fp16 or int8; ranks that fill no panel are zeros."""
     rng = np.random.default_rng(rank)
-    a, b = (rng.normal(size=shape).astype(np.float16) for shape in ((cols, rank), (rank, rows)))
+    shapes = (cols, rank), (rank, rows)
+    a, b = (rng.normal(size=shape).astype(np.float16) for shape in shapes)
+    scale = np.ones(rank)  # of b's int8 codes, which add() leaves to what lower() gives
+    if rounded:
+        scale = 2.0 ** -rng.integers(3, 9, rank)
+        a, b = (rng.integers(-127, 128, shape).astype(np.float16) for shape in shapes)
+        a[0], b[:, 0] = 127, -127
+        a, b = a / 64, b * scale[:, None].astype(np.float16)
     x, before = (rng.normal(size=size).astype(np.float32) for size in (cols, rows))
     low = a.T.astype(np.float64) @ x
     expected = before + low @ b.astype(np.float64)
     found = {}
     for isa in isa_names():
         lowered, out = np.full(-(-rank // 16) * 16, np.nan, np.float32), before.copy()
-        factors = a.astype(np.float32), b.astype(np.float32)  # exact in fp16
-        sizes = map(ctypes.c_size_t, (rank, rows, cols))
+        factors = a.astype(np.float32), b.astype(np.float32)  # exact in fp16 and int8
+        sizes = *map(ctypes.c_size_t, (rank, rows, cols)), ctypes.c_uint32(rounded)
         parts = map(pointer, (x, lowered, out))
         probe.probe_low_rank(isa.encode(), *map(pointer, factors), *sizes, *parts)
         terms = np.abs(a.T.astype(np.float64)) @ np.abs(x)
-        assert_close(lowered[:rank], low, EPS * cols * terms)
+        assert_close(lowered[:rank], low * scale, EPS * cols * terms * scale)
         assert not lowered[rank:].any()
         assert_close(
             out, expected, EPS * (cols + rank) * (1 + terms @ np.abs(b.astype(np.float64)))
@@ -178,6 +188,21 @@ def test_low_rank_updates(rank: int, rows: int, cols: int, probe: ctypes.CDLL) -
         found[isa] = out
     for isa in SIMD_PATHS:
         np.testing.assert_array_equal(found[isa], found[SIMD_PATHS[0]])
+
+
+def test_rounded_factors_lose_little(probe: ctypes.CDLL) -> None:
+    rng = np.random.default_rng(5)
+    rank, rows, cols = 16, 64, 256
+    a, b, x = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((cols, rank), (rank, rows), cols)
+    )
+    b *= 10.0 ** rng.uniform(-3, 3, (rank, 1)).astype(np.float32)  # each rank has its own scale
+    lowered, out = np.zeros(rank, np.float32), np.zeros(rows, np.float32)
+    sizes = *map(ctypes.c_size_t, (rank, rows, cols)), ctypes.c_uint32(1)
+    parts = map(pointer, (a, b)), sizes, map(pointer, (x, lowered, out))
+    probe.probe_low_rank(isa_names()[0].encode(), *(value for part in parts for value in part))
+    exact = (x.astype(np.float64) @ a) @ b
+    assert np.linalg.norm(out - exact) < 0.03 * np.linalg.norm(exact)
 
 
 @dataclass
