@@ -41,12 +41,15 @@ class Scheme:
     """How weights are stored, in bits including their group's scale. The head is stored as the
     embedding.
 
-    ``integer`` says whether prompts are multiplied in int8.
+    - ``resident_bits``: the part of the head's bits that lies in memory. A greedy step reads the
+      high nibbles of an int8 head, and the low ones of few rows.
+    - ``integer``: whether prompts are multiplied in int8.
     """
 
     name: str
     layer_bits: float
     head_bits: float
+    resident_bits: float
     integer: bool = True
 
     def weight_bytes(self, cost: Cost) -> float:
@@ -58,15 +61,21 @@ class Scheme:
         """Bytes of weights that one token reads."""
         return (cost.layer_macs * self.layer_bits + cost.head_macs * self.head_bits) / 8
 
+    def resident_bytes(self, cost: Cost) -> float:
+        """Bytes of weights that lie in memory. Of an embedding apart, few rows do."""
+        return (cost.layer_macs * self.layer_bits + cost.head_macs * self.resident_bits) / 8
+
 
 # As `export` stores float weights: an fp16 scale, or scale and minimum, for every 32 weights, the
 # head and embedding in int8.
 SCHEMES = (
-    Scheme("int4 g32 sym", 4.5, 8.5),
-    Scheme("int4 g32 min", 5, 8.5),
-    Scheme("int8 g32 sym", 8.5, 8.5),
-    Scheme("fp16", 16, 16, integer=False),
+    Scheme("int4 g32 sym", 4.5, 8.5, 4.5),
+    Scheme("int4 g32 min", 5, 8.5, 4.5),
+    Scheme("int8 g32 sym", 8.5, 8.5, 4.5),
+    Scheme("fp16", 16, 16, 16, integer=False),
 )
+# Files that people bring may also have a head of fewer bits.
+BROUGHT = (*SCHEMES, Scheme("int4 g32 sym, head too", 4.5, 4.5, 4.5))
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class Reached:
 
     - ``decode``: the share of the bandwidth.
     - ``prefill``: the share of the int8 peak.
-    - ``fixed_bytes``: peak memory beside weights, keys and values.
+    - ``fixed_bytes``: peak memory beside weights, keys and values: Python, and the engine's own.
 
     The defaults are what the native backend reached in Python on one thread of an AMD EPYC (Zen 4)
     with models of 135M and 360M parameters, docs/how-to/fit-a-budget.md.
@@ -83,7 +92,7 @@ class Reached:
 
     decode: float = 0.8
     prefill: float = 0.45
-    fixed_bytes: float = 40e6
+    fixed_bytes: float = 23e6
 
 
 @dataclass(frozen=True)
@@ -357,7 +366,7 @@ def _prefill(cost: Cost, tokens: int, limits: Limits, reached: Reached) -> float
 
 def _ram(cost: Cost, scheme: Scheme, context: int, reached: Reached) -> float:
     cache = cost.kv_bytes(context, KV_BYTES)
-    return scheme.weight_bytes(cost) + cache + reached.fixed_bytes
+    return scheme.resident_bytes(cost) + cache + reached.fixed_bytes
 
 
 @cache
@@ -381,7 +390,7 @@ def _model(row: Measurement) -> tuple[str, Cost]:
 def _scheme(row: Measurement, cost: Cost) -> Scheme:
     assert row.bytes_per_token
     read = row.bytes_per_token
-    return min(SCHEMES, key=lambda one: abs(math.log(one.read_bytes(cost) / read)))
+    return min(BROUGHT, key=lambda one: abs(math.log(one.read_bytes(cost) / read)))
 
 
 def _usable(records: Sequence[Measurement], threads: int | None) -> list[Measurement]:
@@ -459,7 +468,8 @@ def _reached_prefill(row: Measurement) -> float | None:
 
 
 def _fixed_bytes(row: Measurement) -> float | None:
-    if row.peak_rss_bytes is None or row.context is None:
+    if row.peak_rss_bytes is None or row.context is None or row.bytes_per_token is None:
         return None
     _, cost = _model(row)
-    return row.peak_rss_bytes - row.size_bytes - cost.kv_bytes(row.context, KV_BYTES)
+    weights = _scheme(row, cost).resident_bytes(cost)
+    return row.peak_rss_bytes - weights - cost.kv_bytes(row.context, KV_BYTES)

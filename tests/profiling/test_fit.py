@@ -40,7 +40,8 @@ def test_formulas_by_hand() -> None:
     one = of(fit.predict(stated(), 1000, 100), NAME, "int4 g32 sym")
     weights = (LAYERS * 4.5 + HEAD * 8.5) / 8
     assert one.size_bytes == weights
-    assert one.ram_bytes == weights + 1000 * KV_TOKEN + 10e6
+    resident = (LAYERS * 4.5 + HEAD * 4.5) / 8
+    assert one.ram_bytes == resident + 1000 * KV_TOKEN + 10e6
     assert one.decode_tps == pytest.approx(0.5 * 20e9 / (weights + 1000 * KV_TOKEN))
     # Position i attends to i + 1 others, scores and sums: 2 x 9 heads x 64 x 30 layers each.
     macs = 100 * LAYERS + 30 * 2 * 9 * 64 * sum(range(1, 101)) + HEAD
@@ -138,6 +139,7 @@ def rows(make_row: Any) -> list[Any]:
             continue
         layers = _cost.layer_macs
         weights = round((layers * 4.5 + _cost.head_macs * 8.5) / 8)
+        resident = round((layers + _cost.head_macs) * 4.5 / 8)
         token_kv = _cost.kv_bytes(1, 2)
         common = {
             "model": name,
@@ -149,7 +151,7 @@ def rows(make_row: Any) -> list[Any]:
             "head_macs": _cost.head_macs,
             "limits": LIMITS,
             "context": 600,
-            "peak_rss_bytes": round(weights + 600 * token_kv + 20e6),
+            "peak_rss_bytes": round(resident + 600 * token_kv + 20e6),
         }
         prompt_ns = round(_cost.prompt_macs(512) / (0.25 * 200e9) * 1e9)
         step_ns = round((weights + (500 + 4.5) * token_kv) / (0.5 * 20e9) * 1e9)
