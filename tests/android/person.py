@@ -25,6 +25,7 @@ Walk = Iterator[float]
 """What a person does: each yield waits so many seconds, while the app goes on."""
 
 PATIENCE = 300.0  # seconds until the app counts as stuck; nothing is timed
+DRAWN = 4  # one frame in so many, where no picture is kept: drawing without a graphics card is slow
 BRIEFLY = 0.3  # seconds; what is scheduled for later than that is no answer to a touch
 
 
@@ -52,8 +53,13 @@ class Person:
         def frame(_: float) -> None:
             self.frames += 1
 
+        def passed_over(*_: object) -> bool:
+            """Whether a frame is not drawn; what changed waits for the next that is."""
+            return self.shots is None and self.frames % DRAWN != 0
+
         self._step = step
         Clock.schedule_interval(frame, 0)
+        Window.bind(on_draw=passed_over, on_flip=passed_over)
         Clock.schedule_once(step, 0.5)
         self.app.run()
         if self._failure is not None:

@@ -190,12 +190,15 @@ class Commands(Target):
     }
 
     def __init__(self, home: Path, scratch: Path) -> None:
+        from pocketslm.cli import make_parser
+
         super().__init__(home, scratch)
         self.targets: dict[str, Target] = {}
         for kind, (make, _) in self.lines.items():
             inner = scratch / f"of-{kind}"
             inner.mkdir()
             self.targets[kind] = make(home.parent / make.name, inner)
+        self.parser = make_parser()  # once: it takes longer than many a command
 
     def seeds(self) -> list[bytes]:
         made = []
@@ -247,13 +250,14 @@ class Commands(Target):
         return words
 
     def _command(self, line: list[str], given: bytes) -> None:
-        from pocketslm.cli import main
+        from pocketslm.cli import guarded
 
         out, errors = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(errors):
             sys.stdin = io.TextIOWrapper(io.BytesIO(given), "utf-8", "surrogateescape")
             try:
-                status = main(line)
+                arguments = self.parser.parse_args(line)
+                status = guarded(arguments.run, arguments)
             except SystemExit as error:  # argparse's
                 status = error.code if isinstance(error.code, int) else 1
         said = errors.getvalue()
