@@ -270,7 +270,8 @@ std::vector<int32_t> Engine::random_tokens(size_t count) const {
 std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size_t repeats,
                           const std::function<bool()>& go_on, Times& times) {
   ErrorLine error;
-  std::vector<float> logits(model_info_.output_size);
+  const bool encoder = model_info_.output_size != model_info_.vocab_size;
+  std::vector<float> vectors(encoder ? model_info_.output_size : 0);
   for (size_t repeat = 0; repeat < repeats; ++repeat) {
     reset();
     restart_times();
@@ -290,12 +291,15 @@ std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size
       faults.push_back(static_cast<int64_t>(used.major_faults - before.major_faults));
     };
     if (!prompt.empty()) {
-      if (pslm_forward(session_, prompt.data(), prompt.size(), PSLM_LOGITS_LAST, logits.data(),
-                       logits.size(), error.argument()) != PSLM_OK)
-        return error.text;
+      // As an answer begins: of an int8 head not all is read.
+      const pslm_status status =
+          vectors.empty() ? pslm_forward_greedy(session_, prompt.data(), prompt.size(), 1, nullptr,
+                                                &token, error.argument())
+                          : pslm_forward(session_, prompt.data(), prompt.size(), PSLM_LOGITS_LAST,
+                                         vectors.data(), vectors.size(), error.argument());
+      if (status != PSLM_OK) return error.text;
       times.prefill_ns.push_back(lap());
       spend(times.prefill_cpu_ns, times.prefill_faults);
-      token = static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
     }
     times.prefill_operators = this->times();
     restart_times();
