@@ -232,7 +232,9 @@ def compile_and_link(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
         linked = Path(scratch) / output.name
-        run([*toolchain.command, *flags, *objects, *link_flags, "-pthread", "-o", str(linked)])
+        # zig links a reporter of undefined behaviour, too, unless it is told to optimize.
+        linker = [*toolchain.command, *flags, *["-O3"] * toolchain.is_zig]
+        run([*linker, *objects, *link_flags, "-pthread", "-o", str(linked)])
         seal(linked)
         linked.replace(output)
     return output
