@@ -25,7 +25,7 @@ Walk = Iterator[float]
 """What a person does: each yield waits so many seconds, while the app goes on."""
 
 PATIENCE = 300.0  # seconds until the app counts as stuck; nothing is timed
-DRAWN = 4  # one frame in so many, where no picture is kept: drawing without a graphics card is slow
+DRAWN = 12  # where no picture is kept, one frame in so many: without a graphics card it takes long
 BRIEFLY = 0.3  # seconds; what is scheduled for later than that is no answer to a touch
 
 
