@@ -63,6 +63,9 @@ def phone(
         connect = ["adb", "connect", daemons[-1].serial]
         with suppress(subprocess.TimeoutExpired):  # it waits for a phone that is offline
             subprocess.run(connect, check=False, capture_output=True, timeout=2)
+        if not options:  # the others stay as they are; this one is known only after a while
+            ready = ["adb", "-s", daemons[-1].serial, "wait-for-device"]
+            subprocess.run(ready, check=True, capture_output=True, timeout=60)
         return daemons[-1]
 
     yield make
