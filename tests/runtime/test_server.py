@@ -249,13 +249,18 @@ def test_too_many_at_once(server: Running) -> None:
 
 def test_a_key_and_a_time_limit(tiny: Path) -> None:
     model = Model.load(tiny, "native", threads=1)
-    for running in serving(model, Limits(seconds=0.05), key="secret"):
+    for running in serving(model, Limits(seconds=0.01), key="secret"):
         wrong = running.client.with_options(api_key="guess")
         with pytest.raises(openai.AuthenticationError, match="API key"):
             wrong.models.list()
         assert running.client.models.list().data
         with pytest.raises(openai.APIStatusError) as late:
-            running.client.chat.completions.create(model="tiny", messages=HI, max_tokens=2000)
+            running.client.chat.completions.create(
+                model="tiny",
+                messages=HI,
+                max_tokens=2000,
+                logprobs=True,  # which nothing is guessed of
+            )
         assert late.value.status_code == 504
 
 
