@@ -22,8 +22,9 @@ LONGEST = (
     *("test_gemma_real", "test_tokenizer_families", "test_export", "test_app", "test_checkpoints"),
     *("test_executorch", "test_packaging", "test_kernels", "test_runner_tokenizer"),
     *("test_families_compress", "test_tokenizer", "test_architectures", "test_fuzz"),
-    "test_programs",  # waits for the build for Arm
-    *("test_instructions", "test_real_model", "test_device_bench", "test_sanitizers", "test_kill"),
+    # While the first of those for Arm waits for its program, the other process has these to do.
+    *("test_programs", "test_sanitizers", "test_kill", "test_real_model"),
+    *("test_device_bench", "test_instructions"),
 )
 
 
