@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import os
 import socket
 import statistics
@@ -50,8 +51,10 @@ SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": 1}  # as llam
 GREEDY = {"temperature": 0.0}
 
 
+MOST_QUESTIONS = math.lcm(len(KINDS), len(SUBJECTS))  # then they begin again
+
+
 def question(number: int) -> str:
-    """One of 120, so that no server has answered it before."""
     return KINDS[number % len(KINDS)].format(SUBJECTS[number % len(SUBJECTS)])
 
 
@@ -79,8 +82,8 @@ class Taken:
 def ask(port: int, question: str, tokens: int, sampling: Mapping[str, float]) -> Taken:
     """One streamed answer. Raises BackendError where the server gives none.
 
-    Lines are kept as they come and read when the answer is whole: a client that works between two
-    tokens takes the server's time, as they share the cores.
+    What comes is kept and read when the answer is whole: a client that works between two tokens
+    takes the server's time, as they share the cores.
     """
     body = {
         "messages": [{"role": "user", "content": question}],
@@ -91,7 +94,7 @@ def ask(port: int, question: str, tokens: int, sampling: Mapping[str, float]) ->
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
     start = time.perf_counter_ns()
-    lines: list[tuple[int, bytes]] = []
+    parts: list[tuple[int, bytes]] = []
     try:
         connection.request(
             "POST",
@@ -103,8 +106,8 @@ def ask(port: int, question: str, tokens: int, sampling: Mapping[str, float]) ->
         if answer.status != 200:
             raise BackendError(f"the server said {answer.status}: {answer.read()[:200]!r}")
         while part := answer.read1():
-            lines.append((time.perf_counter_ns(), part))
-        return taken_of(start, lines)
+            parts.append((time.perf_counter_ns(), part))
+        return taken_of(start, parts)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise BackendError(f"the server broke off: {error!r}") from None
     finally:
@@ -207,6 +210,8 @@ def main() -> int:
     )
     args = parser.parse_args()
     sampling = GREEDY if args.greedy else SAMPLED
+    if args.rounds * sum(args.clients) > MOST_QUESTIONS:
+        parser.error(f"more than {MOST_QUESTIONS} questions: some would be asked twice")
     parallel = args.parallel or max(args.clients)
     ports = {"pocketslm": free_port()}
     commands = [ours(args.bundle, ports["pocketslm"], parallel, args.threads)]

@@ -15,6 +15,7 @@
 namespace pocketslm {
 
 constexpr size_t kMaxRank = 1024;
+constexpr float kLeastPeak = 1e-9f;  // far below what fp16 holds; a rank of zeros has a scale, too
 
 // As the kernels read it. rank 0: nothing is added. Factors of a matrix of floats are fp16. Those of a
 // quantized matrix are int8 with a scale for each rank, and so lose about what int8 weights do.
@@ -57,12 +58,14 @@ struct LowRank {
     };
     if (rounded) update.scales.assign(update.width(), 0);
     for (size_t r = 0; r < rank; ++r) {
-      float peak_a = 0, peak_b = 0;
-      for (size_t c = 0; c < cols; ++c) peak_a = std::max(peak_a, std::abs(a[c * rank + r]));
-      for (size_t j = 0; j < rows; ++j) peak_b = std::max(peak_b, std::abs(b[r * rows + j]));
-      if (rounded) update.scales[r] = peak_a / 127 * (peak_b / 127);
-      const float to_a = !rounded ? 1 : peak_a > 0 ? 127 / peak_a : 0;
-      const float to_b = !rounded ? 1 : peak_b > 0 ? 127 / peak_b : 0;
+      float to_a = 1, to_b = 1;
+      if (rounded) {
+        float peak_a = kLeastPeak, peak_b = kLeastPeak;
+        for (size_t c = 0; c < cols; ++c) peak_a = std::max(peak_a, std::abs(a[c * rank + r]));
+        for (size_t j = 0; j < rows; ++j) peak_b = std::max(peak_b, std::abs(b[r * rows + j]));
+        to_a = 127 / peak_a, to_b = 127 / peak_b;
+        update.scales[r] = 1 / to_a / to_b;
+      }
       for (size_t c = 0; c < cols; ++c) put(0, in_a(c, r), a[c * rank + r] * to_a);
       for (size_t j = 0; j < rows; ++j) put(update.a_size(), in_b(r, j), b[r * rows + j] * to_b);
     }

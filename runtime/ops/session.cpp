@@ -249,9 +249,8 @@ PanelView Session::quantized(unsigned m, Panel& panel, const float* rows, size_t
   const auto fill = [&](size_t begin, size_t end) {
     for (size_t t = begin * kMaxTile; t < std::min(end * kMaxTile, count_);) {
       const size_t tile = tile_size(count_ - t);
-      for (size_t i = 0; i < tile; ++i) {
+      for (size_t i = 0; i < tile; ++i)
         kernels_.quantize(prepare(t + i), width / kGroup, view.row(t, i, 0));
-      }
       t += tile;
     }
   };

@@ -129,7 +129,7 @@ class Session {
     Buffer<uint8_t> nibbles;  // of one block, read from the file
     Buffer<float> normed;     // activations of a tile of tokens, up to the widest
     Panel panel;              // the same, quantized
-    Buffer<float> normed_row; // of one token, while the tile's are in use
+    Buffer<float> normed_row;  // of one token, while the tile's are in use
     Panel row_panel;
     Buffer<float> outputs;    // [tile][blocks * 16] of a matmul, twice: gate and up
     Buffer<float> queries;    // [12][head_dim]

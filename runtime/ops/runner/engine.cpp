@@ -271,7 +271,7 @@ std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size
                           const std::function<bool()>& go_on, Times& times) {
   ErrorLine error;
   const bool encoder = model_info_.output_size != model_info_.vocab_size;
-  std::vector<float> vectors(encoder ? model_info_.output_size : 0);
+  std::vector<float> vector(encoder ? model_info_.output_size : 0);
   for (size_t repeat = 0; repeat < repeats; ++repeat) {
     reset();
     restart_times();
@@ -293,10 +293,10 @@ std::string Engine::bench(const std::vector<int32_t>& prompt, size_t fresh, size
     if (!prompt.empty()) {
       // As an answer begins: of an int8 head not all is read.
       const pslm_status status =
-          vectors.empty() ? pslm_forward_greedy(session_, prompt.data(), prompt.size(), 1, nullptr,
-                                                &token, error.argument())
-                          : pslm_forward(session_, prompt.data(), prompt.size(), PSLM_LOGITS_LAST,
-                                         vectors.data(), vectors.size(), error.argument());
+          encoder ? pslm_forward(session_, prompt.data(), prompt.size(), PSLM_LOGITS_LAST,
+                                 vector.data(), vector.size(), error.argument())
+                  : pslm_forward_greedy(session_, prompt.data(), prompt.size(), 1, nullptr, &token,
+                                        error.argument());
       if (status != PSLM_OK) return error.text;
       times.prefill_ns.push_back(lap());
       spend(times.prefill_cpu_ns, times.prefill_faults);
