@@ -12,7 +12,7 @@ from pocketslm.runtime.tokenizer import fields
 from pocketslm.runtime.tokenizer.normalizers import Normalizer
 from pocketslm.runtime.tokenizer.unicode_classes import WHITE_SPACE, characters, word
 
-MODELS = ("BPE", "WordPiece")
+MODELS = ("BPE", "Unigram", "WordPiece")
 _SPACES = characters(WHITE_SPACE)
 _SLACK = 1024  # ids that may be unused: vocabularies are padded, but not to billions
 
@@ -44,19 +44,14 @@ class Vocabulary:
         if kind not in MODELS:
             raise fields.unsupported("model type", kind, MODELS)
         self.model = model
-        self.ids: dict[str, int] = fields.field(model, "vocab", dict, "model")
-        limit = 2 * len(self.ids) + _SLACK
-        if not all(type(id_) is int and 0 <= id_ < limit for id_ in self.ids.values()):
-            raise TokenizerError(
-                f"tokenizer.json: model.vocab has an id that is not an integer from 0 to {limit}; "
-                "expected token -> id without large gaps; fetch or export the file again"
-            )
-        self.texts: dict[int, str] = dict(zip(self.ids.values(), self.ids, strict=True))
-        if len(self.texts) != len(self.ids):
-            raise TokenizerError(
-                "tokenizer.json: model.vocab gives two tokens the same id; expected one each; "
-                "fetch or export the file again"
-            )
+        self.texts: dict[int, str]
+        self.ids: dict[str, int]
+        if kind == "Unigram":
+            self.texts = dict(enumerate(listed_pieces(model)))
+            self.ids = {text: id_ for id_, text in self.texts.items()}
+        else:
+            self.ids = _numbered_tokens(model)
+            self.texts = {id_: text for text, id_ in self.ids.items()}
         self.added = self._read_added(document)
         self.special_ids = frozenset(token.id for token in self.added if token.special)
         self.normalized: dict[int, str] = {
@@ -69,7 +64,7 @@ class Vocabulary:
 
     def _read_added(self, document: Mapping[str, object]) -> list[AddedToken]:
         found: dict[str, AddedToken] = {}
-        next_id = len(self.ids)
+        next_id = len(self.texts)
         for token in added_tokens(document):
             expected = self.ids.get(token.content)
             if expected is None and token.content in found:
@@ -104,6 +99,35 @@ class Vocabulary:
         """What `decode` makes of the text of a token; None for an id that is not used."""
         text = self.texts.get(id_)
         return None if text is None else decode(text)
+
+
+def listed_pieces(model: Mapping[str, object]) -> list[str]:
+    """The pieces of a Unigram, whose `vocab` is a list of [piece, score] by id."""
+    pieces: list[str] = []
+    for entry in fields.field(model, "vocab", list, "model"):
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise TokenizerError(
+                f"tokenizer.json: model.vocab[{len(pieces)}] is {str(entry)[:80]}; expected a "
+                "piece and its score; fetch or export the file again"
+            )
+        pieces.append(entry[0])
+    return pieces
+
+
+def _numbered_tokens(model: Mapping[str, object]) -> dict[str, int]:
+    ids: dict[str, int] = fields.field(model, "vocab", dict, "model")
+    limit = 2 * len(ids) + _SLACK
+    if not all(type(id_) is int and 0 <= id_ < limit for id_ in ids.values()):
+        raise TokenizerError(
+            f"tokenizer.json: model.vocab has an id that is not an integer from 0 to {limit}; "
+            "expected token -> id without large gaps; fetch or export the file again"
+        )
+    if len(set(ids.values())) != len(ids):
+        raise TokenizerError(
+            "tokenizer.json: model.vocab gives two tokens the same id; expected one each; "
+            "fetch or export the file again"
+        )
+    return ids
 
 
 def added_tokens(document: Mapping[str, object]) -> Iterator[AddedToken]:
@@ -144,7 +168,7 @@ class Splitter:
     def split(self, text: str, parse_special: bool) -> list[tuple[str, int | None]]:
         """Pieces with the id of the added token or None; special ones only if asked for."""
         if self._found is None:
-            return [(text, None)]
+            return [(text, None)] if text else []
         out: list[tuple[str, int | None]] = []
         done = 0
         for match in self._found.finditer(text):
