@@ -18,7 +18,7 @@ from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import fields, pretokenizers
 from pocketslm.runtime.tokenizer.normalizers import Normalizer
 from pocketslm.runtime.tokenizer.unigram import Unigram
-from pocketslm.runtime.tokenizer.vocabulary import Splitter, Vocabulary
+from pocketslm.runtime.tokenizer.vocabulary import Cutter, Vocabulary
 from pocketslm.runtime.tokenizer.wordpiece import WordPiece
 
 CACHED_WORDS = 1 << 15
@@ -170,7 +170,6 @@ class PythonEncoder:
         vocabulary: Vocabulary,
         normalizer: Normalizer | None,
     ) -> None:
-        self._normalizer = normalizer
         self._pretokenize = pretokenizers.build(document.get("pre_tokenizer"))
         self._model: Bpe | Unigram | WordPiece
         kind = vocabulary.model.get("type", "BPE")
@@ -182,26 +181,16 @@ class PythonEncoder:
         else:
             self._model = WordPiece(vocabulary) if kind == "WordPiece" else Bpe(vocabulary)
             self._ordinary = self._model
-        self._raw = Splitter({t.content: t for t in vocabulary.added if not t.normalized})
-        self._normalized = Splitter(
-            {vocabulary.normalized[t.id]: t for t in vocabulary.added if t.normalized}
-        )
+        self._cutter = Cutter(vocabulary.added, normalizer)
 
     def encode(self, text: str, *, parse_special: bool, at_start: bool = True) -> list[int]:
         """The ids of `text`; `at_start` says that nothing stands before it."""
         out: list[int] = []
         encode_word = (self._model if parse_special else self._ordinary).encode
-        for piece, added in self._raw.split(text, parse_special):
-            if added is not None:
-                out.append(added)
+        for part, id_, starts in self._cutter.cut(text, parse_special, at_start):
+            if id_ is not None:
+                out.append(id_)
             else:
-                normalized = self._normalizer(piece) if self._normalizer else piece
-                for part, id_ in self._normalized.split(normalized, parse_special):
-                    if id_ is not None:
-                        out.append(id_)
-                    else:
-                        for word in self._pretokenize([part], at_start):
-                            out += encode_word(word)
-                    at_start = False
-            at_start = False
+                for word in self._pretokenize([part], starts):
+                    out += encode_word(word)
         return out

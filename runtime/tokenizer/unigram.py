@@ -22,6 +22,8 @@ UNKNOWN_PENALTY = 10.0
 class Unigram:
     """A `model` of type Unigram: ids of one word, cut so that the scores of its pieces sum highest.
 
+    pieces: piece -> (id, score). unknown: the token of what is in no piece. unknown_score: the
+    score of a character that is in none.
     Raises `TokenizerError` for scores that are not finite numbers, pieces of more than `MAX_PIECE`
     characters and an unknown token that is not in the vocabulary.
     """
@@ -29,17 +31,17 @@ class Unigram:
     def __init__(self, vocabulary: Vocabulary) -> None:
         model = vocabulary.model
         scores = read_scores(vocabulary)
-        self._unknown = fields.field(model, "unk_id", int, "model")
-        if not 0 <= self._unknown < len(scores):
+        self.unknown = fields.field(model, "unk_id", int, "model")
+        if not 0 <= self.unknown < len(scores):
             raise TokenizerError(
-                f"tokenizer.json: model.unk_id is {self._unknown}; expected a place in "
+                f"tokenizer.json: model.unk_id is {self.unknown}; expected a place in "
                 f"model.vocab, 0 to {len(scores) - 1}; fetch or export the file again"
             )
         self._byte_fallback = fields.optional(model, "byte_fallback", bool, False, "model")
-        self._unknown_score = min(scores) - UNKNOWN_PENALTY
-        self._pieces = {piece: (id_, scores[id_]) for piece, id_ in vocabulary.ids.items()}
+        self.unknown_score = min(scores) - UNKNOWN_PENALTY
+        self.pieces = {piece: (id_, scores[id_]) for piece, id_ in vocabulary.ids.items()}
         lengths: dict[str, set[int]] = {}
-        for piece in self._pieces:
+        for piece in self.pieces:
             lengths.setdefault(piece[:1], set()).add(len(piece))
         self._lengths = {first: tuple(sorted(found)) for first, found in lengths.items()}
         if (longest := max(map(max, self._lengths.values()))) > MAX_PIECE:
@@ -53,9 +55,7 @@ class Unigram:
         """The model that does not find these pieces in a text."""
         other = object.__new__(Unigram)
         other.__dict__.update(self.__dict__)
-        other._pieces = {
-            piece: found for piece, found in self._pieces.items() if piece not in texts
-        }
+        other.pieces = {piece: found for piece, found in self.pieces.items() if piece not in texts}
         other._cached = lru_cache(maxsize=CACHED_WORDS)(other._best)
         return other
 
@@ -65,7 +65,7 @@ class Unigram:
 
     def _best(self, word: str) -> tuple[int, ...]:
         """Viterbi; of equal sums the one whose last piece begins first."""
-        pieces, lengths, unknown = self._pieces, self._lengths, self._unknown
+        pieces, lengths, unknown = self.pieces, self._lengths, self.unknown
         size = len(word)
         sums = [0.0] * (size + 1)
         starts = [-1] * (size + 1)  # of the last piece of the best cut up to here
@@ -85,7 +85,7 @@ class Unigram:
                 if starts[end] < 0 or total > sums[end]:
                     sums[end], starts[end], ids[end] = total, start, found[0]
             if not single:
-                end, total = start + 1, self._unknown_score + before
+                end, total = start + 1, self.unknown_score + before
                 if starts[end] < 0 or total > sums[end]:
                     sums[end], starts[end], ids[end] = total, start, unknown
         out: list[int] = []
@@ -103,13 +103,13 @@ class Unigram:
 
     def _unknown_ids(self, text: str) -> list[int]:
         """The ids of neighbouring unknown characters, which count as one piece."""
-        if text in self._pieces:
-            return [self._pieces[text][0]]
+        if text in self.pieces:
+            return [self.pieces[text][0]]
         if self._byte_fallback:
-            found = [self._pieces.get(f"<0x{byte:02X}>") for byte in text.encode()]
+            found = [self.pieces.get(f"<0x{byte:02X}>") for byte in text.encode()]
             if None not in found:
                 return [id_ for id_, _ in filter(None, found)]
-        return [self._unknown]
+        return [self.unknown]
 
 
 def read_scores(vocabulary: Vocabulary) -> list[float]:

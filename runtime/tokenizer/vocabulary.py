@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import fields
+from pocketslm.runtime.tokenizer.decoders import Decoder
 from pocketslm.runtime.tokenizer.normalizers import Normalizer
 from pocketslm.runtime.tokenizer.unicode_classes import WHITE_SPACE, characters, word
 
@@ -95,10 +96,10 @@ class Vocabulary:
         """The text of a token; None for an id that is not used."""
         return self.texts.get(id_)
 
-    def bytes_of(self, id_: int, decode: Callable[[str], bytes]) -> bytes | None:
-        """What `decode` makes of the text of a token; None for an id that is not used."""
+    def bytes_of(self, id_: int, decoder: Decoder, *, first: bool) -> bytes | None:
+        """What a token stands for, with `first` at the start of a text; None for an unused id."""
         text = self.texts.get(id_)
-        return None if text is None else decode(text)
+        return None if text is None else (decoder.first if first else decoder.inner)(text)
 
 
 def listed_pieces(model: Mapping[str, object]) -> list[str]:
@@ -189,6 +190,29 @@ class Splitter:
         if done < len(text):
             out.append((text[done:], None))
         return out
+
+
+class Cutter:
+    """Cuts a text at its added tokens, and normalizes what lies between."""
+
+    def __init__(self, added: Iterable[AddedToken], normalizer: Normalizer | None) -> None:
+        self._normalize = normalizer or str
+        tokens = list(added)
+        self._raw = Splitter({t.content: t for t in tokens if not t.normalized})
+        self._normalized = Splitter({self._normalize(t.content): t for t in tokens if t.normalized})
+
+    def cut(
+        self, text: str, parse_special: bool, at_start: bool
+    ) -> Iterator[tuple[str, int | None, bool]]:
+        """(part, id of the added token or None, whether it starts the text), in order."""
+        for piece, added in self._raw.split(text, parse_special):
+            if added is not None:
+                yield piece, added, at_start
+            else:
+                for part, id_ in self._normalized.split(self._normalize(piece), parse_special):
+                    yield part, id_, at_start
+                    at_start = False
+            at_start = False
 
 
 def _touches_word(text: str, start: int, end: int) -> bool:
