@@ -91,7 +91,8 @@ class CharsMap:
 
     def replace(self, text: str) -> str:
         """`text` with its clusters and characters replaced."""
-        parts = (_CRLF if text.isascii() else _clusters()).split(text)
+        plain = text.isascii() or not _joining().search(text)  # a quick look at most texts
+        parts = (_CRLF if plain else _clusters()).split(text)
         parts[::2] = [part.translate(self._characters) for part in parts[::2]]
         parts[1::2] = map(self._cluster, parts[1::2])
         return "".join(parts)
@@ -143,21 +144,37 @@ _PREPENDED = (
 _CONTROLS_TOO = "2065 FFF0-FFF8"
 
 
+_BELOW_10000: uc.Ranges = ((0, 0xFFFF),)
+
+
 def _without(ranges: uc.Ranges, *parts: uc.Ranges) -> uc.Ranges:
     return uc.complement(uc.union([uc.complement(ranges), *parts]))
+
+
+def _either(ranges: uc.Ranges) -> str:
+    """Any character of `ranges`: `re` tries ranges above U+FFFF one by one, so only there."""
+    above = write_class(_without(ranges, _BELOW_10000))
+    return f"(?:{write_class(uc.below(ranges, 0x10000))}|[\U00010000-\U0010ffff](?<={above}))"
+
+
+@cache
+def _joining() -> re.Pattern[str]:
+    """What every cluster holds but CR LF."""
+    return re.compile(_either(uc.union([_joins(), uc.parse(_PREPENDED)])))
+
+
+@cache
+def _joins() -> uc.Ranges:
+    marks = _without(uc.category("M") or (), uc.parse(_STAYS_APART))
+    return uc.union([marks, uc.parse(_JOINS_TOO)])
 
 
 @cache
 def _clusters() -> re.Pattern[str]:
     """Clusters of more than one character, as a group."""
-
-    def categories(*names: str) -> list[uc.Ranges]:
-        return [uc.category(name) or () for name in names]
-
-    prepended = uc.parse(_PREPENDED)
-    marks = _without(uc.union(categories("M")), uc.parse(_STAYS_APART))
-    joins = uc.union([marks, uc.parse(_JOINS_TOO)])
-    controls = uc.union([*categories("Cc", "Cf", "Zl", "Zp"), uc.parse(_CONTROLS_TOO)])
-    base = write_class(_without(controls, joins, prepended), negated=True)
-    mark, prefix = write_class(joins), write_class(prepended)
+    names = ("Cc", "Cf", "Zl", "Zp")
+    controls = uc.union([*(uc.category(name) or () for name in names), uc.parse(_CONTROLS_TOO)])
+    controls = _without(controls, _joins(), uc.parse(_PREPENDED))
+    base, mark = _either(uc.complement(controls)), _either(_joins())
+    prefix = _either(uc.parse(_PREPENDED))
     return re.compile(f"(\r\n|{prefix}+{base}?{mark}*|{base}{mark}+)")
