@@ -261,7 +261,7 @@ def _lower_native(
     progress("lower to native", 0.0)
     packed, reason = pack_tokenizer((folder / "tokenizer.json").read_bytes())
     chat, no_chat = chat_parts(tokenizer())
-    if packed is None:
+    if reason:
         weights.notes.append(f"pocketslm-run takes token ids of this model, not text: {reason}")
     elif no_chat and traced.config.head:
         weights.notes.append(f"pocketslm-run has no chat mode for this model: {no_chat}")

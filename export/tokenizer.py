@@ -111,9 +111,13 @@ def _settled(
 def _without(document: Mapping[str, Any], texts: set[str], rows: int) -> dict[str, Any]:
     """`tokenizer.json` without these tokens and the merges that lead to or from them."""
     model = document["model"]
-    vocabulary = {text: id_ for text, id_ in model["vocab"].items() if id_ < rows}
-    changed = {**model, "vocab": vocabulary}
-    gone = model["vocab"].keys() - vocabulary.keys()
+    gone: set[str] = set()
+    if model.get("type") == "Unigram":  # a list by id
+        changed = {**model, "vocab": model["vocab"][:rows]}
+    else:
+        vocabulary = {text: id_ for text, id_ in model["vocab"].items() if id_ < rows}
+        changed = {**model, "vocab": vocabulary}
+        gone = model["vocab"].keys() - vocabulary.keys()
     if gone and "merges" in model:
         changed["merges"] = [
             merge

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
+import math
 import random
 from typing import Any
 
+import sentencepiece
 import tokenizers
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -230,7 +233,66 @@ MARK_STYLES: dict[str, dict[str, Any]] = {
         "fuse_unk": False,
     },
 }
-STYLES = {**BYTE_STYLES, **MARK_STYLES}
+
+
+@functools.cache
+def charsmap(rules: str) -> bytes:
+    """SentencePiece's table of replacements for the rules of this name."""
+    normalizer = sentencepiece.SentencePieceNormalizer(rule_name=rules)
+    # Field 3 of the model is the normalizer, whose field 2 is the table: tag, length, bytes.
+    model = normalizer.serialized_model_proto()
+    at = model.index(rules.encode()) + len(rules)
+    assert model[at] == 2 << 3 | 2
+    length = shift = 0
+    while True:
+        at += 1
+        length |= (model[at] & 127) << shift
+        shift += 7
+        if model[at] < 128:
+            return model[at + 1 : at + 1 + length]
+
+
+def precompiled(rules: str) -> dict[str, Any]:
+    table = base64.b64encode(charsmap(rules)).decode()
+    return {"type": "Precompiled", "precompiled_charsmap": table}
+
+
+def regex(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+
+_WORDS = sequence("pretokenizers", {"type": "WhitespaceSplit"}, metaspace("always", True))
+_MARKED = {"pre_tokenizer": metaspace("always", True), "decoder": metaspace("always", True)}
+UNIGRAM_STYLES: dict[str, dict[str, Any]] = {
+    "xlm-r": {"normalizer": precompiled("nmt_nfkc"), **_MARKED, "pre_tokenizer": _WORDS},
+    "xlm-r-nfkc": {
+        "normalizer": sequence(
+            "normalizers", regex(r"[\n\r\t]", " "), regex(r" {2,}", " "), {"type": "NFKC"}
+        ),
+        **_MARKED,
+        "pre_tokenizer": _WORDS,
+    },
+    "deberta": {
+        "normalizer": sequence(
+            "normalizers",
+            {"type": "Strip", "strip_left": True, "strip_right": True},
+            precompiled("nmt_nfkc"),
+            regex(" {2,}", " "),
+        ),
+        **_MARKED,
+    },
+    "t5": {
+        "normalizer": sequence("normalizers", precompiled("nmt_nfkc_cf"), regex(" {2,}", "▁")),
+        "pre_tokenizer": metaspace("first", True),
+        "decoder": metaspace("first", True),
+    },
+    "unigram-bytes": {
+        "normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "▁"}, SPACE_TO_MARK),
+        "decoder": LLAMA2_DECODER,
+        "byte_fallback": True,
+    },
+}
+STYLES = {**BYTE_STYLES, **MARK_STYLES, **UNIGRAM_STYLES}
 
 
 @functools.cache
@@ -271,6 +333,8 @@ def trained(marks: bool) -> dict[str, Any]:
 @functools.cache
 def document(style: str) -> str:
     """The tokenizer.json of a style."""
+    if style in UNIGRAM_STYLES:
+        return _unigram(style)
     marks = style in MARK_STYLES
     change = dict(STYLES[style])
     whole = json.loads(json.dumps(trained(marks)))
@@ -286,6 +350,37 @@ def document(style: str) -> str:
         "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
     }
     return json.dumps(whole)
+
+
+def _unigram(style: str) -> str:
+    """The tokens of a BPE with made-up scores, of which many are equal."""
+    whole = json.loads(json.dumps(trained(True)))
+    vocab = whole["model"]["vocab"]
+    pieces = [piece for piece in vocab if len(piece) < 40 and piece not in ORDINARY_ADDED]
+    ids = {piece: id_ for id_, piece in enumerate([*pieces, *ORDINARY_ADDED])}
+    vocab = [
+        (piece, 0.0 if piece in SPECIAL else -round(math.log(2 + ids[piece]), 1))
+        for piece in pieces
+    ]
+    change = dict(UNIGRAM_STYLES[style])
+    fallback = change.pop("byte_fallback", False)
+    model = {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": fallback}
+    for token in whole["added_tokens"]:
+        token["id"] = ids[token["content"]]
+        token["normalized"] = token["content"] == "<unk>" and style == "deberta"
+        token["lstrip"] = token["content"] == "<|user|>"
+    sides = [{"SpecialToken": {"id": id_, "type_id": 0}} for id_ in ("<s>", "</s>")]
+    text = [sides[0], {"Sequence": {"id": "A", "type_id": 0}}, sides[1]]
+    named = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in ("<s>", "</s>")}
+    whole |= {"normalizer": None, "pre_tokenizer": None, **change}
+    whole["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": text,
+        "pair": text,
+        "special_tokens": named,
+    }
+    del whole["model"]
+    return json.dumps(whole | {"model": model})  # last, as in Hugging Face's files
 
 
 @functools.cache
@@ -316,6 +411,10 @@ def loaded(style: str, implementation: Any) -> Tokenizer:
 def oracle(style: str, parse_special: bool) -> tokenizers.Tokenizer:
     reference = tokenizers.Tokenizer.from_str(document(style))
     reference.encode_special_tokens = not parse_special
+    if style in UNIGRAM_STYLES and not parse_special:  # its model would find the pieces
+        model = json.loads(document(style))["model"]
+        vocab = [("" if piece in SPECIAL else piece, score) for piece, score in model["vocab"]]
+        reference.model = models.Unigram(vocab, model["unk_id"], model["byte_fallback"])
     return reference
 
 

@@ -3,7 +3,8 @@
 The runner covers BPE over bytes with the words of GPT-2 (digits apart or not), Llama 3, Qwen 2 and
 3.5, MiniCPM 5, GPT-4o, Tekken and DeepSeek 3, SentencePiece's BPE with byte fallback (Llama 2,
 Phi-3, Gemma) and BERT's WordPiece; for anything else these functions return a reason instead, and
-the runner takes token ids.
+the runner takes token ids. A Unigram without byte fallback is packed for Python alone, which
+normalizes its texts.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 import numpy as np
 
 from pocketslm.collector import no_collection
+from pocketslm.errors import TokenizerError
 from pocketslm.models import tokenizer_files as words_of
-from pocketslm.runtime.tokenizer import postprocessors
+from pocketslm.runtime.tokenizer import normalizers, postprocessors
 from pocketslm.runtime.tokenizer.decoders import byte_token
-from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet
+from pocketslm.runtime.tokenizer.pretokenizers import byte_alphabet, metaspace_scheme
+from pocketslm.runtime.tokenizer.unigram import Unigram
+from pocketslm.runtime.tokenizer.vocabulary import Vocabulary
 
 VERSION = 3
 NO_TOKEN = 2**32 - 1  # a byte that no text of the training data had; it encodes to nothing
@@ -28,9 +32,9 @@ Node = Mapping[str, Any]
 
 # As in runtime/ops/runner/words.h and tokenizer.h.
 GPT2, GPT2_DIGITS, LLAMA3, QWEN2, WHOLE, SPACES = range(6)
-MINICPM5, QWEN35, GPT4O, TEKKEN, DEEPSEEK3, BERT = range(6, 12)
+MINICPM5, QWEN35, GPT4O, TEKKEN, DEEPSEEK3, BERT, UNIGRAM = range(6, 13)
 WHOLE_WORDS, NFC, SPACE_ALWAYS, SPACE_AT_START, STRIP_SPACE = (1 << bit for bit in range(5))
-CLEAN, IDEOGRAPHS, STRIP_ACCENTS, LOWERCASE = (1 << bit for bit in range(5, 9))
+CLEAN, IDEOGRAPHS, STRIP_ACCENTS, LOWERCASE, SPLIT_SPACES = (1 << bit for bit in range(5, 10))
 SPECIAL, TAKES_SPACE_BEFORE, TAKES_SPACE_AFTER, MARKED = (1 << bit for bit in range(4))
 
 _SPLITS = {
@@ -155,12 +159,33 @@ def _bert(tokenizer: Node) -> tuple[int, int]:
     )
 
 
+def _unigram(tokenizer: Node) -> tuple[int, int]:
+    """The words and flags of a Unigram with SentencePiece's marks."""
+    _check(not tokenizer["model"].get("byte_fallback"), "the Unigram falls back to bytes")
+    words = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    split = [word["type"] for word in words] == ["WhitespaceSplit", "Metaspace"]
+    _check(split or [word["type"] for word in words] == ["Metaspace"], "the words are unknown")
+    marks = words[-1]
+    decoders = _parts(tokenizer.get("decoder"), "decoders")
+    _check([d["type"] for d in decoders] == ["Metaspace"], "the decoder is not SentencePiece's")
+    marked = all(node["replacement"] == MARK for node in (marks, *decoders))
+    _check(marked and marks.get("split", True), "the pre-tokenizer has another mark, or no words")
+    _, scheme = metaspace_scheme(dict(marks), "pre_tokenizer")
+    if split:
+        _check(scheme == "always", "the pre-tokenizer puts no mark before a word")
+        return UNIGRAM, SPLIT_SPACES
+    return UNIGRAM, {"always": SPACE_ALWAYS, "first": SPACE_AT_START, "never": 0}[scheme]
+
+
 @no_collection()
 def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
-    """The packed section, or None and the reason."""
+    """The packed section, if there is one, and why the runner takes no text with it, or nothing."""
     try:
-        return _pack(json.loads(text)), ""
-    except _Unsupported as reason:
+        tokenizer = json.loads(text)
+        packed = _pack(tokenizer)
+        unigram = tokenizer["model"].get("type") == "Unigram"
+        return packed, "the tokenizer normalizes text as the runner cannot" if unigram else ""
+    except (_Unsupported, TokenizerError) as reason:
         return None, str(reason)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         return None, f"tokenizer.json has an unknown form ({error!r})"
@@ -169,7 +194,9 @@ def pack_tokenizer(text: str | bytes) -> tuple[bytes | None, str]:
 def _pack(tokenizer: Node) -> bytes:
     model = tokenizer["model"]
     kind = model.get("type", "BPE")
-    _check(kind in ("BPE", "WordPiece"), "the tokenizer is neither BPE nor WordPiece")
+    _check(kind in ("BPE", "Unigram", "WordPiece"), "the tokenizer is of an unknown kind")
+    if kind == "Unigram":
+        return _pack_unigram(tokenizer)
     added = tokenizer["added_tokens"]
     _check(not any(t.get("single_word") for t in added), "an added token has conditions")
     marked = bool(model.get("byte_fallback"))
@@ -217,21 +244,64 @@ def _pack(tokenizer: Node) -> bytes:
     if not (marked or words == BERT or flags & WHOLE_WORDS):
         index = []  # nothing is looked up by its bytes
 
-    merges = _merges(model, vocabulary)
-    offsets = [0]
-    for packed in pieces:
-        offsets.append(offsets[-1] + len(packed))
-    packed_added = [word for token in added for word in (token["id"], _added_flags(token, marked))]
-    lists = (offsets, merges, index, packed_added, affixes.before, affixes.after, byte_tokens)
-    body = [word for part in lists for word in part]
-    counts = (len(merges) // 4, len(index), len(added), len(affixes.before), len(affixes.after))
     word_piece = (0, 0)
     if words == BERT:
         longest = model.get("max_input_chars_per_word", 100)
         _check(longest >= 0, "the longest word has fewer than no characters")
         word_piece = vocabulary[model["unk_token"]], min(longest, 2**32 - 1)
-    header = (VERSION, len(pieces), *counts, words, flags, *word_piece, offsets[-1])
-    return struct.pack(f"<12I{len(body)}I", *header, *body) + b"".join(pieces)
+    merges = _merges(model, vocabulary)
+    packed_added = [word for token in added for word in (token["id"], _added_flags(token, marked))]
+    form = (words, flags, *word_piece)
+    return _section(pieces, form, merges, index, packed_added, affixes, byte_tokens)
+
+
+def _pack_unigram(tokenizer: Node) -> bytes:
+    words, flags = _unigram(tokenizer)
+    normalizer = normalizers.build(tokenizer.get("normalizer"))
+    vocabulary = Vocabulary(tokenizer, normalizer)
+    changed = any(t.content != vocabulary.normalized.get(t.id, t.content) for t in vocabulary.added)
+    _check(not changed, "an added token is another in normalized text")
+    unigram = Unigram(vocabulary)
+    scores = dict(unigram.pieces.values())
+    index = [id_ for piece, (id_, _) in unigram.pieces.items() if piece]
+    for id_ in index:
+        piece = vocabulary.texts[id_]
+        _check(" " not in piece, f"token {piece!r} holds a space")
+    texts = (vocabulary.texts.get(id_, "") for id_ in range(vocabulary.size))
+    pieces = [text.replace(MARK, " ").encode() for text in texts]
+    index.sort(key=lambda id_: pieces[id_])
+    added = [word for t in vocabulary.added for word in (t.id, SPECIAL * t.special)]
+    affixes = postprocessors.build(tokenizer.get("post_processor"))
+    form = (words, flags, unigram.unknown, 0)
+    packed = struct.pack(
+        f"<{len(index) + 1}d", *(scores[id_] for id_ in index), unigram.unknown_score
+    )
+    return _section(pieces, form, [], index, added, affixes, [NO_TOKEN] * 256, packed)
+
+
+def _section(
+    pieces: list[bytes],
+    form: tuple[int, int, int, int],
+    merges: list[int],
+    index: list[int],
+    added: list[int],
+    affixes: postprocessors.Affixes,
+    byte_tokens: list[int],
+    scores: bytes = b"",
+) -> bytes:
+    """The parts as runtime/ops/runner/tokenizer.cpp reads them.
+
+    form: words, flags, the unknown token, characters of the longest word.
+    """
+    offsets = [0]
+    for piece in pieces:
+        offsets.append(offsets[-1] + len(piece))
+    lists = (offsets, merges, index, added, affixes.before, affixes.after, byte_tokens)
+    body = [word for part in lists for word in part]
+    counts = (len(merges) // 4, len(index), len(added) // 2)
+    ends = (len(affixes.before), len(affixes.after))
+    header = (VERSION, len(pieces), *counts, *ends, *form, offsets[-1])
+    return struct.pack(f"<12I{len(body)}I", *header, *body) + scores + b"".join(pieces)
 
 
 def _merges(model: Node, vocabulary: Mapping[str, int]) -> list[int]:

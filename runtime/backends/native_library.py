@@ -17,7 +17,7 @@ from pocketslm.errors import (
 )
 from pocketslm.runtime.ops import built
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 MOST_MADE = 8  # tokens of a text in a step
 
 _ERRORS: dict[int, type[PocketSlmError]] = {
@@ -154,6 +154,7 @@ def load_library() -> ctypes.CDLL:
         "model_blob": (pointer, (pointer, _u32, p(_size))),
         "tokenizer_open": (ctypes.c_int, (pointer, p(pointer), NativeError)),
         "tokenizer_close": (None, (pointer,)),
+        "tokenizer_takes": (_u32, (pointer,)),
         "tokenizer_pieces": (ctypes.c_int, (pointer, p(pointer), p(p(_u32)), p(_size))),
         **dict.fromkeys(
             ("encode", "decode"),

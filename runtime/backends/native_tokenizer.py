@@ -13,14 +13,15 @@ from pocketslm.runtime.backends.native_library import ErrorText, load_library
 if TYPE_CHECKING:
     from pocketslm.runtime.backends.native import NativeModel
 
-SPECIAL, WHOLE, GOES_ON = 1, 2, 4  # PSLM_TEXT_
+SPECIAL, WHOLE, GOES_ON, NORMALIZED = 1, 2, 4, 8  # PSLM_TEXT_
 
 
 class NativeTokenizer:
     """Text to ids and back, from the model file alone. Safe to use from several threads.
 
-    size: one more than the largest id. Raises :class:`BundleError` for a model whose tokenizer
-    export could not pack.
+    size: one more than the largest id. takes_normalized: ``encode`` takes no text but what is
+    normalized and has no added tokens; so it is for a Unigram. Raises :class:`BundleError` for a
+    model whose tokenizer export could not pack.
     """
 
     name = "native"
@@ -45,6 +46,7 @@ class NativeTokenizer:
         )
         error.check(status)
         self.size: int = count.value
+        self.takes_normalized = bool(self._library.pslm_tokenizer_takes(self._handle) & NORMALIZED)
         self._data, self._offsets = data.value or 0, offsets
 
     def piece(self, id_: int) -> bytes:
@@ -61,11 +63,13 @@ class NativeTokenizer:
         parse_special: bool = False,
         add_special_tokens: bool = False,
         at_start: bool = True,
+        normalized: bool = False,
     ) -> list[int]:
         """The ids of ``text``; the arguments are those of
         :meth:`pocketslm.runtime.tokenizer.Tokenizer.encode`.
 
-        at_start: nothing stands before the text."""
+        at_start: nothing stands before the text. normalized: it is, and has no added tokens. Raises
+        :class:`UsageError` where this is not what ``takes_normalized`` says."""
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
@@ -74,6 +78,7 @@ class NativeTokenizer:
                 "Unicode text; decode its source with errors='replace'"
             ) from None
         flags = SPECIAL * parse_special | WHOLE * add_special_tokens | GOES_ON * (not at_start)
+        flags |= NORMALIZED * normalized
         call = self._library.pslm_encode
         # A byte becomes at most one token, unless NFC lengthens the text.
         return list(_filled(call, self._handle, data, len(data), flags, ctypes.c_int32, len(data)))

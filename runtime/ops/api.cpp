@@ -494,6 +494,10 @@ pslm_status pslm_tokenizer_pieces(const pslm_tokenizer* tokenizer, const char** 
   return PSLM_OK;
 }
 
+uint32_t pslm_tokenizer_takes(const pslm_tokenizer* tokenizer) {
+  return tokenizer && tokenizer->tokenizer.takes_normalized() ? PSLM_TEXT_NORMALIZED : 0;
+}
+
 namespace {
 
 // Into the caller's memory, if it is large enough; `capacity` 0 asks for the size alone.
@@ -514,16 +518,26 @@ pslm_status pslm_encode(const pslm_tokenizer* tokenizer, const char* text, size_
                         pslm_error error) {
   if (!tokenizer || (bytes && !text) || (capacity && !tokens) || !count)
     return report(error, PSLM_ERROR_ARGUMENT, "null argument");
-  if (flags & ~uint32_t{PSLM_TEXT_SPECIAL | PSLM_TEXT_WHOLE | PSLM_TEXT_GOES_ON})
+  if (flags & ~uint32_t{PSLM_TEXT_SPECIAL | PSLM_TEXT_WHOLE | PSLM_TEXT_GOES_ON |
+                        PSLM_TEXT_NORMALIZED})
     return report(error, PSLM_ERROR_ARGUMENT, "unknown flags of text");
-  if (flags & PSLM_TEXT_WHOLE && flags & PSLM_TEXT_GOES_ON)
-    return report(error, PSLM_ERROR_ARGUMENT, "a whole text cannot go on");
+  if (flags & PSLM_TEXT_WHOLE && flags & (PSLM_TEXT_GOES_ON | PSLM_TEXT_NORMALIZED))
+    return report(error, PSLM_ERROR_ARGUMENT, "a whole text neither goes on nor is normalized");
+  if ((flags & PSLM_TEXT_NORMALIZED) != pslm_tokenizer_takes(tokenizer))
+    return report(error, PSLM_ERROR_ARGUMENT,
+                  flags & PSLM_TEXT_NORMALIZED ? "this tokenizer normalizes texts itself"
+                                               : "this tokenizer takes normalized text alone");
   return guarded(error, [&] {
     const Tokenizer& own = tokenizer->tokenizer;
     std::vector<int32_t> out;
     const TextPart part{{text, bytes}, (flags & PSLM_TEXT_SPECIAL) != 0};
     const bool starts = !(flags & PSLM_TEXT_GOES_ON);
-    flags & PSLM_TEXT_WHOLE ? own.encode_whole(part, out) : own.encode({part}, out, starts);
+    if (flags & PSLM_TEXT_WHOLE)
+      own.encode_whole(part, out);
+    else if (flags & PSLM_TEXT_NORMALIZED)
+      own.encode_normalized(part, out, starts);
+    else
+      own.encode({part}, out, starts);
     return hand_over(out.data(), out.size(), tokens, capacity, count, error);
   });
 }

@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PSLM_ABI_VERSION 10
+#define PSLM_ABI_VERSION 11
 
 typedef enum {
   PSLM_OK = 0,
@@ -53,7 +53,9 @@ typedef enum {
 enum {
   PSLM_TEXT_SPECIAL = 1, /* encode: the names of special tokens mean them; not for users' text */
   PSLM_TEXT_WHOLE = 2,   /* encode: with what stands around a text, such as BOS; not for chats */
-  PSLM_TEXT_GOES_ON = 4  /* it is not the beginning of a text; not beside PSLM_TEXT_WHOLE */
+  PSLM_TEXT_GOES_ON = 4, /* it is not the beginning of a text; not beside PSLM_TEXT_WHOLE */
+  PSLM_TEXT_NORMALIZED = 8 /* encode: as the tokenizer.json says, and without added tokens; not
+                              beside PSLM_TEXT_WHOLE */
 };
 typedef enum { PSLM_LOGITS_NONE = 0, PSLM_LOGITS_LAST = 1, PSLM_LOGITS_ALL = 2 } pslm_logits;
 
@@ -125,6 +127,9 @@ PSLM_API void pslm_tokenizer_close(pslm_tokenizer* tokenizer);
  * bytes[offsets[i + 1]], for i < count. They live as long as the model. */
 PSLM_API pslm_status pslm_tokenizer_pieces(const pslm_tokenizer* tokenizer, const char** bytes,
                                            const uint32_t** offsets, size_t* count);
+/* PSLM_TEXT_NORMALIZED where the caller has to normalize (a Unigram), else 0: pslm_encode takes no
+ * other text then, and no such text otherwise. */
+PSLM_API uint32_t pslm_tokenizer_takes(const pslm_tokenizer* tokenizer);
 /* UTF-8 to tokens; `flags` are PSLM_TEXT_ values. `count` becomes the number of tokens. Where they
  * are more than `capacity`, none is written, which is an error unless `capacity` is 0. */
 PSLM_API pslm_status pslm_encode(const pslm_tokenizer* tokenizer, const char* text, size_t bytes,

@@ -25,10 +25,15 @@ from pocketslm.runtime.tokenizer.identity import (
     special_names,
     with_added_tokens,
 )
-from pocketslm.runtime.tokenizer.packed import PackedTokenizer, PackedVocabulary, read_head
+from pocketslm.runtime.tokenizer.packed import (
+    NormalizingEncoder,
+    PackedTokenizer,
+    PackedVocabulary,
+    read_head,
+)
 from pocketslm.runtime.tokenizer.stream import StreamDecoder
 from pocketslm.runtime.tokenizer.unicode_classes import WHITE_SPACE, characters
-from pocketslm.runtime.tokenizer.vocabulary import Vocabulary, any_of
+from pocketslm.runtime.tokenizer.vocabulary import Cutter, Vocabulary, any_of
 
 __all__ = ["StreamDecoder", "Tokenizer", "load_tokenizer", "load_tokenizer_files"]
 
@@ -186,8 +191,7 @@ class Tokenizer:
                     f"token id {token_id} is negative; expected 0 to {self.vocab_size - 1}; "
                     "check where the ids come from"
                 )
-            decode = self._decoder.first if first else self._decoder.inner
-            known = self._vocabulary.bytes_of(token_id, decode)
+            known = self._vocabulary.bytes_of(token_id, self._decoder, first=first)
             if known is None:
                 return b""
             self._bytes[key] = known
@@ -375,6 +379,9 @@ def _load(
     merged = read_head(text["tokenizer.json"], config, special_map) if packed else None
     if packed and merged is not None:
         encoder, vocabulary = packed[0], PackedVocabulary(merged, *packed)
+        if packed[0].takes_normalized:
+            normalizer = normalizers.build(merged["normalizer"])
+            encoder = NormalizingEncoder(packed[0], Cutter(vocabulary.added, normalizer))
     else:
         document = fields.parse_object(text["tokenizer.json"], "tokenizer.json")
         merged = with_added_tokens(document, config, special_map)

@@ -1,7 +1,8 @@
 """Byte-pair encoding in pure Python: the reader for platforms without the `tokenizers` wheel.
 
 It gives the ids that the wheel gives, for byte-level vocabularies (GPT-2, Llama 3, Qwen, SmolLM)
-and for SentencePiece-style ones with byte fallback (Llama 2, TinyLlama, Gemma).
+and for SentencePiece-style ones with byte fallback (Llama 2, TinyLlama, Gemma); for the other
+models see `unigram` and `wordpiece`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import cast
 from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import fields, pretokenizers
 from pocketslm.runtime.tokenizer.normalizers import Normalizer
-from pocketslm.runtime.tokenizer.vocabulary import Splitter, Vocabulary
+from pocketslm.runtime.tokenizer.unigram import Unigram
+from pocketslm.runtime.tokenizer.vocabulary import Cutter, Vocabulary
 from pocketslm.runtime.tokenizer.wordpiece import WordPiece
 
 CACHED_WORDS = 1 << 15
@@ -168,30 +170,27 @@ class PythonEncoder:
         vocabulary: Vocabulary,
         normalizer: Normalizer | None,
     ) -> None:
-        self._normalizer = normalizer
         self._pretokenize = pretokenizers.build(document.get("pre_tokenizer"))
-        wordpiece = vocabulary.model.get("type") == "WordPiece"
-        self._model = WordPiece(vocabulary) if wordpiece else Bpe(vocabulary)
-        self._raw = Splitter({t.content: t for t in vocabulary.added if not t.normalized})
-        self._normalized = Splitter(
-            {vocabulary.normalized[t.id]: t for t in vocabulary.added if t.normalized}
-        )
+        self._model: Bpe | Unigram | WordPiece
+        kind = vocabulary.model.get("type", "BPE")
+        if kind == "Unigram":
+            # Special tokens are pieces of it, which no ordinary text may become.
+            self._model = Unigram(vocabulary)
+            special = {token.content for token in vocabulary.added if token.special}
+            self._ordinary: Bpe | Unigram | WordPiece = self._model.without(special)
+        else:
+            self._model = WordPiece(vocabulary) if kind == "WordPiece" else Bpe(vocabulary)
+            self._ordinary = self._model
+        self._cutter = Cutter(vocabulary.added, normalizer)
 
     def encode(self, text: str, *, parse_special: bool, at_start: bool = True) -> list[int]:
         """The ids of `text`; `at_start` says that nothing stands before it."""
         out: list[int] = []
-        encode_word = self._model.encode
-        for piece, added in self._raw.split(text, parse_special):
-            if added is not None:
-                out.append(added)
+        encode_word = (self._model if parse_special else self._ordinary).encode
+        for part, id_, starts in self._cutter.cut(text, parse_special, at_start):
+            if id_ is not None:
+                out.append(id_)
             else:
-                normalized = self._normalizer(piece) if self._normalizer else piece
-                for part, id_ in self._normalized.split(normalized, parse_special):
-                    if id_ is not None:
-                        out.append(id_)
-                    else:
-                        for word in self._pretokenize([part], at_start):
-                            out += encode_word(word)
-                    at_start = False
-            at_start = False
+                for word in self._pretokenize([part], starts):
+                    out += encode_word(word)
         return out

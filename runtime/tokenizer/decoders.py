@@ -27,13 +27,15 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Decoder:
     """What a token stands for: `inner` anywhere, `first` when it starts the text.
 
-    Up to `strip_count` times `strip` is taken off the start of the decoded text.
+    Up to `strip_count` times `strip` is taken off the start of the decoded text. `unspaced`: the
+    first token is without its spaces, and else what it is inside.
     """
 
     inner: Callable[[str], bytes]
     first: Callable[[str], bytes]
     strip: str = " "
     strip_count: int = 0
+    unspaced: bool = False
 
 
 def byte_token(token: str) -> bytes | None:
@@ -59,7 +61,8 @@ def build(node: object) -> Decoder:
         def first(token: str) -> bytes:
             return token.replace(mark, "").encode()
 
-        return Decoder(inner, inner if scheme == "never" else first)
+        never = scheme == "never"
+        return Decoder(inner, inner if never else first, unspaced=not never)
     if not re.fullmatch(r"(Replace )*(ByteFallback )?(Fuse )?(Strip )?", " ".join([*kinds, ""])):
         raise fields.unsupported("decoder", kinds, KNOWN)
     if not parts:

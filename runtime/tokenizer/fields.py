@@ -15,7 +15,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_DEPTH = 16
 """Nesting allowed for `Sequence` components; real files use two levels."""
 MAX_GROWTH = 64
-"""How many times as long as a text its steps may make it; real files reach 4."""
+"""How many times as long as a text its steps may make it; real files reach 36."""
+MAX_REPLACEMENT = 18
+"""Characters of a replacement in a `Precompiled` table; the longest of NFKC, U+FDFA's, has 18."""
 
 
 def parse_object(text: str, name: str) -> dict[str, object]:
@@ -99,6 +101,8 @@ def _growth(component: Mapping[str, object]) -> int:
     """How many times as long a component may make a text, where its file decides that."""
     if component["type"] == "ByteLevel":
         return 4  # the bytes of a character
+    if component["type"] == "Precompiled":
+        return MAX_REPLACEMENT
     content, pattern = component.get("content"), component.get("pattern")
     if component["type"] != "Replace" or not isinstance(content, str):
         return 1

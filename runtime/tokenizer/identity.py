@@ -16,6 +16,7 @@ from typing import Any
 
 from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import fields
+from pocketslm.runtime.tokenizer.vocabulary import listed_pieces
 
 Json = Mapping[str, object]
 
@@ -94,8 +95,7 @@ def with_added_tokens(document: Json, config: Json, special_map: Json) -> dict[s
     """
     listed = fields.optional(document, "added_tokens", list, [], "tokenizer")
     model = fields.mapping(document.get("model"), "model")
-    vocabulary = model.get("vocab")
-    known_ids: dict[str, int] = vocabulary if isinstance(vocabulary, dict) else {}
+    known_ids, size = _known_ids(model)
     tokens: dict[str, dict[str, Any]] = {}
     for node in listed:
         entry = fields.mapping(node, "added_tokens")
@@ -112,7 +112,7 @@ def with_added_tokens(document: Json, config: Json, special_map: Json) -> dict[s
     if all(before.get(content) == entry for content, entry in tokens.items()):
         return dict(document)
     taken = [entry["id"] for entry in before.values() if type(entry.get("id")) is int]
-    following = max([len(known_ids) - 1, *taken]) + 1
+    following = max([size - 1, *taken]) + 1
     for content, entry in tokens.items():
         if content in before:
             continue
@@ -121,6 +121,16 @@ def with_added_tokens(document: Json, config: Json, special_map: Json) -> dict[s
             id_, following = following, following + 1
         tokens[content] = {**dict.fromkeys(_FLAGS, False), **entry, "id": id_}
     return {**document, "added_tokens": list(tokens.values())}
+
+
+def _known_ids(model: Json) -> tuple[dict[str, int], int]:
+    """The ids of a model's own tokens, and how many it has."""
+    vocabulary = model.get("vocab")
+    if model.get("type") == "Unigram":
+        pieces = listed_pieces(model)
+        return {piece: id_ for id_, piece in enumerate(pieces)}, len(pieces)
+    known: dict[str, int] = vocabulary if isinstance(vocabulary, dict) else {}
+    return known, len(known)
 
 
 def _decoder(config: Json) -> list[dict[str, Any]]:

@@ -14,13 +14,17 @@ from typing import Literal, cast
 
 from pocketslm.runtime.tokenizer import fields
 from pocketslm.runtime.tokenizer import unicode_classes as uc
+from pocketslm.runtime.tokenizer.charsmap import CharsMap
 from pocketslm.runtime.tokenizer.patterns import Pattern, write_class
 
 Normalizer = Callable[[str], str]
 
 _WHITE_SPACE = uc.characters(uc.WHITE_SPACE)
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
-KNOWN = (*_FORMS, "BertNormalizer", "Lowercase", "Prepend", "Replace", "Sequence", "Strip")
+KNOWN = (
+    *_FORMS,
+    *("BertNormalizer", "Lowercase", "Precompiled", "Prepend", "Replace", "Sequence", "Strip"),
+)
 
 
 def build(node: object) -> Normalizer | None:
@@ -56,6 +60,8 @@ def _step(node: dict[str, object]) -> Normalizer:
         return partial(unicodedata.normalize, form)
     if kind == "Lowercase":
         return _lowercase
+    if kind == "Precompiled":
+        return CharsMap(fields.field(node, "precompiled_charsmap", str, "normalizer")).replace
     if kind == "Prepend":
         prefix = fields.field(node, "prepend", str, "normalizer")
         return lambda text: prefix + text if text else text

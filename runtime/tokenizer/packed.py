@@ -14,8 +14,9 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from pocketslm.runtime.tokenizer import decoders
+from pocketslm.runtime.tokenizer.decoders import Decoder
 from pocketslm.runtime.tokenizer.identity import with_added_tokens
-from pocketslm.runtime.tokenizer.vocabulary import AddedToken, added_tokens
+from pocketslm.runtime.tokenizer.vocabulary import AddedToken, Cutter, added_tokens
 
 _BEFORE_MODEL = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 
@@ -23,17 +24,41 @@ _BEFORE_MODEL = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor"
 class PackedTokenizer(Protocol):
     """An `Encoder` that also knows the bytes of its tokens.
 
-    size: one more than the largest id.
+    size: one more than the largest id. takes_normalized: it encodes only what lies between added
+    tokens, normalized.
     """
 
     name: str
     size: int
+    takes_normalized: bool
 
-    def encode(self, text: str, *, parse_special: bool, at_start: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, parse_special: bool, at_start: bool = True, normalized: bool = False
+    ) -> list[int]:
         """The ids of `text`; `at_start` says that nothing stands before it."""
 
     def piece(self, id_: int) -> bytes:
         """The bytes of an ordinary token; empty for an id that is not used."""
+
+
+class NormalizingEncoder:
+    """An `Encoder` over a packed tokenizer that takes normalized text."""
+
+    def __init__(self, packed: PackedTokenizer, cutter: Cutter) -> None:
+        self.name = packed.name
+        self._packed, self._cutter = packed, cutter
+
+    def encode(self, text: str, *, parse_special: bool, at_start: bool = True) -> list[int]:
+        """The ids of `text`; `at_start` says that nothing stands before it."""
+        out: list[int] = []
+        for part, id_, starts in self._cutter.cut(text, parse_special, at_start):
+            if id_ is not None:
+                out.append(id_)
+            else:
+                out += self._packed.encode(
+                    part, parse_special=parse_special, at_start=starts, normalized=True
+                )
+        return out
 
 
 def read_head(
@@ -51,7 +76,7 @@ def read_head(
     if with_added_tokens(without_words, config, special_map) != without_words:
         return None
     decoder = decoders.build(head["decoder"])
-    return head if decoder.inner is decoder.first else None
+    return head if decoder.unspaced or decoder.inner is decoder.first else None
 
 
 def _without_model(text: str) -> dict[str, Any] | None:
@@ -116,7 +141,12 @@ class PackedVocabulary:
         """See `Vocabulary.text_of`."""
         return self._added_texts.get(id_) or self.texts.get(id_)
 
-    def bytes_of(self, id_: int, decode: Callable[[str], bytes]) -> bytes | None:
+    def bytes_of(self, id_: int, decoder: Decoder, *, first: bool) -> bytes | None:
         """See `Vocabulary.bytes_of`."""
         text = self._added_texts.get(id_)
-        return (self._packed.piece(id_) or None) if text is None else decode(text)
+        if text is not None:
+            return (decoder.first if first else decoder.inner)(text)
+        data = self._packed.piece(id_)
+        if not data:
+            return None
+        return data.replace(b" ", b"") if first and decoder.unspaced else data

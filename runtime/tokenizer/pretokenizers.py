@@ -22,7 +22,10 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 BEHAVIORS = ("Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous")
 SCHEMES = ("first", "never", "always")
-KNOWN = ("BertPreTokenizer", "ByteLevel", "Digits", "Metaspace", "Sequence", "Split")
+KNOWN = (
+    *("BertPreTokenizer", "ByteLevel", "Digits", "Metaspace", "Sequence", "Split"),
+    "WhitespaceSplit",
+)
 
 
 @cache
@@ -35,7 +38,12 @@ def byte_alphabet() -> dict[int, int]:
 
 def build(node: object) -> Step:
     """The step that `tokenizer.json`'s `pre_tokenizer` describes; null leaves pieces whole."""
-    steps = [_step(part) for part in fields.components(node, "pre_tokenizer", "pretokenizers")]
+    parts = fields.components(node, "pre_tokenizer", "pretokenizers")
+    kinds = [part["type"] for part in parts]
+    if "WhitespaceSplit" in kinds and any(part.get("prepend_scheme") == "first" for part in parts):
+        # Whether a word starts the text is not known once white space is gone.
+        raise fields.unsupported("pre_tokenizer prepend_scheme", "first", SCHEMES[1:])
+    steps = [_step(part) for part in parts]
 
     def run(pieces: list[str], at_start: bool) -> list[str]:
         for step in steps:
@@ -83,6 +91,8 @@ def _step(node: dict[str, object]) -> Step:
         return _split(pattern(node, where), behavior, invert)
     if kind == "Metaspace":
         return _metaspace(node)
+    if kind == "WhitespaceSplit":
+        return _split(Pattern(r"\s+"), "Removed", False)
     if kind == "BertPreTokenizer":
         return lambda pieces, at_start: [w for p in pieces for w in _bert_words().findall(p)]
     raise fields.unsupported("pre_tokenizer type", kind, KNOWN)

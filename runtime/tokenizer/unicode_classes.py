@@ -132,7 +132,7 @@ def below(ranges: Ranges, limit: int) -> Ranges:
     return tuple((first, min(last, limit - 1)) for first, last in ranges if first < limit)
 
 
-def _parse(text: str) -> Ranges:
+def parse(text: str) -> Ranges:
     """Ranges written as `897 10D69-10D6D`."""
     parts = (part.partition("-") for part in text.split())
     return tuple((int(first, 16), int(last or first, 16)) for first, _, last in parts)
@@ -144,7 +144,7 @@ def _categories() -> dict[str, Ranges]:
     later = {
         code: name
         for name, text in _ASSIGNED_LATER.items()
-        for first, last in _parse(text)
+        for first, last in parse(text)
         for code in range(first, last + 1)
     }
     runs: dict[str, list[tuple[int, int]]] = {}
@@ -178,8 +178,8 @@ def of_unicode_8(name: str) -> Ranges:
 
     The parts of the `tokenizers` wheel that are for BERT still go by these tables.
     """
-    outside = union([complement(category(name) or ()), _parse(_SINCE_UNICODE_8[name])])
-    return union([complement(outside), _parse(_UNTIL_UNICODE_8.get(name, ""))])
+    outside = union([complement(category(name) or ()), parse(_SINCE_UNICODE_8[name])])
+    return union([complement(outside), parse(_UNTIL_UNICODE_8.get(name, ""))])
 
 
 @cache

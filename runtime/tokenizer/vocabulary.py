@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from pocketslm.errors import TokenizerError
 from pocketslm.runtime.tokenizer import fields
+from pocketslm.runtime.tokenizer.decoders import Decoder
 from pocketslm.runtime.tokenizer.normalizers import Normalizer
 from pocketslm.runtime.tokenizer.unicode_classes import WHITE_SPACE, characters, word
 
-MODELS = ("BPE", "WordPiece")
+MODELS = ("BPE", "Unigram", "WordPiece")
 _SPACES = characters(WHITE_SPACE)
 _SLACK = 1024  # ids that may be unused: vocabularies are padded, but not to billions
 
@@ -44,19 +45,14 @@ class Vocabulary:
         if kind not in MODELS:
             raise fields.unsupported("model type", kind, MODELS)
         self.model = model
-        self.ids: dict[str, int] = fields.field(model, "vocab", dict, "model")
-        limit = 2 * len(self.ids) + _SLACK
-        if not all(type(id_) is int and 0 <= id_ < limit for id_ in self.ids.values()):
-            raise TokenizerError(
-                f"tokenizer.json: model.vocab has an id that is not an integer from 0 to {limit}; "
-                "expected token -> id without large gaps; fetch or export the file again"
-            )
-        self.texts: dict[int, str] = dict(zip(self.ids.values(), self.ids, strict=True))
-        if len(self.texts) != len(self.ids):
-            raise TokenizerError(
-                "tokenizer.json: model.vocab gives two tokens the same id; expected one each; "
-                "fetch or export the file again"
-            )
+        self.texts: dict[int, str]
+        self.ids: dict[str, int]
+        if kind == "Unigram":
+            self.texts = dict(enumerate(listed_pieces(model)))
+            self.ids = {text: id_ for id_, text in self.texts.items()}
+        else:
+            self.ids = _numbered_tokens(model)
+            self.texts = {id_: text for text, id_ in self.ids.items()}
         self.added = self._read_added(document)
         self.special_ids = frozenset(token.id for token in self.added if token.special)
         self.normalized: dict[int, str] = {
@@ -69,7 +65,7 @@ class Vocabulary:
 
     def _read_added(self, document: Mapping[str, object]) -> list[AddedToken]:
         found: dict[str, AddedToken] = {}
-        next_id = len(self.ids)
+        next_id = len(self.texts)
         for token in added_tokens(document):
             expected = self.ids.get(token.content)
             if expected is None and token.content in found:
@@ -100,10 +96,39 @@ class Vocabulary:
         """The text of a token; None for an id that is not used."""
         return self.texts.get(id_)
 
-    def bytes_of(self, id_: int, decode: Callable[[str], bytes]) -> bytes | None:
-        """What `decode` makes of the text of a token; None for an id that is not used."""
+    def bytes_of(self, id_: int, decoder: Decoder, *, first: bool) -> bytes | None:
+        """What a token stands for, with `first` at the start of a text; None for an unused id."""
         text = self.texts.get(id_)
-        return None if text is None else decode(text)
+        return None if text is None else (decoder.first if first else decoder.inner)(text)
+
+
+def listed_pieces(model: Mapping[str, object]) -> list[str]:
+    """The pieces of a Unigram, whose `vocab` is a list of [piece, score] by id."""
+    pieces: list[str] = []
+    for entry in fields.field(model, "vocab", list, "model"):
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+            raise TokenizerError(
+                f"tokenizer.json: model.vocab[{len(pieces)}] is {str(entry)[:80]}; expected a "
+                "piece and its score; fetch or export the file again"
+            )
+        pieces.append(entry[0])
+    return pieces
+
+
+def _numbered_tokens(model: Mapping[str, object]) -> dict[str, int]:
+    ids: dict[str, int] = fields.field(model, "vocab", dict, "model")
+    limit = 2 * len(ids) + _SLACK
+    if not all(type(id_) is int and 0 <= id_ < limit for id_ in ids.values()):
+        raise TokenizerError(
+            f"tokenizer.json: model.vocab has an id that is not an integer from 0 to {limit}; "
+            "expected token -> id without large gaps; fetch or export the file again"
+        )
+    if len(set(ids.values())) != len(ids):
+        raise TokenizerError(
+            "tokenizer.json: model.vocab gives two tokens the same id; expected one each; "
+            "fetch or export the file again"
+        )
+    return ids
 
 
 def added_tokens(document: Mapping[str, object]) -> Iterator[AddedToken]:
@@ -144,7 +169,7 @@ class Splitter:
     def split(self, text: str, parse_special: bool) -> list[tuple[str, int | None]]:
         """Pieces with the id of the added token or None; special ones only if asked for."""
         if self._found is None:
-            return [(text, None)]
+            return [(text, None)] if text else []
         out: list[tuple[str, int | None]] = []
         done = 0
         for match in self._found.finditer(text):
@@ -165,6 +190,29 @@ class Splitter:
         if done < len(text):
             out.append((text[done:], None))
         return out
+
+
+class Cutter:
+    """Cuts a text at its added tokens, and normalizes what lies between."""
+
+    def __init__(self, added: Iterable[AddedToken], normalizer: Normalizer | None) -> None:
+        self._normalize = normalizer or str
+        tokens = list(added)
+        self._raw = Splitter({t.content: t for t in tokens if not t.normalized})
+        self._normalized = Splitter({self._normalize(t.content): t for t in tokens if t.normalized})
+
+    def cut(
+        self, text: str, parse_special: bool, at_start: bool
+    ) -> Iterator[tuple[str, int | None, bool]]:
+        """(part, id of the added token or None, whether it starts the text), in order."""
+        for piece, added in self._raw.split(text, parse_special):
+            if added is not None:
+                yield piece, added, at_start
+            else:
+                for part, id_ in self._normalized.split(self._normalize(piece), parse_special):
+                    yield part, id_, at_start
+                    at_start = False
+            at_start = False
 
 
 def _touches_word(text: str, start: int, end: int) -> bool:

@@ -27,8 +27,10 @@ class WheelEncoder:
     """Text to ids with Hugging Face's `tokenizers`.
 
     Special tokens in ordinary text are kept from matching by a second tokenizer over the same
-    model with `encode_special_tokens` set. A third, made on first use, serves texts that
-    continue another one; it differs only for `Metaspace` with `prepend_scheme: first`.
+    model with `encode_special_tokens` set. A Unigram finds them all the same, since they are
+    pieces of it; such a text is encoded anew over a copy of the model without these pieces.
+    Texts that continue another one have tokenizers of their own where `Metaspace` has
+    `prepend_scheme: first`. All but the first two are made on first use.
     """
 
     name = "tokenizers"
@@ -41,13 +43,24 @@ class WheelEncoder:
             document.get("pre_tokenizer"), "pre_tokenizer", "pretokenizers"
         )
         self._added = {token.id: token.content for token in vocabulary.added}
+        self._model = vocabulary.model
+        self._special_pieces = {
+            token.id: token.content
+            for token in vocabulary.added
+            if self._model.get("type") == "Unigram"
+            and token.special
+            and token.content in vocabulary.ids
+        }
         self._special = _load(text)
         self._special.no_truncation()
         self._special.no_padding()
         self._ordinary = self._sibling(document.get("pre_tokenizer"))
 
-    def _sibling(self, pre_tokenizer: object) -> Any:
-        """A tokenizer on the same model (shared, not copied) that takes special text as text."""
+    def _sibling(self, pre_tokenizer: object, model: Any = None) -> Any:
+        """A tokenizer on the same model (shared, not copied) that takes special text as text.
+
+        model: what encodes in its place.
+        """
         shell = _load(
             json.dumps(
                 {
@@ -69,20 +82,54 @@ class WheelEncoder:
                     "from the file; expected the same ids; use implementation='python'"
                 )
         shell.encode_special_tokens = True
+        if model is not None:
+            shell.model = model
         return shell
 
     @cached_property
     def _continuing(self) -> Any:
+        return self._sibling(self._without_first) if self._without_first else self._ordinary
+
+    @cached_property
+    def _without_first(self) -> object:
+        """The pre-tokenizer that puts no mark before a text; None if the file's puts none."""
         parts = self._pretokenizers
         if not any(part.get("prepend_scheme") == "first" for part in parts):
-            return self._ordinary
+            return None
         changed = [
             {**part, "prepend_scheme": "never", "add_prefix_space": False}
             if part.get("prepend_scheme") == "first"
             else part
             for part in parts
         ]
-        return self._sibling({"type": "Sequence", "pretokenizers": changed})
+        return {"type": "Sequence", "pretokenizers": changed}
+
+    @cached_property
+    def _without_special(self) -> tuple[Any, Any]:
+        """`_ordinary` and `_continuing` over a model that lacks the pieces of special tokens."""
+        from tokenizers.models import Unigram
+
+        special = set(self._special_pieces.values())
+        vocab = fields.field(self._model, "vocab", list, "model")
+        pieces = [("" if piece in special else piece, score) for piece, score in vocab]
+        unknown = fields.field(self._model, "unk_id", int, "model")
+        fallback = fields.optional(self._model, "byte_fallback", bool, False, "model")
+        model = _guarded(lambda: Unigram(pieces, unknown, fallback))
+        start = self._document.get("pre_tokenizer")
+        return tuple(self._sibling(node, model) for node in (start, self._without_first or start))
+
+    def _finds_special(self, encoded: Any) -> bool:
+        """Whether a Unigram has found pieces of special tokens in an ordinary text."""
+        special = self._special_pieces
+        if special and self._model.get("byte_fallback"):
+            return True  # they may have become bytes, together with an unknown neighbour
+        if special.keys().isdisjoint(encoded.ids):
+            return False
+        # The unknown token's text is what it stands for.
+        return any(
+            id_ in special and special[id_] in text
+            for id_, text in zip(encoded.ids, encoded.tokens, strict=True)
+        )
 
     def encode(self, text: str, *, parse_special: bool, at_start: bool = True) -> list[int]:
         """The ids of `text`; `at_start` says that nothing stands before it."""
@@ -92,8 +139,15 @@ class WheelEncoder:
             encoder = self._special
         else:
             encoder = self._ordinary if at_start else self._continuing
-        ids: list[int] = _guarded(lambda: encoder.encode(text, add_special_tokens=False).ids)
+        encoded = _encoded(encoder, text)
+        if not parse_special and self._finds_special(encoded):
+            encoded = _encoded(self._without_special[not at_start], text)
+        ids: list[int] = encoded.ids
         return ids
+
+
+def _encoded(encoder: Any, text: str) -> Any:
+    return _guarded(lambda: encoder.encode(text, add_special_tokens=False))
 
 
 def _check_prefix(model: Mapping[str, object]) -> None:

@@ -22,6 +22,7 @@ from pocketslm.models.hf_writer import save_hf
 from pocketslm.runtime.config import GenerationConfig
 from pocketslm.runtime.model import Model
 from pocketslm.runtime.tokenizer import load_tokenizer
+from tokenizer_support import document
 
 ROWS = support.TINY.vocab_size
 START, END, TEXT_END, PAD = range(256, 260)
@@ -147,6 +148,15 @@ def test_a_vocabulary_that_is_longer_than_the_model_is_cut(folder: Path) -> None
         support.tokenizer_files()["tokenizer.json"]
     )
     assert f"'the' ({ROWS})" in notes[0]
+
+
+def test_a_list_of_pieces_that_is_longer_than_the_model_is_cut(folder: Path) -> None:
+    whole = json.loads(document("xlm-r"))
+    pieces = whole["model"]["vocab"]
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    files, notes = files_of(folder)
+    assert json.loads(files["tokenizer.json"])["model"]["vocab"] == pieces[:ROWS]
+    assert f"{pieces[ROWS][0]!r} ({ROWS})" in notes[0]
 
 
 def test_a_text_cannot_begin_with_a_token_without_a_row(folder: Path) -> None:

@@ -177,7 +177,11 @@ class TokenizerSections(OfModels):
         rng = Random(len(content) ^ content[-200])
         for special in (False, True):
             text = "".join(rng.choice(self.texts) for _ in range(3))
-            ids = tokenizer.encode(text, parse_special=special, add_special_tokens=special)
+            normalized = tokenizer.takes_normalized
+            whole = special and not normalized
+            ids = tokenizer.encode(
+                text, parse_special=special, add_special_tokens=whole, normalized=normalized
+            )
             with suppress(PocketSlmError):
                 tokenizer.decode(ids, goes_on=special)
         with suppress(PocketSlmError):

@@ -67,7 +67,17 @@ def _tokenizers(home: Path) -> None:
     }
     for name, text in files.items():
         (home / "whole" / name).write_text(text)
-    for style in ("llama3", "qwen2", "gpt4o", "deepseek3", "gemma", "llama2", "lowercase"):
+    for style in (
+        "llama3",
+        "qwen2",
+        "gpt4o",
+        "deepseek3",
+        "gemma",
+        "llama2",
+        "lowercase",
+        "xlm-r",
+        "t5",
+    ):
         _seed(home, "style.json", _small(made.document(style)))
     _seed(home, "style.json", _small(made.word_piece()))
 
@@ -76,6 +86,12 @@ def _small(text: str) -> str:
     """A tokenizer.json with a few hundred of its words."""
     data = json.loads(text)
     model = data["model"]
+    if model["type"] == "Unigram":
+        model["vocab"] = model["vocab"][:420]
+        names = {piece: at for at, (piece, _) in enumerate(model["vocab"])}
+        for token in data["added_tokens"]:
+            token["id"] = names.setdefault(token["content"], len(names))
+        return json.dumps(data)
     kept = {word: at for word, at in model["vocab"].items() if at < 420}
     added = {token["content"] for token in data["added_tokens"]}
     kept |= {word: at for word, at in model["vocab"].items() if word in added}
@@ -363,12 +379,12 @@ def _packed(home: Path) -> None:
 
     texts = [text for text in made.HARD if len(text) < 2000]
     (home / "texts").write_text("\x1e".join(texts), "utf-8")
-    styles = ("smollm", "qwen2", "gpt4o", "deepseek3", "llama2", "gemma", "tekken")
+    styles = ("smollm", "qwen2", "gpt4o", "deepseek3", "llama2", "gemma", "tekken", "xlm-r", "t5")
     for text in (*(made.document(style) for style in styles), made.word_piece()):
         small = _small(text)
         packed, reason = pack_tokenizer(small)
         assert packed is not None, reason
-        count = 1 + max(json.loads(small)["model"]["vocab"].values())
+        count = int.from_bytes(packed[4:8], "little")
         config = tiny_config(
             vocab_size=count,
             hidden_size=32,

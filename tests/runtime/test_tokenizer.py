@@ -35,6 +35,7 @@ from tokenizer_support import (
     STYLES,
     document,
     loaded,
+    metaspace,
     oracle,
     sequence,
     split,
@@ -82,14 +83,15 @@ def test_both_implementations_equal_tokenizers(style: str, parse_special: bool, 
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("style", ["llama3", "llama2"])
+@pytest.mark.parametrize("style", ["llama3", "llama2", "t5"])
 def test_special_text_is_ordinary_text_unless_asked_for(style: str, implementation: str) -> None:
     tokenizer = loaded(style, implementation)
     ids = tokenizer.encode("a<|im_end|>b")
     assert not tokenizer.special_ids.intersection(ids)
     assert tokenizer.decode(ids) == "a<|im_end|>b"
     assert tokenizer.token_id("<|im_end|>") in tokenizer.encode("a<|im_end|>b", parse_special=True)
-    assert tokenizer.encode("a", add_special_tokens=True) == [1, *tokenizer.encode("a")]
+    after = [2] if style == "t5" else []
+    assert tokenizer.encode("a", add_special_tokens=True) == [1, *tokenizer.encode("a"), *after]
 
 
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
@@ -115,7 +117,7 @@ def flagged(flag: str) -> tuple[Tokenizer, tokenizers.Tokenizer]:
     return ours, tokenizers.Tokenizer.from_str(text)
 
 
-@pytest.mark.parametrize("style", ["smollm", "llama2"])
+@pytest.mark.parametrize("style", ["smollm", "llama2", "unigram-bytes"])
 def test_long_words_take_near_linear_time(style: str) -> None:
     tokenizer = load_tokenizer_files({"tokenizer.json": document(style)}, "python")
 
@@ -224,7 +226,7 @@ def deep(depth: int) -> dict[str, Any]:
 
 HOSTILE: list[tuple[str, Any, str]] = [
     ("model", None, "model is NoneType"),
-    ("model", {"type": "Unigram", "vocab": [], "unk_id": 0}, "'Unigram' is not supported"),
+    ("model", {"type": "WordLevel", "vocab": {}}, "'WordLevel' is not supported"),
     ("model.vocab", ["a"], "model.vocab is list; expected dict"),
     ("model.vocab", {"a": "b"}, "not an integer"),
     ("model.vocab", {"a": True}, "not an integer"),
@@ -244,12 +246,16 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("added_tokens", [{"id": 0}], "added_tokens.content is missing"),
     ("added_tokens",
      [{"id": 9**9, "content": "new", "special": True, "normalized": False}], "has id 387420489"),
-    ("normalizer", {"type": "Precompiled"}, "'Precompiled' is not supported; supported: NFC"),
+    ("normalizer", {"type": "Nmt"}, "'Nmt' is not supported; supported: NFC"),
+    ("normalizer", {"type": "Precompiled"}, "precompiled_charsmap is missing"),
     ("normalizer", {"type": 3}, "normalizer.type is int"),
     ("normalizer", "NFC", "normalizer is str"),
     ("normalizer", deep(100), "nests deeper"),
     ("pre_tokenizer", {"type": "Whitespace"}, "'Whitespace' is not supported"),
     ("pre_tokenizer", sequence("wrong"), "pretokenizers is missing"),
+    ("pre_tokenizer",
+     sequence("pretokenizers", {"type": "WhitespaceSplit"}, metaspace("first", True)),
+     "prepend_scheme 'first' is not supported"),
     ("pre_tokenizer", split("(a+)+$"), "exponential"),
     ("pre_tokenizer", split("(?:a|a)*b"), "exponential"),
     ("pre_tokenizer", split("(a|a){2,}b"), "exponential"),

@@ -111,6 +111,8 @@ void Engine::reset() {
 std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens,
                            const TextLimits& limits) const {
   if (!tokenizer_.loaded()) return "the model file has no tokenizer; pass tokens instead";
+  if (!reads_text())
+    return "the model's tokenizer normalizes text as the runner cannot; pass tokens instead";
   tokenizer_.encode_whole({text, limits.special}, tokens, limits.most);
   return "";
 }
@@ -118,7 +120,7 @@ std::string Engine::encode(std::string_view text, std::vector<int32_t>& tokens,
 // What the template wrote may name special tokens; what people wrote may not.
 std::string Engine::encode_chat(const std::vector<Message>& messages,
                                 std::vector<int32_t>& tokens) const {
-  if (!tokenizer_.loaded() || !chat_.loaded())
+  if (!reads_text() || !chat_.loaded())
     return "the model file has no chat template; pass prompt or tokens instead";
   std::vector<TextPart> parts;
   std::list<std::string> written;

@@ -101,7 +101,7 @@ class Engine {
   std::vector<int32_t> random_tokens(size_t count) const;  // always the same ones
 
   bool loaded() const { return session_ != nullptr; }
-  bool has_tokenizer() const { return tokenizer_.loaded(); }
+  bool reads_text() const { return tokenizer_.loaded() && !tokenizer_.takes_normalized(); }
   void reset();
   bool profiled() const { return profiled_; }
   void restart_times() { pslm_set_profiling(session_, profiled_); }

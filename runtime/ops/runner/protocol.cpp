@@ -296,7 +296,7 @@ class Server {
          static_cast<unsigned long long>(model.file_bytes),
          static_cast<unsigned long long>(model.bytes_per_token),
          static_cast<unsigned long long>(model.macs_per_token),
-         engine_.has_tokenizer() ? "true" : "false", engine_.load_ms(),
+         engine_.reads_text() ? "true" : "false", engine_.load_ms(),
          quote(pslm_compiler()).c_str());
     return "";
   }

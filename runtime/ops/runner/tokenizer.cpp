@@ -1,8 +1,11 @@
 #include "tokenizer.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <deque>
+#include <iterator>
+#include <numeric>
 #include <queue>
 #include <unordered_map>
 #include <utility>
@@ -16,7 +19,8 @@ namespace {
 
 // Written by export/lower/native_tokenizer.py: this header, then offsets [tokens + 1] into the
 // text, merges [left, right, rank, result] by left and right, tokens by their bytes, added tokens
-// [id, flags], ids of the prefix and the suffix, tokens of the 256 bytes, text.
+// [id, flags], ids of the prefix and the suffix, tokens of the 256 bytes, text. Before the text
+// of a Unigram stand the scores of the tokens by their bytes and that of an unknown one, as doubles.
 struct SectionHeader {
   uint32_t version, tokens, merges, indexed, added, prefix, suffix, words, flags, unknown, longest,
       text_bytes;
@@ -25,6 +29,7 @@ constexpr uint32_t kVersion = 3;
 constexpr uint32_t kNoToken = UINT32_MAX;  // of a byte that encodes to nothing
 constexpr std::string_view kMark = "\u2581";
 constexpr size_t kCachedWords = 1 << 15, kCachedBytes = 64;  // longer words hardly come back
+constexpr size_t kLongestPiece = 2048;  // bytes, which bounds the time that a character takes
 
 // `text` with `from` replaced by `to`, in one pass.
 std::string replaced(std::string_view text, std::string_view from, std::string_view to) {
@@ -64,9 +69,10 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
   std::memcpy(&header, data, sizeof header);
   if (header.version != kVersion)
     return "the tokenizer section has an unknown version; export the model again";
+  const bool unigram = header.words == static_cast<uint32_t>(Words::unigram);
   const uint64_t words = uint64_t{header.tokens} + 1 + uint64_t{header.merges} * 4 +
                          header.indexed + uint64_t{header.added} * 2 + header.prefix +
-                         header.suffix + 256;
+                         header.suffix + 256 + (unigram ? 2 * (uint64_t{header.indexed} + 1) : 0);
   if (header.tokens == 0 || header.tokens > vocabulary ||
       sizeof header + words * 4 + header.text_bytes != bytes ||
       header.words >= static_cast<uint32_t>(Words::count))
@@ -79,7 +85,8 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
   const uint32_t* prefix = added + 2 * size_t{header.added};
   const uint32_t* suffix = prefix + header.prefix;
   byte_tokens_ = suffix + header.suffix;
-  text_ = reinterpret_cast<const char*>(byte_tokens_ + 256);
+  scores_ = byte_tokens_ + 256;
+  text_ = reinterpret_cast<const char*>(scores_ + (unigram ? 2 * (size_t{header.indexed} + 1) : 0));
   for (uint32_t i = 0; i <= header.tokens; ++i)
     if (offsets_[i] > header.text_bytes || (i && offsets_[i] < offsets_[i - 1]))
       return "the tokenizer section has wrong offsets";
@@ -104,6 +111,8 @@ std::string Tokenizer::load(const void* data, size_t bytes, uint32_t vocabulary)
   if (!known) return "the tokenizer section names an unknown token";
   for (uint32_t left = header.tokens; left-- > 0;)
     first_merge_[left] = std::min(first_merge_[left], first_merge_[left + 1]);
+  if (unigram)
+    if (std::string failure = check_pieces(header.indexed); !failure.empty()) return failure;
   count_ = header.tokens, index_count_ = header.indexed;
   words_ = static_cast<Words>(header.words), flags_ = header.flags;
   unknown_ = header.unknown, longest_ = header.longest;
@@ -154,6 +163,21 @@ struct Tokenizer::Encoding {
   std::vector<int32_t>& out;
   std::deque<std::string> texts = {};  // that `seen` points into
   std::unordered_map<std::string_view, std::pair<size_t, size_t>> seen = {};
+
+  // The tokens of a word that outlives this: what `make` appends, or did for the same word before.
+  template <typename Make>
+  void append(std::string_view word, Make make) {
+    const auto known = seen.find(word);
+    const size_t before = out.size();
+    if (known != seen.end()) {
+      const auto [first, count] = known->second;
+      for (size_t i = 0; i < count; ++i) out.push_back(out[first + i]);
+    } else {
+      make();
+      if (word.size() <= kCachedBytes && seen.size() < kCachedWords)
+        seen.emplace(word, std::make_pair(before, out.size() - before));
+    }
+  }
 };
 
 void Tokenizer::encode(const std::vector<TextPart>& parts, std::vector<int32_t>& out,
@@ -201,7 +225,7 @@ void Tokenizer::encode_whole(TextPart text, std::vector<int32_t>& out, size_t mo
 
 // Text without added tokens. SentencePiece's mark is a space here, in tokens too.
 void Tokenizer::encode_text(std::string text, bool start, Encoding& encoding) const {
-  auto& [out, texts, seen] = encoding;
+  std::vector<int32_t>& out = encoding.out;
   if (flags_ & kNfc) text = to_nfc(text);
   if (words_ == Words::bert)
     text = bert_normalized(text, {(flags_ & kClean) != 0, (flags_ & kIdeographs) != 0,
@@ -209,22 +233,15 @@ void Tokenizer::encode_text(std::string text, bool start, Encoding& encoding) co
   if (is_marked()) text = replaced(text, kMark, " ");
   if (flags_ & kSpaceAlways || (flags_ & kSpaceAtStart && start && text[0] != ' '))
     text.insert(0, 1, ' ');
-  const std::string_view whole = texts.emplace_back(std::move(text));
+  const std::string_view whole = encoding.texts.emplace_back(std::move(text));
   for (size_t at = 0; at < whole.size();) {
     const size_t end = is_marked() ? whole.size() : part_end(words_, whole, at);
     for (const std::string_view part = whole.substr(0, end); at < end;) {
       const size_t after = is_marked() ? marked_word_end(part, at) : word_end(words_, part, at);
       const std::string_view word = part.substr(at, after - at);
-      const auto known = seen.find(word);
-      const size_t before = out.size();
-      if (known != seen.end()) {
-        const auto [first, count] = known->second;
-        for (size_t i = 0; i < count; ++i) out.push_back(out[first + i]);
-      } else {
+      encoding.append(word, [&] {
         words_ == Words::bert ? find_pieces(word, out) : merge_word(word, out);
-        if (word.size() <= kCachedBytes && seen.size() < kCachedWords)
-          seen.emplace(word, std::make_pair(before, out.size() - before));
-      }
+      });
       at = after;
     }
   }
@@ -282,6 +299,112 @@ void Tokenizer::find_pieces(std::string_view word, std::vector<int32_t>& out) co
     }
   if (first < ends.size()) pieces = {static_cast<int32_t>(unknown_)};
   out.insert(out.end(), pieces.begin(), pieces.end());
+}
+
+// Checks what only a Unigram has, and finds where the pieces of each first byte stand.
+std::string Tokenizer::check_pieces(uint32_t indexed) {
+  for (size_t i = 0; i <= indexed; ++i)
+    if (!std::isfinite(score(i))) return "the tokenizer section has a score that is not finite";
+  std::fill(std::begin(first_indexed_), std::end(first_indexed_), 0);
+  for (size_t i = 0; i < indexed; ++i) {
+    const std::string_view piece = stored(index_[i]);
+    if (piece.empty() || piece.size() > kLongestPiece)
+      return "the tokenizer section has an empty or a long piece";
+    ++first_indexed_[static_cast<unsigned char>(piece[0]) + 1];
+  }
+  std::partial_sum(std::begin(first_indexed_), std::end(first_indexed_), first_indexed_);
+  return "";
+}
+
+double Tokenizer::score(size_t indexed) const {
+  double value;
+  std::memcpy(&value, scores_ + 2 * indexed, sizeof value);
+  return value;
+}
+
+void Tokenizer::encode_normalized(TextPart part, std::vector<int32_t>& out, bool start) const {
+  const std::string text = marked(part.text, start);
+  const std::string_view whole = text;
+  std::vector<Best> best;
+  Encoding encoding{out};
+  for (size_t at = 0, end; at < whole.size(); at = end) {
+    end = std::min(whole.find(' ', at + 1), whole.size());
+    const std::string_view word = whole.substr(at, end - at);
+    encoding.append(word, [&] { cut(word, part.special, best, out); });
+  }
+}
+
+// SentencePiece's marks are spaces here.
+std::string Tokenizer::marked(std::string_view text, bool start) const {
+  std::string out;
+  if (flags_ & kSplitSpaces) {
+    for (size_t at = 0; at < text.size();) {
+      const size_t from = at += space_run(text.substr(at));
+      for (size_t next = at; at < text.size(); at = next)
+        if (char_class(next_utf8(text, next)) == CharClass::space) break;
+      const std::string_view word = text.substr(from, at - from);
+      if (!word.empty() && word.substr(0, kMark.size()) != kMark) out += ' ';
+      out += word;
+    }
+    return replaced(out, kMark, " ");
+  }
+  out = replaced(text, kMark, " ");
+  const bool led = flags_ & kSpaceAlways || (flags_ & kSpaceAtStart && start);
+  if (led && !out.empty() && out[0] != ' ') out.insert(0, 1, ' ');
+  return out;
+}
+
+// Viterbi over the pieces that the word has from each character on. Neighbouring unknown characters
+// are one unknown token.
+void Tokenizer::cut(std::string_view word, bool special, std::vector<Best>& best,
+                    std::vector<int32_t>& out) const {
+  best.assign(word.size() + 1, Best());
+  const auto known = [&](uint32_t token) { return special || !is_special_[token]; };
+  const auto offer = [&](size_t start, size_t end, double score, uint32_t token) {
+    const double sum = score + best[start].sum;
+    if (best[end].token < 0 || sum > best[end].sum)
+      best[end] = {sum, start, static_cast<int32_t>(token)};
+  };
+  for (size_t start = 0, next = 0; start < word.size(); start = next) {
+    next_utf8(word, next);
+    bool single = false;
+    const auto first = static_cast<unsigned char>(word[start]);
+    const uint32_t* low = index_ + first_indexed_[first];
+    const uint32_t* high = index_ + first_indexed_[first + 1];
+    // From `low` to `high` stand the pieces that begin with these bytes of the word.
+    for (size_t bytes = 1; low < high; ++bytes) {
+      for (; low < high && stored(*low).size() == bytes; ++low) {
+        if (!known(*low)) continue;
+        offer(start, start + bytes, score(low - index_), *low);
+        single |= start + bytes == next;
+      }
+      if (start + bytes == word.size()) break;
+      const int byte = static_cast<unsigned char>(word[start + bytes]);
+      const auto at = [&](uint32_t token) {
+        const std::string_view piece = stored(token);
+        return bytes < piece.size() ? static_cast<unsigned char>(piece[bytes]) : -1;
+      };
+      low = std::partition_point(low, high, [&](uint32_t token) { return at(token) < byte; });
+      high = std::partition_point(low, high, [&](uint32_t token) { return at(token) == byte; });
+    }
+    if (!single) offer(start, next, score(index_count_), unknown_);
+  }
+  const size_t before = out.size();
+  const auto unknown = [&](size_t end) {
+    return best[end].token == static_cast<int32_t>(unknown_);
+  };
+  for (size_t end = word.size(); end > 0;) {
+    size_t start = best[end].start;
+    int32_t token = best[end].token;
+    if (unknown(end)) {
+      while (start > 0 && unknown(start)) start = best[start].start;
+      const int32_t whole = token_of(word.substr(start, end - start));
+      if (whole >= 0 && known(static_cast<uint32_t>(whole))) token = whole;
+    }
+    out.push_back(token);
+    end = start;
+  }
+  std::reverse(out.begin() + static_cast<ptrdiff_t>(before), out.end());
 }
 
 void Tokenizer::merge_word(std::string_view word, std::vector<int32_t>& out) const {

@@ -1,5 +1,5 @@
-// BPE over bytes or over SentencePiece's characters, or WordPiece, from the section that export
-// packed out of a tokenizer.json.
+// BPE over bytes or over SentencePiece's characters, WordPiece or Unigram, from the section that
+// export packed out of a tokenizer.json.
 #pragma once
 
 #include <cstdint>
@@ -34,6 +34,12 @@ class Tokenizer {
   void encode_whole(TextPart text, std::vector<int32_t>& out,
                     size_t most = std::numeric_limits<size_t>::max()) const;
 
+  // Whether texts have to come to encode_normalized(), as those of a Unigram do.
+  bool takes_normalized() const { return words_ == Words::unigram; }
+  // Of a text that is normalized, between added tokens. `special`: pieces that are special tokens
+  // mean them.
+  void encode_normalized(TextPart text, std::vector<int32_t>& out, bool start) const;
+
   // Token i is bytes[offsets[i]] up to bytes[offsets[i + 1]].
   void pieces(const char** bytes, const uint32_t** offsets, size_t* count) const {
     *bytes = text_, *offsets = offsets_, *count = count_;
@@ -54,6 +60,7 @@ class Tokenizer {
     kIdeographs = 64,
     kStripAccents = 128,
     kLowercase = 256,
+    kSplitSpaces = 512,  // of a Unigram: white space goes, and each word has a space before it
   };
   enum AddedFlag : uint32_t {
     kSpecial = 1,
@@ -70,11 +77,21 @@ class Tokenizer {
   };
 
   struct Encoding;
+  struct Best {  // the cut with the highest sum of scores up to a place, and its last piece
+    double sum = 0;
+    size_t start = 0;
+    int32_t token = -1;  // none yet
+  };
 
   void encode_text(std::string text, bool start, Encoding& encoding) const;
   size_t marked_word_end(std::string_view text, size_t start) const;
   void merge_word(std::string_view word, std::vector<int32_t>& out) const;
   void find_pieces(std::string_view word, std::vector<int32_t>& out) const;
+  std::string check_pieces(uint32_t indexed);
+  double score(size_t indexed) const;
+  std::string marked(std::string_view text, bool start) const;
+  void cut(std::string_view word, bool special, std::vector<Best>& best,
+           std::vector<int32_t>& out) const;
   void merge(const std::vector<int32_t>& tokens, std::vector<int32_t>& out) const;
   bool is_marked() const { return words_ == Words::whole || words_ == Words::spaces; }
   const Merge* find(int32_t left, int32_t right) const;
@@ -90,6 +107,10 @@ class Tokenizer {
   std::vector<uint32_t> first_merge_;  // of each left token, and the end
   const uint32_t* index_ = nullptr;    // tokens by their bytes
   const uint32_t* byte_tokens_ = nullptr;
+  // Unigram's: scores of the tokens in `index_` and of an unknown one, and where the tokens stand
+  // there that begin with each byte.
+  const uint32_t* scores_ = nullptr;
+  uint32_t first_indexed_[257] = {};
   const char* text_ = nullptr;
   std::vector<int32_t> prefix_, suffix_;
   std::vector<Added> added_;       // by name

@@ -8,7 +8,7 @@
 namespace pocketslm {
 
 // As in export/lower/native_tokenizer.py. `whole` and `spaces` are SentencePiece's, `bert` is
-// WordPiece's.
+// WordPiece's, `unigram` that of the model of this name.
 enum class Words : uint32_t {
   gpt2,
   gpt2_digits,
@@ -22,6 +22,7 @@ enum class Words : uint32_t {
   tekken,
   deepseek3,
   bert,
+  unigram,
   count
 };
 
@@ -29,7 +30,7 @@ enum class Words : uint32_t {
 // out before words are looked for.
 size_t part_end(Words words, std::string_view text, size_t start);
 
-// The end of the word from `start` on, of a text that is one such part. Not for `whole`, `spaces`.
+// The end of the word from `start` on, of a text that is one such part. Not for `whole`, `spaces` and `unigram`.
 // One word after the other, a text is read a bounded number of times.
 size_t word_end(Words words, std::string_view text, size_t start);
 

@@ -102,6 +102,7 @@ def test_the_border_checks_its_arguments(tmp_path: Path) -> None:
     assert encode(text[:-1], 0, 4) == 0
     assert room[3] != 7
     assert count.value == 4
-    assert [encode(None, 0, 4), encode(text, 8, 4), encode(text, 0, 4, None)] == [1, 1, 1]
+    assert [encode(None, 0, 4), encode(text, 16, 4), encode(text, 0, 4, None)] == [1, 1, 1]
+    assert [encode(text, 8, 4), encode(text, 2 | 8, 4), encode(text, 2 | 4, 4)] == [1, 1, 1]
     assert library.pslm_encode(None, text, 5, 0, room, 4, ctypes.byref(count), error) == 1
     assert library.pslm_decode(handle, room, 4, 1, None, 0, ctypes.byref(count), error) == 1

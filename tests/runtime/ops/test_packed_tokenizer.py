@@ -19,7 +19,10 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-STYLES = ["smollm", "llama3", "qwen2", "gpt4o", "llama2", "gemma", "metaspace-first"]
+STYLES = [
+    *("smollm", "llama3", "qwen2", "gpt4o", "llama2", "gemma", "metaspace-first"),
+    *("xlm-r", "xlm-r-nfkc", "deberta", "t5"),
+]
 
 
 def written(folder: Path, text: str, config: dict[str, object] | None = None) -> NativeTokenizer:
@@ -73,8 +76,9 @@ def test_every_token_is_equal(both: tuple[Tokenizer, Tokenizer]) -> None:
         assert packed.token_id(text) == python.token_id(text)
 
 
-def test_the_words_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
-    whole = document("gemma")
+@pytest.mark.parametrize("style", ["gemma", "xlm-r"])
+def test_the_words_are_read_when_they_are_asked_for(style: str, tmp_path: Path) -> None:
+    whole = document(style)
     packed = written(tmp_path, whole)
     at = whole.index('"vocab"')
     (tmp_path / "tokenizer.json").write_text(whole[:at] + "cut")

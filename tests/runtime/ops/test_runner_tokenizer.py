@@ -175,6 +175,7 @@ def test_a_long_prompt_takes_linear_time(style: str, runner_path: Path, tmp_path
         ("lowercase", "normalizes"),
         ("no-fallback", "byte alphabet|fallback|pre-tokenizer"),
         ("metaspace-always", "decoder"),
+        ("unigram-bytes", "falls back to bytes"),
     ],
 )
 def test_what_is_not_covered_is_said(style: str, reason: str) -> None:
