@@ -15,7 +15,7 @@ from native_support import need_sanitizers
 from pocketslm.errors import UsageError
 
 # The slower ones.
-INPUTS = {"command": 30, "request": 100, "checkpoint": 150, "template": 150, "tokenizer": 150}
+INPUTS = {"command": 120, "request": 100, "checkpoint": 150, "template": 150, "tokenizer": 150}
 FAST, NATIVE = 400, 1500
 
 

@@ -42,19 +42,26 @@ from pocketslm.runtime.ops.built import (
     sources,
 )
 
-COMMON = (
+ENGINE = (
     *("api", "attention", "border_slots", "cpu", "generator", "head", "lookup", "model_file"),
     *("probes", "program", "program_llama", "read_plan", "sampler", "session", "slots", "state"),
     "thread_pool",
+)
+GRAMMAR = (
     *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
     *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
     *(f"grammar/{name}" for name in ("machine", "numbers", "regex", "token_trie")),
 )
+COMMON = (*ENGINE, *GRAMMAR)
 # For frameworks that load the library: onnxruntime looks for RegisterCustomOps.
 BINDINGS = ("bindings/decoder", "bindings/onnxruntime")
 RUNNER = ("chat", "engine", "main", "protocol")
 # Text to tokens and back, for both.
 TEXT = tuple(f"runner/{name}" for name in ("bert", "json", "tokenizer", "unicode", "words"))
+# Under sanitizers and by zig, the sources of a group are compiled as one, in half of the time: most
+# of it goes into headers. What this machine runs is compiled source by source: each must include
+# what it uses, and who changes one waits for that one.
+GROUPS = (ENGINE, GRAMMAR, TEXT, tuple(f"runner/{name}" for name in RUNNER))
 FLAGS = (
     *("-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"),
     # Rounding is part of the contract: every path adds and multiplies in the same order.
@@ -198,26 +205,32 @@ def compile_and_link(
         defaults += ["-mllvm", f"-{calls}"] if toolchain.is_clang else ["--param", calls]
     if toolchain.is_zig:
         defaults += ["-g0"]  # it writes debug information unless told otherwise
-    units: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
+    together = toolchain.is_zig or any(flag.startswith("-fsanitize") for flag in flags)
+    groups = [group for group in GROUPS if together and set(group) <= set(names)]
+    alone = [(name,) for name in names if not any(name in group for group in groups)]
+    # Sources that are compiled as one, and their own flags.
+    units: list[tuple[tuple[str, ...], tuple[str, ...]]] = [(unit, ()) for unit in groups + alone]
     if kernels:
-        units += [(name, toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
-        units += [(name, ()) for name in PLATFORM[toolchain.system]]
+        units += [((name,), toolchain.kernel_flags(name)) for name in KERNELS[toolchain.machine]]
+        units += [((name,), ()) for name in PLATFORM[toolchain.system]]
     # All code of Windows can be loaded anywhere.
     flags = [*flags, *["-fPIC"] * (toolchain.system != "windows")]
     with aside(output.parent) if keep is None else nullcontext(keep) as scratch:
         Path(scratch).mkdir(parents=True, exist_ok=True)
         objects_folder = None if keep or "-isystem" in flags else _objects()
 
-        def compile_unit(unit: tuple[str, tuple[str, ...]]) -> str:
-            name, extra = unit
-            source = SOURCES / f"{name}.cpp"
+        def compile_unit(unit: tuple[tuple[str, ...], tuple[str, ...]]) -> str:
+            names, extra = unit
+            paths = [SOURCES / f"{name}.cpp" for name in names]
             options = (*FLAGS, *defaults, *flags, *extra)
-            compiler = [*toolchain.command, *options, "-I", str(SOURCES), "-c", str(source), "-o"]
+            before = [word for path in paths[:-1] for word in ("-include", str(path))]
+            compiler = [*toolchain.command, *options, "-I", str(SOURCES), *before]
+            compiler += ["-c", str(paths[-1]), "-o"]
             if objects_folder is None:
-                target = Path(scratch) / f"{Path(name).name}.o"
+                target = Path(scratch) / f"{paths[-1].stem}.o"
                 run([*compiler, str(target)])
                 return str(target)
-            key = _key(source, toolchain, options)
+            key = _key(paths, toolchain, options)
             kept = objects_folder / key[:2] / f"{key}.o"
             kept.parent.mkdir(exist_ok=True)
             with _locked(kept.parent):  # another process may be compiling it
@@ -282,12 +295,14 @@ def _locked(folder: Path) -> Iterator[None]:
             os.close(held)
 
 
-def _key(source: Path, toolchain: Toolchain, options: Sequence[str]) -> str:
-    """What an object depends on: its source, every header, the compiler and its options."""
-    name = os.path.relpath(source, SOURCES)
-    said = json.dumps([name, _version(toolchain.command), toolchain.command[1:], options])
-    text = said + _header_digest()
-    return hashlib.sha256(text.encode() + source.read_bytes()).hexdigest()[:32]
+def _key(paths: Sequence[Path], toolchain: Toolchain, options: Sequence[str]) -> str:
+    """What an object depends on: its sources, every header, the compiler and its options."""
+    names = [os.path.relpath(path, SOURCES) for path in paths]
+    said = json.dumps([names, _version(toolchain.command), toolchain.command[1:], options])
+    digest = hashlib.sha256((said + _header_digest()).encode())
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 @functools.cache

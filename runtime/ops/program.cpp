@@ -33,11 +33,11 @@ const char* name_of(Code code) {
 }
 
 // How many of its sections, sizes and numbers an operation has, and whether it names a norm.
-struct Form {
+struct Arity {
   size_t sections, sizes, numbers;
   bool norm;
 };
-Form form_of(Code code) {
+Arity arity_of(Code code) {
   switch (code) {
     case Code::embed: return {2, 0, 1, false};
     case Code::norm: return {2, 3, 1, true};
@@ -205,18 +205,18 @@ void Resolver::check_states() const {
 // What an operation has no use for must not be there.
 void Resolver::check_form() const {
   const OperationRecord& r = *record_;
-  const Form form = form_of(static_cast<Code>(r.code));
+  const Arity arity = arity_of(static_cast<Code>(r.code));
   for (uint32_t word : r.reserved) check(word == 0, "reserved words are not zero");
   for (float number : r.numbers) check(std::isfinite(number), "a number is not finite");
-  for (size_t i = form.sections; i < std::size(r.sections); ++i)
+  for (size_t i = arity.sections; i < std::size(r.sections); ++i)
     check(r.sections[i] == kNone, "it names a section that it has no use for");
-  for (size_t i = form.sizes; i < std::size(r.sizes); ++i)
+  for (size_t i = arity.sizes; i < std::size(r.sizes); ++i)
     check(r.sizes[i] == 0, "it has a size that it has no use for");
-  for (size_t i = form.numbers; i < std::size(r.numbers); ++i)
+  for (size_t i = arity.numbers; i < std::size(r.numbers); ++i)
     check(r.numbers[i] == 0, "it has a number that it has no use for");
   check(r.norm <= static_cast<uint16_t>(NormKind::layer),
         "the norm is unknown here: the file needs a newer pocketslm");
-  check(form.norm || r.norm == 0, "it has a norm that it has no use for");
+  check(arity.norm || r.norm == 0, "it has a norm that it has no use for");
   constexpr uint32_t known =
       AttendFlag::norm_after_rope | AttendFlag::bidirectional | AttendFlag::reads_only;
   check(!(r.flags & ~(static_cast<Code>(r.code) == Code::attend ? known : 0)),
@@ -454,7 +454,7 @@ void Resolver::run(const std::vector<OperationRecord>& operations,
   for (index_ = 0; index_ < operations.size(); ++index_) {
     record_ = &operations[index_];
     const Code code = static_cast<Code>(record_->code);
-    if (!form_of(code).sections)
+    if (!arity_of(code).sections)
       throw Fault{"operation " + std::to_string(index_) + " has code " +
                   std::to_string(record_->code) +
                   ", unknown here: the file needs a newer pocketslm"};

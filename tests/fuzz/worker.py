@@ -117,7 +117,7 @@ def work(
         start = time.monotonic()
         seeds = target.seeds()
         if seed == 0:  # a first run also feeds what is whole, and past findings
-            for data in seeds:
+            for data in dict.fromkeys(seeds):  # some are there twice, to be drawn more often
                 feeder.feed(data)
         pool = list(seeds)
         while feeder.inputs < limit and time.monotonic() - start < seconds:

@@ -14,9 +14,9 @@ bool is_name(char c) {
          c == '_';
 }
 
-class Parser {
+class GbnfParser {
  public:
-  explicit Parser(std::string_view text) : text_(text) {}
+  explicit GbnfParser(std::string_view text) : text_(text) {}
 
   Automaton whole() {
     for (space(true); at_ < text_.size(); space(true)) rule();
@@ -209,7 +209,7 @@ class Parser {
 
 Automaton read_gbnf(std::string_view text) {
   if (text.size() > kMaxText) throw GrammarError("the grammar is longer than a megabyte");
-  return Parser(text).whole();
+  return GbnfParser(text).whole();
 }
 
 }  // namespace pocketslm::grammar

@@ -42,7 +42,7 @@ Kind kind_of(uint32_t code) {
 }
 
 uint32_t lower(uint32_t code) {
-  const Lower* range = range_of(kLower, code);
+  const Lower* range = range_of(kLowerRuns, code);
   return range && (code - range->first) % range->step == 0 ? code + range->delta : code;
 }
 

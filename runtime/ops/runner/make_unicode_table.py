@@ -104,7 +104,7 @@ def main() -> None:
     version = f"// Unicode {unicodedata.unidata_version}\n"
     (folder / "bert_table.inl").write_text(
         f"// Unicode 8\nconstexpr Range kRanges[] = {{\n{wrapped(bert_classes())}}};\n"
-        f"{version}constexpr Lower kLower[] = {{\n{wrapped(lower_case())}}};\n"
+        f"{version}constexpr Lower kLowerRuns[] = {{\n{wrapped(lower_case())}}};\n"
     )
     (folder / "normalization_table.inl").write_text(
         f"{version}"

@@ -11,20 +11,6 @@
 namespace pocketslm {
 namespace {
 
-// Classes, and runs in which upper and lower case take turns.
-enum class Kind : uint8_t { U, l, L, M, N, P, S, E, O };
-struct Range {
-  uint32_t first, last;
-  Kind kind;
-};
-constexpr Kind U = Kind::U, l = Kind::l, L = Kind::L, M = Kind::M, N = Kind::N, P = Kind::P,
-               S = Kind::S, E = Kind::E, O = Kind::O;
-
-// Made by make_unicode_table.py.
-constexpr Range kRanges[] = {
-#include "unicode_table.inl"
-};
-
 // A canonical decomposition; `second` is 0 for one character. Not all of them compose again.
 struct Decomposition {
   uint32_t code, first, second = 0, composes = 0;
@@ -138,6 +124,18 @@ std::string to_nfc(std::string_view text) {
 namespace {
 
 CharClass look_up(uint32_t code) {
+  // Classes, and runs in which upper and lower case take turns.
+  enum class Kind : uint8_t { U, l, L, M, N, P, S, E, O };
+  struct Range {
+    uint32_t first, last;
+    Kind kind;
+  };
+  constexpr Kind U = Kind::U, l = Kind::l, L = Kind::L, M = Kind::M, N = Kind::N, P = Kind::P,
+                 S = Kind::S, E = Kind::E, O = Kind::O;
+  // Made by make_unicode_table.py.
+  static constexpr Range kRanges[] = {
+#include "unicode_table.inl"
+  };
   const Range* range = std::upper_bound(
       std::begin(kRanges), std::end(kRanges), code,
       [](uint32_t value, const Range& candidate) { return value < candidate.first; });

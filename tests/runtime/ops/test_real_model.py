@@ -58,22 +58,29 @@ def prompts(model_path: Path, runner_path: Path) -> list[list[int]]:
         return [runner.ask(op="encode", prompt=text)["tokens"] for text in PROMPTS]
 
 
-@pytest.mark.parametrize("kv_type", ["fp16", "int8"])
-def test_divergence_from_fp32(
-    kv_type: str, model_path: Path, smollm2_gguf: Path, lee_text: Path, runner_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def expected(
+    model_path: Path, smollm2_gguf: Path, lee_text: Path, runner_path: Path
+) -> tuple[np.ndarray, torch.Tensor]:
+    """512 tokens of news, and their log-probabilities in fp32."""
     text = lee_text.read_text(encoding="utf-8")[:4000]
     with running([str(runner_path)]) as runner:
         runner.ask(op="load", path=str(model_path), threads=1, context=64)
         tokens = np.array(runner.ask(op="encode", prompt=text)["tokens"][:512])
-    checkpoint = open_checkpoint(smollm2_gguf)
     with torch.no_grad():
-        reference = load_reference(checkpoint, 512)
+        reference = load_reference(open_checkpoint(smollm2_gguf), 512)
         logits, _ = reference(torch.tensor(tokens[None]), reference.empty_cache())
+    return tokens, torch.log_softmax(logits[0], -1)
+
+
+@pytest.mark.parametrize("kv_type", ["fp16", "int8"])
+def test_divergence_from_fp32(
+    kv_type: str, model_path: Path, expected: tuple[np.ndarray, torch.Tensor]
+) -> None:
+    tokens, right = expected
     session = NativeModel(model_path).session(threads=2, kv_type=kv_type, context=512)
-    expected = torch.log_softmax(logits[0], -1)
     actual = torch.log_softmax(torch.tensor(session.forward(tokens, all_logits=True)), -1)
-    divergence = (expected.exp() * (expected - actual)).sum(-1).mean().item()
+    divergence = (right.exp() * (right - actual)).sum(-1).mean().item()
     assert divergence <= MAX_KL
 
 
