@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from pocketslm.errors import CheckpointError, UsageError
@@ -187,12 +187,14 @@ class Pooling:
     kind: their mean, or the state of the first (``cls``) or of the last token.
     normalize: the embedding is divided by its length. lowercase: the text is made lower case first.
     max_tokens: of a text, with the tokens that the tokenizer adds; None: the context.
+    prompts: what is put before texts, by what they are, such as ``query`` and ``passage``.
     """
 
     kind: PoolingKind
     normalize: bool = False
     lowercase: bool = False
     max_tokens: int | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(PoolingKind):
@@ -202,6 +204,17 @@ class Pooling:
             )
         if self.max_tokens is not None:
             _size("the most tokens of a text", self.max_tokens)
+        if not isinstance(self.prompts, Mapping) or not all(
+            isinstance(part, str) for pair in self.prompts.items() for part in pair
+        ):
+            raise CheckpointError("config: prompts of a pooling are not texts by name")
+
+    def prompt(self, kind: str) -> str:
+        """What is put before a text of some kind; UsageError, with the kinds, for another one."""
+        if kind not in self.prompts:
+            known = ", ".join(self.prompts) or "none"
+            raise UsageError(f"the model has no prompt {kind[:40]!r}, expected one of: {known}")
+        return self.prompts[kind]
 
 
 @dataclass(frozen=True)
@@ -476,7 +489,8 @@ def _without_defaults(value: Any) -> dict[str, Any]:
     kept = {}
     for entry in fields(value):
         part = getattr(value, entry.name)
-        if part != entry.default:
+        none = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if part != none:
             kept[entry.name] = part
     return kept
 

@@ -58,14 +58,18 @@ def read_pooling(folder: Path, hidden_size: int) -> tuple[Pooling | None, list[s
             f"{pooling.where} sets {len(chosen)} modes of pooling, expected one of "
             + ", ".join(_MODES)
         )
-    pooling("include_prompt")  # it counts only where there is a prompt
     if (name := prompts("default_prompt_name")) is not None:
         raise CheckpointError(
             f"{prompts.where}: default_prompt_name is {str(name)[:40]!r}: texts would begin with a "
             "prompt, which is not supported"
         )
-    given = [name for name, text in prompts.table("prompts").items() if text]
-    notes = [f"{prompts.where}: prompts are not put before texts: {', '.join(given)}"] * bool(given)
+    given, notes = prompts.table("prompts"), []
+    if not pooling.flag("include_prompt", True) and any(given.values()):
+        notes.append(
+            f"{pooling.where}: include_prompt is false, so these prompts are not put before texts: "
+            + ", ".join(given)
+        )
+        given = {}
     for name in ("__version__", "similarity_fn_name", "model_type"):
         prompts(name)
     most = limits("max_seq_length")
@@ -74,6 +78,7 @@ def read_pooling(folder: Path, hidden_size: int) -> tuple[Pooling | None, list[s
         normalize="Normalize" in kinds,
         lowercase=limits.flag("do_lower_case"),
         max_tokens=None if most is None else limits.integer("max_seq_length"),
+        prompts=given,
     )
     return found, [*notes, *pooling.settle(), *limits.settle(), *prompts.settle()]
 
@@ -99,6 +104,8 @@ def write_pooling(pooling: Pooling, hidden_size: int, folder: Path) -> None:
         f"{_POOLING}/config.json": size | modes,
         LIMITS: limits,
     }
+    if pooling.prompts:
+        files[PROMPTS] = {"prompts": dict(pooling.prompts), "default_prompt_name": None}
     (folder / _POOLING).mkdir(exist_ok=True)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -77,6 +77,11 @@ def add_commands(commands: Commands) -> None:
         help="print the cosine between the first text and each other one instead",
     )
     parser.add_argument(
+        "--prompt",
+        metavar="NAME",
+        help="put this prompt of the bundle's before each text, such as query or passage",
+    )
+    parser.add_argument(
         "--truncate",
         action="store_true",
         help="cut a text that is too long to its first tokens",
@@ -237,7 +242,7 @@ def _embed(arguments: argparse.Namespace) -> None:
         texts = read_input("texts").splitlines()
     if len(texts) < 2 and arguments.compare:
         raise UsageError(f"--compare needs at least two texts, not {len(texts)}")
-    vectors = load(arguments).embed(texts, truncate=arguments.truncate)
+    vectors = load(arguments).embed(texts, prompt=arguments.prompt, truncate=arguments.truncate)
     if arguments.compare:
         for text, cosine in zip(texts[1:], cosines(vectors), strict=True):
             show(f"{cosine:.4f}  {text}")

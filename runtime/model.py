@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 from pocketslm.errors import BackendError, BundleError, UsageError
-from pocketslm.models.config import ModelConfig
+from pocketslm.models.config import Pooling
 from pocketslm.runtime.adapters import PREFIX, SUFFIX, read_updates
 from pocketslm.runtime.answer import Finish, Limiting, Step
 from pocketslm.runtime.arrays import np
@@ -282,48 +282,61 @@ class Model:
         """How many generations are made at once; others come after them."""
         return self.engine.parallel
 
-    def embed(self, texts: Sequence[str], *, truncate: bool = False) -> Vector:
+    def embed(
+        self, texts: Sequence[str], *, prompt: str | None = None, truncate: bool = False
+    ) -> Vector:
         """The embeddings [texts, size] of a model of embeddings, as its pooling says.
 
-        Each text is read for itself, and no text of a special token in it is special. A prompt
-        that the model's card asks for is for the caller to put before a text. ``truncate``: of a
-        text longer than the model reads, the first tokens count, as in sentence-transformers.
-        Raises UsageError where the model generates text or a text has no tokens, and
+        Each text is read for itself, and no text of a special token in it is special. ``prompt``:
+        the name of the bundle's prompt that is put before each text, such as ``query`` or
+        ``passage``; :attr:`embedding_prompts` lists them. ``truncate``: of a text longer than the
+        model reads, the first tokens count, as in sentence-transformers. Raises UsageError where
+        the model generates text, has no such prompt or a text has no tokens, and
         ContextOverflowError, before anything runs, where a text is too long.
         """
-        return self.embed_tokens(self.tokens_to_embed(texts, truncate=truncate))
+        return self.embed_tokens(self.tokens_to_embed(texts, prompt=prompt, truncate=truncate))
+
+    @property
+    def embedding_prompts(self) -> Mapping[str, str]:
+        """What :meth:`embed` can put before a text, by name. Raises as it does."""
+        return self._pooling().prompts
 
     def embed_tokens(self, ids: Sequence[Sequence[int]]) -> Vector:
         """The embeddings [texts, size] of what :meth:`tokens_to_embed` gives."""
-        config = self._embedding_config()
-        assert config.pooling is not None
-        vectors = np.empty((len(ids), config.hidden_size), np.float32)
+        pooling = self._pooling()
+        assert self.bundle.config is not None
+        size = self.bundle.config.hidden_size
+        vectors = np.empty((len(ids), size), np.float32)
         session = self.engine.session
         with self.engine.exclusive():
             for row, tokens in zip(vectors, ids, strict=True):
                 session.truncate(0)
-                row[:] = embed(session, tokens, config.pooling, config.hidden_size)
+                row[:] = embed(session, tokens, pooling, size)
         return vectors
 
-    def tokens_to_embed(self, texts: Sequence[str], *, truncate: bool = False) -> list[list[int]]:
+    def tokens_to_embed(
+        self, texts: Sequence[str], *, prompt: str | None = None, truncate: bool = False
+    ) -> list[list[int]]:
         """The ids that :meth:`embed` reads of each text. Raises as it does."""
-        config = self._embedding_config()
-        assert config.pooling is not None
+        pooling = self._pooling()
         if isinstance(texts, str):
             raise UsageError("embed takes a list of texts, not one text")
+        before = "" if prompt is None else pooling.prompt(prompt)
         return [
-            tokens_of(text, number, self.tokenizer, config.pooling, self.context, truncate=truncate)
+            tokens_of(
+                before + text, number, self.tokenizer, pooling, self.context, truncate=truncate
+            )
             for number, text in enumerate(texts, 1)
         ]
 
-    def _embedding_config(self) -> ModelConfig:
+    def _pooling(self) -> Pooling:
         config = self.bundle.config
         if config is None or config.pooling is None:
             raise UsageError(
                 f"{self.name} generates text, it has no embeddings; use a model such as "
                 "all-minilm-l6-v2"
             )
-        return config
+        return config.pooling
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text; names of special tokens in it stay ordinary text."""

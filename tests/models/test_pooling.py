@@ -24,6 +24,7 @@ POOLING = "1_Pooling/config.json"
         Pooling("mean", normalize=True, max_tokens=256),
         Pooling("cls", normalize=True, lowercase=True, max_tokens=512),
         Pooling("last"),
+        Pooling("mean", prompts={"query": "query: ", "passage": "passage: "}),
     ],
 )
 def test_what_is_written_is_read(pooling: Pooling, tmp_path: Path) -> None:
@@ -61,6 +62,7 @@ def module(kind: str, path: str = "") -> dict[str, Any]:
         (POOLING, {"word_embedding_dimension": 32}, "pools 32 values, the model has 64"),
         (LIMITS, {"max_seq_length": -1}, "max_seq_length is -1"),
         (PROMPTS, {"default_prompt_name": "query"}, "default_prompt_name is 'query'"),
+        (PROMPTS, {"prompts": {"query": 3}}, "prompts of a pooling are not texts"),
     ],
 )
 def test_what_is_not_known_is_refused(
@@ -72,12 +74,15 @@ def test_what_is_not_known_is_refused(
         read_pooling(tmp_path, 64)
 
 
-def test_prompts_and_unknown_fields_are_named(tmp_path: Path) -> None:
-    write_pooling(Pooling("mean"), 64, tmp_path)
-    (tmp_path / PROMPTS).write_text(json.dumps({"prompts": {"query": "Query: ", "document": ""}}))
+def test_prompts_that_are_not_pooled_and_unknown_fields_are_named(tmp_path: Path) -> None:
+    write_pooling(Pooling("mean", prompts={"query": "Query: ", "document": ""}), 64, tmp_path)
+    given = json.loads((tmp_path / POOLING).read_text())
+    (tmp_path / POOLING).write_text(json.dumps(given | {"include_prompt": False}))
     (tmp_path / LIMITS).write_text(json.dumps({"new_field": 3}))
-    notes = "\n".join(read_pooling(tmp_path, 64)[1])
-    assert "prompts are not put before texts: query" in notes
+    pooling, said = read_pooling(tmp_path, 64)
+    assert pooling == Pooling("mean")
+    notes = "\n".join(said)
+    assert "include_prompt is false, so these prompts are not put before texts: query" in notes
     assert "new_field" in notes
 
 
