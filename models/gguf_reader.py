@@ -52,7 +52,7 @@ class TensorInfo:
     nbytes: int
 
 
-class _Cursor:
+class Cursor:
     """Bounds-checked little-endian reads over the mapped file."""
 
     def __init__(self, data: memoryview, path: Path) -> None:
@@ -106,7 +106,7 @@ class GGUFFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from None
-        cursor = _Cursor(memoryview(self._map), path)
+        cursor = Cursor(memoryview(self._map), path)
         if len(self._map) < 24 or bytes(cursor.take(4)) != MAGIC:
             raise CheckpointError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
         version = cursor.scalar("I")
@@ -132,7 +132,7 @@ class GGUFFile:
             raise CheckpointError(f"{path} names a tensor twice; file corrupt?")
 
     def _tensor_head(
-        self, cursor: _Cursor
+        self, cursor: Cursor
     ) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name, dims = cursor.string(), cursor.scalar("I")
         if not 0 < dims <= _MAX_DIMS:
@@ -257,7 +257,7 @@ def _fifth_bits(raw: Array) -> Array:
     return (bits.astype(np.uint8) << 4).reshape(len(raw), -1)
 
 
-def _q4_0(blocks: Array) -> QuantTensor:
+def q4_0(blocks: Array) -> QuantTensor:
     return QuantTensor(pack_codes(_nibbles(blocks[..., 2:]), 4), _half(blocks[..., :2]), 4, 32)
 
 
@@ -389,7 +389,7 @@ def _ternary(kind: GGMLQuantizationType) -> Callable[[Array], QuantTensor]:
 
 # Blocks that are kept as they are, code for code.
 _BLOCKS = {
-    GGMLQuantizationType.Q4_0: _q4_0,
+    GGMLQuantizationType.Q4_0: q4_0,
     GGMLQuantizationType.Q4_1: _q4_1,
     GGMLQuantizationType.Q5_0: _q5_0,
     GGMLQuantizationType.Q5_1: _q5_1,
