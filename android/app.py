@@ -239,6 +239,12 @@ class PocketApp(App):
 
         self.start("files", work, added, on_error=failed)
 
+    def find_by(self, name: str) -> None:
+        """Find by a model of embeddings too."""
+        others = [other for other in self.settings["embedders"] if other != name]
+        self.settings["embedders"] = [*others, name]
+        self.read_meanings()
+
     def read_meanings(self) -> None:
         """Compute the vectors that are missing, in the background."""
 
@@ -247,22 +253,24 @@ class PocketApp(App):
             for _ in meanings.index(cancel=cancel) if meanings is not None else ():
                 yield None
 
-        if self.settings["embedder"]:
+        if self.settings["embedders"]:
             self.start("files", work, lambda _: None)
 
     def meanings(self) -> Meanings | None:
-        """The library's vectors by the model of embeddings that was imported; None without one."""
-        name = self.settings["embedder"]
-        if not name or not self.models.path(name).is_dir():
+        """The library's vectors by the models of embeddings that were imported; None without."""
+        paths = [self.models.path(name) for name in self.settings["embedders"]]
+        paths = [path for path in paths if path.is_dir()]
+        if not paths:
             return None
+        name = " + ".join(path.name for path in paths)
         with self._lock:
             if self._meanings is None or self._meanings.name != name:
                 try:
-                    model = Model.load(self.models.path(name), threads=1, verify=False)
+                    models = [Model.load(path, threads=1, verify=False) for path in paths]
                 except PocketSlmError as error:  # words do; the answer says by what it was found
                     log.warning("found by words only: %s", error)
                     return None
-                self._meanings = Meanings(self.library, model, name)
+                self._meanings = Meanings(self.library, models, name)
             return self._meanings
 
     def import_model(self, path: Path) -> None:
@@ -278,8 +286,7 @@ class PocketApp(App):
             if last and self.models.path(last).is_dir():
                 self.notice(self.t("imported", name=last))
                 if self.models.embeds(last):
-                    self.settings["embedder"] = last
-                    self.read_meanings()
+                    self.find_by(last)
                 elif not self.settings["model"]:
                     self.settings["model"] = last
                 elif self.settings["model"] == last:

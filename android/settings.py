@@ -18,7 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "engine": "auto",
     "threads": 0,  # 0: the engine decides
     "model": "",
-    "embedder": "",  # the model that finds by meaning
+    "embedders": [],  # the models that find by meaning
     "measured": {},  # model name -> {"prefill", "decode"} in tokens/s
     "screen": "library",
     "document": 0,
@@ -58,6 +58,9 @@ class Settings:
             same = default is None or type(value) is type(default)
             if same and value in _CHOICES.get(name, (value,)):
                 self._values[name] = value
+        earlier = data.get("embedder") if isinstance(data, dict) else None
+        if isinstance(earlier, str) and earlier and not self._values["embedders"]:
+            self._values["embedders"] = [earlier]
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]

@@ -23,9 +23,10 @@ from pocketslm.runtime.assistant.answer import Answer, Citation, Event
 from pocketslm.runtime.assistant.assistant import Assistant, sample_document
 from pocketslm.runtime.assistant.document import Block, Document, make_source
 from pocketslm.runtime.assistant.library import Library
-from pocketslm.runtime.assistant.meaning import Embedder, Meanings
+from pocketslm.runtime.assistant.meaning import Meanings
 from pocketslm.runtime.assistant.readers.wikipedia import article
 from pocketslm.runtime.assistant.retrieval import search
+from pocketslm.runtime.assistant.scale import Embedder
 from pocketslm.runtime.assistant.support import common_words, ground_of, invented_names, numbers
 from pocketslm.runtime.assistant.words import sentences
 from pocketslm.runtime.model import TextModel
@@ -68,14 +69,14 @@ def measure(
     wiki: Path,
     step: Step,
     *,
-    embedder: Embedder | None = None,
+    embedders: Sequence[Embedder] = (),
     every: bool = False,
     tuned: bool = False,
     examples: Callable[[str], None] = lambda text: None,
 ) -> list[Figure]:
     """Measure everything, which takes a few minutes with a 135M model on two cores.
 
-    - ``embedder``: find by meaning too.
+    - ``embedders``: find by meaning too.
     - ``every``: let the model answer every question, not SAMPLE of them.
     - ``tuned``: use the half of the questions on which constants were chosen, not the other half.
     - ``examples``: called with each question and the text that was shown, for reading.
@@ -85,7 +86,7 @@ def measure(
     with Library(":memory:") as library:
         step("read documents", 0.0)
         shelf = fill(library, news, wiki)
-        meanings = Meanings(library, embedder) if embedder else None
+        meanings = Meanings(library, embedders) if embedders else None
         if meanings is not None:
             todo = library.entries()
             for at, entry in enumerate(todo):

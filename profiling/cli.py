@@ -133,7 +133,11 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument(
-        "--embeddings", type=Path, help="a bundle of embeddings (default: find by words only)"
+        "--embeddings",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="bundles of embeddings (default: find by words only)",
     )
     parser.add_argument(
         "--every",
@@ -294,7 +298,7 @@ def _bench_doc(arguments: argparse.Namespace) -> None:
 
     model = Model.load(arguments.bundle, arguments.backend, arguments.threads)
     model.need_head("bench-doc")
-    embedder = Model.load(arguments.embeddings) if arguments.embeddings is not None else None
+    embedders = [Model.load(bundle) for bundle in arguments.embeddings]
 
     def example(text: str) -> None:
         for line in text.splitlines() if arguments.examples else ():
@@ -306,7 +310,7 @@ def _bench_doc(arguments: argparse.Namespace) -> None:
             fetch("lee", say),
             fetch("wiki", say),
             progress,
-            embedder=embedder,
+            embedders=embedders,
             every=arguments.every,
             tuned=arguments.tuned,
             examples=example,
@@ -316,7 +320,7 @@ def _bench_doc(arguments: argparse.Namespace) -> None:
             {
                 "model": model.name,
                 "backend": model.backend,
-                "embeddings": arguments.embeddings.name if embedder else None,
+                "embeddings": [embedder.name for embedder in embedders],
                 "questions": "tuned" if arguments.tuned else "apart",
                 "figures": [asdict(figure) for figure in figures],
             }

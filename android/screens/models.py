@@ -67,14 +67,13 @@ class ModelsScreen(Screen):
             speed_text=speed,
             context_text=t("tokens", count=card.context),
             quality_text=t("quality_value", top1=f"{card.top1:.1%}"[:-1]) if card.top1 else "",
-            used=card.name in (app.settings["model"], app.settings["embedder"]),
+            used=card.name in (app.settings["model"], *app.settings["embedders"]),
         )
 
     def use(self, name: str) -> None:
         app = App.get_running_app()
         if app.models.embeds(name):
-            app.settings["embedder"] = name
-            app.read_meanings()
+            app.find_by(name)
         else:
             app.settings["model"] = name
             app.unload()
@@ -120,8 +119,8 @@ class ModelsScreen(Screen):
             if app.settings["model"] == name:
                 app.unload()
                 app.settings["model"] = ""
-            if app.settings["embedder"] == name:
-                app.settings["embedder"] = ""
+            others = [other for other in app.settings["embedders"] if other != name]
+            app.settings["embedders"] = others
             app.models.remove(name)
             self.refresh()
 

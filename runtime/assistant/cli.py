@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     # The last is the question before.
     Start = Callable[[Assistant, Sequence[Document], threading.Event, str], Iterator[Event]]
 
-_EMBEDDINGS = "embeddings"  # the library's setting: the bundle of its model of embeddings
+_EMBEDDINGS = "embeddings"  # the library's setting: the bundles of its models, a line each
 LIBRARY_VARIABLE = "POCKETSLM_DOCUMENTS"
 LIBRARY_DEFAULT = "~/.local/share/pocketslm/documents.db"
 
@@ -81,11 +81,11 @@ def add_commands(commands: Commands) -> None:
     parser = documents.add(
         "meaning",
         _meaning,
-        "find by meaning too: read the library with a model of embeddings, now and whenever a "
-        "document is added",
-        "pocketslm doc meaning out/minilm",
+        "find by meaning too: read the library with a model of embeddings or several, now and "
+        "whenever a document is added",
+        "pocketslm doc meaning out/minilm out/e5",
     )
-    parser.add_argument("bundle", nargs="?", type=Path, help="a bundle of such a model")
+    parser.add_argument("bundles", nargs="*", type=Path, help="bundles of such models")
     parser.add_argument("--off", action="store_true", help="find by words only")
     _add_library(parser)
 
@@ -194,9 +194,11 @@ def _meaning(arguments: argparse.Namespace) -> None:
             library.set(_EMBEDDINGS, "")
             library.forget_meanings()
             return
-        if arguments.bundle is not None:
-            _embedder(arguments.bundle)  # is it one?
-            library.set(_EMBEDDINGS, str(arguments.bundle.expanduser().resolve()))
+        if arguments.bundles:
+            for bundle in arguments.bundles:
+                _embedder(bundle)  # is it one?
+            paths = (str(bundle.expanduser().resolve()) for bundle in arguments.bundles)
+            library.set(_EMBEDDINGS, "\n".join(paths))
         meanings = _meanings(library)
         if meanings is None:
             raise UsageError("the library finds by words only; name a bundle such as out/minilm")
@@ -231,15 +233,17 @@ def _embedder(bundle: Path) -> Model:
 
 
 def _meanings(library: Library) -> Meanings | None:
-    """The vectors by the library's model of embeddings. If it cannot be used, prints why and
+    """The vectors by the library's models of embeddings. If one cannot be used, prints why and
     returns None.
     """
     from pocketslm.runtime.assistant.meaning import Meanings
 
-    if not (path := library.setting(_EMBEDDINGS)):
+    bundles = [Path(path) for path in library.setting(_EMBEDDINGS).splitlines()]
+    if not bundles:
         return None
     try:
-        return Meanings(library, _embedder(Path(path)), Path(path).name)
+        name = " + ".join(bundle.name for bundle in bundles)
+        return Meanings(library, [_embedder(bundle) for bundle in bundles], name)
     except PocketSlmError as error:
         say(f"found by words only: {error}")
         return None

@@ -44,8 +44,6 @@ SIGNS = (
     "lacks",  # whether it lacks a number, time or colour that is wanted
 )
 MOST_MARGIN = 5.0
-# Languages of which the model of embeddings knows the meaning; "" are tables, logs and code.
-KNOWN = frozenset(("en", ""))
 # How many sentences may support the model's, and how much of the question each must hold, compared
 # with the best.
 GROUNDS, GROUND = 5, 0.8
@@ -61,8 +59,8 @@ _ITEM = re.compile(r"(?:[-*•–]|\d{1,2}[.)])\s")
 class Weights(NamedTuple):
     """- ``sentence``: one weight for each feature.
     - ``answerable``: one for each sign. There is an answer where their sum is positive.
-    - ``least``: where no passage holds a word of the question, there is an answer if a sentence in
-      a language of KNOWN is as much alike.
+    - ``least``: where no passage holds a word of the question, there is an answer if a sentence is
+      as much alike, in a language that the model of embeddings knows.
     """
 
     sentence: tuple[float, ...]
@@ -88,12 +86,18 @@ BY_WORDS = Weights(
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sentence with its features and score."""
+    """A sentence with its features and score.
+
+    - ``alike``: as the feature, but by the model that knows the document's language best.
+    - ``certainty``: the score with it, which decides whether there is an answer.
+    """
 
     document: Document
     citation: Citation
     features: tuple[float, ...]
     score: float
+    alike: float
+    certainty: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +150,20 @@ def _is_answered(
     """Whether the best sentence can be an answer."""
     covered = max(hit.coverage for hit in hits)
     if not covered:
-        known = (one.features[ALIKE] for one in ranked if one.document.language in KNOWN)
-        return max(known, default=0.0) >= weights.least
-    best = ranked[0]
-    others = (found.score for found in ranked if not _same_passage(found, best))
+        understood = {hit.document.id for hit in hits if hit.understood}
+        alike = (one.alike for one in ranked if one.document.id in understood)
+        return max(alike, default=0.0) >= weights.least
+    best = max(ranked, key=lambda one: one.certainty)
+    others = (one.certainty for one in ranked if not _same_passage(one, best))
     kind = best.features[KIND]
     lacks = kind < 0 and wanted(question, best.document.language).kind != "person"
     signs = (
         1.0,
-        best.score,
+        best.certainty,
         covered,
         kind,
-        min(MOST_MARGIN, best.score - next(others, -math.inf)),
-        best.features[ALIKE],
+        min(MOST_MARGIN, best.certainty - max(others, default=-math.inf)),
+        best.alike,
         float(lacks),
     )
     return _odds(weights.answerable, signs) > 0
@@ -196,26 +201,31 @@ def candidates(hits: Sequence[Hit], question: str, weights: Weights) -> Iterator
             here = held[at]
             around = set().union(*held[max(0, at - 1) : at + 2]) - here - heading
             text = document.text[start:end]
+            likeness, alike = _alike(hit, at)
             features = (
                 1.0,
                 _sum(share, here | title),
                 _sum(share, heading - here - title),
                 _sum(share, around),
-                _alike(hit, at),
+                likeness,
                 holds(text, wants[language], language),
                 hit.score / best,
                 float(" ".join(text.split()) in names),
             )
             score = _odds(weights.sentence, features)
+            certainty = score + weights.sentence[ALIKE] * (alike - likeness)
             citation = Citation(chunk.index, start, end, document.id)
-            yield Candidate(document, citation, features, score)
+            yield Candidate(document, citation, features, score, alike, certainty)
 
 
-def _alike(hit: Hit, sentence: int) -> float:
+def _alike(hit: Hit, sentence: int) -> tuple[float, float]:
+    """How much a sentence is like the question, for ranking and for deciding."""
     if hit.likeness is None:
-        return 0.0
+        return 0.0, 0.0
+    ranking, deciding = hit.likeness.ranking, hit.likeness.deciding
     row = min(sentence, MOST_SENTENCES - 1) + 1
-    return float(hit.likeness[row if row < hit.likeness.size else 0])
+    row = row if row < ranking.size else 0
+    return float(ranking[row]), float(deciding[row])
 
 
 def _sum(share: dict[str, float], some: set[str]) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pocketslm.runtime.assistant.document import Chunk, Document
-from pocketslm.runtime.assistant.meaning import Meanings, Vector
+from pocketslm.runtime.assistant.meaning import Likeness, Meanings
 from pocketslm.runtime.assistant.words import asked_terms, compound_parts
 
 K1, B = 1.2, 0.75  # the values of SQLite's FTS5 and Lucene
@@ -29,8 +29,8 @@ MOST_NAMES = 4
 SHORT = 30  # chunks
 # The weight of words beside meaning: the best BM25 score counts as much as a cosine of WORDS if its
 # chunk holds the whole question, and by the square of the part otherwise: words that meet by chance
-# must not outweigh meaning. A chunk's cosine is that of its most similar sentence, times SENTENCE,
-# plus its own, times the rest.
+# must not outweigh meaning. A chunk's likeness is that of its most similar sentence, times
+# SENTENCE, plus its own, times the rest.
 WORDS, SENTENCE = 0.4, 0.7
 
 Place = tuple[int, int]
@@ -39,15 +39,19 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A chunk of a document with its score, the part of the question's weight that its words carry
-    (0 to 1), and the cosines of the chunk and its sentences to the question, if they are known.
+    """A chunk of a document with its score.
+
+    - ``coverage``: the part of the question's weight that its words carry (0 to 1).
+    - ``likeness``: how much the chunk and its sentences are like the question, where that is known.
+    - ``understood``: whether the model of embeddings knows the document's language.
     """
 
     document: Document
     chunk: Chunk
     score: float
     coverage: float
-    likeness: Vector | None = None
+    likeness: Likeness | None = None
+    understood: bool = False
 
 
 def search(
@@ -67,12 +71,12 @@ def search(
     if not shelf:
         return []
     score, covered = _by_words(shelf, question, walk=walk)
-    likeness: dict[Place, Vector] = {}
+    likeness: dict[Place, Likeness] = {}
     if meanings is not None and question.strip():
         asked = meanings.question(question)
         for document in shelf:
-            for chunk, cosines in meanings.likeness(document, asked).items():
-                likeness[document.id, chunk] = cosines
+            for chunk, alike in meanings.likeness(document, asked).items():
+                likeness[document.id, chunk] = alike
         score = _fused(score, covered, likeness)
     opened = {document.id: document for document in shelf}
     best = sorted(score, key=lambda place: (-score[place], place))[:k]
@@ -83,6 +87,7 @@ def search(
             score[number, chunk],
             covered.get((number, chunk), 0.0),
             likeness.get((number, chunk)),
+            meanings is not None and meanings.understands(opened[number]),
         )
         for number, chunk in best
     ]
@@ -145,7 +150,7 @@ def _by_words(
 
 
 def _fused(
-    score: dict[Place, float], covered: dict[Place, float], likeness: dict[Place, Vector]
+    score: dict[Place, float], covered: dict[Place, float], likeness: dict[Place, Likeness]
 ) -> dict[Place, float]:
     """Scores by words, as far as these cover the question, plus scores by meaning.
 
@@ -156,10 +161,10 @@ def _fused(
         place: WORDS * covered.get(place, TRUST) ** 2 * value / best
         for place, value in score.items()
     }
-    for place, cosines in likeness.items():
-        sentence = float(cosines[1:].max()) if cosines.size > 1 else float(cosines[0])
-        alike = SENTENCE * sentence + (1 - SENTENCE) * float(cosines[0])
-        fused[place] = fused.get(place, 0.0) + alike
+    for place, found in likeness.items():
+        chunk, sentences = float(found.ranking[0]), found.ranking[1:]
+        sentence = float(sentences.max()) if sentences.size else chunk
+        fused[place] = fused.get(place, 0.0) + SENTENCE * sentence + (1 - SENTENCE) * chunk
     return fused
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +19,18 @@ from pocketslm.profiling.assistant import finished
 from pocketslm.runtime.assistant.assistant import Assistant
 from pocketslm.runtime.assistant.document import Block, Document, make_source
 from pocketslm.runtime.assistant.library import Library
-from pocketslm.runtime.assistant.meaning import Meanings, Vector, pack
-from pocketslm.runtime.assistant.quoting import PASSAGES, choose
+from pocketslm.runtime.assistant.meaning import Meanings, pack
+from pocketslm.runtime.assistant.quoting import BY_MEANING, PASSAGES, choose
 from pocketslm.runtime.assistant.retrieval import search
+from pocketslm.runtime.assistant.scale import (
+    SPREAD,
+    UNRELATED,
+    Embedder,
+    Scale,
+    Vector,
+    measured,
+    pairs,
+)
 from pocketslm.runtime.model import Model, Record
 
 # Words that mean the same share a dimension.
@@ -29,18 +38,31 @@ MEANT = ({"cock", "cockerel", "cockerels"}, {"queue", "wait"}, {"camp", "night"}
 
 
 class Words:
-    name = "words"
+    embedding_prompts: Mapping[str, str] = {}
 
-    def __init__(self) -> None:
-        self.texts = 0
+    def __init__(self, name: str = "words", *languages: str) -> None:
+        self.name, self.texts = name, 0
+        self.scale = Scale({"en": UNRELATED}, SPREAD, languages or ("en",))
 
-    def embed(self, texts: Sequence[str], *, truncate: bool = False) -> Vector:
+    def embed(
+        self, texts: Sequence[str], *, prompt: str | None = None, truncate: bool = False
+    ) -> Vector:
         self.texts += len(texts)
         vectors = np.full((len(texts), len(MEANT) + 1), 0.01, np.float32)
         for row, text in zip(vectors, texts, strict=True):
             for at, some in enumerate(MEANT):
                 row[at] += bool(some & set(text.lower().strip("?.").replace(".", " ").split()))
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.fixture(autouse=True)
+def scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An embedder of words is too simple to be measured: it says its scale."""
+
+    def of(embedder: Embedder) -> Scale:
+        return embedder.scale if isinstance(embedder, Words) else measured(embedder)
+
+    monkeypatch.setattr("pocketslm.runtime.assistant.meaning.measured", of)
 
 
 @pytest.fixture
@@ -85,6 +107,69 @@ def test_likeness_alone_answers_only_in_the_language_of_its_model(library: Libra
         hits = search(document, question, PASSAGES, meanings=meanings)
         assert hits[0].coverage == 0.0
         assert choose(hits, question).found is found, question
+
+
+class Paired:
+    """Gives each question of some languages the vector of its sentence, and others one vector."""
+
+    name = "paired"
+    embedding_prompts: Mapping[str, str] = {"query": "q: ", "document": ""}
+
+    def __init__(self, *languages: str) -> None:
+        self.rows = {text: at for at, pair in enumerate(pairs(*languages)) for text in pair}
+        self.asked: list[str | None] = []
+
+    def embed(
+        self, texts: Sequence[str], *, prompt: str | None = None, truncate: bool = False
+    ) -> Vector:
+        self.asked.append(prompt)
+        vectors = np.full((len(texts), 1 + len(self.rows)), 1e-3, np.float32)
+        for vector, text in zip(vectors, texts, strict=True):
+            vector[0] = 1.0
+            if text in self.rows:
+                vector[1 + self.rows[text]] = 0.7
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_the_scale_of_a_model_says_what_its_cosines_are_worth() -> None:
+    embedder = Paired("en", "de")
+    scale = measured(embedder)
+    assert scale.languages == ("en", "de")
+    assert scale.knows("de") and scale.knows("") and not scale.knows("fr")  # noqa: PT018
+    assert set(embedder.asked) == {"query", "document"}
+    cosine = np.array([scale.unrelated["en"], scale.unrelated["en"] + scale.spread], np.float32)
+    np.testing.assert_allclose(
+        scale.likeness(cosine), [UNRELATED, UNRELATED + SPREAD], rtol=0, atol=1e-5
+    )
+    # Of a language that is not known, cosines are taken as of English.
+    np.testing.assert_array_equal(scale.likeness(cosine, "fr"), scale.likeness(cosine))
+    assert measured(Paired()).languages == ()
+
+
+def test_several_models_rank_together_and_the_one_for_the_language_decides(
+    library: Library,
+) -> None:
+    german = "Hier sind Hennen in Ordnung, aber im Garten soll es keine cockerels geben."
+    document = library.add(make_source("Garten", "txt", [Block(german)]))
+    assert document.language == "de"
+    english, both = Words("english"), Words("both", "en", "de", "fr")
+    both.scale = Scale({"en": UNRELATED, "de": UNRELATED + 0.5}, SPREAD, both.scale.languages)
+    meanings = Meanings(library, [english, both])
+    assert meanings.name == "english + both"
+    assert meanings.understands(document)
+    list(meanings.index())
+    (alike,) = meanings.likeness(document, meanings.question("May I have a cock?")).values()
+    alone = Meanings(Library(":memory:"), [english])
+    assert not alone.understands(document)
+    sentence = float(Words().embed([german])[0] @ Words().embed(["cock"])[0])
+    np.testing.assert_allclose(alike.ranking[1], sentence, rtol=0, atol=0.02)
+    np.testing.assert_allclose(alike.deciding[1], sentence - 0.5, rtol=0, atol=0.02)
+    hits = search(document, "May I have a cock?", meanings=meanings)
+    assert choose(hits, "May I have a cock?").found == (sentence - 0.5 >= BY_MEANING.least)
+    kept = library.meanings(document.id)
+    assert len(kept[0][1]) == 2 * 2 * (len(MEANT) + 1 + 4)  # two models, a chunk and its sentence
+    list(Meanings(library, [english]).index())
+    assert len(library.meanings(document.id)[0][1]) == 2 * (len(MEANT) + 1 + 4)
 
 
 class Reader:
@@ -168,8 +253,7 @@ def test_what_was_computed_is_kept_and_a_stop_loses_none(
     assert third.texts == 0
     library.remove(shelf[0].id)
     assert library.meanings(shelf[0].id) == []
-    other = Words()
-    other.name = "others"
+    other = Words("others")
     list(Meanings(library, other).index())  # the vectors of one model say nothing to another
     assert other.texts > 0
 
@@ -231,3 +315,17 @@ def test_minilm_finds_by_meaning(tmp_path: Path, library: Library) -> None:
     list(meanings.index())
     hits = search(document, "What do I have to pay?", meanings=meanings)
     assert "85 pounds" in document.passage(hits[0].chunk)
+
+
+@pytest.mark.real
+def test_multilingual_e5_finds_by_meaning_in_other_languages(
+    tmp_path: Path, library: Library
+) -> None:
+    export_bundle(open_checkpoint(fetch("multilingual-e5-small")), tmp_path / "e5")
+    texts = ("Hennen sind erlaubt.", "Die Miete kostet 85 Euro.", "Im Winter ist das Wasser aus.")
+    document = library.add(make_source("Regeln", "txt", [Block(text * 12) for text in texts]))
+    meanings = Meanings(library, Model.load(tmp_path / "e5", threads=2))
+    assert meanings.understands(document)
+    list(meanings.index())
+    hits = search(document, "Wie viel muss ich zahlen?", meanings=meanings)
+    assert "85 Euro" in document.passage(hits[0].chunk)
