@@ -79,13 +79,11 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
     if (w) nibbles = std::max(nibbles, w->first.low_stride);
   for (Member& member : members_) member.nibbles = Buffer<uint8_t>(nibbles);
   if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
-    highest_ = Buffer<float>(kMaxTile * head->blocks());
-    screened_ = Buffer<float>(kMaxTile * head->blocks() * kBlockRows);
-    spreads_ = Buffer<uint16_t>(round_up(head->blocks(), kBlockRows) * (head->cols / kGroup));
+    reach_ = Buffer<float>(kMaxTile * head->blocks());
+    largest_ = Buffer<uint16_t>(head->blocks());
     for (Member& member : members_) {
       member.corrections.resize(kMaxTile * hidden_size / kGroup);
       member.energies.resize(kMaxTile * hidden_size / kGroup);
-      member.open.resize(head->blocks());
     }
   }
 }

@@ -123,6 +123,7 @@ class Session {
     std::vector<Candidate> top;  // a heap of the highest logits
     Candidate best;              // the highest
     float peak = 0, sum = 0;     // of all logits: sum of exp(logit - peak)
+    float floor = 0;             // that some logit reaches, by screening
   };
   // What one thread needs for itself.
   struct Member {
@@ -143,7 +144,7 @@ class Session {
     // tile, and [token][group].
     std::vector<int32_t> corrections;
     std::vector<float> energies;
-    std::vector<size_t> open;  // blocks that screening leaves to be judged by their rows
+    float deviations[kMaxTile];  // of a logit, if all scales were 1
   };
   // What is wanted behind a token: where its logits go, or how many of the highest; 0: the best.
   struct Asked {
@@ -220,6 +221,7 @@ class Session {
   void write_output(unsigned m, Head head, float* output);
   void screen(unsigned m, const PanelView& input, const Norm& norm);
   void screen_blocks(unsigned m, const PanelView& input, size_t begin, size_t end);
+  float reach_of(Member& member, size_t token, size_t b, const uint16_t* scales, const float* high);
   void settle(unsigned m, size_t token, const ActivationTile& input);
 
   float* buffer(BufferId id) { return buffers_[static_cast<size_t>(id)].data(); }
@@ -282,14 +284,15 @@ class Session {
   struct Penalized {
     float factor = 1;
     std::vector<uint64_t> seen;
+    bool lowers(size_t token) const { return factor > 1 && seen[token / 64] >> token % 64 & 1; }
   };
   Penalized penalized_[kMaxTile];
   bool penalizes_ = false;
   std::vector<int32_t> tokens_;  // of several contexts
-  // Of a split head by its high nibbles: [token] logits in parts of 16, and the highest of each
-  // block. fp16 [16 blocks][group][of them]: the largest scale.
-  Buffer<float> screened_, highest_;
-  Buffer<uint16_t> spreads_;
+  // Of a split head: [token][block] what logits may reach by the high nibbles; fp16, each block's
+  // largest scale.
+  Buffer<float> reach_;
+  Buffer<uint16_t> largest_;
 
   std::array<Updates, kMaxAdapters + 1> adapters_;  // the first one is empty
   std::vector<const Updates*> row_updates_;         // what each row of the batch takes of them
