@@ -44,7 +44,7 @@ from pocketslm.runtime.ops.built import (
 
 COMMON = (
     *("api", "attention", "border_slots", "cpu", "generator", "head", "lookup", "model_file"),
-    *("probes", "program", "program_llama", "read_plan", "sampler", "session", "slots", "state"),
+    *("places", "probes", "program", "program_llama", "read_plan", "sampler", "session", "slots", "state"),
     "thread_pool",
     *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
     *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
@@ -318,7 +318,10 @@ def build_library(directory: Path, target: str | None = None, sanitize: str | No
     suffix = "" if sanitize is None else "-" + sanitize.replace(",", "-")
     output = directory / library_name(toolchain.system, suffix)
     flags = [] if sanitize is None else sanitizer_flags(sanitize)
-    return compile_and_link(output, toolchain, (*COMMON, *TEXT, *BINDINGS), flags, ["-shared"])
+    link = ["-shared"]
+    if toolchain.system == "linux" and sanitize is None and not toolchain.is_zig:
+        link += ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections"]
+    return compile_and_link(output, toolchain, (*COMMON, *TEXT, *BINDINGS), flags, link)
 
 
 def executorch_library() -> Path:

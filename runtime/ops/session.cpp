@@ -41,19 +41,22 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
     contexts_.push_back({States(program_, kernels, context, kv_type, batch_)});
   use_slot(0);
   const size_t hidden_size = program_.hidden_size;
-  for (size_t i = 0; i < kBuffers; ++i)
-    buffers_[i] = Buffer<float>(batch_ * program_.widths[i]);
-  normed_ = Buffer<float>(batch_ * hidden_size);
   row_updates_.resize(batch_);
-  for (const Step& step : program_.steps)
-    if (step.code == Code::project_add && step.norm.kind != NormKind::none && !projected_.bytes())
-      projected_ = Buffer<float>(batch_ * hidden_size);
   for (const Rotary& rotary : program_.rotaries) {
     cosines_.emplace_back(batch_ * rotary.half);
     sines_.emplace_back(batch_ * rotary.half);
   }
-  panel_ = Panel(batch_, std::max(hidden_size, program_.width(BufferId::attended)));
-  hidden_panel_ = Panel(batch_, program_.width(BufferId::hidden));
+  const size_t widest_input = std::max(hidden_size, program_.width(BufferId::attended));
+  const size_t hidden_width = program_.width(BufferId::hidden);
+  size_t bytes[kParts];
+  for (size_t i = 0; i < kBuffers; ++i) bytes[i] = batch_ * program_.widths[i] * sizeof(float);
+  bytes[kNormed] = bytes[kProjected] = batch_ * hidden_size * sizeof(float);
+  bytes[kPanel] = Panel::bytes(batch_, widest_input);
+  bytes[kHiddenPanel] = Panel::bytes(batch_, hidden_width);
+  places_ = places_of(program_, bytes);
+  work_memory_ = Buffer<uint8_t>(places_.bytes);
+  panel_ = Panel(work_memory_.data() + places_.at[kPanel], batch_, widest_input);
+  hidden_panel_ = Panel(work_memory_.data() + places_.at[kHiddenPanel], batch_, hidden_width);
   // A caller's memory may hold as much as the model reads.
   const size_t most = kv_type == PSLM_KV_CALLER ? model.config.max_context : context;
   size_t pieces = 0;
@@ -271,7 +274,7 @@ PanelView Session::normalized_row(unsigned m, const Norm& norm, const float* x) 
 PanelView Session::normalized(unsigned m, const Norm& norm, bool want_floats) {
   const size_t n = program_.hidden_size;
   const float* x = buffer(BufferId::residual);
-  float* normed = few() ? members_[m].normed.data() : normed_.data();
+  float* normed = few() ? members_[m].normed.data() : floats(kNormed);
   const float* rows = norm.kind == NormKind::none ? x : normed;
   const bool keeps = want_floats || widest_;  // adapters read them
   return quantized(m, panel_, rows, n, [&](size_t t) {
@@ -418,7 +421,7 @@ void Session::add_projection(unsigned m, const Step& step, size_t index) {
       for (size_t j = 0; bias && j < width; ++j) row[j] += bias[first + j];
       if (low) add_update(low, t + i, index, 0, first, width, row);
       if (normed) {
-        std::memcpy(&projected_[(t + i) * w.rows + first], row, width * sizeof(float));
+        std::memcpy(floats(kProjected) + (t + i) * w.rows + first, row, width * sizeof(float));
         continue;
       }
       float* x = residual + (t + i) * w.rows + first;
@@ -428,7 +431,7 @@ void Session::add_projection(unsigned m, const Step& step, size_t index) {
   if (!normed) return;
   share(m, count_, 1, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
-      float* row = &projected_[t * w.rows];
+      float* row = floats(kProjected) + t * w.rows;
       apply(step.norm, row, w.rows, row);
       for (size_t j = 0; j < w.rows; ++j) residual[t * w.rows + j] += step.scale * row[j];
     }

@@ -11,6 +11,7 @@
 #include "low_rank.h"
 #include "model_file.h"
 #include "operator_clock.h"
+#include "places.h"
 #include "read_plan.h"
 #include "state.h"
 #include "thread_pool.h"
@@ -224,7 +225,8 @@ class Session {
   float reach_of(Member& member, size_t token, size_t b, const uint16_t* scales, const float* high);
   void settle(unsigned m, size_t token, const ActivationTile& input);
 
-  float* buffer(BufferId id) { return buffers_[static_cast<size_t>(id)].data(); }
+  float* floats(size_t part) { return reinterpret_cast<float*>(work_memory_.data() + places_.at[part]); }
+  float* buffer(BufferId id) { return floats(static_cast<size_t>(id)); }
   void apply(const Norm& norm, const float* x, size_t n, float* out) const;
   PanelView normalized_row(unsigned m, const Norm& norm, const float* x);
   // Input of so few tokens is cheaper to make ready again in each thread than to wait for.
@@ -270,9 +272,8 @@ class Session {
   // State of the batch in progress, [token][...].
   size_t count_ = 0;
   std::vector<Run> runs_;
-  Buffer<float> buffers_[kBuffers];
-  Buffer<float> normed_;
-  Buffer<float> projected_;  // before a norm, if any product has one
+  Places places_;
+  Buffer<uint8_t> work_memory_;  // of the parts
   std::vector<Buffer<float>> cosines_, sines_;  // by rotary table
   Panel panel_, hidden_panel_;
   // Attention of a few tokens, [token][head][piece].
