@@ -154,8 +154,14 @@ void Session::begin(const int32_t* tokens, size_t count) {
     of_hidden_ |= updates.of_hidden;
   }
   clock_.start(count);
-  prepare_rotation();
-  embed(tokens);
+  if (few()) {
+    embed(0, tokens, 0, count);
+  } else {
+    auto rows = [&](unsigned m) {
+      share(m, count, kMaxTile, [&](size_t begin, size_t end) { embed(m, tokens, begin, end); });
+    };
+    pool_.run(rows);
+  }
   clock_.mark(program_.embed().counter);
 }
 
@@ -200,37 +206,37 @@ void Session::balance() {
   for (Member& member : members_) member.read_bytes = 0;
 }
 
-void Session::embed_row(const Matrix& w, size_t row, float* out) {
-  dequantize_row(w, model_.read(w, row / kBlockRows, members_[0].nibbles.data()), row, out);
+void Session::embed_row(unsigned m, const Matrix& w, size_t row, float* out) {
+  dequantize_row(w, model_.read(w, row / kBlockRows, members_[m].nibbles.data()), row, out);
 }
 
-void Session::embed(const int32_t* tokens) {
+// The residual stream of a batch's rows at first, and their rotation.
+void Session::embed(unsigned m, const int32_t* tokens, size_t begin, size_t end) {
   const Step& step = program_.embed();
   const size_t n = program_.hidden_size;
-  for (const Run& run : runs_)
-    for (size_t t = run.first; t < run.last(); ++t) {
-      float* row = buffer(BufferId::residual) + t * n;
-      embed_row(*step.w[0], static_cast<size_t>(tokens[t]), row);
-      if (step.scale != 1.0f)
-        for (size_t i = 0; i < n; ++i) row[i] *= step.scale;
-      if (!step.w[1]) continue;
-      float* position = members_[0].normed.data();
-      embed_row(*step.w[1], run.position(t), position);
-      for (size_t i = 0; i < n; ++i) row[i] += position[i];
-    }
+  const Run* run = runs_.data();
+  for (size_t t = begin; t < end; ++t) {
+    while (t >= run->last()) ++run;
+    rotation(run->position(t), t);
+    float* row = buffer(BufferId::residual) + t * n;
+    embed_row(m, *step.w[0], static_cast<size_t>(tokens[t]), row);
+    if (step.scale != 1.0f)
+      for (size_t i = 0; i < n; ++i) row[i] *= step.scale;
+    if (!step.w[1]) continue;
+    float* position = members_[m].normed.data();
+    embed_row(m, *step.w[1], run->position(t), position);
+    for (size_t i = 0; i < n; ++i) row[i] += position[i];
+  }
 }
 
-void Session::prepare_rotation() {
+void Session::rotation(size_t position, size_t row) {
   for (size_t r = 0; r < program_.rotaries.size(); ++r) {
     const auto& [frequencies, half, factor] = program_.rotaries[r];
-    for (const Run& run : runs_)
-      for (size_t t = run.first; t < run.last(); ++t)
-        for (size_t i = 0; i < half; ++i) {
-          const double angle =
-              static_cast<double>(run.position(t)) * static_cast<double>(frequencies[i]);
-          cosines_[r][t * half + i] = static_cast<float>(std::cos(angle)) * factor;
-          sines_[r][t * half + i] = static_cast<float>(std::sin(angle)) * factor;
-        }
+    for (size_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(position) * static_cast<double>(frequencies[i]);
+      cosines_[r][row * half + i] = static_cast<float>(std::cos(angle)) * factor;
+      sines_[r][row * half + i] = static_cast<float>(std::sin(angle)) * factor;
+    }
   }
 }
 

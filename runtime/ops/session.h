@@ -159,9 +159,9 @@ class Session {
   void begin(const int32_t* tokens, size_t count);
   void run_layers(unsigned m);
   void end();
-  void embed(const int32_t* tokens);
-  void embed_row(const Matrix& w, size_t row, float* out);
-  void prepare_rotation();
+  void embed(unsigned m, const int32_t* tokens, size_t begin, size_t end);
+  void embed_row(unsigned m, const Matrix& w, size_t row, float* out);
+  void rotation(size_t position, size_t row);
   void run_step(unsigned m, size_t index);
   void normalize_buffer(unsigned m, const Step& step);
   void project(unsigned m, const Step& step, size_t index);
