@@ -20,14 +20,16 @@ constexpr float kMeanNibble = 7.5f;
 constexpr float kNibbleVariance = 255.0f / 12.0f;
 // A row is lost with a probability of 10^-12.
 constexpr float kDeviations = 7.0f;
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
-// The largest magnitude of a block's fp16 scales, never 0.
-uint16_t largest_half(const uint16_t* x, size_t count) {
-  uint16_t largest = 1;
-  for (size_t i = 0; i < count; ++i)
-    largest = std::max(largest, static_cast<uint16_t>(x[i] & 0x7fff));
-  return largest;
+// The largest magnitude of fp16 scales so far and of a block's, never 0.
+uint16_t largest_half(uint16_t largest, const uint16_t* x) {
+  for (size_t r = 0; r < kBlockRows; ++r)
+    largest = std::max(largest, static_cast<uint16_t>(x[r] & 0x7fff));
+  return std::max<uint16_t>(largest, 1);
 }
+
+float deviation_of(float energy) { return kDeviations * std::sqrt(kNibbleVariance * energy); }
 
 }  // namespace
 
@@ -178,10 +180,9 @@ void Session::run_head(unsigned m, Head head, float* logits) {
     member.plan.start(index);
   else
     member.plan.start_whole_head();
-  constexpr float lowest = -std::numeric_limits<float>::infinity();
   for (Found& found : member.found) {
     found.top.clear();
-    found.best = {lowest, 0}, found.peak = lowest, found.sum = 0, found.floor = lowest;
+    found.best = {kLowest, 0}, found.peak = found.floor = kLowest, found.sum = 0;
   }
   const PanelView input = head_rows_ == count_ ? normalized(m, step.norm, true)
                                                : normalized_row(m, step.norm, last);
@@ -254,7 +255,6 @@ void Session::screen(unsigned m, const PanelView& input, const Norm& norm) {
     const size_t tokens = tile_size(input.tokens - first);
     for (size_t i = 0; i < tokens; ++i) {
       const ActivationTile tile = alone(first + i);
-      float energies = 0;
       for (size_t g = 0; g < groups; ++g) {
         int sum = 0, squares = 0;
         for (size_t k = 0; k < kGroup; ++k) {
@@ -264,15 +264,16 @@ void Session::screen(unsigned m, const PanelView& input, const Norm& norm) {
         // The zero point that makes up for the low nibbles' mean.
         member.corrections[first * groups + g * tokens + i] = static_cast<int32_t>(
             std::lrint(static_cast<float>(sum) * (kMeanNibble / 16.0f - 8.0f)));
-        const float energy = tile.scales[g] * tile.scales[g] * static_cast<float>(squares);
-        member.energies[(first + i) * groups + g] = energy;
-        energies += energy;
+        member.energies[(first + i) * groups + g] =
+            tile.scales[g] * tile.scales[g] * static_cast<float>(squares);
       }
-      member.deviations[first + i] = kDeviations * std::sqrt(kNibbleVariance * energies);
     }
   }
-  share_weights(m, w.blocks(), w.read_bytes(),
-                [&](size_t begin, size_t end) { screen_blocks(m, input, begin, end); });
+  const size_t units = (w.blocks() + kScreenBlocks - 1) / kScreenBlocks;
+  share_weights(m, units, kScreenBlocks * w.read_bytes(), [&](size_t begin, size_t end) {
+    const size_t blocks = std::min(end * kScreenBlocks, w.blocks());
+    screen_blocks(m, input, begin * kScreenBlocks, blocks);
+  });
   for (size_t t = 0; t < input.tokens; ++t) settle(m, t, alone(t));
 }
 
@@ -286,12 +287,20 @@ void Session::screen_blocks(unsigned m, const PanelView& input, size_t begin, si
   const auto scales_of = [&](size_t b) {
     return reinterpret_cast<const uint16_t*>(w.from(b).data + scales_at);
   };
-  // As in a product: two blocks stay in the first-level cache while several tiles pass.
-  const size_t step = tile_size(input.tokens) == input.tokens ? kScratchBlocks : 2;
+  alignas(64) float bounds[kBlockRows];
+  // As in a product: few blocks stay in the first-level cache while several tiles pass.
+  const size_t step = tile_size(input.tokens) == input.tokens ? kScratchBlocks : kScreenBlocks;
   for (size_t b = begin; b < end; b += step) {
     const size_t last = std::min(b + step, end), width = (last - b) * kBlockRows;
-    for (size_t k = b; k < last; ++k)
-      if (!largest_[k]) largest_[k] = largest_half(scales_of(k), groups * kBlockRows);
+    for (size_t unit = b / kScreenBlocks; unit * kScreenBlocks < last; ++unit) {
+      uint16_t* spreads = &spreads_[unit / kBlockRows * kBlockRows * groups + unit % kBlockRows];
+      if (*spreads) continue;
+      const size_t stop = std::min((unit + 1) * kScreenBlocks, w.blocks());
+      for (size_t g = 0; g < groups; ++g)
+        for (size_t k = unit * kScreenBlocks; k < stop; ++k)
+          spreads[g * kBlockRows] =
+              largest_half(spreads[g * kBlockRows], scales_of(k) + g * kBlockRows);
+    }
     for (size_t t = 0; t < input.tokens;) {
       ActivationTile tile = input.tile(t);
       tile.corrections = &member.corrections[t * groups];
@@ -302,36 +311,40 @@ void Session::screen_blocks(unsigned m, const PanelView& input, size_t begin, si
         float* reach = &reach_[t * w.blocks()];
         kernels_.highest(high, last - b, reach + b);
         for (size_t k = b; k < last; ++k) {
-          const float most = half_to_float(largest_[k]) * member.deviations[t];
-          // Its last bits are those of a rounded sum.
-          reach[k] = 16.0f * reach[k] + 1.001f * most < member.found[t].floor
-                         ? -std::numeric_limits<float>::infinity()
-                         : reach_of(member, t, k, scales_of(k), high + (k - b) * kBlockRows);
+          const size_t unit = k / kScreenBlocks, part = unit / kBlockRows * kBlockRows;
+          if (k == b || k % (kScreenBlocks * kBlockRows) == 0) {
+            kernels_.weigh_scales(&spreads_[part * groups], &member.energies[t * groups], groups,
+                                  bounds);
+            for (float& bound : bounds) bound = 1.001f * deviation_of(bound);  // for its rounding
+          }
+          const float highest = 16.0f * reach[k];
+          reach[k] = highest + bounds[unit % kBlockRows] < member.found[t].floor
+                         ? kLowest
+                         : reach_of(member, t, k, scales_of(k), high + (k - b) * kBlockRows, highest);
         }
       }
     }
   }
 }
 
-// What the logits of block `b` may reach, row by row. What one of them reaches surely is the token's
-// floor, if it is not to be lowered.
+// The same of block `b`, whose highest logit is `highest`, by the scales of its rows. What one of them
+// reaches surely is the token's floor, if it is not to be lowered.
 float Session::reach_of(Member& member, size_t token, size_t b, const uint16_t* scales,
-                        const float* high) {
+                        const float* high, float highest) {
   const Matrix& w = *program_.head().w[0];
   const size_t groups = w.cols / kGroup, first = b * kBlockRows;
   const size_t live = std::min(kBlockRows, w.rows - first);
-  alignas(64) float deviation[kBlockRows], most[kBlockRows], least[kBlockRows];
-  kernels_.weigh_scales(scales, &member.energies[token * groups], groups, deviation);
-  for (size_t r = 0; r < kBlockRows; ++r) {
-    deviation[r] = kDeviations * std::sqrt(kNibbleVariance * deviation[r]);
-    most[r] = 16.0f * high[r] + deviation[r], least[r] = 16.0f * high[r] - deviation[r];
-  }
-  float reach, surely;
-  kernels_.highest(most, 1, &reach);
-  kernels_.highest(least, 1, &surely);
+  alignas(64) float deviations[kBlockRows], most[kBlockRows];
+  kernels_.weigh_scales(scales, &member.energies[token * groups], groups, deviations);
   float& floor = member.found[token].floor;
-  for (size_t r = 0; surely > floor && r < live; ++r)
-    if (least[r] > floor && !penalized_[token].lowers(first + r)) floor = least[r];
+  float reach;
+  for (size_t r = 0; r < kBlockRows; ++r) deviations[r] = deviation_of(deviations[r]);
+  for (size_t r = 0; r < kBlockRows; ++r) most[r] = 16.0f * high[r] + deviations[r];
+  kernels_.highest(most, 1, &reach);
+  for (size_t r = 0; highest > floor && r < live; ++r) {
+    const float least = 16.0f * high[r] - deviations[r];
+    if (least > floor && !penalized_[token].lowers(first + r)) floor = least;
+  }
   return std::isnan(reach) ? std::numeric_limits<float>::infinity() : reach;
 }
 

@@ -83,7 +83,8 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
   for (Member& member : members_) member.nibbles = Buffer<uint8_t>(nibbles);
   if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
     reach_ = Buffer<float>(kMaxTile * head->blocks());
-    largest_ = Buffer<uint16_t>(head->blocks());
+    const size_t units = (head->blocks() + kScreenBlocks - 1) / kScreenBlocks;
+    spreads_ = Buffer<uint16_t>(round_up(units, kBlockRows) * (head->cols / kGroup));
     for (Member& member : members_) {
       member.corrections.resize(kMaxTile * hidden_size / kGroup);
       member.energies.resize(kMaxTile * hidden_size / kGroup);

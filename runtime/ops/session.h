@@ -22,6 +22,7 @@ constexpr size_t kBatch = 128;         // tokens of a prompt that go through a l
 constexpr size_t kMaxWhole = 8192;     // the same where each of them sees all others
 constexpr size_t kFewTokens = 8;       // whose attention is cut into pieces for threads
 constexpr size_t kScratchBlocks = 16;  // blocks of 16 outputs that a matmul call may fill
+constexpr size_t kScreenBlocks = 4;    // of a split head, that share a bound
 constexpr size_t kMaxSlots = PSLM_MAX_SLOTS;
 constexpr size_t kMaxAdapters = PSLM_MAX_ADAPTERS;
 static_assert(kMaxSlots <= kMaxTile);
@@ -145,7 +146,6 @@ class Session {
     // tile, and [token][group].
     std::vector<int32_t> corrections;
     std::vector<float> energies;
-    float deviations[kMaxTile];  // of a logit, if all scales were 1
   };
   // What is wanted behind a token: where its logits go, or how many of the highest; 0: the best.
   struct Asked {
@@ -222,7 +222,8 @@ class Session {
   void write_output(unsigned m, Head head, float* output);
   void screen(unsigned m, const PanelView& input, const Norm& norm);
   void screen_blocks(unsigned m, const PanelView& input, size_t begin, size_t end);
-  float reach_of(Member& member, size_t token, size_t b, const uint16_t* scales, const float* high);
+  float reach_of(Member& member, size_t token, size_t b, const uint16_t* scales, const float* high,
+                 float highest);
   void settle(unsigned m, size_t token, const ActivationTile& input);
 
   float* floats(size_t part) { return reinterpret_cast<float*>(work_memory_.data() + places_.at[part]); }
@@ -290,10 +291,10 @@ class Session {
   Penalized penalized_[kMaxTile];
   bool penalizes_ = false;
   std::vector<int32_t> tokens_;  // of several contexts
-  // Of a split head: [token][block] what logits may reach by the high nibbles; fp16, each block's
-  // largest scale.
+  // Of a split head: [token][block] what logits may reach by the high nibbles. fp16 [16 units][group]
+  // [of them]: the largest scale of the blocks of a unit.
   Buffer<float> reach_;
-  Buffer<uint16_t> largest_;
+  Buffer<uint16_t> spreads_;
 
   std::array<Updates, kMaxAdapters + 1> adapters_;  // the first one is empty
   std::vector<const Updates*> row_updates_;         // what each row of the batch takes of them
