@@ -44,8 +44,8 @@ from pocketslm.runtime.ops.built import (
 
 COMMON = (
     *("api", "attention", "border_slots", "cpu", "generator", "head", "lookup", "model_file"),
-    *("places", "probes", "program", "program_llama", "read_plan", "sampler", "session", "slots", "state"),
-    "thread_pool",
+    *("places", "probes", "program", "program_llama", "read_plan", "sampler", "session", "slots"),
+    *("state", "thread_pool"),
     *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
     *(f"grammar/{name}" for name in ("gbnf", "grammar", "json_assertions", "json_schema")),
     *(f"grammar/{name}" for name in ("machine", "numbers", "regex", "token_trie")),
@@ -331,7 +331,7 @@ def _has_static_libraries(toolchain: Toolchain) -> bool:
         return False
     ask = [*toolchain.command, "-print-file-name=libstdc++.a"]
     found = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
-    return os.path.isabs(found)
+    return Path(found).is_absolute()
 
 
 def executorch_library() -> Path:

@@ -37,8 +37,9 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
       context_(kv_type == PSLM_KV_CALLER ? 0 : context),
       members_(threads),
       pool_(threads, pin) {
+  const size_t beside_window = std::max(batch_, kTakenBack);
   for (size_t i = 0; i < slots; ++i)
-    contexts_.push_back({States(program_, kernels, context, kv_type, batch_)});
+    contexts_.push_back({States(program_, kernels, context, kv_type, beside_window)});
   use_slot(0);
   const size_t hidden_size = program_.hidden_size;
   row_updates_.resize(batch_);

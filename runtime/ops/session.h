@@ -19,6 +19,7 @@
 namespace pocketslm {
 
 constexpr size_t kBatch = 128;         // tokens of a prompt that go through a layer together
+constexpr size_t kTakenBack = 256;     // tokens that windows allow to take back at least
 constexpr size_t kMaxWhole = 8192;     // the same where each of them sees all others
 constexpr size_t kFewTokens = 8;       // whose attention is cut into pieces for threads
 constexpr size_t kScratchBlocks = 16;  // blocks of 16 outputs that a matmul call may fill
