@@ -310,6 +310,8 @@ void Session::screen_blocks(unsigned m, const PanelView& input, size_t begin, si
       for (size_t i = 0; i < tile.tokens; ++i, ++t, high += width) {
         float* reach = &reach_[t * w.blocks()];
         kernels_.highest(high, last - b, reach + b);
+        uint8_t open[kScratchBlocks];
+        size_t count = 0;
         for (size_t k = b; k < last; ++k) {
           const size_t unit = k / kScreenBlocks, part = unit / kBlockRows * kBlockRows;
           if (k == b || k % (kScreenBlocks * kBlockRows) == 0) {
@@ -317,35 +319,48 @@ void Session::screen_blocks(unsigned m, const PanelView& input, size_t begin, si
                                   bounds);
             for (float& bound : bounds) bound = 1.001f * deviation_of(bound);  // for its rounding
           }
-          const float highest = 16.0f * reach[k];
-          reach[k] = highest + bounds[unit % kBlockRows] < member.found[t].floor
-                         ? kLowest
-                         : reach_of(member, t, k, scales_of(k), high + (k - b) * kBlockRows, highest);
+          if (16.0f * reach[k] + bounds[unit % kBlockRows] < member.found[t].floor)
+            reach[k] = kLowest;
+          else
+            open[count++] = static_cast<uint8_t>(k - b);
         }
+        weigh_rows(member, t, b, open, count, high);
       }
     }
   }
 }
 
-// The same of block `b`, whose highest logit is `highest`, by the scales of its rows. What one of them
-// reaches surely is the token's floor, if it is not to be lowered.
-float Session::reach_of(Member& member, size_t token, size_t b, const uint16_t* scales,
-                        const float* high, float highest) {
+// The same of some of the blocks from `b` on, `open`, by the scales of their rows. What a row reaches
+// surely is the token's floor, if it is not to be lowered.
+void Session::weigh_rows(Member& member, size_t token, size_t b, const uint8_t* open, size_t count,
+                         const float* high) {
   const Matrix& w = *program_.head().w[0];
-  const size_t groups = w.cols / kGroup, first = b * kBlockRows;
-  const size_t live = std::min(kBlockRows, w.rows - first);
-  alignas(64) float deviations[kBlockRows], most[kBlockRows];
-  kernels_.weigh_scales(scales, &member.energies[token * groups], groups, deviations);
+  const size_t groups = w.cols / kGroup, scales_at = block_layout(w.kind, w.cols).scales;
+  alignas(64) float deviations[kScratchBlocks * kBlockRows];
+  alignas(64) float most[kScratchBlocks * kBlockRows], least[kScratchBlocks * kBlockRows];
+  for (size_t i = 0; i < count; ++i)
+    kernels_.weigh_scales(
+        reinterpret_cast<const uint16_t*>(w.from(b + open[i]).data + scales_at),
+        &member.energies[token * groups], groups, deviations + i * kBlockRows);
+  for (size_t j = 0; j < count * kBlockRows; ++j) deviations[j] = deviation_of(deviations[j]);
+  for (size_t i = 0; i < count; ++i)
+    for (size_t r = 0; r < kBlockRows; ++r) {
+      const float logit = 16.0f * high[open[i] * kBlockRows + r];
+      most[i * kBlockRows + r] = logit + deviations[i * kBlockRows + r];
+      least[i * kBlockRows + r] = logit - deviations[i * kBlockRows + r];
+    }
+  float reach[kScratchBlocks], surely[kScratchBlocks];
+  kernels_.highest(most, count, reach);
+  kernels_.highest(least, count, surely);
   float& floor = member.found[token].floor;
-  float reach;
-  for (size_t r = 0; r < kBlockRows; ++r) deviations[r] = deviation_of(deviations[r]);
-  for (size_t r = 0; r < kBlockRows; ++r) most[r] = 16.0f * high[r] + deviations[r];
-  kernels_.highest(most, 1, &reach);
-  for (size_t r = 0; highest > floor && r < live; ++r) {
-    const float least = 16.0f * high[r] - deviations[r];
-    if (least > floor && !penalized_[token].lowers(first + r)) floor = least;
+  for (size_t i = 0; i < count; ++i) {
+    reach_[token * w.blocks() + b + open[i]] =
+        std::isnan(reach[i]) ? std::numeric_limits<float>::infinity() : reach[i];
+    const size_t first = (b + open[i]) * kBlockRows, live = std::min(kBlockRows, w.rows - first);
+    for (size_t r = 0; surely[i] > floor && r < live; ++r)
+      if (least[i * kBlockRows + r] > floor && !penalized_[token].lowers(first + r))
+        floor = least[i * kBlockRows + r];
   }
-  return std::isnan(reach) ? std::numeric_limits<float>::infinity() : reach;
 }
 
 // The greedy token behind a token: the most promising block first, then whatever may still exceed

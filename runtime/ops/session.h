@@ -223,8 +223,8 @@ class Session {
   void write_output(unsigned m, Head head, float* output);
   void screen(unsigned m, const PanelView& input, const Norm& norm);
   void screen_blocks(unsigned m, const PanelView& input, size_t begin, size_t end);
-  float reach_of(Member& member, size_t token, size_t b, const uint16_t* scales, const float* high,
-                 float highest);
+  void weigh_rows(Member& member, size_t token, size_t b, const uint8_t* open, size_t count,
+                  const float* high);
   void settle(unsigned m, size_t token, const ActivationTile& input);
 
   float* floats(size_t part) { return reinterpret_cast<float*>(work_memory_.data() + places_.at[part]); }

@@ -22,8 +22,8 @@ inline size_t window_piece(size_t window) {
 
 class States {
  public:
-  // PSLM_KV_CALLER: fp16 in memory that bind() names, all positions of it. `beside_window`: how many tokens
-  // are stored at most before the first of them attends.
+  // PSLM_KV_CALLER: fp16 in memory that bind() names, all positions of it. `beside_window`: positions
+  // that are kept beyond a window; no fewer than are stored before the first of them attends.
   States(const Program& program, const Kernels& kernels, size_t context, pslm_kv_type type,
          size_t beside_window);
 
