@@ -92,7 +92,7 @@ class Reached:
 
     decode: float = 0.8
     prefill: float = 0.45
-    fixed_bytes: float = 23e6
+    fixed_bytes: float = 19e6
 
 
 @dataclass(frozen=True)

@@ -38,22 +38,40 @@ class Buffer {
   size_t count_ = 0;
 };
 
-// Memory for quantized activations, tile after tile, of up to `capacity` rows of `max_cols`.
+// Memory for quantized activations, tile after tile, of up to `capacity` rows of `max_cols`: its own
+// or the caller's, aligned to 64 bytes.
 class Panel {
  public:
   Panel() = default;
-  Panel(size_t capacity, size_t max_cols)
-      : codes_(capacity * max_cols),
-        scales_(capacity * max_cols / kGroup),
-        sums_(capacity * max_cols / kGroup),
-        corrections_(capacity * max_cols / kGroup),
-        upper_(capacity * max_cols / kGroup) {}
+  Panel(size_t capacity, size_t max_cols) : own_(bytes(capacity, max_cols)) {
+    lie_at(own_.data(), capacity, max_cols);
+  }
+  Panel(uint8_t* memory, size_t capacity, size_t max_cols) { lie_at(memory, capacity, max_cols); }
+
+  static size_t bytes(size_t capacity, size_t max_cols) {
+    return round_up(capacity * max_cols, 64) + 4 * group_bytes(capacity, max_cols);
+  }
 
  private:
   friend struct PanelView;
-  Buffer<int8_t> codes_;
-  Buffer<float> scales_, sums_;
-  Buffer<int32_t> corrections_, upper_;
+  // Of four bytes for each group.
+  static size_t group_bytes(size_t capacity, size_t max_cols) {
+    return round_up(capacity * max_cols / kGroup * 4, 64);
+  }
+  void lie_at(uint8_t* memory, size_t capacity, size_t max_cols) {
+    const size_t step = group_bytes(capacity, max_cols);
+    codes_ = reinterpret_cast<int8_t*>(memory);
+    memory += round_up(capacity * max_cols, 64);
+    scales_ = reinterpret_cast<float*>(memory);
+    sums_ = reinterpret_cast<float*>(memory + step);
+    corrections_ = reinterpret_cast<int32_t*>(memory + 2 * step);
+    upper_ = reinterpret_cast<int32_t*>(memory + 3 * step);
+  }
+
+  Buffer<uint8_t> own_;
+  int8_t* codes_ = nullptr;
+  float *scales_ = nullptr, *sums_ = nullptr;
+  int32_t *corrections_ = nullptr, *upper_ = nullptr;
 };
 
 // A matrix [tokens, cols] of activations: its float rows, and its quantized form in a panel.
@@ -68,19 +86,19 @@ struct PanelView {
     return {tile_size(tokens - first),
             rows + first * cols,
             cols,
-            panel->codes_.data() + first * cols,
-            panel->scales_.data() + at,
-            panel->sums_.data() + at,
-            panel->corrections_.data() + at,
-            panel->upper_.data() + at};
+            panel->codes_ + first * cols,
+            panel->scales_ + at,
+            panel->sums_ + at,
+            panel->corrections_ + at,
+            panel->upper_ + at};
   }
   // Where group `group` of token `token` of the tile that starts at `first` goes.
   QuantizedRow row(size_t first, size_t token, size_t group) const {
     const size_t width = tile_size(tokens - first);
     const size_t at = first * (cols / kGroup) + group * width + token;
-    return {width, token, panel->codes_.data() + first * cols + (group * width + token) * kGroup,
-            panel->scales_.data() + at, panel->sums_.data() + at, panel->corrections_.data() + at,
-            panel->upper_.data() + at};
+    return {width, token, panel->codes_ + first * cols + (group * width + token) * kGroup,
+            panel->scales_ + at, panel->sums_ + at, panel->corrections_ + at,
+            panel->upper_ + at};
   }
 };
 

@@ -44,8 +44,8 @@ from pocketslm.runtime.ops.built import (
 
 ENGINE = (
     *("api", "attention", "border_slots", "cpu", "generator", "head", "lookup", "model_file"),
-    *("probes", "program", "program_llama", "read_plan", "sampler", "session", "slots", "state"),
-    "thread_pool",
+    *("places", "probes", "program", "program_llama", "read_plan", "sampler", "session", "slots"),
+    *("state", "thread_pool"),
 )
 GRAMMAR = (
     *(f"grammar/{name}" for name in ("border_grammar", "characters", "constraint", "formats")),
@@ -333,7 +333,20 @@ def build_library(directory: Path, target: str | None = None, sanitize: str | No
     suffix = "" if sanitize is None else "-" + sanitize.replace(",", "-")
     output = directory / library_name(toolchain.system, suffix)
     flags = [] if sanitize is None else sanitizer_flags(sanitize)
-    return compile_and_link(output, toolchain, (*COMMON, *TEXT, *BINDINGS), flags, ["-shared"])
+    link = ["-shared"]
+    if sanitize is None and _has_static_libraries(toolchain):
+        link += ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+    return compile_and_link(output, toolchain, (*COMMON, *TEXT, *BINDINGS), flags, link)
+
+
+def _has_static_libraries(toolchain: Toolchain) -> bool:
+    """Whether the C++ library may become part of ours: 1 MB less in memory than all of it. zig does
+    so by itself; some distributions leave out the file."""
+    if toolchain.system != "linux" or toolchain.is_zig:
+        return False
+    ask = [*toolchain.command, "-print-file-name=libstdc++.a"]
+    found = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+    return Path(found).is_absolute()
 
 
 def executorch_library() -> Path:

@@ -98,6 +98,7 @@ class Resolver {
   void gated();
   void short_conv();
   void head();
+  void complete_norms();
   void set_counters();
 
   const SectionTable& table_;
@@ -107,6 +108,7 @@ class Resolver {
   size_t index_ = 0;
   const OperationRecord* record_ = nullptr;
   Step step_;
+  size_t widest_one_ = 0, widest_zero_ = 0;  // norms without a weight, without a bias
   // The width of what each buffer holds now, 0 where it is nothing that may be read.
   size_t held_[kBuffers]{};
   // The steps that attended and hidden come from, if they are as these left them.
@@ -162,8 +164,8 @@ Norm Resolver::norm(size_t weight_slot, size_t size, float eps) {
   check(n.kind != NormKind::none || (!n.weight && !n.bias), "a weight of no norm");
   check(n.kind == NormKind::layer || !n.bias, "only a layer norm has a bias");
   check(eps >= 0 && eps < 1, "eps is out of range");
-  if (n.kind != NormKind::none && !n.weight) n.weight = program_.ones.data();
-  if (n.kind == NormKind::layer && !n.bias) n.bias = program_.zeros.data();
+  if (n.kind != NormKind::none && !n.weight) widest_one_ = std::max(widest_one_, size);
+  if (n.kind == NormKind::layer && !n.bias) widest_zero_ = std::max(widest_zero_, size);
   return n;
 }
 
@@ -413,6 +415,17 @@ void Resolver::head() {
         "without a matrix there is nothing to scale, cap or add");
 }
 
+// Weights and biases that the file leaves out.
+void Resolver::complete_norms() {
+  program_.ones.assign(widest_one_, 1.0f);
+  program_.zeros.assign(widest_zero_, 0.0f);
+  for (Step& step : program_.steps) {
+    Norm& n = step.norm;
+    if (n.kind != NormKind::none && !n.weight) n.weight = program_.ones.data();
+    if (n.kind == NormKind::layer && !n.bias) n.bias = program_.zeros.data();
+  }
+}
+
 // Norms count to the operation that they feed.
 void Resolver::set_counters() {
   uint64_t pslm_times::* next = nullptr;
@@ -443,12 +456,6 @@ void Resolver::run(const std::vector<OperationRecord>& operations,
   program_.states = states;
   program_.hidden_size = limits_.hidden_size;
   check_states();
-  size_t widest = limits_.hidden_size;
-  for (const Section& s : table_.sections)
-    if (is_matrix(static_cast<WeightKind>(s.kind)) && s.rows <= kMaxDimension)
-      widest = std::max<size_t>(widest, s.rows);
-  program_.ones.assign(widest, 1.0f);
-  program_.zeros.assign(widest, 0.0f);
   stored_.resize(states.size());
   program_.steps.reserve(operations.size());
   for (index_ = 0; index_ < operations.size(); ++index_) {
@@ -483,6 +490,7 @@ void Resolver::run(const std::vector<OperationRecord>& operations,
     if (!used_[i] && table_.sections[i].kind != static_cast<uint16_t>(WeightKind::blob))
       throw Fault{describe(table_.sections[i]) + " (number " + std::to_string(i) +
                   ") is used by no operation"};
+  complete_norms();
   set_counters();
 }
 

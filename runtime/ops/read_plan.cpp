@@ -45,7 +45,7 @@ void ReadPlan::build(const Program& program, const ThreadPool& pool, unsigned me
   const auto read_head = [&](const Matrix& w) {
     const auto [begin, end] = pool.share_of(member, w.blocks());
     spans_.front() = span(w, begin, end, w.first.stride);
-    if (w.kind != WeightKind::q8_split) return read(w, begin, end);
+    if (w.kind != WeightKind::q8_split || w.apart()) return read(w, begin, end);
     for (size_t b = begin; b < end; ++b) add(span(w, b, b + 1, w.read_bytes()));
   };
   const uint8_t* embedding = program.embed().w[0]->data();

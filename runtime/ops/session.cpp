@@ -37,23 +37,27 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
       context_(kv_type == PSLM_KV_CALLER ? 0 : context),
       members_(threads),
       pool_(threads, pin) {
+  const size_t beside_window = std::max(batch_, kTakenBack);
   for (size_t i = 0; i < slots; ++i)
-    contexts_.push_back({States(program_, kernels, context, kv_type, batch_)});
+    contexts_.push_back({States(program_, kernels, context, kv_type, beside_window)});
   use_slot(0);
   const size_t hidden_size = program_.hidden_size;
-  for (size_t i = 0; i < kBuffers; ++i)
-    buffers_[i] = Buffer<float>(batch_ * program_.widths[i]);
-  normed_ = Buffer<float>(batch_ * hidden_size);
   row_updates_.resize(batch_);
-  for (const Step& step : program_.steps)
-    if (step.code == Code::project_add && step.norm.kind != NormKind::none && !projected_.bytes())
-      projected_ = Buffer<float>(batch_ * hidden_size);
   for (const Rotary& rotary : program_.rotaries) {
     cosines_.emplace_back(batch_ * rotary.half);
     sines_.emplace_back(batch_ * rotary.half);
   }
-  panel_ = Panel(batch_, std::max(hidden_size, program_.width(BufferId::attended)));
-  hidden_panel_ = Panel(batch_, program_.width(BufferId::hidden));
+  const size_t widest_input = std::max(hidden_size, program_.width(BufferId::attended));
+  const size_t hidden_width = program_.width(BufferId::hidden);
+  size_t bytes[kParts];
+  for (size_t i = 0; i < kBuffers; ++i) bytes[i] = batch_ * program_.widths[i] * sizeof(float);
+  bytes[kNormed] = bytes[kProjected] = batch_ * hidden_size * sizeof(float);
+  bytes[kPanel] = Panel::bytes(batch_, widest_input);
+  bytes[kHiddenPanel] = Panel::bytes(batch_, hidden_width);
+  places_ = places_of(program_, bytes);
+  work_memory_ = Buffer<uint8_t>(places_.bytes);
+  panel_ = Panel(work_memory_.data() + places_.at[kPanel], batch_, widest_input);
+  hidden_panel_ = Panel(work_memory_.data() + places_.at[kHiddenPanel], batch_, hidden_width);
   // A caller's memory may hold as much as the model reads.
   const size_t most = kv_type == PSLM_KV_CALLER ? model.config.max_context : context;
   size_t pieces = 0;
@@ -79,13 +83,12 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
     if (w) nibbles = std::max(nibbles, w->first.low_stride);
   for (Member& member : members_) member.nibbles = Buffer<uint8_t>(nibbles);
   if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
-    highest_ = Buffer<float>(kMaxTile * head->blocks());
-    screened_ = Buffer<float>(kMaxTile * head->blocks() * kBlockRows);
-    spreads_ = Buffer<uint16_t>(round_up(head->blocks(), kBlockRows) * (head->cols / kGroup));
+    reach_ = Buffer<float>(kMaxTile * head->blocks());
+    const size_t units = (head->blocks() + kScreenBlocks - 1) / kScreenBlocks;
+    spreads_ = Buffer<uint16_t>(round_up(units, kBlockRows) * (head->cols / kGroup));
     for (Member& member : members_) {
       member.corrections.resize(kMaxTile * hidden_size / kGroup);
       member.energies.resize(kMaxTile * hidden_size / kGroup);
-      member.open.resize(head->blocks());
     }
   }
 }
@@ -153,8 +156,14 @@ void Session::begin(const int32_t* tokens, size_t count) {
     of_hidden_ |= updates.of_hidden;
   }
   clock_.start(count);
-  prepare_rotation();
-  embed(tokens);
+  if (few()) {
+    embed(0, tokens, 0, count);
+  } else {
+    auto rows = [&](unsigned m) {
+      share(m, count, kMaxTile, [&](size_t begin, size_t end) { embed(m, tokens, begin, end); });
+    };
+    pool_.run(rows);
+  }
   clock_.mark(program_.embed().counter);
 }
 
@@ -199,37 +208,37 @@ void Session::balance() {
   for (Member& member : members_) member.read_bytes = 0;
 }
 
-void Session::embed_row(const Matrix& w, size_t row, float* out) {
-  dequantize_row(w, model_.read(w, row / kBlockRows, members_[0].nibbles.data()), row, out);
+void Session::embed_row(unsigned m, const Matrix& w, size_t row, float* out) {
+  dequantize_row(w, model_.read(w, row / kBlockRows, members_[m].nibbles.data()), row, out);
 }
 
-void Session::embed(const int32_t* tokens) {
+// The residual stream of a batch's rows at first, and their rotation.
+void Session::embed(unsigned m, const int32_t* tokens, size_t begin, size_t end) {
   const Step& step = program_.embed();
   const size_t n = program_.hidden_size;
-  for (const Run& run : runs_)
-    for (size_t t = run.first; t < run.last(); ++t) {
-      float* row = buffer(BufferId::residual) + t * n;
-      embed_row(*step.w[0], static_cast<size_t>(tokens[t]), row);
-      if (step.scale != 1.0f)
-        for (size_t i = 0; i < n; ++i) row[i] *= step.scale;
-      if (!step.w[1]) continue;
-      float* position = members_[0].normed.data();
-      embed_row(*step.w[1], run.position(t), position);
-      for (size_t i = 0; i < n; ++i) row[i] += position[i];
-    }
+  const Run* run = runs_.data();
+  for (size_t t = begin; t < end; ++t) {
+    while (t >= run->last()) ++run;
+    rotation(run->position(t), t);
+    float* row = buffer(BufferId::residual) + t * n;
+    embed_row(m, *step.w[0], static_cast<size_t>(tokens[t]), row);
+    if (step.scale != 1.0f)
+      for (size_t i = 0; i < n; ++i) row[i] *= step.scale;
+    if (!step.w[1]) continue;
+    float* position = members_[m].normed.data();
+    embed_row(m, *step.w[1], run->position(t), position);
+    for (size_t i = 0; i < n; ++i) row[i] += position[i];
+  }
 }
 
-void Session::prepare_rotation() {
+void Session::rotation(size_t position, size_t row) {
   for (size_t r = 0; r < program_.rotaries.size(); ++r) {
     const auto& [frequencies, half, factor] = program_.rotaries[r];
-    for (const Run& run : runs_)
-      for (size_t t = run.first; t < run.last(); ++t)
-        for (size_t i = 0; i < half; ++i) {
-          const double angle =
-              static_cast<double>(run.position(t)) * static_cast<double>(frequencies[i]);
-          cosines_[r][t * half + i] = static_cast<float>(std::cos(angle)) * factor;
-          sines_[r][t * half + i] = static_cast<float>(std::sin(angle)) * factor;
-        }
+    for (size_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(position) * static_cast<double>(frequencies[i]);
+      cosines_[r][row * half + i] = static_cast<float>(std::cos(angle)) * factor;
+      sines_[r][row * half + i] = static_cast<float>(std::sin(angle)) * factor;
+    }
   }
 }
 
@@ -273,7 +282,7 @@ PanelView Session::normalized_row(unsigned m, const Norm& norm, const float* x) 
 PanelView Session::normalized(unsigned m, const Norm& norm, bool want_floats) {
   const size_t n = program_.hidden_size;
   const float* x = buffer(BufferId::residual);
-  float* normed = few() ? members_[m].normed.data() : normed_.data();
+  float* normed = few() ? members_[m].normed.data() : floats(kNormed);
   const float* rows = norm.kind == NormKind::none ? x : normed;
   const bool keeps = want_floats || widest_;  // adapters read them
   return quantized(m, panel_, rows, n, [&](size_t t) {
@@ -420,7 +429,7 @@ void Session::add_projection(unsigned m, const Step& step, size_t index) {
       for (size_t j = 0; bias && j < width; ++j) row[j] += bias[first + j];
       if (low) add_update(low, t + i, index, 0, first, width, row);
       if (normed) {
-        std::memcpy(&projected_[(t + i) * w.rows + first], row, width * sizeof(float));
+        std::memcpy(floats(kProjected) + (t + i) * w.rows + first, row, width * sizeof(float));
         continue;
       }
       float* x = residual + (t + i) * w.rows + first;
@@ -430,7 +439,7 @@ void Session::add_projection(unsigned m, const Step& step, size_t index) {
   if (!normed) return;
   share(m, count_, 1, [&](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
-      float* row = &projected_[t * w.rows];
+      float* row = floats(kProjected) + t * w.rows;
       apply(step.norm, row, w.rows, row);
       for (size_t j = 0; j < w.rows; ++j) residual[t * w.rows + j] += step.scale * row[j];
     }

@@ -11,16 +11,19 @@
 #include "low_rank.h"
 #include "model_file.h"
 #include "operator_clock.h"
+#include "places.h"
 #include "read_plan.h"
 #include "state.h"
 #include "thread_pool.h"
 
 namespace pocketslm {
 
-constexpr size_t kBatch = 256;         // tokens of a prompt that go through a layer together
+constexpr size_t kBatch = 128;         // tokens of a prompt that go through a layer together
+constexpr size_t kTakenBack = 256;     // tokens that windows allow to take back at least
 constexpr size_t kMaxWhole = 8192;     // the same where each of them sees all others
 constexpr size_t kFewTokens = 8;       // whose attention is cut into pieces for threads
 constexpr size_t kScratchBlocks = 16;  // blocks of 16 outputs that a matmul call may fill
+constexpr size_t kScreenBlocks = 4;    // of a split head, that share a bound
 constexpr size_t kMaxSlots = PSLM_MAX_SLOTS;
 constexpr size_t kMaxAdapters = PSLM_MAX_ADAPTERS;
 static_assert(kMaxSlots <= kMaxTile);
@@ -123,6 +126,7 @@ class Session {
     std::vector<Candidate> top;  // a heap of the highest logits
     Candidate best;              // the highest
     float peak = 0, sum = 0;     // of all logits: sum of exp(logit - peak)
+    float floor = 0;             // that some logit reaches, by screening
   };
   // What one thread needs for itself.
   struct Member {
@@ -143,7 +147,6 @@ class Session {
     // tile, and [token][group].
     std::vector<int32_t> corrections;
     std::vector<float> energies;
-    std::vector<size_t> open;  // blocks that screening leaves to be judged by their rows
   };
   // What is wanted behind a token: where its logits go, or how many of the highest; 0: the best.
   struct Asked {
@@ -157,9 +160,9 @@ class Session {
   void begin(const int32_t* tokens, size_t count);
   void run_layers(unsigned m);
   void end();
-  void embed(const int32_t* tokens);
-  void embed_row(const Matrix& w, size_t row, float* out);
-  void prepare_rotation();
+  void embed(unsigned m, const int32_t* tokens, size_t begin, size_t end);
+  void embed_row(unsigned m, const Matrix& w, size_t row, float* out);
+  void rotation(size_t position, size_t row);
   void run_step(unsigned m, size_t index);
   void normalize_buffer(unsigned m, const Step& step);
   void project(unsigned m, const Step& step, size_t index);
@@ -220,9 +223,12 @@ class Session {
   void write_output(unsigned m, Head head, float* output);
   void screen(unsigned m, const PanelView& input, const Norm& norm);
   void screen_blocks(unsigned m, const PanelView& input, size_t begin, size_t end);
+  void weigh_rows(Member& member, size_t token, size_t b, const uint8_t* open, size_t count,
+                  const float* high);
   void settle(unsigned m, size_t token, const ActivationTile& input);
 
-  float* buffer(BufferId id) { return buffers_[static_cast<size_t>(id)].data(); }
+  float* floats(size_t part) { return reinterpret_cast<float*>(work_memory_.data() + places_.at[part]); }
+  float* buffer(BufferId id) { return floats(static_cast<size_t>(id)); }
   void apply(const Norm& norm, const float* x, size_t n, float* out) const;
   PanelView normalized_row(unsigned m, const Norm& norm, const float* x);
   // Input of so few tokens is cheaper to make ready again in each thread than to wait for.
@@ -268,9 +274,8 @@ class Session {
   // State of the batch in progress, [token][...].
   size_t count_ = 0;
   std::vector<Run> runs_;
-  Buffer<float> buffers_[kBuffers];
-  Buffer<float> normed_;
-  Buffer<float> projected_;  // before a norm, if any product has one
+  Places places_;
+  Buffer<uint8_t> work_memory_;  // of the parts
   std::vector<Buffer<float>> cosines_, sines_;  // by rotary table
   Panel panel_, hidden_panel_;
   // Attention of a few tokens, [token][head][piece].
@@ -282,13 +287,14 @@ class Session {
   struct Penalized {
     float factor = 1;
     std::vector<uint64_t> seen;
+    bool lowers(size_t token) const { return factor > 1 && seen[token / 64] >> token % 64 & 1; }
   };
   Penalized penalized_[kMaxTile];
   bool penalizes_ = false;
   std::vector<int32_t> tokens_;  // of several contexts
-  // Of a split head by its high nibbles: [token] logits in parts of 16, and the highest of each
-  // block. fp16 [16 blocks][group][of them]: the largest scale.
-  Buffer<float> screened_, highest_;
+  // Of a split head: [token][block] what logits may reach by the high nibbles. fp16 [16 units][group]
+  // [of them]: the largest scale of the blocks of a unit.
+  Buffer<float> reach_;
   Buffer<uint16_t> spreads_;
 
   std::array<Updates, kMaxAdapters + 1> adapters_;  // the first one is empty

@@ -6,7 +6,7 @@
 namespace pocketslm {
 
 States::States(const Program& program, const Kernels& kernels, size_t context, pslm_kv_type type,
-               size_t batch)
+               size_t beside_window)
     : kernels_(kernels), type_(type), width_(type == PSLM_KV_I8 ? 1 : 2) {
   size_t bytes = 0, scales = 0, columns = 0;
   const size_t all = positions_ = round_up(context, kPositionBlock);
@@ -18,7 +18,7 @@ States::States(const Program& program, const Kernels& kernels, size_t context, p
       columns += s.sizes[0] * (s.sizes[1] - 1);
     } else {
       if (kept.window && type != PSLM_KV_CALLER)
-        kept.room = std::min(all, round_up(kept.window + batch, window_piece(kept.window)));
+        kept.room = std::min(all, round_up(kept.window + beside_window, window_piece(kept.window)));
       kept.offset = scales;
       scales += kept.heads * 2 * kept.room;
       bytes += 2 * kept.heads * head_elements(kept) * width_;

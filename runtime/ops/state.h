@@ -22,10 +22,10 @@ inline size_t window_piece(size_t window) {
 
 class States {
  public:
-  // PSLM_KV_CALLER: fp16 in memory that bind() names, all positions of it. `batch`: how many tokens
-  // are stored at most before the first of them attends.
+  // PSLM_KV_CALLER: fp16 in memory that bind() names, all positions of it. `beside_window`: positions
+  // that are kept beyond a window; no fewer than are stored before the first of them attends.
   States(const Program& program, const Kernels& kernels, size_t context, pslm_kv_type type,
-         size_t batch);
+         size_t beside_window);
 
   // Keys and values of each KV state in turn, [kv_heads][positions][head_dim] each.
   void bind(void* const* places, size_t positions);
