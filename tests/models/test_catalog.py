@@ -54,7 +54,7 @@ def test_a_model_of_several_packages_and_one_that_is_a_folder() -> None:
 
 
 def test_a_wrong_hash_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(requirement: str, folder: Path) -> Path:
+    def download(requirement: str, folder: Path, platform: str | None) -> Path:
         assert requirement == "gensim==4.4.0"
         with zipfile.ZipFile(folder / "x.whl", "w") as archive:
             archive.writestr(LEE.file or "", "something else")
@@ -67,7 +67,7 @@ def test_a_wrong_hash_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_wheel_without_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(requirement: str, folder: Path) -> Path:
+    def download(requirement: str, folder: Path, platform: str | None) -> Path:
         zipfile.ZipFile(folder / "x.whl", "w").close()
         return folder / "x.whl"
 
@@ -80,7 +80,7 @@ def packages(monkeypatch: pytest.MonkeyPatch, entry: catalog.Entry, **members: b
     """Make ``entry`` the catalog's only one and give each package its one file; what was asked."""
     asked: list[str] = []
 
-    def download(requirement: str, folder: Path) -> Path:
+    def download(requirement: str, folder: Path, platform: str | None) -> Path:
         asked.append(requirement)
         with zipfile.ZipFile(folder / "x.whl", "w") as archive:
             for member, content in members.items():
