@@ -20,16 +20,15 @@ constexpr float kMeanNibble = 7.5f;
 constexpr float kNibbleVariance = 255.0f / 12.0f;
 // A row is lost with a probability of 10^-12.
 constexpr float kDeviations = 7.0f;
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
+constexpr size_t kOpenAhead = 4;  // blocks between asking for scales and using them
 
-// The largest magnitude of fp16 scales so far and of a block's, never 0.
-uint16_t largest_half(uint16_t largest, const uint16_t* x) {
+// The largest magnitude of a block's fp16 scales, never 0.
+uint16_t largest_half(const uint16_t* x) {
+  uint16_t largest = 1;
   for (size_t r = 0; r < kBlockRows; ++r)
     largest = std::max(largest, static_cast<uint16_t>(x[r] & 0x7fff));
-  return std::max<uint16_t>(largest, 1);
+  return largest;
 }
-
-float deviation_of(float energy) { return kDeviations * std::sqrt(kNibbleVariance * energy); }
 
 }  // namespace
 
@@ -124,11 +123,11 @@ void Session::offer_best(Member& member, size_t token, const float* logits, size
   member.finite &= all_finite(logits, count);
   if (!member.finite) return;
   Candidate& best = member.found[token].best;
-  const Penalized& own = penalized_[token];
+  const auto& [factor, seen] = penalized_[token];
   for (size_t i = 0; i < count; ++i) {
     const size_t id = first_token + i;
     float logit = logits[i];
-    if (own.lowers(id)) logit = logit < 0 ? logit * own.factor : logit / own.factor;
+    if (factor > 1 && seen[id / 64] >> id % 64 & 1) logit = logit < 0 ? logit * factor : logit / factor;
     best = std::min(best, Candidate{logit, static_cast<int32_t>(id)});
   }
 }
@@ -141,7 +140,7 @@ void Session::offer(Member& member, size_t token, const float* logits, size_t co
     member.finite = false;
     return;
   }
-  auto& [top, best, peak, sum, floor] = member.found[token];
+  auto& [top, best, peak, sum] = member.found[token];
   for (size_t i = 0; i < count; ++i) {
     // Chunks taken from another thread may come out of order, hence the whole comparison.
     const Candidate found{logits[i], static_cast<int32_t>(first_token + i)};
@@ -180,9 +179,10 @@ void Session::run_head(unsigned m, Head head, float* logits) {
     member.plan.start(index);
   else
     member.plan.start_whole_head();
+  constexpr float lowest = -std::numeric_limits<float>::infinity();
   for (Found& found : member.found) {
     found.top.clear();
-    found.best = {kLowest, 0}, found.peak = found.floor = kLowest, found.sum = 0;
+    found.best = {lowest, 0}, found.peak = lowest, found.sum = 0;
   }
   const PanelView input = head_rows_ == count_ ? normalized(m, step.norm, true)
                                                : normalized_row(m, step.norm, last);
@@ -269,106 +269,55 @@ void Session::screen(unsigned m, const PanelView& input, const Norm& norm) {
       }
     }
   }
-  const size_t units = (w.blocks() + kScreenBlocks - 1) / kScreenBlocks;
-  share_weights(m, units, kScreenBlocks * w.read_bytes(), [&](size_t begin, size_t end) {
-    const size_t blocks = std::min(end * kScreenBlocks, w.blocks());
-    screen_blocks(m, input, begin * kScreenBlocks, blocks);
-  });
+  share_weights(m, w.blocks(), w.read_bytes(),
+                [&](size_t begin, size_t end) { screen_blocks(m, input, begin, end); });
   for (size_t t = 0; t < input.tokens; ++t) settle(m, t, alone(t));
 }
 
-// What the logits of each of these blocks may reach by the high nibbles: infinity where one of them is
-// not finite, minus infinity where what another block surely reaches is out of reach.
+// The logits of these blocks by the high nibbles and the highest of each, NaN where one of them is
+// not finite; and spreads_, the largest scale of each block and group, which stays the same.
 void Session::screen_blocks(unsigned m, const PanelView& input, size_t begin, size_t end) {
   const Matrix& w = *program_.head().w[0];
-  Member& member = members_[m];
+  const BlockLayout layout = block_layout(w.kind, w.cols);
   const MatmulFunction matmul = kernels_.matmul[kernel_of(WeightKind::q4_sym)];
-  const size_t groups = w.cols / kGroup, scales_at = block_layout(w.kind, w.cols).scales;
-  const auto scales_of = [&](size_t b) {
-    return reinterpret_cast<const uint16_t*>(w.from(b).data + scales_at);
-  };
-  alignas(64) float bounds[kBlockRows];
-  // As in a product: few blocks stay in the first-level cache while several tiles pass.
-  const size_t step = tile_size(input.tokens) == input.tokens ? kScratchBlocks : kScreenBlocks;
+  const size_t groups = w.cols / kGroup, width = w.blocks() * kBlockRows;
+  // As in a product: two blocks stay in the first-level cache while several tiles pass.
+  const size_t step = tile_size(input.tokens) == input.tokens ? kScratchBlocks : 2;
   for (size_t b = begin; b < end; b += step) {
-    const size_t last = std::min(b + step, end), width = (last - b) * kBlockRows;
-    for (size_t unit = b / kScreenBlocks; unit * kScreenBlocks < last; ++unit) {
-      uint16_t* spreads = &spreads_[unit / kBlockRows * kBlockRows * groups + unit % kBlockRows];
-      if (*spreads) continue;
-      const size_t stop = std::min((unit + 1) * kScreenBlocks, w.blocks());
-      for (size_t g = 0; g < groups; ++g)
-        for (size_t k = unit * kScreenBlocks; k < stop; ++k)
-          spreads[g * kBlockRows] =
-              largest_half(spreads[g * kBlockRows], scales_of(k) + g * kBlockRows);
-    }
+    const size_t last = std::min(b + step, end);
     for (size_t t = 0; t < input.tokens;) {
       ActivationTile tile = input.tile(t);
-      tile.corrections = &member.corrections[t * groups];
-      if (t == 0) tile.ahead = &member.plan.ahead;
-      float* high = member.outputs.data();
+      tile.corrections = &members_[m].corrections[t * groups];
+      if (t == 0) tile.ahead = &members_[m].plan.ahead;
+      float* high = &screened_[t * width + b * kBlockRows];
       matmul(w.from(b), last - b, w.cols, tile, high, width);
-      for (size_t i = 0; i < tile.tokens; ++i, ++t, high += width) {
-        float* reach = &reach_[t * w.blocks()];
-        kernels_.highest(high, last - b, reach + b);
-        uint8_t open[kScratchBlocks];
-        size_t count = 0;
-        for (size_t k = b; k < last; ++k) {
-          const size_t unit = k / kScreenBlocks, part = unit / kBlockRows * kBlockRows;
-          if (k == b || k % (kScreenBlocks * kBlockRows) == 0) {
-            kernels_.weigh_scales(&spreads_[part * groups], &member.energies[t * groups], groups,
-                                  bounds);
-            for (float& bound : bounds) bound = 1.001f * deviation_of(bound);  // for its rounding
-          }
-          if (16.0f * reach[k] + bounds[unit % kBlockRows] < member.found[t].floor)
-            reach[k] = kLowest;
-          else
-            open[count++] = static_cast<uint8_t>(k - b);
-        }
-        weigh_rows(member, t, b, open, count, high);
+      for (size_t i = 0; i < tile.tokens; ++i) {
+        float* highest = &highest_[(t + i) * w.blocks()];
+        kernels_.highest(high + i * width, last - b, highest + b);
+        for (size_t k = b; k < last; ++k) highest[k] *= 16.0f;
       }
+      t += tile.tokens;
     }
-  }
-}
-
-// The same of some of the blocks from `b` on, `open`, by the scales of their rows. What a row reaches
-// surely is the token's floor, if it is not to be lowered.
-void Session::weigh_rows(Member& member, size_t token, size_t b, const uint8_t* open, size_t count,
-                         const float* high) {
-  const Matrix& w = *program_.head().w[0];
-  const size_t groups = w.cols / kGroup, scales_at = block_layout(w.kind, w.cols).scales;
-  alignas(64) float deviations[kScratchBlocks * kBlockRows];
-  alignas(64) float most[kScratchBlocks * kBlockRows], least[kScratchBlocks * kBlockRows];
-  for (size_t i = 0; i < count; ++i)
-    kernels_.weigh_scales(
-        reinterpret_cast<const uint16_t*>(w.from(b + open[i]).data + scales_at),
-        &member.energies[token * groups], groups, deviations + i * kBlockRows);
-  for (size_t j = 0; j < count * kBlockRows; ++j) deviations[j] = deviation_of(deviations[j]);
-  for (size_t i = 0; i < count; ++i)
-    for (size_t r = 0; r < kBlockRows; ++r) {
-      const float logit = 16.0f * high[open[i] * kBlockRows + r];
-      most[i * kBlockRows + r] = logit + deviations[i * kBlockRows + r];
-      least[i * kBlockRows + r] = logit - deviations[i * kBlockRows + r];
+    for (size_t k = b; k < last; ++k) {
+      uint16_t* spreads = &spreads_[k / kBlockRows * kBlockRows * groups + k % kBlockRows];
+      if (*spreads) continue;
+      const auto* scales = reinterpret_cast<const uint16_t*>(w.from(k).data + layout.scales);
+      for (size_t g = 0; g < groups; ++g)
+        spreads[g * kBlockRows] = largest_half(scales + g * kBlockRows);
     }
-  float reach[kScratchBlocks], surely[kScratchBlocks];
-  kernels_.highest(most, count, reach);
-  kernels_.highest(least, count, surely);
-  float& floor = member.found[token].floor;
-  for (size_t i = 0; i < count; ++i) {
-    reach_[token * w.blocks() + b + open[i]] =
-        std::isnan(reach[i]) ? std::numeric_limits<float>::infinity() : reach[i];
-    const size_t first = (b + open[i]) * kBlockRows, live = std::min(kBlockRows, w.rows - first);
-    for (size_t r = 0; surely[i] > floor && r < live; ++r)
-      if (least[i * kBlockRows + r] > floor && !penalized_[token].lowers(first + r))
-        floor = least[i * kBlockRows + r];
   }
 }
 
 // The greedy token behind a token: the most promising block first, then whatever may still exceed
-// what was found, or is not finite. Each thread does so for its own blocks, beside the most promising
-// of all.
+// what was found, or is not finite. A bound on the deviations of a block passes over most; what it
+// leaves is judged row by row. Each thread does so for its own blocks, beside the most promising of
+// all.
 void Session::settle(unsigned m, size_t token, const ActivationTile& input) {
   const Matrix& w = *program_.head().w[0];
-  const size_t begin = w.blocks() * m / threads(), end = w.blocks() * (m + 1) / threads();
+  const size_t parts = (w.blocks() + kBlockRows - 1) / kBlockRows;  // that share a bound
+  const size_t begin = parts * m / threads() * kBlockRows;
+  const size_t end = std::min(parts * (m + 1) / threads() * kBlockRows, w.blocks());
+  if (begin >= end) return;
   const MatmulFunction matmul = kernels_.matmul[kernel_of(w.kind)];
   Member& member = members_[m];
   const auto compute = [&](size_t b) {
@@ -378,11 +327,38 @@ void Session::settle(unsigned m, size_t token, const ActivationTile& input) {
     const size_t first = b * kBlockRows;
     offer_best(member, token, logits, std::min<size_t>(kBlockRows, w.rows - first), first);
   };
-  const float* reach = &reach_[token * w.blocks()];
-  const auto likely = static_cast<size_t>(std::max_element(reach, reach + w.blocks()) - reach);
+  const size_t groups = w.cols / kGroup, scales_at = block_layout(w.kind, w.cols).scales;
+  const float* energies = &member.energies[token * groups];
+  const float* screened = &screened_[token * w.blocks() * kBlockRows];
+  const float* highest = &highest_[token * w.blocks()];
+  const auto deviations = [&](const void* scales, float (&out)[kBlockRows]) {
+    kernels_.weigh_scales(static_cast<const uint16_t*>(scales), energies, groups, out);
+    for (float& value : out) value = kDeviations * std::sqrt(kNibbleVariance * value);
+  };
+  alignas(64) float bounds[kBlockRows], own[kBlockRows];
+  const auto may_exceed = [&](size_t b, float found) {
+    deviations(w.from(b).data + scales_at, own);
+    for (size_t r = 0; r < kBlockRows; ++r)
+      if (!(16.0f * screened[b * kBlockRows + r] + own[r] < found)) return true;
+    return false;
+  };
+  const size_t likely = static_cast<size_t>(
+      std::max_element(highest, highest + w.blocks()) - highest);
   compute(likely);
-  for (size_t b = begin; b < end && member.finite; ++b)
-    if (b != likely && !(reach[b] < member.found[token].best.logit)) compute(b);
+  size_t open = 0;
+  for (size_t b = begin; b < end && member.finite; ++b) {
+    if (b % kBlockRows == 0) deviations(&spreads_[b * groups], bounds);
+    const float bound = highest[b] + 1.001f * bounds[b % kBlockRows];  // for its rounding
+    if (b != likely && !(bound < member.found[token].best.logit)) member.open[open++] = b;
+  }
+  for (size_t i = 0; i < open && member.finite; ++i) {
+    // Scales lie apart: those of a later block are asked for.
+    if (i + kOpenAhead < open)
+      for (size_t at = 0; at < groups * kBlockRows * sizeof(uint16_t); at += 64)
+        __builtin_prefetch(w.from(member.open[i + kOpenAhead]).data + scales_at + at, 0, 2);
+    const size_t b = member.open[i];
+    if (may_exceed(b, member.found[token].best.logit)) compute(b);
+  }
 }
 
 }  // namespace pocketslm

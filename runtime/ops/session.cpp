@@ -83,12 +83,13 @@ Session::Session(const ModelFile& model, const Kernels& kernels, size_t context,
     if (w) nibbles = std::max(nibbles, w->first.low_stride);
   for (Member& member : members_) member.nibbles = Buffer<uint8_t>(nibbles);
   if (const Matrix* head = program_.head().w[0]; head && head->kind == WeightKind::q8_split) {
-    reach_ = Buffer<float>(kMaxTile * head->blocks());
-    const size_t units = (head->blocks() + kScreenBlocks - 1) / kScreenBlocks;
-    spreads_ = Buffer<uint16_t>(round_up(units, kBlockRows) * (head->cols / kGroup));
+    highest_ = Buffer<float>(kMaxTile * head->blocks());
+    screened_ = Buffer<float>(kMaxTile * head->blocks() * kBlockRows);
+    spreads_ = Buffer<uint16_t>(round_up(head->blocks(), kBlockRows) * (head->cols / kGroup));
     for (Member& member : members_) {
       member.corrections.resize(kMaxTile * hidden_size / kGroup);
       member.energies.resize(kMaxTile * hidden_size / kGroup);
+      member.open.resize(head->blocks());
     }
   }
 }

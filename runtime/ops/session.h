@@ -23,7 +23,6 @@ constexpr size_t kTakenBack = 256;     // tokens that windows allow to take back
 constexpr size_t kMaxWhole = 8192;     // the same where each of them sees all others
 constexpr size_t kFewTokens = 8;       // whose attention is cut into pieces for threads
 constexpr size_t kScratchBlocks = 16;  // blocks of 16 outputs that a matmul call may fill
-constexpr size_t kScreenBlocks = 4;    // of a split head, that share a bound
 constexpr size_t kMaxSlots = PSLM_MAX_SLOTS;
 constexpr size_t kMaxAdapters = PSLM_MAX_ADAPTERS;
 static_assert(kMaxSlots <= kMaxTile);
@@ -126,7 +125,6 @@ class Session {
     std::vector<Candidate> top;  // a heap of the highest logits
     Candidate best;              // the highest
     float peak = 0, sum = 0;     // of all logits: sum of exp(logit - peak)
-    float floor = 0;             // that some logit reaches, by screening
   };
   // What one thread needs for itself.
   struct Member {
@@ -147,6 +145,7 @@ class Session {
     // tile, and [token][group].
     std::vector<int32_t> corrections;
     std::vector<float> energies;
+    std::vector<size_t> open;  // blocks that screening leaves to be judged by their rows
   };
   // What is wanted behind a token: where its logits go, or how many of the highest; 0: the best.
   struct Asked {
@@ -223,8 +222,6 @@ class Session {
   void write_output(unsigned m, Head head, float* output);
   void screen(unsigned m, const PanelView& input, const Norm& norm);
   void screen_blocks(unsigned m, const PanelView& input, size_t begin, size_t end);
-  void weigh_rows(Member& member, size_t token, size_t b, const uint8_t* open, size_t count,
-                  const float* high);
   void settle(unsigned m, size_t token, const ActivationTile& input);
 
   float* floats(size_t part) { return reinterpret_cast<float*>(work_memory_.data() + places_.at[part]); }
@@ -287,14 +284,13 @@ class Session {
   struct Penalized {
     float factor = 1;
     std::vector<uint64_t> seen;
-    bool lowers(size_t token) const { return factor > 1 && seen[token / 64] >> token % 64 & 1; }
   };
   Penalized penalized_[kMaxTile];
   bool penalizes_ = false;
   std::vector<int32_t> tokens_;  // of several contexts
-  // Of a split head: [token][block] what logits may reach by the high nibbles. fp16 [16 units][group]
-  // [of them]: the largest scale of the blocks of a unit.
-  Buffer<float> reach_;
+  // Of a split head by its high nibbles: [token] logits in parts of 16, and the highest of each
+  // block. fp16 [16 blocks][group][of them]: the largest scale.
+  Buffer<float> screened_, highest_;
   Buffer<uint16_t> spreads_;
 
   std::array<Updates, kMaxAdapters + 1> adapters_;  // the first one is empty
