@@ -241,8 +241,8 @@ class PocketApp(App):
 
     def find_by(self, name: str) -> None:
         """Find by a model of embeddings too."""
-        others = [other for other in self.settings["embedders"] if other != name]
-        self.settings["embedders"] = [*others, name]
+        if name not in self.settings["embedders"]:
+            self.settings["embedders"] = [*self.settings["embedders"], name]
         self.read_meanings()
 
     def read_meanings(self) -> None:

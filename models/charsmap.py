@@ -1,9 +1,9 @@
 """Write the ``precompiled_charsmap`` of a tokenizer, SentencePiece's table of what is replaced.
 
-The form: the size of a trie in bytes, the trie as a double array (Darts-clone), and the
-replacements, each ended by a NUL. A unit of the array has the label of the byte that leads to it in
-its low 8 bits, whether a replacement ends there in bit 8, and from bit 10 the exclusive or of its
-place with where its children begin; a replacement's unit has its place among the replacements.
+The form is that of `pocketslm.runtime.tokenizer.charsmap`. A unit of the trie has the label of the
+byte that leads to it in its low 8 bits, whether a replacement ends there in bit 8, and from bit 10
+the exclusive or of its place with where its children begin. A replacement's unit has its place
+among the replacements.
 """
 
 from __future__ import annotations

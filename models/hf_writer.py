@@ -41,10 +41,11 @@ def save_hf(checkpoint: Checkpoint, folder: Path, model: Any = None) -> None:
     files = checkpoint.tokenizer_files()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    config = hf_config(model.config)
+    config: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         said = _object(files.get(name, b"{}"), name)
         config |= {key: said[key] for key in _IDS if said.get(key) is not None}
+    config |= hf_config(model.config)  # a family may depend on one of the ids
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if (pooling := model.config.pooling) is not None:
         write_pooling(pooling, model.config.hidden_size, folder)

@@ -176,6 +176,12 @@ ROWS = {
     "bert": Row(
         "bert", _NO_GROUPS, ("native", "onnx"), Pooling("mean", normalize=True, max_tokens=128)
     ),
+    "roberta": Row(
+        "roberta",
+        _NO_GROUPS | {"pad_token_id": 1, "type_vocab_size": 1},
+        ("native", "onnx"),
+        Pooling("mean", normalize=True),
+    ),
     "qwen3 embedding": Row("qwen3", {"head_dim": 32}, ("native", "onnx"), Pooling("last")),
 }
 

@@ -1,4 +1,5 @@
-"""BERT and the encoders of its shape (MiniLM, BGE): every token sees all, norms after each sum."""
+"""BERT and the encoders of its shape (MiniLM, BGE, RoBERTa): every token sees all, norms after each
+sum."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from pocketslm.models.tensors import Array, Weight, floats
 
 _POSITIONS = "model.embed_positions.weight"
 _TYPE_COUNT = 2
+_PADDING = 1  # RoBERTa's token, whose position is its own
 _POOLINGS: Mapping[int, PoolingKind] = {1: "mean", 2: "cls", 3: "last"}
 
 
@@ -32,10 +34,13 @@ _POOLINGS: Mapping[int, PoolingKind] = {1: "mean", 2: "cls", 3: "last"}
 class BertMap(WeightMap):
     """A text alone is of token type 0; that row, added to every token, lies in the positions.
 
-    types: their name of the table of token types.
+    types: their name of the table of token types. type_count: its rows.
+    first: the row of the first token's position.
     """
 
     types: str = "bert.embeddings.token_type_embeddings.weight"
+    type_count: int = 2
+    first: int = 0
 
     def read(self, name: str, config: ModelConfig, read: Read) -> Weight:
         weight = super().read(name, config, read)
@@ -46,12 +51,16 @@ class BertMap(WeightMap):
             raise CheckpointError(
                 f"{self.types} has shape {types.shape}, expected rows of {weight.shape[-1]}"
             )
-        folded: Array = floats(weight) + types[0]
+        folded: Array = floats(weight)[self.first :] + types[0]
         return folded
 
     def write(self, config: ModelConfig, state: Mapping[str, Array]) -> dict[str, Array]:
-        none = np.zeros((_TYPE_COUNT, config.hidden_size), np.float32)
-        return super().write(config, state) | {self.types: none}
+        written = super().write(config, state) | {
+            self.types: np.zeros((self.type_count, config.hidden_size), np.float32)
+        }
+        positions = self.stored(_POSITIONS)
+        written[positions] = np.pad(written[positions], ((self.first, 0), (0, 0)))
+        return written
 
 
 @dataclass(frozen=True)
@@ -93,16 +102,24 @@ class Bert(Architecture):
         if f.flag("is_decoder"):
             raise CheckpointError(f"{f.where}: is_decoder is true; only encoders are supported")
         f.integer("type_vocab_size", _TYPE_COUNT)
+        positions = config.max_position_embeddings - self.first_position(f)
+        if positions < 1:
+            raise CheckpointError(f"{f.where}: max_position_embeddings leaves no token a position")
         return replace(
             config,
             norm="layer",
             tie_word_embeddings=False,
-            learned_positions=config.max_position_embeddings,
+            max_position_embeddings=positions,
+            learned_positions=positions,
             embedding_norm=True,
             final_norm=False,
             head=False,
             causal=False,
         )
+
+    def first_position(self, f: Fields) -> int:
+        """The row of the first token's position."""
+        return 0
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         return {
@@ -127,36 +144,62 @@ class Bert(Architecture):
         return replace(config, pooling=Pooling(_POOLINGS[kind], normalize=True))
 
 
+@dataclass(frozen=True)
+class Roberta(Bert):
+    """Its positions begin behind that of the padding."""
+
+    def first_position(self, f: Fields) -> int:
+        if (padding := f("pad_token_id", _PADDING)) != _PADDING:
+            raise CheckpointError(
+                f"{f.where}: pad_token_id is {str(padding)[:40]}, expected {_PADDING}"
+            )
+        return _PADDING + 1
+
+    def more_fields(self, c: ModelConfig) -> dict[str, Any]:
+        return super().more_fields(c) | {
+            "type_vocab_size": 1,
+            "pad_token_id": _PADDING,
+            "max_position_embeddings": c.max_position_embeddings + _PADDING + 1,
+        }
+
+
+def _hf(family: str, **differs: Any) -> BertMap:
+    """The names of a family in Hugging Face's files."""
+    return BertMap(
+        {
+            "model.embed_tokens": f"{family}.embeddings.word_embeddings",
+            "model.embed_positions": f"{family}.embeddings.position_embeddings",
+            "model.embed_norm": f"{family}.embeddings.LayerNorm",
+        },
+        f"{family}.encoder.layer.{{}}.",
+        {
+            "self_attn.q_proj": "attention.self.query",
+            "self_attn.k_proj": "attention.self.key",
+            "self_attn.v_proj": "attention.self.value",
+            "self_attn.o_proj": "attention.output.dense",
+            "attention_post_norm": "attention.output.LayerNorm",
+            "mlp.up_proj": "intermediate.dense",
+            "mlp.down_proj": "output.dense",
+            "mlp_post_norm": "output.LayerNorm",
+        },
+        # Token types are read with the positions; training alone needs the others.
+        ignored=(
+            r"embeddings\.(token_type_embeddings\.weight|position_ids)$",
+            rf"^({family}\.)?pooler\.",
+            r"^(cls|lm_head)\.",
+        ),
+        types=f"{family}.embeddings.token_type_embeddings.weight",
+        **differs,
+    )
+
+
 ARCHITECTURES = [
     Bert(
         "bert",
         "BertModel",
         ("bert",),
         ("bert",),
-        hf=BertMap(
-            {
-                "model.embed_tokens": "bert.embeddings.word_embeddings",
-                "model.embed_positions": "bert.embeddings.position_embeddings",
-                "model.embed_norm": "bert.embeddings.LayerNorm",
-            },
-            "bert.encoder.layer.{}.",
-            {
-                "self_attn.q_proj": "attention.self.query",
-                "self_attn.k_proj": "attention.self.key",
-                "self_attn.v_proj": "attention.self.value",
-                "self_attn.o_proj": "attention.output.dense",
-                "attention_post_norm": "attention.output.LayerNorm",
-                "mlp.up_proj": "intermediate.dense",
-                "mlp.down_proj": "output.dense",
-                "mlp_post_norm": "output.LayerNorm",
-            },
-            # Token types are read with the positions; training alone needs the others.
-            ignored=(
-                r"embeddings\.(token_type_embeddings\.weight|position_ids)$",
-                r"^(bert\.)?pooler\.",
-                r"^cls\.",
-            ),
-        ),
+        hf=_hf("bert"),
         gguf=BertMap(
             {
                 "model.embed_tokens": "token_embd",
@@ -169,5 +212,11 @@ ARCHITECTURES = [
             ignored=(r"^token_types\.weight$", r"^cls\."),
             types="token_types.weight",
         ),
-    )
+    ),
+    Roberta(
+        "roberta",
+        "RobertaModel",
+        ("roberta", "xlm-roberta"),
+        hf=_hf("roberta", type_count=1, first=_PADDING + 1),
+    ),
 ]

@@ -118,6 +118,8 @@ def test_settings_survive_and_strange_files_give_the_defaults(tmp_path: Path) ->
         path.write_text(bad)
         again = Settings(path)
         assert {name: again[name] for name in DEFAULTS} == DEFAULTS
+    path.write_text('{"embedder": "minilm"}')  # as earlier versions wrote it
+    assert Settings(path)["embedders"] == ["minilm"]
 
 
 def test_a_first_start_takes_the_language_and_theme_of_the_system(
