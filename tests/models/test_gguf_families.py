@@ -16,7 +16,7 @@ import torch
 from architectures import LLAMA3_ROPE, ROWS, YARN_ROPE, write_folder
 
 import support
-from pocketslm.errors import CheckpointError
+from pocketslm.errors import CheckpointError, TokenizerError
 from pocketslm.export.pipeline import export_bundle
 from pocketslm.export.recipe import Recipe
 from pocketslm.models import architectures
@@ -24,9 +24,17 @@ from pocketslm.models.checkpoint import Checkpoint, open_checkpoint
 from pocketslm.models.config import ModelConfig, Pooling, ShortConv
 from pocketslm.models.reference import load_reference
 from pocketslm.models.tensors import floats
+from pocketslm.models.tokenizer_files import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    tokenizer_files_from_gguf,
+)
 from pocketslm.profiling.shape import add_metadata, metadata
 from pocketslm.runtime.model import Model
-from tokenizer_support import word_piece
+from pocketslm.runtime.tokenizer import load_tokenizer_files
+from tokenizer_support import charsmap, word_piece
 
 # A GGUF in F32 is the same model; llama.cpp computes attention by other kernels, in fp32 here.
 MAX_FOLDER_ERROR = 1e-4
@@ -290,3 +298,117 @@ def test_a_way_of_pooling_that_is_not_known_is_refused(tmp_path: Path) -> None:
 def test_the_table_names_llama_3_as_its_row_does() -> None:
     declared = ROWS["llama 3"].fields["rope_parameters"]
     assert declared == LLAMA3_ROPE | {"rope_theta": 500000.0}
+
+
+# A Unigram, as llama.cpp converts that of XLM-RoBERTa.
+
+ROW_COUNT = 300
+PIECES = [
+    "<s>",
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "▁",
+    *"abcdefghijklmnopqrstuvwxyzAD.,[]EP",
+    "▁the",
+    "▁cat",
+]
+PIECES += ["▁sat", "at", "on", "ing", "▁rain", "é", "<mask>"]
+SCORES = [0.0] * 4 + [-1.0 - 0.1 * at for at in range(len(PIECES) - 4)]
+TYPES = [CONTROL, CONTROL, CONTROL, UNKNOWN, *[NORMAL] * (len(PIECES) - 5), CONTROL]
+UNIGRAM_TEXTS = ["the cat  sat\ton the ﬁne mat.", "cafe\u0301 ☃☃ the", "  A <s> cat ", "①ａ"]
+
+
+def unigram_metadata() -> dict[str, object]:
+    spare = ROW_COUNT - len(PIECES)
+    return {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.tokens": PIECES + [f"[PAD{at}]" for at in range(spare)],
+        "tokenizer.ggml.scores": SCORES + [-10000.0] * spare,
+        "tokenizer.ggml.token_type": TYPES + [UNUSED] * spare,
+        "tokenizer.ggml.precompiled_charsmap": list(charsmap("nmt_nfkc")),
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": True,
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.ggml.remove_extra_whitespaces": True,
+    }
+
+
+def add_unigram(writer: gguf.GGUFWriter) -> None:
+    data = unigram_metadata()
+    writer.add_tokenizer_model("t5")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(data["tokenizer.ggml.tokens"])
+    writer.add_token_scores(data["tokenizer.ggml.scores"])
+    writer.add_token_types(data["tokenizer.ggml.token_type"])
+    writer.add_precompiled_charsmap(charsmap("nmt_nfkc"))
+    writer.add_token_type_count(1)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(True)
+    writer.add_pad_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_add_space_prefix(True)
+    writer.add_remove_extra_whitespaces(True)
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An encoder as a folder, and the same as a GGUF."""
+    root = tmp_path_factory.mktemp("unigram")
+    row = ROWS["bert"]
+    fields = row.fields | {"vocab_size": ROW_COUNT}
+    row = replace(row, fields=fields, pooling=Pooling("mean", normalize=True))
+    folder, _ = write_folder(root / "hf", row)
+    path = write(root / "m.gguf", "bert", open_checkpoint(folder), add_unigram)
+    for name, content in open_checkpoint(path).tokenizer_files().items():
+        (folder / name).write_bytes(content)
+    return folder, path
+
+
+def test_a_gguf_with_a_unigram_embeds_as_its_folder(
+    unigram: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, path = unigram
+    expected = embeddings(folder, tmp_path / "folder")
+    assert np.abs(embeddings(path, tmp_path / "gguf") - expected).max() <= MAX_FOLDER_ERROR
+
+
+def test_its_words_are_those_of_the_file() -> None:
+    tokenizer = load_tokenizer_files(tokenizer_files_from_gguf(unigram_metadata()), "python")
+    ids = tokenizer.encode("the cat  sat\tﬁé ☃☃", add_special_tokens=True)
+    assert [PIECES[id_] for id_ in ids] == [
+        *("<s>", "▁the", "▁cat", "▁sat", "▁", "f", "i", "é", "▁", "<unk>", "</s>")
+    ]
+    assert tokenizer.encode("[PAD0]") != [len(PIECES)]  # a row that only fills up is no piece
+
+
+def test_llama_cpp_reads_the_same_tokens(unigram: tuple[Path, Path]) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    theirs = llama_cpp.Llama(str(unigram[1]), vocab_only=True, verbose=False)
+    ours = load_tokenizer_files(open_checkpoint(unigram[1]).tokenizer_files(), "python")
+    for text in UNIGRAM_TEXTS:
+        expected = theirs.tokenize(text.encode(), add_bos=True, special=False)
+        assert ours.encode(text, add_special_tokens=True) == expected, text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unknown_token_id": 290}, "unknown_token_id names no token"),
+        ({"unknown_token_id": None}, "unknown_token_id names no token"),
+        ({"scores": [0.0]}, "scores has 1 entries"),
+        ({"precompiled_charsmap": "text"}, "precompiled_charsmap is not such a list"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+    changed = unigram_metadata() | {
+        f"tokenizer.ggml.{name}": value for name, value in change.items()
+    }
+    with pytest.raises(TokenizerError, match=message):
+        tokenizer_files_from_gguf({k: v for k, v in changed.items() if v is not None})
