@@ -310,6 +310,13 @@ def _unigram(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Json:
             "GGUF: tokenizer.ggml.unknown_token_id names no token; expected what stands for text "
             "that no piece holds; convert the model again"
         )
+    prefix = _flag(metadata, "add_space_prefix", True)
+    collapse = _flag(metadata, "remove_extra_whitespaces", True)
+    if collapse and not prefix:
+        raise TokenizerError(
+            "GGUF: tokenizer.ggml.add_space_prefix is false with remove_extra_whitespaces, which "
+            "is not supported; expected true; use the model's Hugging Face checkpoint"
+        )
     table: list[int] = []
     if "tokenizer.ggml.precompiled_charsmap" in metadata:
         table = _list(metadata, "precompiled_charsmap", int, None)
@@ -318,8 +325,8 @@ def _unigram(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> Json:
         scores[:count],
         unknown,
         bytes(byte & 0xFF for byte in table),
-        prefix=_flag(metadata, "add_space_prefix", True),
-        collapse=_flag(metadata, "remove_extra_whitespaces", True),
+        prefix=prefix,
+        collapse=collapse,
     )
     return _document(vocabulary, **parts)
 

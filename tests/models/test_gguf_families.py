@@ -266,10 +266,11 @@ def embeddings(source: Path, out: Path) -> np.ndarray:
     return Model.load(out, threads=1).embed(TEXTS)
 
 
+@pytest.mark.parametrize("fixture", ["encoder", "unigram"])
 def test_an_encoder_of_a_gguf_embeds_as_its_folder(
-    encoder: tuple[Path, Path], tmp_path: Path
+    fixture: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    folder, path = encoder
+    folder, path = request.getfixturevalue(fixture)
     expected = embeddings(folder, tmp_path / "folder")
     assert np.abs(embeddings(path, tmp_path / "gguf") - expected).max() <= MAX_FOLDER_ERROR
 
@@ -371,14 +372,6 @@ def unigram(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, path
 
 
-def test_a_gguf_with_a_unigram_embeds_as_its_folder(
-    unigram: tuple[Path, Path], tmp_path: Path
-) -> None:
-    folder, path = unigram
-    expected = embeddings(folder, tmp_path / "folder")
-    assert np.abs(embeddings(path, tmp_path / "gguf") - expected).max() <= MAX_FOLDER_ERROR
-
-
 def test_its_words_are_those_of_the_file() -> None:
     tokenizer = load_tokenizer_files(tokenizer_files_from_gguf(unigram_metadata()), "python")
     ids = tokenizer.encode("the cat  sat\tﬁé ☃☃", add_special_tokens=True)
@@ -403,6 +396,7 @@ def test_llama_cpp_reads_the_same_tokens(unigram: tuple[Path, Path]) -> None:
         ({"unknown_token_id": 290}, "unknown_token_id names no token"),
         ({"unknown_token_id": None}, "unknown_token_id names no token"),
         ({"scores": [0.0]}, "scores has 1 entries"),
+        ({"add_space_prefix": False}, "add_space_prefix is false with remove_extra_whitespaces"),
         ({"precompiled_charsmap": "text"}, "precompiled_charsmap is not such a list"),
     ],
 )
