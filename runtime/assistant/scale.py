@@ -118,7 +118,7 @@ class Scale:
 
     def likeness(self, cosines: Vector, language: str = "en") -> Vector:
         """Cosines of questions to texts of a language, brought to the scale of all models."""
-        mean = self.unrelated[language if self.knows(language) and language else "en"]
+        mean = self.unrelated[language if language in self.languages else "en"]
         factor = np.float32(SPREAD / self.spread)
         found: Vector = np.float32(UNRELATED) + (cosines - np.float32(mean)) * factor
         return found
